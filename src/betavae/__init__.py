@@ -1,0 +1,1 @@
+"""betavae: train, sweep, watch, sample and trust a (β-)VAE."""

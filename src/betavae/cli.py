@@ -1,0 +1,136 @@
+"""The way from a command line to a function: Hydra, with errors said in one sentence."""
+
+import difflib
+import functools
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from betavae.errors import UserError
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def safe_name(text: Any) -> str:
+    """A folder name that needs no quoting in a shell, a URL or a Hydra override."""
+    name = re.sub(r"[^A-Za-z0-9.,_+-]+", "_", str(text).replace("=", "_")).strip("_")
+    return name if len(name) <= 120 else name[:120].rstrip(",_")
+
+
+@functools.cache  # Hydra asks more than once; a process has one run folder
+def run_dir(resume: str | None, wanted: str) -> str:
+    """`resume`, or `wanted`, or where that is taken `wanted` with a number, made here so that no other run gets it."""
+    if resume is not None:
+        return resume
+    parent, number = Path(wanted).parent, 1
+    parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        path = Path(wanted if number == 1 else f"{wanted}_{number}")
+        try:
+            path.mkdir()
+            return str(path)
+        except FileExistsError:
+            number += 1
+
+
+OmegaConf.register_new_resolver("run_dir", run_dir)
+OmegaConf.register_new_resolver("safe_name", safe_name)
+
+
+def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
+    """Make a function of a config a command line of its own: `configs/<config_name>.yaml` and its overrides."""
+
+    def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
+        failures: list[Exception] = []
+
+        @functools.wraps(task)
+        def guarded(cfg: DictConfig) -> Any:
+            try:
+                return task(cfg)
+            except Exception as error:
+                if HydraConfig.get().mode == RunMode.MULTIRUN:
+                    raise  # the other jobs of the sweep go on
+                remove_empty_run_dir()
+                failures.append(error)  # past Hydra, which would print around it
+
+        hydra_main = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(guarded)
+
+        def main() -> None:
+            debug = any(re.fullmatch(r"\+{0,2}debug=(true|1|yes|on)", arg, re.IGNORECASE) for arg in sys.argv[1:])
+            # Hydra then hands its errors on, instead of printing them its own way.
+            os.environ["HYDRA_FULL_ERROR"] = "1"
+            try:
+                hydra_main()
+                if failures:
+                    raise failures[0]
+            except KeyboardInterrupt:
+                sys.exit(130)
+            except Exception as error:
+                if debug or not (sentence := explain(error)):
+                    raise
+                print(f"error: {sentence}", file=sys.stderr)
+                sys.exit(1)
+
+        return main
+
+    return decorate
+
+
+def remove_empty_run_dir() -> None:
+    path = Path(HydraConfig.get().runtime.output_dir)
+    if path.is_dir() and path.resolve() != Path.cwd() and not any(path.iterdir()):
+        path.rmdir()
+
+
+def explain(error: BaseException) -> str | None:
+    """One sentence for the person who typed the command, or None for a bug of ours."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    if isinstance(error, UserError):
+        return str(error)
+    if not isinstance(error, (HydraException, OmegaConfBaseException)):
+        return None
+    cause: BaseException | None = error
+    messages = []
+    while cause is not None:
+        messages.append(str(cause))
+        cause = cause.__cause__ or cause.__context__
+    text = "\n".join(messages)
+    if match := re.search(r"Could not override '([^']+)'", text):
+        return f"{match[1]} is not a setting{nearest(match[1], all_keys())}"
+    if match := re.search(r"(?:In '[^']+': )?Could not find '([^'/]+)/([^']+)'", text):
+        folder = CONFIGS / match[1]
+        options = sorted(path.stem for path in folder.glob("*.yaml"))
+        return f"{match[1]}={match[2]} is not one of its options: {', '.join(options)}"
+    return messages[0].splitlines()[0]
+
+
+def all_keys() -> list[str]:
+    """Every dotted key of the default configs."""
+    keys = []
+    for path in CONFIGS.rglob("*.yaml"):
+        prefix = [] if path.parent == CONFIGS else [path.parent.name]
+        stack = [(prefix, OmegaConf.load(path))]
+        while stack:
+            at, node = stack.pop()
+            for key in node if isinstance(node, DictConfig) else []:
+                if key not in ("defaults", "hydra"):
+                    keys.append(".".join([*at, str(key)]))
+                    child = node._get_node(key)
+                    if isinstance(child, DictConfig):
+                        stack.append(([*at, str(key)], child))
+    return keys
+
+
+def nearest(name: str, names: list[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else "; `--cfg job` prints all settings"

@@ -1,0 +1,109 @@
+"""Pictures of a VAE: grids as tensors in [0, 1], and matplotlib figures around them. Clamped, never auto-contrasted."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from betavae.errors import UserError
+from betavae.vae import VAE
+
+
+def grid(images: Tensor, columns: int) -> Tensor:
+    """`(N, C, H, W)` -> one picture `(C, rows * (H + 2) + 2, columns * (W + 2) + 2)`, with black lines between."""
+    n, c, h, w = images.shape
+    rows = -(-n // columns)
+    tiles = images.new_zeros(rows * columns, c, h + 2, w + 2)
+    tiles[:n, :, 2:, 2:] = images.clamp(0, 1)
+    picture = tiles.view(rows, columns, c, h + 2, w + 2).permute(2, 0, 3, 1, 4).reshape(c, rows * (h + 2), -1)
+    return torch.nn.functional.pad(picture, (0, 2, 0, 2))
+
+
+def reconstructions(vae: VAE, x: Tensor) -> Tensor:
+    """Rows of originals, each above the row of their reconstructions: `(2 * len(x), C, H, W)` in rows of 8."""
+    pairs = torch.stack((x, vae.reconstruct(x)))
+    return pairs.unflatten(1, (-1, min(8, len(x)))).transpose(0, 1).flatten(0, 2)
+
+
+@torch.no_grad()
+def interpolation(vae: VAE, start: Tensor, end: Tensor, steps: int) -> Tensor:
+    """Decoded means on the straight line between the posterior means of two images `(1, C, H, W)`: `(steps, C, H, W)`."""
+    weight = torch.linspace(0, 1, steps, device=start.device).unsqueeze(1)
+    z = (1 - weight) * vae.encode(start).mean + weight * vae.encode(end).mean
+    return vae.likelihood.mean(vae.decode(z))
+
+
+@torch.no_grad()
+def traversal(vae: VAE, z: Tensor, dimensions: Sequence[int], values: Tensor) -> Tensor:
+    """A row for each dimension: the decoded means as it alone moves from `z` `(latent_dim,)` over `values` `(V,)`."""
+    grid_z = z.repeat(len(dimensions), len(values), 1)
+    for row, dimension in enumerate(dimensions):
+        grid_z[row, :, dimension] = values
+    return vae.likelihood.mean(vae.decode(grid_z.flatten(0, 1)))
+
+
+@torch.no_grad()
+def manifold(vae: VAE, size: int) -> Tensor:
+    """A 2-D latent space at `size` by `size` quantiles of the prior (Kingma & Welling 2014, figure 4)."""
+    if vae.latent_dim != 2:
+        raise UserError(f"a manifold needs model.latent_dim=2, and this model has latent_dim={vae.latent_dim}")
+    device = next(vae.parameters()).device
+    quantiles = torch.special.ndtri((torch.arange(size, device=device) + 0.5) / size)
+    rows, columns = torch.meshgrid(quantiles.flip(0), quantiles, indexing="ij")
+    return vae.likelihood.mean(vae.decode(torch.stack((columns, rows), dim=-1).flatten(0, 1)))
+
+
+def new_figure(width: float, height: float) -> Any:
+    """A matplotlib figure with no window and no global state."""
+    from matplotlib.figure import Figure  # imported where it is needed: it takes half a second
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def show(axes: Any, picture: Tensor) -> None:
+    """Draw a `(C, H, W)` picture in [0, 1] on matplotlib axes, pixel for pixel."""
+    pixels = picture.clamp(0, 1).cpu().permute(1, 2, 0).numpy()
+    axes.imshow(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels, cmap="gray", vmin=0, vmax=1)
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
+def kl_bars(kl: Tensor) -> Any:
+    """KL per latent dimension in nats, in descending order, as a figure."""
+    figure = new_figure(6, 3)
+    axes = figure.add_subplot()
+    order = kl.argsort(descending=True).tolist()
+    axes.bar(range(len(kl)), kl[order].tolist())
+    axes.set_xticks(range(len(kl)), [str(d) for d in order], fontsize=7 if len(kl) <= 30 else 4)
+    axes.set_xlabel("latent dimension")
+    axes.set_ylabel("KL [nats]")
+    axes.set_title(f"KL per dimension, {float(kl.sum()):.2f} nats in all", fontsize=10)
+    return figure
+
+
+@contextmanager
+def writing(out: str | Path) -> Iterator[Path]:
+    """The path to write to, its folder made; a failure in the block becomes a UserError that names it."""
+    path = Path(out).expanduser()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield path
+    except (OSError, ValueError) as error:
+        raise UserError(f"out: cannot write {path} ({error})") from error
+
+
+def save_picture(picture: Tensor, out: str | Path, scale: int = 2) -> None:
+    """Write a `(C, H, W)` picture in [0, 1] to a file, each pixel `scale` by `scale`."""
+    from matplotlib.image import imsave
+
+    pixels = picture.clamp(0, 1).repeat_interleave(scale, 1).repeat_interleave(scale, 2).cpu().permute(1, 2, 0).numpy()
+    with writing(out) as path:
+        imsave(path, pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels, cmap="gray", vmin=0, vmax=1)
+
+
+def save_figure(figure: Any, out: str | Path) -> None:
+    with writing(out) as path:
+        figure.savefig(path, dpi=150)

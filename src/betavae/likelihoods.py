@@ -1,0 +1,90 @@
+"""p(x|z): decoder outputs ("params", any real numbers) -> log-probability, mean, sample.
+
+`x` is `(B, C, H, W)` in [0, 1]; `params` is `(..., B, C, H, W)`, where leading dimensions (posterior samples) broadcast.
+To add a likelihood, write a class with these three methods and name it in `LIKELIHOODS`.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+IMAGE_DIMS = (-3, -2, -1)
+
+
+class Bernoulli(nn.Module):
+    """Independent Bernoulli pixels, `params` are logits.
+
+    On grey pixels this is the tutorial's cross-entropy surrogate, not a log-probability of the data.
+    """
+
+    def log_prob(self, x: Tensor, params: Tensor) -> Tensor:
+        """`(..., B)` in nats, summed over pixels. From logits: exact value and gradient at any size of logit."""
+        return (x * params - F.softplus(params)).sum(IMAGE_DIMS)
+
+    def mean(self, params: Tensor) -> Tensor:
+        return torch.sigmoid(params)
+
+    def sample(self, params: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return torch.bernoulli(torch.sigmoid(params), generator=generator)
+
+
+class ContinuousBernoulli(nn.Module):
+    """The Bernoulli's shape made a density on [0, 1] (Loaiza-Ganem & Cunningham 2019), `params` are logits.
+
+    With l the logit its normaliser is C = l / tanh(l / 2), which is even, smooth, and 2 at l = 0.
+    """
+
+    def log_prob(self, x: Tensor, params: Tensor) -> Tensor:
+        """`(..., B)`, log-density in nats, summed over pixels."""
+        size = params.abs()
+        small = size < 0.05
+        safe = torch.where(small, 1.0, size)
+        # log(l / tanh(l/2)), by its series near 0, where the quotient is 0/0.
+        log_c = torch.where(
+            small,
+            math.log(2) + params**2 / 12 - params**4 * (7 / 1440),
+            safe.log() + torch.log1p(torch.exp(-safe)) - torch.log(-torch.expm1(-safe)),
+        )
+        return (x * params - F.softplus(params) + log_c).sum(IMAGE_DIMS)
+
+    def mean(self, params: Tensor) -> Tensor:
+        small = params.abs() < 0.05
+        safe = torch.where(small, 1.0, params)
+        # 1 / (1 - e^-l) - 1 / l
+        return torch.where(small, 0.5 + params / 12, 0.5 + 0.5 / torch.tanh(safe / 2) - 1 / safe)
+
+    def sample(self, params: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        u = torch.rand(params.shape, generator=generator, device=params.device)
+        size = params.abs().clamp(min=1e-3)
+        # Inverse of the distribution function, written for l < 0 (no overflow) and mirrored for l > 0.
+        x = -torch.log1p(u * torch.expm1(-size)) / size
+        return torch.where(params > 0, 1 - x, x).clamp(0, 1)
+
+
+class Gaussian(nn.Module):
+    """Normal pixels around the decoder's output with one learned scale (sigma-VAE, Rybkin et al. 2021)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.zeros(()))
+
+    def log_prob(self, x: Tensor, params: Tensor) -> Tensor:
+        """`(..., B)`, log-density in nats, summed over pixels; can be above 0."""
+        squares = ((x - params) * torch.exp(-self.log_scale)) ** 2
+        return (-0.5 * squares - self.log_scale - 0.5 * math.log(2 * math.pi)).sum(IMAGE_DIMS)
+
+    def mean(self, params: Tensor) -> Tensor:
+        return params
+
+    def sample(self, params: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        noise = torch.randn(params.shape, generator=generator, device=params.device)
+        return params + self.log_scale.exp() * noise
+
+
+LIKELIHOODS: dict[str, type[nn.Module]] = {
+    "bernoulli": Bernoulli,
+    "continuous_bernoulli": ContinuousBernoulli,
+    "gaussian": Gaussian,
+}

@@ -1,0 +1,176 @@
+"""`VAEModule`: the VAE and its loss as a LightningModule. Everything it counts is in nats per image."""
+
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from betavae.errors import UserError
+from betavae.objectives import BETA_SCHEDULES, OBJECTIVES, Terms, lr_factor
+from betavae.vae import VAE
+
+EVALUATION_SEED = 0
+ACTIVE_UNIT_VARIANCE = 0.01  # Burda et al. 2016
+
+
+class VAEModule(L.LightningModule):
+    """A VAE, its objective, its optimiser. All arguments are plain values: a checkpoint holds them, and is the recipe.
+
+    `model` is what `VAE` takes. `objective` is a name in `OBJECTIVES`, the number `k` of posterior samples, and that
+    function's own settings; `beta_schedule` and `lr_schedule` are names with settings likewise, and `optimizer` is the
+    name of a class in torch.optim with its arguments.
+    """
+
+    def __init__(
+        self,
+        model: dict[str, Any],
+        objective: dict[str, Any],
+        beta: float,
+        beta_schedule: dict[str, Any],
+        optimizer: dict[str, Any],
+        lr_schedule: dict[str, Any],
+    ):
+        super().__init__()
+        self.save_hyperparameters(logger=False)
+        self.vae = VAE(**model)
+        settings = dict(objective)
+        self.objective, self.k, self.objective_settings = OBJECTIVES[settings.pop("name")], settings.pop("k"), settings
+        schedule = dict(beta_schedule)
+        self.beta, self.beta_factor, self.beta_settings = beta, BETA_SCHEDULES[schedule.pop("name")], schedule
+        self.total_steps = 0.0
+        # Sums over images since the last log line and since the epoch began: loss, recon, kl. Kept on the device, read
+        # once per interval, because reading (or `self.log`) at every step would cost a third of the epoch.
+        self.interval, self.interval_images = torch.zeros(3), 0
+        self.epoch, self.epoch_images = torch.zeros(3, dtype=torch.float64), 0
+        self.train_means: dict[str, float] = {}
+        self.kl_per_dimension = torch.zeros(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.vae.reconstruct(x)
+
+    def current_beta(self) -> float:
+        """Beta at the global step while fitting; its full value in a test."""
+        if not self.total_steps:
+            return self.beta
+        return self.beta * self.beta_factor(self.global_step, self.total_steps, **self.beta_settings)
+
+    def configure_optimizers(self) -> Any:
+        self.total_steps = self.trainer.estimated_stepping_batches
+        settings = dict(self.hparams["optimizer"])
+        name = settings.pop("name")
+        try:
+            optimizer = getattr(torch.optim, name)(self.parameters(), **settings)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"optimizer: torch.optim.{name} does not take {settings} ({error})") from error
+        schedule = self.hparams["lr_schedule"]
+        if schedule["name"] == "constant" and not schedule["warmup"]:
+            return optimizer
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: lr_factor(step, self.total_steps, **schedule)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _terms(self, x: Tensor, noise: Tensor, beta: float) -> Terms:
+        return self.objective(self.vae, x, noise, beta, **self.objective_settings)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        x = batch[0]
+        noise = torch.randn(self.k, len(x), self.vae.latent_dim, device=x.device)
+        terms = self._terms(x, noise, self.current_beta())
+        sums = torch.stack((terms.loss.detach() * len(x), terms.recon.sum(), terms.kl.sum()))
+        self.interval = sums if not self.interval_images else self.interval + sums
+        self.interval_images += len(x)
+        return terms.loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if (batch_idx + 1) % self.trainer.log_every_n_steps == 0 or self.trainer.is_last_batch:
+            self._log_interval()
+
+    def _log_interval(self) -> None:
+        sums = self.trainer.strategy.reduce(self.interval, reduce_op="sum").cpu().double()
+        images = self.interval_images * self.trainer.world_size
+        self.epoch, self.epoch_images, self.interval_images = self.epoch + sums, self.epoch_images + images, 0
+        self.train_means = means(sums, images)
+        if self.logger is not None:
+            scalars = {f"train/{name}": value for name, value in self.train_means.items()}
+            rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+            scalars |= {"schedule/beta": self.current_beta(), "schedule/learning_rate": rate}
+            self.logger.log_metrics(scalars, self.global_step)
+
+    def epoch_means(self) -> dict[str, float]:
+        """Training loss, recon, kl and neg_elbo, averaged over the epoch's images so far."""
+        return means(self.epoch, self.epoch_images)
+
+    def on_train_epoch_end(self) -> None:
+        self.epoch, self.epoch_images = torch.zeros(3, dtype=torch.float64), 0
+
+    def on_validation_epoch_start(self) -> None:
+        # The same noise at every evaluation, so that two epochs differ by their weights alone.
+        self.generator = torch.Generator().manual_seed(EVALUATION_SEED)
+        self.evaluation: Any = 0
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        x = batch[0]
+        size = self.k * self.vae.latent_dim
+        # Rows of whole sixteens: torch draws normals in blocks of 16, so no image's noise depends on the batch size.
+        noise = torch.randn(len(x), -(-size // 16) * 16, generator=self.generator)[:, :size]
+        noise = noise.unflatten(1, (self.k, -1)).transpose(0, 1).to(x.device)
+        terms = self._terms(x, noise, self.current_beta())
+        count = terms.recon.new_tensor([len(x)])
+        first = torch.cat((count, (terms.loss * len(x)).view(1), terms.recon.sum(0, keepdim=True))).double()
+        mean = terms.posterior_mean.double()
+        self.evaluation = self.evaluation + torch.cat(
+            (first, terms.kl.double().sum(0), mean.sum(0), (mean**2).sum(0))
+        )
+
+    def on_validation_epoch_end(self) -> None:
+        scalars, active = self._evaluate()
+        self.log_dict({f"val/{name}": value for name, value in scalars.items()})
+        self.log("latent/active_units", active)
+
+    on_test_epoch_start = on_validation_epoch_start
+    test_step = validation_step
+
+    def on_test_epoch_end(self) -> None:
+        scalars, active = self._evaluate()
+        self.log_dict({f"test/{name}": value for name, value in scalars.items()} | {"test/active_units": active})
+
+    def _evaluate(self) -> tuple[dict[str, float], float]:
+        """Means over all images of all processes, and the number of active units."""
+        sums = self.trainer.strategy.reduce(self.evaluation, reduce_op="sum").cpu()
+        (count, loss, recon), (kl, mean, square) = sums[:3], sums[3:].view(3, -1)
+        self.kl_per_dimension = kl / count
+        variance = square / count - (mean / count) ** 2
+        scalars = means(torch.stack((loss, recon, kl.sum())), int(count))
+        return scalars, float((variance > ACTIVE_UNIT_VARIANCE).sum())
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # One state of the random numbers per process, and the sums of the epoch under way: what makes a resumed run
+        # equal to one that was never interrupted.
+        checkpoint["random_state"] = self.all_gather(torch.get_rng_state()).view(self.trainer.world_size, -1).cpu()
+        if self.device.type == "cuda":
+            checkpoint["cuda_random_state"] = torch.cuda.get_rng_state(self.device)
+        checkpoint["running_sums"] = [self.interval.cpu(), self.interval_images, self.epoch, self.epoch_images]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.restored = checkpoint
+
+    def on_train_start(self) -> None:
+        self.interval = self.interval.to(self.device)
+        checkpoint = self.__dict__.pop("restored", None)
+        if checkpoint is None:
+            return
+        states = checkpoint["random_state"]
+        if len(states) == self.trainer.world_size:
+            torch.set_rng_state(states[self.trainer.global_rank])
+        if "cuda_random_state" in checkpoint and self.device.type == "cuda":
+            torch.cuda.set_rng_state(checkpoint["cuda_random_state"], self.device)
+        interval, self.interval_images, self.epoch, self.epoch_images = checkpoint["running_sums"]
+        self.interval = interval.to(self.device)
+
+
+def means(sums: Tensor, images: int) -> dict[str, float]:
+    """(loss, recon, kl) summed over `images` -> their means in nats per image, and the negative ELBO."""
+    loss, recon, kl = (sums / max(1, images)).tolist()
+    return {"loss": loss, "recon": recon, "kl": kl, "neg_elbo": recon + kl}

@@ -1,0 +1,82 @@
+"""Encoders and decoders: plain `nn.Module`s, images `(B, *image_shape)` on one side, latents `(B, latent_dim)` on the other.
+
+To add a network, write an encoder and a decoder with these signatures and name the pair in `NETWORKS`.
+"""
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+# By their names in torch.nn, so that a config (and a checkpoint) can hold them as plain strings.
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU,
+    "tanh": nn.Tanh,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "elu": nn.ELU,
+    "softplus": nn.Softplus,
+}
+
+
+class MLPEncoder(nn.Sequential):
+    """`(B, *image_shape) -> (B, 2 * latent_dim)`, the posterior's mean beside its log-variance."""
+
+    def __init__(self, image_shape: Sequence[int], hidden_dims: Sequence[int], latent_dim: int, activation: str):
+        widths = [math.prod(image_shape), *hidden_dims]
+        layers: list[nn.Module] = [nn.Flatten()]
+        for n_in, n_out in zip(widths, widths[1:], strict=False):
+            layers += [nn.Linear(n_in, n_out), ACTIVATIONS[activation]()]
+        # One head of 2 * latent_dim is the tutorial's two heads side by side: same numbers, one matrix product.
+        super().__init__(*layers, nn.Linear(widths[-1], 2 * latent_dim))
+
+
+class MLPDecoder(nn.Sequential):
+    """`(B, latent_dim) -> (B, *image_shape)`, the hidden widths in reverse order."""
+
+    def __init__(self, image_shape: Sequence[int], hidden_dims: Sequence[int], latent_dim: int, activation: str):
+        widths = [latent_dim, *reversed(hidden_dims)]
+        layers: list[nn.Module] = []
+        for n_in, n_out in zip(widths, widths[1:], strict=False):
+            layers += [nn.Linear(n_in, n_out), ACTIVATIONS[activation]()]
+        super().__init__(
+            *layers, nn.Linear(widths[-1], math.prod(image_shape)), nn.Unflatten(1, tuple(image_shape))
+        )
+
+
+class ConvEncoder(nn.Sequential):
+    """`(B, *image_shape) -> (B, 2 * latent_dim)`; each entry of `hidden_dims` is a stride-2 convolution's channels."""
+
+    def __init__(self, image_shape: Sequence[int], hidden_dims: Sequence[int], latent_dim: int, activation: str):
+        channels, height, width = image_shape
+        layers: list[nn.Module] = []
+        for out_channels in hidden_dims:
+            layers += [nn.Conv2d(channels, out_channels, 3, stride=2, padding=1), ACTIVATIONS[activation]()]
+            channels, height, width = out_channels, (height + 1) // 2, (width + 1) // 2
+        super().__init__(*layers, nn.Flatten(), nn.Linear(channels * height * width, 2 * latent_dim))
+
+
+class ConvDecoder(nn.Sequential):
+    """`(B, latent_dim) -> (B, *image_shape)`, `ConvEncoder` mirrored with transposed convolutions."""
+
+    def __init__(self, image_shape: Sequence[int], hidden_dims: Sequence[int], latent_dim: int, activation: str):
+        sizes = [tuple(image_shape[1:])]
+        for _ in hidden_dims:
+            sizes.append(((sizes[-1][0] + 1) // 2, (sizes[-1][1] + 1) // 2))
+        channels = [*reversed(hidden_dims), image_shape[0]]
+        smallest = (channels[0], *sizes[-1])
+        layers: list[nn.Module] = [nn.Linear(latent_dim, math.prod(smallest)), nn.Unflatten(1, smallest)]
+        for i, (height, width) in enumerate(reversed(sizes[:-1])):
+            # A stride-2 convolution maps 2n and 2n - 1 to n; output_padding tells which to come back to.
+            padding = (1 - height % 2, 1 - width % 2)
+            layers += [
+                ACTIVATIONS[activation](),
+                nn.ConvTranspose2d(channels[i], channels[i + 1], 3, stride=2, padding=1, output_padding=padding),
+            ]
+        super().__init__(*layers)
+
+
+NETWORKS: dict[str, tuple[type[nn.Module], type[nn.Module]]] = {
+    "mlp": (MLPEncoder, MLPDecoder),
+    "conv": (ConvEncoder, ConvDecoder),
+}

@@ -1,0 +1,89 @@
+"""What is minimised, as the equations are written: pure functions of tensors, everything in nats per image.
+
+    recon    = -E_q log p(x|z)        (the distortion)
+    kl       = KL(q(z|x) || N(0, I))  (the rate)
+    loss     = recon + beta * kl      (what is optimised; Higgins et al. 2017)
+    neg_elbo = recon + kl             (beta = 1: what is compared across a beta sweep)
+
+To add an objective, write a function with `elbo`'s first four arguments and name it in `OBJECTIVES`; what follows them
+are its settings, from `configs/objective/`. To add a schedule, likewise for `BETA_SCHEDULES`.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from betavae.vae import VAE, Posterior
+
+
+class Terms(NamedTuple):
+    """The terms of one batch. `loss` is a scalar; the others hold one value per image and carry no gradient."""
+
+    loss: Tensor  # ()
+    recon: Tensor  # (B,)
+    kl: Tensor  # (B, latent_dim)
+    posterior_mean: Tensor  # (B, latent_dim)
+
+
+def gaussian_kl(posterior: Posterior) -> Tensor:
+    """KL(N(mean, var) || N(0, 1)) per latent dimension, `(B, latent_dim)`."""
+    mean, logvar = posterior
+    return 0.5 * (mean**2 + logvar.exp() - 1 - logvar)
+
+
+def elbo(vae: VAE, x: Tensor, noise: Tensor, beta: Tensor | float, free_bits: float = 0.0) -> Terms:
+    """The negative evidence lower bound with the KL in closed form, averaged over the leading dimension of `noise`.
+
+    `x` `(B, C, H, W)`, `noise` `(k, B, latent_dim)` from N(0, I). With `free_bits` (nats per latent dimension) no
+    dimension's mean KL over the batch is pushed below that floor (Kingma et al. 2016).
+    """
+    posterior, _, params = vae(x, noise)
+    recon = -vae.likelihood.log_prob(x, params).mean(0)
+    kl = gaussian_kl(posterior)
+    rate = kl.mean(0).clamp(min=free_bits).sum() if free_bits else kl.sum(1).mean()
+    return Terms(recon.mean() + beta * rate, recon.detach(), kl.detach(), posterior.mean.detach())
+
+
+OBJECTIVES: dict[str, Callable[..., Terms]] = {"elbo": elbo}
+
+
+def constant(step: int, total_steps: int) -> float:
+    return 1.0
+
+
+def linear(step: int, total_steps: int, warmup: float) -> float:
+    """From 0 to 1 over the first `warmup` (a fraction of all steps), then 1 (Bowman et al. 2016)."""
+    return min(1.0, step / max(1.0, warmup * total_steps))
+
+
+def cyclical(step: int, total_steps: int, cycles: int, ramp: float) -> float:
+    """`cycles` equal periods, each rising from 0 to 1 over its first `ramp` (a fraction), then 1 (Fu et al. 2019)."""
+    position = step * cycles / max(1, total_steps)
+    return min(1.0, (position - math.floor(position)) / ramp) if position < cycles else 1.0
+
+
+# Factors on beta: pure functions of the global step, so that nothing is lost on resume.
+BETA_SCHEDULES: dict[str, Callable[..., float]] = {"constant": constant, "linear": linear, "cyclical": cyclical}
+
+
+def one_minus(fraction: float) -> float:
+    return 1.0 - fraction
+
+
+def cosine(fraction: float) -> float:
+    return 0.5 * (1.0 + math.cos(math.pi * fraction))
+
+
+# The decay of the learning rate after its warm-up, as a function of the fraction of training done.
+LR_DECAYS: dict[str, Callable[[float], float]] = {"constant": lambda fraction: 1.0, "linear": one_minus, "cosine": cosine}
+
+
+def lr_factor(step: int, total_steps: int, name: str, warmup: float) -> float:
+    """The factor on the learning rate: linear warm-up over the first `warmup` (a fraction of all steps), then a decay."""
+    warmup_steps = warmup * total_steps
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    return LR_DECAYS[name](min(1.0, (step - warmup_steps) / max(1.0, total_steps - warmup_steps)))

@@ -1,0 +1,16 @@
+"""Train a (β-)VAE: `python train.py model.latent_dim=20 beta=1.0`. All settings: `python train.py --help`."""
+
+from omegaconf import DictConfig
+
+from betavae.cli import command
+
+
+@command("train")
+def main(cfg: DictConfig) -> float:
+    from betavae.training import train  # here, so that --help does not wait for torch
+
+    return train(cfg)
+
+
+if __name__ == "__main__":
+    main()
