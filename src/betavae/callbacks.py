@@ -21,8 +21,8 @@ log = logging.getLogger(__name__)
 
 
 class Pictures(Callback):
-    """Every `every` epochs and at the end (0: only at the end): reconstructions of fixed test images, samples from fixed
-    z, a latent traversal, KL per dimension and, in two dimensions, the manifold; at the end the embedding projector."""
+    """Every `every` epochs (0: never) and after the test: reconstructions of fixed test images, samples from fixed z, a
+    latent traversal, KL per dimension, in two dimensions the manifold; after the test also the embedding projector."""
 
     def __init__(self, every: int):
         self.every = every
@@ -48,7 +48,7 @@ class Pictures(Callback):
     def show(self, trainer: L.Trainer, module: VAEModule) -> None:
         if trainer.logger is None or not trainer.is_global_zero:
             return
-        board, step = trainer.logger.experiment, module.global_step
+        board, step = trainer.logger.experiment, module.global_step  # type: ignore[attr-defined]
         for tag, picture in self.draw(trainer, module).items():
             enlarged = picture.repeat_interleave(2, 1).repeat_interleave(2, 2)
             board.add_image(f"pictures/{tag}", (enlarged * 255).round().to(torch.uint8).cpu(), step)
@@ -56,7 +56,11 @@ class Pictures(Callback):
             board.add_figure("latent/kl_per_dimension", figures.kl_bars(module.kl_per_dimension), step)
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if self.every and (trainer.current_epoch + 1) % self.every == 0 and trainer.current_epoch + 1 != trainer.max_epochs:
+        if (
+            self.every
+            and (trainer.current_epoch + 1) % self.every == 0
+            and trainer.current_epoch + 1 != trainer.max_epochs
+        ):
             self.show(trainer, module)  # type: ignore[arg-type]
 
     def on_test_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -73,7 +77,11 @@ class Pictures(Callback):
         # The projector shows nothing for fewer than three columns.
         means = torch.nn.functional.pad(means, (0, max(0, 3 - means.shape[1])))
         trainer.logger.experiment.add_embedding(  # type: ignore[union-attr]
-            means, metadata=labels.tolist(), label_img=1 - x.cpu(), global_step=module.global_step, tag="posterior_means"
+            means,
+            metadata=labels.tolist(),
+            label_img=x.cpu(),
+            global_step=module.global_step,
+            tag="posterior_means",
         )
 
 

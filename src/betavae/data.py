@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -127,9 +128,9 @@ class Batches:
 class MNISTDataModule(L.LightningDataModule):
     """MNIST or another of `DATASETS` in memory, on the training device where there is one.
 
-    `validation_size` images are taken from the training set by a fixed seed (0: none); the test set is the official one.
-    `binarize`: "none" keeps grey values, "threshold" sets pixels above 127, "dynamic" draws Bernoulli pixels, afresh for
-    every training batch and once, from a fixed seed, for validation and test.
+    `validation_size` images are taken from the training set by a fixed seed (0: none); the test set is the official
+    one. `binarize`: "none" keeps grey values, "threshold" sets pixels above 127, "dynamic" draws Bernoulli pixels,
+    afresh for every training batch and once, from a fixed seed, for validation and test.
     """
 
     def __init__(
@@ -144,7 +145,7 @@ class MNISTDataModule(L.LightningDataModule):
     ):
         super().__init__()
         self.save_hyperparameters(logger=False)
-        self.name, self.root, self.binarize = name, Path(root).expanduser(), binarize
+        self.dataset, self.root, self.binarize = name, Path(root).expanduser(), binarize
         self.validation_size, self.batch_size, self.eval_batch_size = validation_size, batch_size, eval_batch_size
         self.seed = seed
         self.sets: dict[str, tuple[Tensor, Tensor]] = {}
@@ -152,10 +153,10 @@ class MNISTDataModule(L.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         if self.sets:
             return
-        images, labels = DATASETS[self.name](self.root, True)
+        images, labels = DATASETS[self.dataset](self.root, True)
         if self.validation_size >= len(images):
             raise UserError(
-                f"data.validation_size={self.validation_size} leaves nothing to train on: {self.name} has "
+                f"data.validation_size={self.validation_size} leaves nothing to train on: {self.dataset} has "
                 f"{len(images)} training images"
             )
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(SPLIT_SEED))
@@ -163,7 +164,7 @@ class MNISTDataModule(L.LightningDataModule):
         self.sets = {
             "train": (images[train], labels[train]),
             "validation": (images[validation], labels[validation]),
-            "test": DATASETS[self.name](self.root, False),
+            "test": DATASETS[self.dataset](self.root, False),
         }
         for split, (pixels, split_labels) in self.sets.items():
             if self.binarize == "threshold":
@@ -197,3 +198,13 @@ class MNISTDataModule(L.LightningDataModule):
 
     def test_dataloader(self) -> Batches:
         return self._batches("test", self.eval_batch_size)
+
+
+def test_set(settings: dict[str, Any], root: str | None = None) -> tuple[Tensor, Tensor]:
+    """Test images `(N, C, H, W)` in [0, 1] and labels, as a model trained with these data settings sees them."""
+    if not settings:
+        raise UserError("this checkpoint does not say which data it was trained on, so it has no test images")
+    datamodule = MNISTDataModule(**(settings | ({"root": root} if root else {})))
+    datamodule.setup()
+    images, labels = datamodule.sets["test"]
+    return images.float() / 255, labels

@@ -2,4 +2,4 @@
 
 
 class UserError(Exception):
-    """Something the user can put right. The message is one sentence: the key or file, what is wrong, what would be right."""
+    """Something the user can put right. The message is one sentence: the key or file, what is wrong, what is right."""

@@ -30,7 +30,7 @@ def reconstructions(vae: VAE, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def interpolation(vae: VAE, start: Tensor, end: Tensor, steps: int) -> Tensor:
-    """Decoded means on the straight line between the posterior means of two images `(1, C, H, W)`: `(steps, C, H, W)`."""
+    """Decoded means on the line between the posterior means of two images `(1, C, H, W)`: `(steps, C, H, W)`."""
     weight = torch.linspace(0, 1, steps, device=start.device).unsqueeze(1)
     z = (1 - weight) * vae.encode(start).mean + weight * vae.encode(end).mean
     return vae.likelihood.mean(vae.decode(z))
@@ -106,4 +106,4 @@ def save_picture(picture: Tensor, out: str | Path, scale: int = 2) -> None:
 
 def save_figure(figure: Any, out: str | Path) -> None:
     with writing(out) as path:
-        figure.savefig(path, dpi=150)
+        figure.savefig(path, dpi=150, bbox_inches="tight")

@@ -1,16 +1,34 @@
 """p(x|z): decoder outputs ("params", any real numbers) -> log-probability, mean, sample.
 
-`x` is `(B, C, H, W)` in [0, 1]; `params` is `(..., B, C, H, W)`, where leading dimensions (posterior samples) broadcast.
+`x` is `(B, C, H, W)` in [0, 1]; `params` is `(..., B, C, H, W)`: leading dimensions are posterior samples.
 To add a likelihood, write a class with these three methods and name it in `LIKELIHOODS`.
 """
 
 import math
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 IMAGE_DIMS = (-3, -2, -1)
+
+
+class BernoulliLogProb(torch.autograd.Function):
+    """x l - log(1 + e^l) per pixel, with its gradient x - sigmoid(l): exact and finite at any logit l.
+
+    `F.binary_cross_entropy_with_logits` says the same; but log1p is not vectorised on AVX-512 machines, where it takes
+    a sixth of a training step. As log(sigmoid(|l|)) the same number is four times cheaper.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, logits: Tensor) -> Tensor:
+        ctx.save_for_backward(x, logits)
+        return x * logits - logits.relu() + logits.abs().sigmoid_().log_()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
+        x, logits = ctx.saved_tensors
+        return None, grad * (x - torch.sigmoid(logits))
 
 
 class Bernoulli(nn.Module):
@@ -20,8 +38,8 @@ class Bernoulli(nn.Module):
     """
 
     def log_prob(self, x: Tensor, params: Tensor) -> Tensor:
-        """`(..., B)` in nats, summed over pixels. From logits: exact value and gradient at any size of logit."""
-        return (x * params - F.softplus(params)).sum(IMAGE_DIMS)
+        """`(..., B)` in nats, summed over pixels."""
+        return BernoulliLogProb.apply(x, params).sum(IMAGE_DIMS)
 
     def mean(self, params: Tensor) -> Tensor:
         return torch.sigmoid(params)
@@ -47,7 +65,7 @@ class ContinuousBernoulli(nn.Module):
             math.log(2) + params**2 / 12 - params**4 * (7 / 1440),
             safe.log() + torch.log1p(torch.exp(-safe)) - torch.log(-torch.expm1(-safe)),
         )
-        return (x * params - F.softplus(params) + log_c).sum(IMAGE_DIMS)
+        return (BernoulliLogProb.apply(x, params) + log_c).sum(IMAGE_DIMS)
 
     def mean(self, params: Tensor) -> Tensor:
         small = params.abs() < 0.05

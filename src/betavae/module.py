@@ -84,7 +84,7 @@ class VAEModule(L.LightningModule):
         return terms.loss
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if (batch_idx + 1) % self.trainer.log_every_n_steps == 0 or self.trainer.is_last_batch:
+        if (batch_idx + 1) % self.trainer.log_every_n_steps == 0 or self.trainer.is_last_batch:  # type: ignore[attr-defined]
             self._log_interval()
 
     def _log_interval(self) -> None:
@@ -120,9 +120,7 @@ class VAEModule(L.LightningModule):
         count = terms.recon.new_tensor([len(x)])
         first = torch.cat((count, (terms.loss * len(x)).view(1), terms.recon.sum(0, keepdim=True))).double()
         mean = terms.posterior_mean.double()
-        self.evaluation = self.evaluation + torch.cat(
-            (first, terms.kl.double().sum(0), mean.sum(0), (mean**2).sum(0))
-        )
+        self.evaluation = self.evaluation + torch.cat((first, terms.kl.double().sum(0), mean.sum(0), (mean**2).sum(0)))
 
     def on_validation_epoch_end(self) -> None:
         scalars, active = self._evaluate()
@@ -148,7 +146,8 @@ class VAEModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # One state of the random numbers per process, and the sums of the epoch under way: what makes a resumed run
         # equal to one that was never interrupted.
-        checkpoint["random_state"] = self.all_gather(torch.get_rng_state()).view(self.trainer.world_size, -1).cpu()
+        states = self.trainer.strategy.all_gather(torch.get_rng_state().to(self.device))
+        checkpoint["random_state"] = states.view(self.trainer.world_size, -1).cpu()
         if self.device.type == "cuda":
             checkpoint["cuda_random_state"] = torch.cuda.get_rng_state(self.device)
         checkpoint["running_sums"] = [self.interval.cpu(), self.interval_images, self.epoch, self.epoch_images]

@@ -1,12 +1,13 @@
-"""Encoders and decoders: plain `nn.Module`s, images `(B, *image_shape)` on one side, latents `(B, latent_dim)` on the other.
+"""Encoders and decoders: plain `nn.Module`s between images `(B, *image_shape)` and latents `(B, latent_dim)`.
 
 To add a network, write an encoder and a decoder with these signatures and name the pair in `NETWORKS`.
 """
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
-from torch import Tensor, nn
+from torch import nn
 
 # By their names in torch.nn, so that a config (and a checkpoint) can hold them as plain strings.
 ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -25,7 +26,7 @@ class MLPEncoder(nn.Sequential):
     def __init__(self, image_shape: Sequence[int], hidden_dims: Sequence[int], latent_dim: int, activation: str):
         widths = [math.prod(image_shape), *hidden_dims]
         layers: list[nn.Module] = [nn.Flatten()]
-        for n_in, n_out in zip(widths, widths[1:], strict=False):
+        for n_in, n_out in pairwise(widths):
             layers += [nn.Linear(n_in, n_out), ACTIVATIONS[activation]()]
         # One head of 2 * latent_dim is the tutorial's two heads side by side: same numbers, one matrix product.
         super().__init__(*layers, nn.Linear(widths[-1], 2 * latent_dim))
@@ -37,11 +38,9 @@ class MLPDecoder(nn.Sequential):
     def __init__(self, image_shape: Sequence[int], hidden_dims: Sequence[int], latent_dim: int, activation: str):
         widths = [latent_dim, *reversed(hidden_dims)]
         layers: list[nn.Module] = []
-        for n_in, n_out in zip(widths, widths[1:], strict=False):
+        for n_in, n_out in pairwise(widths):
             layers += [nn.Linear(n_in, n_out), ACTIVATIONS[activation]()]
-        super().__init__(
-            *layers, nn.Linear(widths[-1], math.prod(image_shape)), nn.Unflatten(1, tuple(image_shape))
-        )
+        super().__init__(*layers, nn.Linear(widths[-1], math.prod(image_shape)), nn.Unflatten(1, tuple(image_shape)))
 
 
 class ConvEncoder(nn.Sequential):

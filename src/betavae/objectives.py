@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from betavae.vae import VAE, Posterior
@@ -50,16 +49,16 @@ def elbo(vae: VAE, x: Tensor, noise: Tensor, beta: Tensor | float, free_bits: fl
 OBJECTIVES: dict[str, Callable[..., Terms]] = {"elbo": elbo}
 
 
-def constant(step: int, total_steps: int) -> float:
+def constant(step: int, total_steps: float) -> float:
     return 1.0
 
 
-def linear(step: int, total_steps: int, warmup: float) -> float:
+def linear(step: int, total_steps: float, warmup: float) -> float:
     """From 0 to 1 over the first `warmup` (a fraction of all steps), then 1 (Bowman et al. 2016)."""
     return min(1.0, step / max(1.0, warmup * total_steps))
 
 
-def cyclical(step: int, total_steps: int, cycles: int, ramp: float) -> float:
+def cyclical(step: int, total_steps: float, cycles: int, ramp: float) -> float:
     """`cycles` equal periods, each rising from 0 to 1 over its first `ramp` (a fraction), then 1 (Fu et al. 2019)."""
     position = step * cycles / max(1, total_steps)
     return min(1.0, (position - math.floor(position)) / ramp) if position < cycles else 1.0
@@ -69,20 +68,16 @@ def cyclical(step: int, total_steps: int, cycles: int, ramp: float) -> float:
 BETA_SCHEDULES: dict[str, Callable[..., float]] = {"constant": constant, "linear": linear, "cyclical": cyclical}
 
 
-def one_minus(fraction: float) -> float:
-    return 1.0 - fraction
-
-
-def cosine(fraction: float) -> float:
-    return 0.5 * (1.0 + math.cos(math.pi * fraction))
-
-
 # The decay of the learning rate after its warm-up, as a function of the fraction of training done.
-LR_DECAYS: dict[str, Callable[[float], float]] = {"constant": lambda fraction: 1.0, "linear": one_minus, "cosine": cosine}
+LR_DECAYS: dict[str, Callable[[float], float]] = {
+    "constant": lambda fraction: 1.0,
+    "linear": lambda fraction: 1.0 - fraction,
+    "cosine": lambda fraction: 0.5 * (1.0 + math.cos(math.pi * fraction)),
+}
 
 
-def lr_factor(step: int, total_steps: int, name: str, warmup: float) -> float:
-    """The factor on the learning rate: linear warm-up over the first `warmup` (a fraction of all steps), then a decay."""
+def lr_factor(step: int, total_steps: float, name: str, warmup: float) -> float:
+    """The factor on the learning rate: linear warm-up over the first `warmup` (a fraction of all steps), then decay."""
     warmup_steps = warmup * total_steps
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)

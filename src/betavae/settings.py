@@ -1,61 +1,21 @@
-"""What each setting may be, said in one sentence before anything is built or written."""
-
-import difflib
-import math
-from collections.abc import Callable, Iterable
-from typing import Any
+"""What each setting of a training run may be. To widen one (a new data set, network, ...), name it in its own table."""
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 
 from betavae.data import DATASETS
-from betavae.errors import UserError
 from betavae.likelihoods import LIKELIHOODS
 from betavae.networks import ACTIVATIONS, NETWORKS
 from betavae.objectives import BETA_SCHEDULES, LR_DECAYS, OBJECTIVES
+from betavae.rules import FLAG, NULL, TEXT, Rule, either, integer, number, one_of
 
-
-class Rule:
-    """A test of a value and the words for what it should be."""
-
-    def __init__(self, holds: Callable[[Any], bool], words: str, names: Iterable[str] = ()):
-        self.holds, self.words, self.names = holds, words, list(names)
-
-
-def integer(low: int, high: float = math.inf) -> Rule:
-    words = f"a whole number from {low}" + ("" if high == math.inf else f" to {high:.0f}") + " up" * (high == math.inf)
-    return Rule(lambda v: isinstance(v, int) and not isinstance(v, bool) and low <= v <= high, words)
-
-
-def number(low: float, high: float = math.inf, above: bool = False) -> Rule:
-    words = f"a number above {low:g}" if above else f"a number from {low:g}" + " up" * (high == math.inf)
-    words += "" if high == math.inf else f" to {high:g}"
-    return Rule(
-        lambda v: isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) and low <= v <= high
-        and not (above and v == low),
-        words,
-    )
-
-
-def one_of(names: Iterable[str]) -> Rule:
-    names = list(names)
-    return Rule(lambda v: v in names, "one of " + ", ".join(names), names)
-
-
-def either(*rules: Rule) -> Rule:
-    return Rule(lambda v: any(rule.holds(v) for rule in rules), " or ".join(rule.words for rule in rules))
-
-
-NULL = Rule(lambda v: v is None, "null")
-FLAG = Rule(lambda v: isinstance(v, bool), "true or false")
-TEXT = Rule(lambda v: isinstance(v, str) and bool(v), "a text")
 WIDTHS = Rule(
     lambda v: isinstance(v, list) and bool(v) and all(integer(1).holds(width) for width in v),
     "a list of whole numbers from 1 up, such as [400] or [512,256]",
 )
 OPTIMIZERS = [
-    name for name, cls in vars(torch.optim).items() if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)
-    and name != "Optimizer"
+    name
+    for name, cls in vars(torch.optim).items()
+    if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer) and name != "Optimizer"
 ]
 BATCHES = either(number(0, 1), integer(1))
 
@@ -101,16 +61,3 @@ RULES: dict[str, Rule] = {
     "trainer.enable_progress_bar": FLAG,
     "trainer.detect_anomaly": FLAG,
 }
-
-
-def check(cfg: DictConfig) -> None:
-    """Raises UserError for the first setting that cannot be. Keys without a rule (a new objective's own) pass."""
-    for key, rule in RULES.items():
-        value = OmegaConf.select(cfg, key, default=...)
-        if value is ...:
-            continue
-        value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-        if not rule.holds(value):
-            close = difflib.get_close_matches(str(value), rule.names, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise UserError(f"{key}={value} cannot be: it must be {rule.words}{hint}")

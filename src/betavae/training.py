@@ -25,7 +25,8 @@ from betavae.callbacks import Bar, Board, EpochLines, Pictures, SafeCheckpointIO
 from betavae.data import MNISTDataModule
 from betavae.errors import UserError
 from betavae.module import VAEModule
-from betavae.settings import check
+from betavae.rules import check
+from betavae.settings import RULES
 
 log = logging.getLogger(__name__)
 
@@ -36,13 +37,13 @@ def train(cfg: DictConfig) -> float:
     Raises UserError for settings that cannot be, before anything is written.
     """
     hydra_cfg = HydraConfig.get()
-    folder = Path(hydra_cfg.runtime.output_dir)
+    folder = Path(os.path.relpath(hydra_cfg.runtime.output_dir))
     overrides = list(hydra_cfg.overrides.task)
     if cfg.resume is not None:
         cfg = resumed(Path(cfg.resume), overrides)
     elif (folder / "metrics.json").exists():
         raise UserError(f"{folder} already holds a run; go on with it by resume={folder}, or choose another folder")
-    check(cfg)
+    check(cfg, RULES)
     # The seed comes before anything is built, so that it decides the first weight too.
     L.seed_everything(cfg.seed, verbose=False)
     torch.set_float32_matmul_precision(cfg.trainer.matmul_precision)
@@ -155,7 +156,9 @@ def resumed(folder: Path, overrides: list[str]) -> DictConfig:
     changes = [item for item in overrides if not item.startswith("resume=")]
     for item in changes:
         if isinstance(OmegaConf.select(cfg, item.split("=")[0]), DictConfig):
-            raise UserError(f"resume: {item} swaps a whole group; only single settings (key=value) can change on resume")
+            raise UserError(
+                f"resume: {item} swaps a whole group; only single settings (key=value) can change on resume"
+            )
     cfg.merge_with_dotlist(changes)
     cfg.resume = str(folder)
     return cfg
@@ -226,12 +229,10 @@ def log_hyperparameters(trainer: L.Trainer, cfg: DictConfig, scalars: dict[str, 
         return
     from torch.utils.tensorboard.summary import hparams
 
-    flat = {}
-    for key in ("seed", "beta", "model", "data", "objective", "beta_schedule", "optimizer", "lr_schedule", "trainer"):
-        value = OmegaConf.to_container(cfg[key], resolve=True) if isinstance(cfg[key], DictConfig) else cfg[key]
-        for name, setting in value.items() if isinstance(value, dict) else [("", value)]:
-            plain = setting if isinstance(setting, bool | int | float) else str(setting)
-            flat[f"{key}.{name}".rstrip(".")] = plain
+    flat = {"seed": cfg.seed, "beta": cfg.beta}
+    for group in ("model", "data", "objective", "beta_schedule", "optimizer", "lr_schedule", "trainer"):
+        for key, value in cfg[group].items():
+            flat[f"{group}.{key}"] = value if isinstance(value, int | float) else str(value)
     metrics = {f"test/{name}": value for name, value in scalars.items()}
     writer = trainer.logger.experiment._get_file_writer()  # type: ignore[attr-defined]
     for summary in hparams(flat, metrics):
@@ -249,7 +250,7 @@ def closing_lines(
     folder: Path, scalars: dict[str, float], note: str | None, seconds: float, chosen: Path, sweep: bool
 ) -> None:
     log.info(
-        "test  loss %.2f  recon %.2f  KL %.2f  neg. ELBO %.2f nats per image  (%d active units, %s, %.0f s of training)",
+        "test  loss %.2f  recon %.2f  KL %.2f  neg. ELBO %.2f nats per image (%d active units, %s, trained in %.0f s)",
         *(scalars[name] for name in ("loss", "recon", "kl", "neg_elbo", "active_units")),
         chosen.name,
         seconds,

@@ -1,7 +1,7 @@
 """The variational autoencoder (Kingma & Welling 2014) in pure PyTorch: lift this file into a notebook if you like."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,7 @@ class VAE(nn.Module):
         self.image_shape = tuple(image_shape)
         self.encoder = make_encoder(image_shape, hidden_dims, latent_dim, activation)
         self.decoder = make_decoder(image_shape, hidden_dims, latent_dim, activation)
-        self.likelihood = LIKELIHOODS[likelihood]()
+        self.likelihood: Any = LIKELIHOODS[likelihood]()
 
     def encode(self, x: Tensor) -> Posterior:
         """`(B, C, H, W)` in [0, 1] -> the posterior."""
