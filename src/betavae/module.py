@@ -95,7 +95,7 @@ class VAEModule(L.LightningModule):
         if self.logger is not None:
             scalars = {f"train/{name}": value for name, value in self.train_means.items()}
             rate = self.trainer.optimizers[0].param_groups[0]["lr"]
-            scalars |= {"schedule/beta": self.current_beta(), "schedule/learning_rate": rate}
+            scalars |= {"train/beta": self.current_beta(), "train/learning_rate": rate}
             self.logger.log_metrics(scalars, self.global_step)
 
     def epoch_means(self) -> dict[str, float]:
@@ -123,25 +123,26 @@ class VAEModule(L.LightningModule):
         self.evaluation = self.evaluation + torch.cat((first, terms.kl.double().sum(0), mean.sum(0), (mean**2).sum(0)))
 
     def on_validation_epoch_end(self) -> None:
-        scalars, active = self._evaluate()
-        self.log_dict({f"val/{name}": value for name, value in scalars.items()})
-        self.log("latent/active_units", active)
+        self._log_evaluation("val")
 
     on_test_epoch_start = on_validation_epoch_start
     test_step = validation_step
 
     def on_test_epoch_end(self) -> None:
-        scalars, active = self._evaluate()
-        self.log_dict({f"test/{name}": value for name, value in scalars.items()} | {"test/active_units": active})
+        self._log_evaluation("test")
 
-    def _evaluate(self) -> tuple[dict[str, float], float]:
+    def _log_evaluation(self, split: str) -> None:
         """Means over all images of all processes, and the number of active units."""
         sums = self.trainer.strategy.reduce(self.evaluation, reduce_op="sum").cpu()
         (count, loss, recon), (kl, mean, square) = sums[:3], sums[3:].view(3, -1)
         self.kl_per_dimension = kl / count
         variance = square / count - (mean / count) ** 2
         scalars = means(torch.stack((loss, recon, kl.sum())), int(count))
-        return scalars, float((variance > ACTIVE_UNIT_VARIANCE).sum())
+        scalars["active_units"] = float((variance > ACTIVE_UNIT_VARIANCE).sum())
+        scalars = {f"{split}/{name}": value for name, value in scalars.items()}
+        self.log_dict(scalars, logger=False)  # for callbacks; with the logger it would add a curve of epoch numbers
+        if self.logger is not None:
+            self.logger.log_metrics(scalars, self.global_step)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # One state of the random numbers per process, and the sums of the epoch under way: what makes a resumed run

@@ -74,7 +74,8 @@ def train(cfg: DictConfig) -> float:
         fit_seconds = time.perf_counter() - started
         best = folder / "checkpoints" / "best.ckpt"
         chosen = best if best.exists() else last
-        test = trainer.test(module, datamodule, ckpt_path=str(chosen), weights_only=True, verbose=False)[0]
+        trainer.test(module, datamodule, ckpt_path=str(chosen), weights_only=True, verbose=False)
+        test = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("test/")}
     except BaseException as error:
         interrupted = isinstance(error, KeyboardInterrupt)
         record |= {"status": "interrupted" if interrupted else "failed", "error": f"{type(error).__name__}: {error}"}
@@ -111,6 +112,8 @@ def build(cfg: DictConfig, folder: Path) -> tuple[MNISTDataModule, VAEModule, L.
         **{key: plain[key] for key in ("objective", "beta", "beta_schedule", "optimizer", "lr_schedule")},
     )
     settings = plain["trainer"]
+    if not plain["data"]["validation_size"]:
+        settings["limit_val_batches"] = 0
     settings.pop("matmul_precision")
     if mode := settings.pop("compile"):
         # The objective, not the module: state-dict keys stay as they are.
@@ -235,8 +238,11 @@ def log_hyperparameters(trainer: L.Trainer, cfg: DictConfig, scalars: dict[str, 
             flat[f"{group}.{key}"] = value if isinstance(value, int | float) else str(value)
     metrics = {f"test/{name}": value for name, value in scalars.items()}
     writer = trainer.logger.experiment._get_file_writer()  # type: ignore[attr-defined]
-    for summary in hparams(flat, metrics):
-        writer.add_summary(summary)
+    # Without torch's first summary, the list of columns, TensorBoard works the list out itself, over all runs, and puts
+    # the settings that differ first: in a sweep, what was swept.
+    _, start, end = hparams(flat, metrics)
+    writer.add_summary(start)
+    writer.add_summary(end)
     trainer.logger.experiment.close()  # type: ignore[attr-defined]
 
 
