@@ -21,7 +21,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 def safe_name(text: Any) -> str:
     """A folder name that needs no quoting in a shell, a URL or a Hydra override."""
-    name = re.sub(r"[^A-Za-z0-9.,_+-]+", "_", str(text).replace("=", "_")).strip("_")
+    name = re.sub(r"[^A-Za-z0-9.,_+-]+", "_", re.sub(r"[\[\]{}'\"]", "", str(text))).strip("_")
     return name if len(name) <= 120 else name[:120].rstrip(",_")
 
 

@@ -91,7 +91,7 @@ def writing(out: str | Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield path
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError) as error:  # KeyError: an ending that Pillow does not know
         raise UserError(f"out: cannot write {path} ({error})") from error
 
 

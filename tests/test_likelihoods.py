@@ -1,0 +1,71 @@
+import pytest
+import torch
+from torch import distributions as D
+
+from betavae.likelihoods import Bernoulli, ContinuousBernoulli, Gaussian
+
+SHAPE = (3, 4, 1, 5, 5)  # 3 posterior samples of 4 images
+
+
+def reference(likelihood, params):
+    if isinstance(likelihood, Gaussian):
+        return D.Normal(params, likelihood.log_scale.exp().to(params))
+    cls = D.Bernoulli if isinstance(likelihood, Bernoulli) else D.ContinuousBernoulli
+    return cls(logits=params, validate_args=False)
+
+
+@pytest.mark.parametrize("likelihood", [Bernoulli(), ContinuousBernoulli(), Gaussian()])
+def test_log_prob_and_gradient_equal_torch_distributions(likelihood):
+    if isinstance(likelihood, Gaussian):
+        likelihood.log_scale.data.fill_(-0.7)
+    x = torch.rand(SHAPE[1:], dtype=torch.float64)
+    params = (3 * torch.randn(SHAPE, dtype=torch.float64)).requires_grad_()
+    ours = likelihood.log_prob(x, params)
+    theirs = reference(likelihood, params).log_prob(x.expand(SHAPE)).sum((-3, -2, -1))
+    assert ours.shape == (3, 4)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    mine, other = (torch.autograd.grad(value.sum(), params)[0] for value in (ours, theirs))
+    torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(likelihood.mean(params), reference(likelihood, params).mean, rtol=1e-4, atol=1e-4)
+
+
+def test_bernoulli_gradient_is_exact_and_twice_differentiable():
+    params = (5 * torch.randn(2, 1, 3, 3, dtype=torch.float64)).requires_grad_()
+    x = torch.rand(2, 1, 3, 3, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda p: Bernoulli().log_prob(x, p), params)
+    assert torch.autograd.gradgradcheck(lambda p: Bernoulli().log_prob(x, p), params)
+
+
+@pytest.mark.parametrize("likelihood", [Bernoulli(), ContinuousBernoulli()])
+@pytest.mark.parametrize("logit", [-100.0, 100.0])
+def test_large_logits_are_finite_with_the_right_gradient(likelihood, logit):
+    x = torch.tensor([0.0, 0.5, 1.0]).view(1, 1, 1, 3)
+    params = torch.full((1, 1, 1, 3), logit, requires_grad=True)
+    value = likelihood.log_prob(x, params)
+    (gradient,) = torch.autograd.grad(value.sum(), params)
+    normaliser = 3 * torch.log(torch.tensor(100.0)) if isinstance(likelihood, ContinuousBernoulli) else 0.0
+    # Per pixel x l - log(1 + e^l), plus the log of l / tanh(l / 2), which is |l| here.
+    torch.testing.assert_close(value, (-150.0 + normaliser) * torch.ones(1))
+    slope = (1 / logit) if isinstance(likelihood, ContinuousBernoulli) else 0.0
+    torch.testing.assert_close(gradient, x - float(logit > 0) + slope)
+
+
+def test_continuous_bernoulli_is_a_density_with_that_mean_at_any_logit():
+    likelihood = ContinuousBernoulli()
+    x = torch.linspace(0, 1, 20_001, dtype=torch.float64)
+    for logit in (-40.0, -1.0, -0.049, 0.0, 1e-6, 0.051, 3.0, 40.0):
+        params = torch.full((len(x), 1, 1, 1), logit, dtype=torch.float64)
+        density = likelihood.log_prob(x.view(-1, 1, 1, 1), params).exp()
+        assert torch.trapezoid(density, x).item() == pytest.approx(1, abs=1e-5)
+        mean = torch.trapezoid(density * x, x).item()
+        assert likelihood.mean(params[0]).item() == pytest.approx(mean, abs=1e-5)
+
+
+@pytest.mark.parametrize("likelihood", [Bernoulli(), ContinuousBernoulli(), Gaussian()])
+def test_samples_have_the_mean_and_follow_the_generator(likelihood):
+    params = torch.tensor([-6.0, -0.5, 0.0, 2.0]).view(4, 1, 1, 1)
+    many = params.expand(4, 1, 200, 200)
+    draw = likelihood.sample(many, torch.Generator().manual_seed(3))
+    assert torch.equal(draw, likelihood.sample(many, torch.Generator().manual_seed(3)))
+    error = (draw.mean((1, 2, 3)) - likelihood.mean(params).flatten()).abs().max()
+    assert error < 0.03  # six standard errors of the widest, the Gaussian

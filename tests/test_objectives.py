@@ -1,0 +1,111 @@
+import pytest
+import torch
+from torch import distributions as D
+from torch import nn
+from torch.nn import functional as F
+
+from betavae.objectives import BETA_SCHEDULES, cyclical, elbo, linear, lr_factor
+from betavae.vae import VAE
+from tests.conftest import MODEL
+
+
+@pytest.fixture
+def vae():
+    return VAE(**MODEL)
+
+
+@pytest.fixture
+def x():
+    return torch.rand(16, 1, 28, 28)
+
+
+def tutorial_loss(vae, x, noise):
+    """The tutorial's own expressions on the same weights: sigmoid, BCE, KLD, all summed."""
+    fc1, head, fc3, fc4 = vae.encoder[1], vae.encoder[3], vae.decoder[0], vae.decoder[2]
+    fc21, fc22 = ((head.weight[i], head.bias[i]) for i in (slice(0, 20), slice(20, 40)))
+    h1 = torch.relu(fc1(x.view(-1, 784)))
+    mu, logvar = F.linear(h1, *fc21), F.linear(h1, *fc22)
+    z = mu + noise * torch.exp(0.5 * logvar)
+    recon_x = torch.sigmoid(fc4(torch.relu(fc3(z))))
+    bce = nn.functional.binary_cross_entropy(recon_x, x.view(-1, 784), reduction="sum")
+    kld = -0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp())
+    return bce, kld
+
+
+def test_loss_recon_kl_and_gradients_equal_the_tutorials(vae, x):
+    noise = torch.randn(1, 16, 20)
+    terms = elbo(vae, x, noise, beta=1.0)
+    bce, kld = tutorial_loss(vae, x, noise[0])
+    torch.testing.assert_close(terms.recon.mean(), bce / 16, rtol=1e-5, atol=0)
+    torch.testing.assert_close(terms.kl.sum(1).mean(), kld / 16, rtol=1e-5, atol=0)
+    torch.testing.assert_close(terms.loss, (bce + kld) / 16, rtol=1e-5, atol=0)
+    ours = torch.autograd.grad(terms.loss, list(vae.parameters()))
+    theirs = torch.autograd.grad((bce + kld) / 16, list(vae.parameters()))
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+
+
+def test_terms_equal_torch_distributions_with_several_samples(vae, x):
+    vae, x = vae.double(), x.double()
+    noise = torch.randn(5, 16, 20, dtype=torch.float64)
+    terms = elbo(vae, x, noise, beta=3.0)
+    posterior = D.Normal(vae.encode(x).mean, (0.5 * vae.encode(x).logvar).exp())
+    z = posterior.mean + posterior.stddev * noise
+    log_px = torch.stack(
+        [D.Bernoulli(logits=vae.decode(zk), validate_args=False).log_prob(x).sum((1, 2, 3)) for zk in z]
+    )
+    kl = D.kl_divergence(posterior, D.Normal(0.0, 1.0))
+    torch.testing.assert_close(terms.recon, -log_px.mean(0), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(terms.kl, kl, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(terms.loss, (-log_px.mean(0) + 3 * kl.sum(1)).mean(), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(terms.posterior_mean, posterior.mean)
+
+
+def test_beta_scales_exactly_the_kls_gradient(vae, x):
+    noise, weights = torch.randn(1, 16, 20), [vae.encoder[1].weight, vae.decoder[2].weight]
+    gradient = {b: torch.autograd.grad(elbo(vae, x, noise, b).loss, weights) for b in (0.0, 1.0, 4.0)}
+    for at_0, at_1, at_4 in zip(*gradient.values(), strict=True):
+        torch.testing.assert_close(at_4 - at_0, 4 * (at_1 - at_0), rtol=1e-3, atol=1e-5)
+    assert torch.equal(gradient[0.0][1], gradient[4.0][1])  # the decoder does not see the KL
+
+
+def test_a_batch_is_the_mean_of_its_images(vae, x):
+    noise = torch.randn(1, 16, 20)
+    whole = elbo(vae, x, noise, 2.0)
+    alone = [elbo(vae, x[[i]], noise[:, [i]], 2.0) for i in range(16)]
+    torch.testing.assert_close(whole.loss, torch.stack([t.loss for t in alone]).mean())
+    torch.testing.assert_close(whole.recon, torch.cat([t.recon for t in alone]))
+    torch.testing.assert_close(whole.kl, torch.cat([t.kl for t in alone]))
+
+
+def test_free_bits_floor_each_dimension(vae, x):
+    noise = torch.randn(1, 16, 20)
+    terms = elbo(vae, x, noise, 1.0, free_bits=0.01)
+    rate = terms.kl.mean(0).clamp(min=0.01).sum()
+    assert (terms.kl.mean(0) < 0.01).any() and (terms.kl.mean(0) > 0.01).any()
+    torch.testing.assert_close(terms.loss, terms.recon.mean() + rate)
+    torch.testing.assert_close(elbo(vae, x, noise, 1.0, free_bits=50.0).loss, terms.recon.mean() + 50 * 20)
+
+
+def test_beta_schedules():
+    assert [linear(s, 100, warmup=0.5) for s in (0, 25, 50, 99)] == [0, 0.5, 1, 1]
+    assert linear(0, 100, warmup=0.0) == 0 and linear(1, 100, warmup=0.0) == 1
+    assert [cyclical(s, 80, cycles=2, ramp=0.5) for s in (0, 10, 20, 39, 40, 50, 80, 90)] == [
+        0,
+        0.5,
+        1,
+        1,
+        0,
+        0.5,
+        1,
+        1,
+    ]
+    assert BETA_SCHEDULES["constant"](7, 10) == 1
+
+
+def test_learning_rate_schedules():
+    assert [lr_factor(s, 100, "constant", 0.0) for s in (0, 99)] == [1, 1]
+    assert [lr_factor(s, 100, "linear", 0.0) for s in (0, 50, 100, 150)] == [1, 0.5, 0, 0]
+    assert lr_factor(50, 100, "cosine", 0.0) == pytest.approx(0.5)
+    warm = [lr_factor(s, 100, "linear", 0.1) for s in range(101)]
+    assert 0 < warm[0] < warm[5] < warm[9] < 1 == warm[10] and warm[55] == pytest.approx(0.5)
