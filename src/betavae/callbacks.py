@@ -107,6 +107,9 @@ class Bar(TQDMProgressBar):
 class EpochLines(Callback):
     """One line per epoch, for the log file and for a terminal that is not one."""
 
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
     def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.started = time.perf_counter()
 
@@ -116,7 +119,8 @@ class EpochLines(Callback):
         line += f"  loss {terms['loss']:.2f}  recon {terms['recon']:.2f}  KL {terms['kl']:.2f}"
         if "val/neg_elbo" in trainer.callback_metrics:
             line += f"  val neg. ELBO {trainer.callback_metrics['val/neg_elbo']:.2f}"
-        log.info("%s  %.1f s", line, time.perf_counter() - self.started, extra={"epoch_line": True})
+        self.seconds.append(round(time.perf_counter() - self.started, 3))
+        log.info("%s  %.1f s", line, self.seconds[-1], extra={"epoch_line": True})
 
 
 class Board(TensorBoardLogger):

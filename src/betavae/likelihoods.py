@@ -44,11 +44,15 @@ class Bernoulli(nn.Module):
     def mean(self, params: Tensor) -> Tensor:
         return torch.sigmoid(params)
 
+    def params_of(self, mean: Tensor) -> Tensor:
+        """The logits of about this mean, none beyond ±7."""
+        return torch.logit(mean, eps=1e-3)
+
     def sample(self, params: Tensor, generator: torch.Generator | None = None) -> Tensor:
         return torch.bernoulli(torch.sigmoid(params), generator=generator)
 
 
-class ContinuousBernoulli(nn.Module):
+class ContinuousBernoulli(Bernoulli):
     """The Bernoulli's shape made a density on [0, 1] (Loaiza-Ganem & Cunningham 2019), `params` are logits.
 
     With l the logit its normaliser is C = l / tanh(l / 2), which is even, smooth, and 2 at l = 0.
@@ -95,6 +99,8 @@ class Gaussian(nn.Module):
 
     def mean(self, params: Tensor) -> Tensor:
         return params
+
+    params_of = mean  # the mean is the parameter
 
     def sample(self, params: Tensor, generator: torch.Generator | None = None) -> Tensor:
         noise = torch.randn(params.shape, generator=generator, device=params.device)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from betavae.errors import UserError
 from betavae.objectives import BETA_SCHEDULES, OBJECTIVES, Terms, lr_factor
+from betavae.optimizers import optimizer_class
 from betavae.vae import VAE
 
 EVALUATION_SEED = 0
@@ -47,6 +48,14 @@ class VAEModule(L.LightningModule):
         self.train_means: dict[str, float] = {}
         self.kl_per_dimension = torch.zeros(0)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Lightning notes the running hook's name here 40 times a step, and nn.Module's way of setting an attribute,
+        # made for parameters, is slow: a twentieth of a step.
+        if name == "_current_fx_name":
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
     def forward(self, x: Tensor) -> Tensor:
         return self.vae.reconstruct(x)
 
@@ -61,9 +70,9 @@ class VAEModule(L.LightningModule):
         settings = dict(self.hparams["optimizer"])
         name = settings.pop("name")
         try:
-            optimizer = getattr(torch.optim, name)(self.parameters(), **settings)
+            optimizer = optimizer_class(name)(self.parameters(), **settings)
         except (TypeError, ValueError) as error:
-            raise UserError(f"optimizer: torch.optim.{name} does not take {settings} ({error})") from error
+            raise UserError(f"optimizer: {name} does not take {settings} ({error})") from error
         schedule = self.hparams["lr_schedule"]
         if schedule["name"] == "constant" and not schedule["warmup"]:
             return optimizer
@@ -75,14 +84,21 @@ class VAEModule(L.LightningModule):
     def _terms(self, x: Tensor, noise: Tensor, beta: float) -> Terms:
         return self.objective(self.vae, x, noise, beta, **self.objective_settings)
 
+    def _loss_and_sums(self, x: Tensor, noise: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+        terms = self._terms(x, noise, beta)
+        return terms.loss, torch.stack((terms.loss.detach() * len(x), terms.recon.sum(), terms.kl.sum()))
+
+    def compile_training(self, mode: str | None) -> None:
+        """torch.compile what a training step computes; evaluation and the checkpoint's keys stay as they are."""
+        self._loss_and_sums = torch.compile(self._loss_and_sums, mode=mode, dynamic=False)  # type: ignore[method-assign]
+
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         x = batch[0]
         noise = torch.randn(self.k, len(x), self.vae.latent_dim, device=x.device)
-        terms = self._terms(x, noise, self.current_beta())
-        sums = torch.stack((terms.loss.detach() * len(x), terms.recon.sum(), terms.kl.sum()))
+        loss, sums = self._loss_and_sums(x, noise, self.current_beta())
         self.interval = sums if not self.interval_images else self.interval + sums
         self.interval_images += len(x)
-        return terms.loss
+        return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if (batch_idx + 1) % self.trainer.log_every_n_steps == 0 or self.trainer.is_last_batch:  # type: ignore[attr-defined]

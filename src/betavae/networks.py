@@ -7,7 +7,8 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 # By their names in torch.nn, so that a config (and a checkpoint) can hold them as plain strings.
 ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -31,6 +32,13 @@ class MLPEncoder(nn.Sequential):
         # One head of 2 * latent_dim is the tutorial's two heads side by side: same numbers, one matrix product.
         super().__init__(*layers, nn.Linear(widths[-1], 2 * latent_dim))
 
+    @torch.no_grad()
+    def centre(self, mean: Tensor) -> None:
+        """Make the first layer see images minus `mean` `(*image_shape)`, by its bias."""
+        first = self[1]
+        assert isinstance(first, nn.Linear)
+        first.bias.sub_(first.weight @ mean.flatten())
+
 
 class MLPDecoder(nn.Sequential):
     """`(B, latent_dim) -> (B, *image_shape)`, the hidden widths in reverse order."""
@@ -41,6 +49,13 @@ class MLPDecoder(nn.Sequential):
         for n_in, n_out in pairwise(widths):
             layers += [nn.Linear(n_in, n_out), ACTIVATIONS[activation]()]
         super().__init__(*layers, nn.Linear(widths[-1], math.prod(image_shape)), nn.Unflatten(1, tuple(image_shape)))
+
+    @torch.no_grad()
+    def centre(self, params: Tensor) -> None:
+        """Start at these likelihood parameters `(*image_shape)`, by the last layer's bias."""
+        last = self[-2]
+        assert isinstance(last, nn.Linear)
+        last.bias.copy_(params.flatten())
 
 
 class ConvEncoder(nn.Sequential):

@@ -12,7 +12,7 @@ WIDTHS = Rule(
     lambda v: isinstance(v, list) and bool(v) and all(integer(1).holds(width) for width in v),
     "a list of whole numbers from 1 up, such as [400] or [512,256]",
 )
-OPTIMIZERS = [
+OPTIMIZERS = ["MuonAdam"] + [
     name
     for name, cls in vars(torch.optim).items()
     if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer) and name != "Optimizer"
@@ -22,6 +22,7 @@ BATCHES = either(number(0, 1), integer(1))
 RULES: dict[str, Rule] = {
     "beta": number(0),
     "seed": integer(0, 2**32 - 1),
+    "init": one_of(["default", "data"]),
     "name": Rule(lambda v: isinstance(v, str | int | float), "a text"),
     "model.network": one_of(NETWORKS),
     "model.hidden_dims": WIDTHS,

@@ -89,6 +89,7 @@ def train(cfg: DictConfig) -> float:
         "status": "finished",
         "checkpoint": str(chosen.relative_to(folder)),
         "test": scalars,
+        "epoch_seconds": next(c.seconds for c in trainer.callbacks if isinstance(c, EpochLines)),  # type: ignore
         "fit_seconds": round(fit_seconds, 2),
         "seconds": round(time.perf_counter() - started, 2),
     }
@@ -111,13 +112,14 @@ def build(cfg: DictConfig, folder: Path) -> tuple[MNISTDataModule, VAEModule, L.
         model=plain["model"] | {"image_shape": datamodule.image_shape},
         **{key: plain[key] for key in ("objective", "beta", "beta_schedule", "optimizer", "lr_schedule")},
     )
+    if plain["init"] == "data":
+        module.vae.centre(datamodule.sets["train"][0].float().mean(0) / 255)
     settings = plain["trainer"]
     if not plain["data"]["validation_size"]:
         settings["limit_val_batches"] = 0
     settings.pop("matmul_precision")
     if mode := settings.pop("compile"):
-        # The objective, not the module: state-dict keys stay as they are.
-        module.objective = torch.compile(module.objective, mode=None if mode is True else mode)
+        module.compile_training(None if mode is True else mode)
     checkpoints: dict[str, Any] = {
         "dirpath": folder / "checkpoints",
         "enable_version_counter": False,
@@ -174,6 +176,7 @@ def quiet() -> None:
         logger.handlers.clear()
         logger.propagate = True
         logger.setLevel(logging.WARNING)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime is found"
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     # Batches come from memory by an index: there is no worker to add.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")

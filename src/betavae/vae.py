@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from betavae.errors import UserError
 from betavae.likelihoods import LIKELIHOODS
 from betavae.networks import NETWORKS
 
@@ -44,6 +45,16 @@ class VAE(nn.Module):
         self.encoder = make_encoder(image_shape, hidden_dims, latent_dim, activation)
         self.decoder = make_decoder(image_shape, hidden_dims, latent_dim, activation)
         self.likelihood: Any = LIKELIHOODS[likelihood]()
+
+    def centre(self, mean: Tensor) -> None:
+        """Start from the mean image `(C, H, W)` in [0, 1]: the encoder sees what differs from it, the decoder gives it.
+
+        Raises UserError if the networks have no `centre`.
+        """
+        if not (hasattr(self.encoder, "centre") and hasattr(self.decoder, "centre")):
+            raise UserError("init=data needs networks with a `centre` method, such as model.network=mlp")
+        self.encoder.centre(mean)  # type: ignore[operator]
+        self.decoder.centre(self.likelihood.params_of(mean))  # type: ignore[operator]
 
     def encode(self, x: Tensor) -> Posterior:
         """`(B, C, H, W)` in [0, 1] -> the posterior."""

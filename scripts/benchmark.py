@@ -1,0 +1,251 @@
+"""Seconds per epoch of the tutorial's training, side by side: `python scripts/benchmark.py [rounds=3 quality=false]`.
+
+reference: the tutorial's own loop, an item at a time through ToTensor. bare: the same net and batches as ours in a
+plain in-memory loop. train.py: the real command, logging and checkpoints on, in the trainer's presets. floor: the
+matrix products of an epoch alone. Each runs in a process of its own, in turn, so that a machine whose speed drifts
+treats all alike.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from betavae.cli import command
+
+REPO = Path(__file__).parents[1]
+IMAGES, BATCH, HIDDEN, LATENT, PIXELS = 60_000, 128, 400, 20, 784
+
+
+def reference(data_root: str, epochs: int) -> dict[str, Any]:
+    """The tutorial, line by line: DataLoader, ToTensor, sigmoid and BCE, plain Adam, `.item()` at each step."""
+    import torch
+    from torch import nn
+    from torchvision import datasets, transforms
+
+    class VAE(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc1, self.fc21, self.fc22 = nn.Linear(784, 400), nn.Linear(400, 20), nn.Linear(400, 20)
+            self.fc3, self.fc4 = nn.Linear(20, 400), nn.Linear(400, 784)
+
+        def forward(self, x):
+            h1 = torch.relu(self.fc1(x.view(-1, 784)))
+            mu, logvar = self.fc21(h1), self.fc22(h1)
+            z = mu + torch.randn_like(mu) * torch.exp(0.5 * logvar)
+            return torch.sigmoid(self.fc4(torch.relu(self.fc3(z)))), mu, logvar
+
+    def loss_function(recon_x, x, mu, logvar):
+        bce = nn.functional.binary_cross_entropy(recon_x, x.view(-1, 784), reduction="sum")
+        return bce - 0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp())
+
+    torch.manual_seed(0)
+    train, test = (datasets.MNIST(data_root, train=t, transform=transforms.ToTensor()) for t in (True, False))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = VAE().to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    seconds = []
+    for _ in range(epochs):
+        started = time.perf_counter()
+        total = 0.0
+        for x, _ in torch.utils.data.DataLoader(train, batch_size=BATCH, shuffle=True):
+            x = x.to(device)
+            optimizer.zero_grad()
+            loss = loss_function(x=x, **dict(zip(("recon_x", "mu", "logvar"), model(x), strict=True)))
+            loss.backward()
+            total += loss.item()
+            optimizer.step()
+        seconds.append(time.perf_counter() - started)
+    x = (test.data.float() / 255).to(device)
+    with torch.no_grad():
+        recon_x, mu, logvar = model(x)
+        neg_elbo = loss_function(recon_x, x, mu, logvar).item() / len(x)
+    return {"epoch_seconds": seconds, "neg_elbo": neg_elbo}
+
+
+def bare(data_root: str, epochs: int) -> dict[str, Any]:
+    """Our net, objective and batches in a plain loop, with the default preset's settings."""
+    import torch
+
+    from betavae.data import Batches, mnist
+    from betavae.objectives import elbo
+    from betavae.vae import VAE
+
+    torch.set_float32_matmul_precision("medium")
+    torch.manual_seed(0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    images, labels = (part.to(device) for part in mnist(Path(data_root), True))
+    vae = VAE("mlp", [HIDDEN], LATENT, "relu", "bernoulli", [1, 28, 28]).to(device)
+    optimizer = torch.optim.Adam(vae.parameters(), lr=1e-3, fused=True)
+    seconds = []
+    for epoch in range(epochs):
+        started = time.perf_counter()
+        total = torch.zeros((), device=device)
+        for x, _ in Batches(images, labels, BATCH, epoch=partial(int, epoch)):
+            loss = elbo(vae, x, torch.randn(1, len(x), LATENT, device=device), 1.0).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.detach()
+        total.item()
+        seconds.append(time.perf_counter() - started)
+    return {"epoch_seconds": seconds}
+
+
+def floor(data_root: str, epochs: int) -> dict[str, Any]:
+    """The 11 matrix products of a training step (forward, and backward to weights and to inputs), nothing else."""
+    import torch
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def epoch(dtype: torch.dtype) -> float:
+        layers = [(PIXELS, HIDDEN), (HIDDEN, 2 * LATENT), (LATENT, HIDDEN), (HIDDEN, PIXELS)]
+        pairs = []
+        for number, (n_in, n_out) in enumerate(layers):
+            x, w, g = (
+                torch.randn(shape, device=device, dtype=dtype)
+                for shape in ((BATCH, n_in), (n_out, n_in), (BATCH, n_out))
+            )
+            pairs += [(x, w.T), (g.T, x)] + ([(g, w)] if number else [])
+        started = time.perf_counter()
+        for _ in range(IMAGES // BATCH + 1):
+            for left, right in pairs:
+                left @ right
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    epoch(torch.bfloat16)
+    seconds = {"float32": epoch(torch.float32), "bfloat16": epoch(torch.bfloat16)}
+    torch.set_float32_matmul_precision("medium")
+    return seconds | {"medium": epoch(torch.float32)}
+
+
+def measured(arguments: list[str], folder: Path) -> tuple[str, float, float]:
+    """Standard output, seconds from start to exit, and peak memory in GB of `python ARGUMENTS` in `folder`."""
+    started = time.perf_counter()
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen([sys.executable, *arguments], stdout=output, stderr=subprocess.STDOUT, cwd=folder)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - started
+        output.seek(0)
+        text = output.read()
+    if status:
+        raise RuntimeError(f"{' '.join(arguments)} failed:\n{text}")
+    return text, seconds, usage.ru_maxrss / 1e6
+
+
+def part(name: str, cfg: DictConfig, folder: Path, epochs: int) -> dict[str, Any]:
+    script = str(Path(__file__).resolve())
+    root = Path(cfg.data_root).absolute()
+    text, seconds, memory = measured([script, f"only={name}", f"epochs={epochs}", f"data_root='{root}'"], folder)
+    return json.loads(text.splitlines()[-1]) | {"process_seconds": seconds, "memory_gb": memory}
+
+
+def train(overrides: list[str], cfg: DictConfig, folder: Path) -> dict[str, Any]:
+    run = folder / f"run_{time.time_ns()}"
+    root = Path(cfg.data_root).absolute()
+    arguments = [str(REPO / "train.py"), *overrides, f"data.root='{root}'", f"hydra.run.dir='{run}'"]
+    _, seconds, memory = measured(arguments, folder)
+    return json.loads((run / "metrics.json").read_text()) | {"process_seconds": seconds, "memory_gb": memory}
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+@command("benchmark")
+def main(cfg: DictConfig) -> None:
+    from betavae.rules import check
+
+    check(cfg)
+    if cfg.only is not None:
+        loop = {"reference": reference, "bare": bare, "floor": floor}[cfg.only]
+        print(json.dumps(loop(cfg.data_root, cfg.epochs)))
+        return
+
+    from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+
+    from betavae.data import mnist
+    from betavae.figures import new_figure, save_figure, writing
+
+    mnist(Path(cfg.data_root), True)
+    warm = slice(1 if cfg.epochs > 1 else 0, None)
+    results: dict[str, list[Any]] = {}
+    steps = 3 + len(cfg.presets) + 2 * cfg.quality
+    bar = Tqdm(total=cfg.rounds * steps, desc="benchmark", file=sys.stderr)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+
+        def note(name: str, result: dict[str, Any]) -> None:
+            results.setdefault(name, []).append(result)
+            bar.update()
+
+        for _ in range(cfg.rounds):
+            note("floor", part("floor", cfg, folder, 1))
+            note("reference", part("reference", cfg, folder, cfg.epochs))
+            note("bare", part("bare", cfg, folder, cfg.epochs))
+            for preset in cfg.presets:
+                overrides = ["experiment=tutorial", f"trainer={preset}", f"trainer.max_epochs={cfg.epochs}"]
+                note(f"train.py trainer={preset}", train(overrides, cfg, folder))
+            if cfg.quality:
+                note("reference, 10 epochs", part("reference", cfg, folder, 10))
+                note("speedrun", train(["experiment=speedrun"], cfg, folder))
+    bar.close()
+
+    loops = ["reference", "bare", *(f"train.py trainer={preset}" for preset in cfg.presets)]
+    epoch = {name: [statistics.median(r["epoch_seconds"][warm]) for r in results[name]] for name in loops}
+    print(f"seconds per epoch of {IMAGES:,} images: median (range) of {cfg.rounds} rounds; ratios are within a round\n")
+    print(f"{'':28}{'seconds per epoch':24}{'images/s':>9}   {'times faster':22}{'of floor':>9}{'peak GB':>9}")
+    for name in loops:
+        ratios = [a / b for a, b in zip(epoch["reference"], epoch[name], strict=True)]
+        key = "bfloat16" if name.endswith("fast") else "float32" if name == "reference" else "medium"
+        share = statistics.median(f[key] / s for f, s in zip(results["floor"], epoch[name], strict=True))
+        memory = max(result["memory_gb"] for result in results[name])
+        rate = IMAGES / statistics.median(epoch[name])
+        print(f"{name:28}{spread(epoch[name]):24}{rate:9,.0f}   {spread(ratios):22}{share:9.0%}{memory:9.2f}")
+    for key in ("float32", "medium", "bfloat16"):
+        print(f"{'matrix products, ' + key:28}{spread([result[key] for result in results['floor']])}")
+    if "train.py trainer=default" in epoch:
+        pairs = zip(epoch["train.py trainer=default"], epoch["bare"], strict=True)
+        print(f"\nour default over the bare loop: {spread([a / b for a, b in pairs])}")
+    if cfg.quality:
+        slow, quick = results["reference, 10 epochs"], results["speedrun"]
+        fits = [sum(a["epoch_seconds"]) / sum(b["epoch_seconds"]) for a, b in zip(slow, quick, strict=True)]
+        processes = [a["process_seconds"] / b["process_seconds"] for a, b in zip(slow, quick, strict=True)]
+        print("\nto the tutorial's result after 10 epochs, reference against experiment=speedrun")
+        quality = [r["neg_elbo"] for r in slow], [r["test"]["neg_elbo"] for r in quick]
+        print(f"  test neg. ELBO     {spread(quality[0])}, {spread(quality[1])}")
+        print(
+            f"  training seconds   {spread([sum(r['epoch_seconds']) for r in slow])}, "
+            f"{spread([sum(r['epoch_seconds']) for r in quick])}: {spread(fits)} times sooner"
+        )
+        print(
+            f"  whole process      {spread([r['process_seconds'] for r in slow])}, "
+            f"{spread([r['process_seconds'] for r in quick])}: {spread(processes)} times sooner"
+        )
+
+    with writing(Path(cfg.out).with_suffix(".json")) as path:
+        path.write_text(json.dumps(results, indent=1) + "\n")
+    figure = new_figure(7, 0.5 * len(loops) + 1)
+    axes = figure.add_subplot()
+    axes.barh(loops[::-1], [statistics.median(epoch[name]) for name in loops[::-1]], color="tab:blue")
+    for name, style in (("float32", "-"), ("bfloat16", "--")):
+        products = statistics.median(result[name] for result in results["floor"])
+        axes.axvline(products, color="black", linewidth=1, linestyle=style, label=f"matrix products, {name}")
+    axes.set_xlabel(f"seconds per epoch of {IMAGES:,} images")
+    axes.legend(fontsize=8)
+    save_figure(figure, cfg.out)
+    print(f"\nfigure in {cfg.out}, numbers in {Path(cfg.out).with_suffix('.json')}")
+
+
+if __name__ == "__main__":
+    main()

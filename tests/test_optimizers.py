@@ -1,0 +1,98 @@
+import pytest
+import torch
+from torch import nn
+
+from betavae.errors import UserError
+from betavae.likelihoods import LIKELIHOODS
+from betavae.objectives import elbo
+from betavae.optimizers import POLYNOMIALS, MuonAdam, orthogonalize
+from betavae.vae import VAE
+from tests.conftest import MODEL
+
+SETTINGS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.0, "vector_lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8}
+
+
+@pytest.mark.parametrize("shape", [(30, 80), (80, 30), (40, 40)])
+def test_orthogonalize_applies_its_polynomials_to_the_singular_values(shape):
+    u, s, vt = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    value = s / (s**4).sum() ** 0.25
+    for a, b, c in POLYNOMIALS:
+        value = a * value + b * value**3 + c * value**5
+    result = u.T @ orthogonalize(u @ torch.diag(1e-4 * s) @ vt) @ vt.T  # at any scale of the gradient
+    assert (result.diagonal() - value).abs().max() < 0.1  # in bfloat16
+    assert (result - torch.diag(result.diagonal())).abs().max() < 0.02
+
+
+def test_vectors_get_adam_and_matrices_steps_of_spectral_norm_lr():
+    layer = nn.Linear(50, 20)
+    start, bias = layer.weight.detach().clone(), nn.Parameter(layer.bias.detach().clone())
+    ours = MuonAdam(layer.parameters(), **SETTINGS)
+    adam = torch.optim.Adam([bias], lr=1e-3, betas=(0.9, 0.99))
+    for _ in range(3):
+        x = torch.randn(64, 50)
+        ours.zero_grad()
+        (layer(x) ** 2).sum().backward()
+        bias.grad = layer.bias.grad.clone()
+        before = layer.weight.detach().clone()
+        ours.step()
+        adam.step()
+        torch.testing.assert_close(layer.bias, bias)
+        assert 0.05 < torch.linalg.matrix_norm(layer.weight - before, 2) < 0.2
+    assert not torch.equal(start, layer.weight)
+
+
+def test_its_state_survives_a_checkpoint(tmp_path):
+    def net_and_optimizer():
+        torch.manual_seed(1)
+        net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 3))
+        return net, MuonAdam(net.parameters(), **SETTINGS)
+
+    def step(net, optimizer, seed):
+        optimizer.zero_grad()
+        (net(torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(seed))) ** 2).mean().backward()
+        optimizer.step()
+
+    whole, split, again = (net_and_optimizer() for _ in range(3))
+    for seed in range(4):
+        step(*whole, seed)
+    for seed in range(2):
+        step(*split, seed)
+    torch.save([part.state_dict() for part in split], tmp_path / "state.pt")
+    for part, state in zip(again, torch.load(tmp_path / "state.pt", weights_only=True), strict=True):
+        part.load_state_dict(state)
+    for seed in (2, 3):
+        step(*again, seed)
+    assert all(map(torch.equal, again[0].parameters(), whole[0].parameters()))
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+def test_init_data_starts_at_the_mean_image(likelihood):
+    x = torch.rand(64, 1, 28, 28) * torch.rand(28, 28)
+    vae = VAE(**MODEL | {"likelihood": likelihood})
+    plain = vae.encoder[1](x.flatten(1))
+    vae.centre(x.mean(0))
+    centred = plain.mean(0) - vae.encoder[1].weight @ x.mean(0).flatten()
+    torch.testing.assert_close(vae.encoder[1](x.flatten(1)).mean(0), centred, rtol=1e-4, atol=1e-5)
+    vae.decoder[0].weight.data.zero_(), vae.decoder[0].bias.data.fill_(-1)  # a dead hidden layer leaves the bias alone
+    if likelihood != "continuous_bernoulli":
+        torch.testing.assert_close(vae.sample(1)[0], x.mean(0).clamp(1e-3, 1 - 1e-3), rtol=1e-3, atol=2e-3)
+    with pytest.raises(UserError, match="init=data"):
+        VAE(**MODEL | {"network": "conv"}).centre(x.mean(0))
+
+
+def test_a_compiled_training_step_computes_the_same(data_root):
+    from betavae.module import VAEModule
+    from tests.conftest import MODULE
+
+    module = VAEModule(**MODULE)
+    x, noise = torch.rand(8, 1, 28, 28), torch.randn(1, 8, 20)
+    loss, sums = module._loss_and_sums(x, noise, 2.0)
+    expected = torch.autograd.grad(loss, list(module.parameters()))
+    keys = list(module.state_dict())
+    module.compile_training(None)
+    compiled, compiled_sums = module._loss_and_sums(x, noise, 2.0)
+    torch.testing.assert_close(compiled, elbo(module.vae, x, noise, 2.0).loss)
+    torch.testing.assert_close(compiled_sums, sums)
+    for ours, plain in zip(torch.autograd.grad(compiled, list(module.parameters())), expected, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
+    assert list(module.state_dict()) == keys
