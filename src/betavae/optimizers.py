@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-# Odd polynomials a x + b x^3 + c x^5, applied in turn to a matrix's singular values: two of the sequence of Amsel et al.
+# Odd polynomials a x + b x^3 + c x^5, applied in turn to the singular values: two of the sequence of Amsel et al.
 # 2025 ("Polar Express"). They bring every value from 0.05 up to between 0.18 and 1.9. That is coarse; but in training,
 # five steps of the usual kind were no better, and cost more than twice as much.
 POLYNOMIALS = ((4.1070591, -2.9478499, 0.5448431), (3.9486909, -2.9089021, 0.5518191))
