@@ -96,7 +96,7 @@ class VAEModule(L.LightningModule):
         x = batch[0]
         noise = torch.randn(self.k, len(x), self.vae.latent_dim, device=x.device)
         loss, sums = self._loss_and_sums(x, noise, self.current_beta())
-        self.interval = sums if not self.interval_images else self.interval + sums
+        self.interval = self.interval + sums
         self.interval_images += len(x)
         return loss
 
@@ -107,7 +107,8 @@ class VAEModule(L.LightningModule):
     def _log_interval(self) -> None:
         sums = self.trainer.strategy.reduce(self.interval, reduce_op="sum").cpu().double()
         images = self.interval_images * self.trainer.world_size
-        self.epoch, self.epoch_images, self.interval_images = self.epoch + sums, self.epoch_images + images, 0
+        self.epoch, self.epoch_images = self.epoch + sums, self.epoch_images + images
+        self.interval, self.interval_images = torch.zeros_like(self.interval), 0
         self.train_means = means(sums, images)
         if self.logger is not None:
             scalars = {f"train/{name}": value for name, value in self.train_means.items()}
