@@ -70,16 +70,20 @@ class Pictures(Callback):
 
     @torch.no_grad()
     def embed(self, trainer: L.Trainer, module: VAEModule) -> None:
-        """The posterior means of 2,000 test images for the projector, coloured by label."""
+        """The posterior means of 2,000 test images for the projector, each drawn in the colour of its label."""
+        import matplotlib
+
         images, labels = (t[:2000].to(module.device) for t in trainer.datamodule.sets["test"])  # type: ignore[attr-defined]
         x = images.float() / 255
         means = module.vae.encode(x).mean.cpu()
+        colours = torch.tensor(matplotlib.colormaps["tab10"].colors)[labels.cpu() % 10]  # type: ignore[attr-defined]
+        tiles = 1 - x.mean(1, keepdim=True).cpu() * (1 - colours.view(-1, 3, 1, 1))  # coloured strokes on white
         # The projector shows nothing for fewer than three columns.
         means = torch.nn.functional.pad(means, (0, max(0, 3 - means.shape[1])))
         trainer.logger.experiment.add_embedding(  # type: ignore[union-attr]
             means,
             metadata=labels.tolist(),
-            label_img=x.cpu(),
+            label_img=tiles,
             global_step=module.global_step,
             tag="posterior_means",
         )
