@@ -114,6 +114,9 @@ class EpochLines(Callback):
     def __init__(self) -> None:
         self.seconds: list[float] = []
 
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.started = time.perf_counter()  # also of an epoch that a resumed run goes on with in its middle
+
     def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.started = time.perf_counter()
 

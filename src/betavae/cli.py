@@ -1,6 +1,8 @@
 """The way from a command line to a function: Hydra, with errors said in one sentence."""
 
+import contextlib
 import difflib
+import errno
 import functools
 import os
 import re
@@ -16,6 +18,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from betavae.errors import UserError
 
+# What a machine refuses, as opposed to what we got wrong.
+ENVIRONMENT = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG)
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
@@ -25,20 +29,29 @@ def safe_name(text: Any) -> str:
     return name if len(name) <= 120 else name[:120].rstrip(",_")
 
 
+made: list[Path] = []  # by `run_dir` above the run folder, the innermost first
+
+
 @functools.cache  # Hydra asks more than once; a process has one run folder
 def run_dir(resume: str | None, wanted: str) -> str:
     """`resume`, or `wanted`, or where that is taken `wanted` with a number, made here so that no other run gets it."""
     if resume is not None:
+        if not Path(resume).is_dir():
+            raise UserError(f"resume: {resume} is not a run folder (there is no such folder)")
         return resume
     parent, number = Path(wanted).parent, 1
-    parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        path = Path(wanted if number == 1 else f"{wanted}_{number}")
-        try:
-            path.mkdir()
-            return str(path)
-        except FileExistsError:
-            number += 1
+    try:
+        made.extend(path for path in (parent, *parent.parents) if not path.exists())
+        parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            path = Path(wanted if number == 1 else f"{wanted}_{number}")
+            try:
+                path.mkdir()
+                return str(path)
+            except FileExistsError:
+                number += 1
+    except OSError as error:
+        raise UserError(f"runs: cannot make a folder in {parent} ({error.strerror})") from error
 
 
 OmegaConf.register_new_resolver("run_dir", run_dir)
@@ -50,9 +63,11 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
 
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
         failures: list[Exception] = []
+        begun: list[bool] = []
 
         @functools.wraps(task)
         def guarded(cfg: DictConfig) -> Any:
+            begun.append(True)
             try:
                 return task(cfg)
             except Exception as error:
@@ -67,6 +82,8 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
             debug = any(re.fullmatch(r"\+{0,2}debug=(true|1|yes|on)", arg, re.IGNORECASE) for arg in sys.argv[1:])
             # Hydra then hands its errors on, instead of printing them its own way.
             os.environ["HYDRA_FULL_ERROR"] = "1"
+            failures.clear()
+            begun.clear()
             try:
                 hydra_main()
                 if failures:
@@ -74,7 +91,7 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
             except KeyboardInterrupt:
                 sys.exit(130)
             except Exception as error:
-                if debug or not (sentence := explain(error)):
+                if debug or not (sentence := explain(error, composing=not begun)):
                     raise
                 print(f"error: {sentence}", file=sys.stderr)
                 sys.exit(1)
@@ -88,20 +105,28 @@ def remove_empty_run_dir() -> None:
     path = Path(HydraConfig.get().runtime.output_dir)
     if path.is_dir() and path.resolve() != Path.cwd() and not any(path.iterdir()):
         path.rmdir()
+        for parent in made:
+            with contextlib.suppress(OSError):  # it holds something by now
+                parent.rmdir()
 
 
-def explain(error: BaseException) -> str | None:
-    """One sentence for the person who typed the command, or None for a bug of ours."""
-    from hydra.errors import HydraException
+def explain(error: BaseException, composing: bool = False) -> str | None:
+    """One sentence for the person who typed the command, or None for a bug of ours. While the config is composed there
+    is nothing of ours to fail."""
+    from hydra.errors import HydraException, OverrideParseException
     from omegaconf.errors import OmegaConfBaseException
 
-    if isinstance(error, UserError):
-        return str(error)
-    if not isinstance(error, (HydraException, OmegaConfBaseException)):
+    if isinstance(error, OSError) and error.errno in ENVIRONMENT:
+        return f"{error.filename or 'a file'}: {error.strerror}"
+    if isinstance(error, OverrideParseException):
+        return f"{error.override} cannot be read as key=value; put quotes around values with special characters"
+    if not composing and not isinstance(error, (UserError, HydraException, OmegaConfBaseException)):
         return None
     cause: BaseException | None = error
     messages = []
     while cause is not None:
+        if isinstance(cause, UserError):
+            return str(cause)
         messages.append(str(cause))
         cause = cause.__cause__ or cause.__context__
     text = "\n".join(messages)
@@ -111,12 +136,12 @@ def explain(error: BaseException) -> str | None:
         folder = CONFIGS / match[1]
         options = sorted(path.stem for path in folder.glob("*.yaml"))
         return f"{match[1]}={match[2]} is not one of its options: {', '.join(options)}"
-    return messages[0].splitlines()[0]
+    return (messages[0].splitlines() or [type(error).__name__])[0]
 
 
 def all_keys() -> list[str]:
     """Every dotted key of the default configs."""
-    keys = []
+    keys = [path.name for path in CONFIGS.iterdir() if path.is_dir()]
     for path in CONFIGS.rglob("*.yaml"):
         prefix = [] if path.parent == CONFIGS else [path.parent.name]
         stack = [(prefix, OmegaConf.load(path))]

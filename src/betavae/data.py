@@ -26,6 +26,7 @@ MNIST_MD5 = {
     "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
     "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
 }
+LARGEST_FILE = 47_040_016  # bytes; nothing of MNIST unpacks to more
 # One validation split and one binarised test set for everybody, whatever the seed of the run.
 SPLIT_SEED = 0
 BINARIZE_SEED = 0
@@ -34,19 +35,31 @@ BINARIZE_SEED = 0
 def mnist(root: Path, train: bool) -> tuple[Tensor, Tensor]:
     """MNIST from the files inside this package, unpacked once into `root` and compared with their MD5 sums."""
     raw = root / "MNIST" / "raw"
-    raw.mkdir(parents=True, exist_ok=True)
     for name, md5 in MNIST_MD5.items():
         path = raw / name
         if not path.exists():
             packed = resources.files("betavae") / "mnist_files" / f"{name}.xz"
-            # Written beside and renamed, so that two first runs at once both find whole files.
-            with tempfile.NamedTemporaryFile(dir=raw, prefix=name, delete=False) as file:
-                file.write(lzma.decompress(packed.read_bytes()))
-            os.replace(file.name, path)
+            content = lzma.LZMADecompressor().decompress(packed.read_bytes(), max_length=LARGEST_FILE)
+            write_beside(path, content)
         if hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest() != md5:
             raise UserError(f"{path} is not MNIST's file (its MD5 sum is wrong); delete it and it is unpacked anew")
     data = datasets.MNIST(str(root), train=train)
     return data.data.unsqueeze(1), data.targets
+
+
+def write_beside(path: Path, content: bytes) -> None:
+    """Written beside and renamed, so that two first runs at once both find whole files."""
+    part = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
+            part = Path(file.name)
+            file.write(content)
+        os.replace(part, path)
+    except OSError as error:
+        if part:
+            part.unlink(missing_ok=True)
+        raise UserError(f"data.root: cannot write {path} ({error.strerror}); name another folder") from error
 
 
 def download(cls: type[datasets.MNIST], root: Path, train: bool) -> tuple[Tensor, Tensor]:
@@ -54,12 +67,17 @@ def download(cls: type[datasets.MNIST], root: Path, train: bool) -> tuple[Tensor
     raw = root / cls.__name__ / "raw"
     try:
         data = cls(str(root), train=train, download=True)
+    except (AssertionError, ValueError) as error:
+        raise UserError(f"{raw} holds files that are not {cls.__name__}'s, or damaged; delete them") from error
     except Exception as error:
         files = ", ".join(MNIST_MD5)
         raise UserError(
             f"{cls.__name__} is not in {raw} and could not be downloaded ({type(error).__name__}); "
             f"with no network, put its unpacked files there: {files}"
         ) from error
+    size = 60_000 if train else 10_000
+    if data.data.shape != (size, 28, 28) or data.targets.shape != (size,) or data.targets.max() > 9:
+        raise UserError(f"{raw} holds files that are not {cls.__name__}'s (the shape is wrong); delete them")
     return data.data.unsqueeze(1), data.targets
 
 
@@ -154,6 +172,11 @@ class MNISTDataModule(L.LightningDataModule):
         if self.sets:
             return
         images, labels = DATASETS[self.dataset](self.root, True)
+        if self.batch_size > len(images) - self.validation_size > 0:
+            raise UserError(
+                f"data.batch_size={self.batch_size} cannot be: {len(images) - self.validation_size} images are left to "
+                "train on"
+            )
         if self.validation_size >= len(images):
             raise UserError(
                 f"data.validation_size={self.validation_size} leaves nothing to train on: {self.dataset} has "
@@ -204,7 +227,10 @@ def test_set(settings: dict[str, Any], root: str | None = None) -> tuple[Tensor,
     """Test images `(N, C, H, W)` in [0, 1] and labels, as a model trained with these data settings sees them."""
     if not settings:
         raise UserError("this checkpoint does not say which data it was trained on, so it has no test images")
-    datamodule = MNISTDataModule(**(settings | ({"root": root} if root else {})))
+    # A checkpoint may say where data are, but not where to put them.
+    if root is None:
+        root = settings["root"] if Path(settings["root"]).expanduser().is_dir() else "data"
+    datamodule = MNISTDataModule(**(settings | {"root": root}))
     datamodule.setup()
     images, labels = datamodule.sets["test"]
     return images.float() / 255, labels

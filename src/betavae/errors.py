@@ -1,5 +1,17 @@
-"""The one exception whose message is meant for the person at the terminal."""
+"""The exceptions whose message is meant for the person at the terminal."""
 
 
 class UserError(Exception):
     """Something the user can put right. The message is one sentence: the key or file, what is wrong, what is right."""
+
+
+class Diverged(UserError):
+    """The training left the finite numbers. `last` holds the last finite means, if there were any."""
+
+    def __init__(self, what: str, last: dict[str, float]):
+        if last:
+            what += " (the last finite loss was {loss:.4g}, recon {recon:.4g}, KL {kl:.4g})".format(**last)
+        super().__init__(
+            f"training diverged: {what}; try a smaller optimizer.lr, trainer.gradient_clip_val=1, a warm-up "
+            "(lr_schedule.warmup=0.05) or trainer.precision=32-true"
+        )

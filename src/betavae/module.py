@@ -6,7 +6,8 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from betavae.errors import UserError
+from betavae.checkpoint import FORMAT
+from betavae.errors import Diverged, UserError
 from betavae.objectives import BETA_SCHEDULES, OBJECTIVES, Terms, lr_factor
 from betavae.optimizers import optimizer_class
 from betavae.vae import VAE
@@ -41,9 +42,11 @@ class VAEModule(L.LightningModule):
         schedule = dict(beta_schedule)
         self.beta, self.beta_factor, self.beta_settings = beta, BETA_SCHEDULES[schedule.pop("name")], schedule
         self.total_steps = 0.0
-        # Sums over images since the last log line and since the epoch began: loss, recon, kl. Kept on the device, read
-        # once per interval, because reading (or `self.log`) at every step would cost a third of the epoch.
-        self.interval, self.interval_images = torch.zeros(3), 0
+        # Sums over the images of each batch since the last log line, and of all since the epoch began: loss, recon, kl.
+        # Kept on the device, read once per interval: reading (or `self.log`) at every step would cost a third of the
+        # epoch.
+        self.interval: list[Tensor] = []
+        self.interval_images: list[int] = []
         self.epoch, self.epoch_images = torch.zeros(3, dtype=torch.float64), 0
         self.train_means: dict[str, float] = {}
         self.kl_per_dimension = torch.zeros(0)
@@ -96,8 +99,8 @@ class VAEModule(L.LightningModule):
         x = batch[0]
         noise = torch.randn(self.k, len(x), self.vae.latent_dim, device=x.device)
         loss, sums = self._loss_and_sums(x, noise, self.current_beta())
-        self.interval = self.interval + sums
-        self.interval_images += len(x)
+        self.interval.append(sums.clone())  # the next replay of a CUDA graph would write over it
+        self.interval_images.append(len(x))
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -105,16 +108,29 @@ class VAEModule(L.LightningModule):
             self._log_interval()
 
     def _log_interval(self) -> None:
-        sums = self.trainer.strategy.reduce(self.interval, reduce_op="sum").cpu().double()
-        images = self.interval_images * self.trainer.world_size
+        batches = self.trainer.strategy.reduce(torch.stack(self.interval), reduce_op="sum").cpu().double()
+        self._stop_if_diverged(batches)
+        sums, images = batches.sum(0), sum(self.interval_images) * self.trainer.world_size
         self.epoch, self.epoch_images = self.epoch + sums, self.epoch_images + images
-        self.interval, self.interval_images = torch.zeros_like(self.interval), 0
+        self.interval, self.interval_images = [], []
         self.train_means = means(sums, images)
         if self.logger is not None:
             scalars = {f"train/{name}": value for name, value in self.train_means.items()}
             rate = self.trainer.optimizers[0].param_groups[0]["lr"]
             scalars |= {"train/beta": self.current_beta(), "train/learning_rate": rate}
             self.logger.log_metrics(scalars, self.global_step)
+
+    def _stop_if_diverged(self, batches: Tensor) -> None:
+        """Raises Diverged for the first of these sums `(batches, 3)` that is not finite."""
+        finite = batches.isfinite().all(1).tolist()
+        if all(finite):
+            return
+        first = finite.index(False)
+        step = self.global_step - (len(finite) - 1 - first) // self.trainer.accumulate_grad_batches
+        last = self.train_means
+        if first:
+            last = means(batches[first - 1], self.interval_images[first - 1] * self.trainer.world_size)
+        raise Diverged(f"the loss of step {step} is not finite", last)
 
     def epoch_means(self) -> dict[str, float]:
         """Training loss, recon, kl and neg_elbo, averaged over the epoch's images so far."""
@@ -171,29 +187,38 @@ class VAEModule(L.LightningModule):
             self.logger.log_metrics(scalars, self.global_step)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        interval = torch.stack(self.interval).cpu() if self.interval else torch.zeros(0, 3)
+        self._stop_if_diverged(interval)
+        if not torch.stack([p.isfinite().all() for p in self.parameters()]).all():
+            raise Diverged(f"the weights after step {self.global_step} are not finite", self.train_means)
+        checkpoint["betavae_format"] = FORMAT
         # One state of the random numbers per process, and the sums of the epoch under way: what makes a resumed run
         # equal to one that was never interrupted.
         states = self.trainer.strategy.all_gather(torch.get_rng_state().to(self.device))
         checkpoint["random_state"] = states.view(self.trainer.world_size, -1).cpu()
         if self.device.type == "cuda":
             checkpoint["cuda_random_state"] = torch.cuda.get_rng_state(self.device)
-        checkpoint["running_sums"] = [self.interval.cpu(), self.interval_images, self.epoch, self.epoch_images]
+        checkpoint["running_sums"] = [interval, self.interval_images, self.epoch, self.epoch_images]
+        checkpoint["batches"] = self.trainer.train_dataloader.state_dict()  # type: ignore[union-attr]
+        checkpoint["kl_per_dimension"] = self.kl_per_dimension.cpu()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.restored = checkpoint
 
     def on_train_start(self) -> None:
-        self.interval = self.interval.to(self.device)
         checkpoint = self.__dict__.pop("restored", None)
         if checkpoint is None:
             return
+        # Lightning does not, once `estimated_stepping_batches` has asked for the loader.
+        self.trainer.train_dataloader.load_state_dict(checkpoint["batches"])  # type: ignore[union-attr]
         states = checkpoint["random_state"]
         if len(states) == self.trainer.world_size:
             torch.set_rng_state(states[self.trainer.global_rank])
         if "cuda_random_state" in checkpoint and self.device.type == "cuda":
-            torch.cuda.set_rng_state(checkpoint["cuda_random_state"], self.device)
+            torch.cuda.set_rng_state(checkpoint["cuda_random_state"].cpu(), self.device)
         interval, self.interval_images, self.epoch, self.epoch_images = checkpoint["running_sums"]
-        self.interval = interval.to(self.device)
+        self.interval = list(interval.to(self.device))
+        self.kl_per_dimension = checkpoint["kl_per_dimension"].to(self.device)
 
 
 def means(sums: Tensor, images: int) -> dict[str, float]:

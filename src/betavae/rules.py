@@ -1,7 +1,9 @@
 """What a setting may be, said in one sentence before anything is built or written; and the settings of the scripts."""
 
 import difflib
+import inspect
 import math
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -39,7 +41,21 @@ def number(low: float, high: float = math.inf, above: bool = False) -> Rule:
 
 def one_of(names: Iterable[str]) -> Rule:
     names = list(names)
-    return Rule(lambda v: v in names, "one of " + ", ".join(names), names)
+    # The type too: True == 1.
+    return Rule(
+        lambda v: any(v == name and type(v) is type(name) for name in names),
+        "one of " + ", ".join(map(str, names)),
+        map(str, names),
+    )
+
+
+def list_of(rule: Rule) -> Rule:
+    words = f"a list, each of it {rule.words}"
+    return Rule(lambda v: isinstance(v, list) and bool(v) and all(rule.holds(item) for item in v), words)
+
+
+def matches(pattern: str, words: str) -> Rule:
+    return Rule(lambda v: isinstance(v, str) and re.fullmatch(pattern, v) is not None, words)
 
 
 def either(*rules: Rule) -> Rule:
@@ -85,3 +101,11 @@ def check(cfg: DictConfig, rules: dict[str, Rule] = SCRIPT_RULES) -> None:
             close = difflib.get_close_matches(str(value), rule.names, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
             raise UserError(f"{key}={value} cannot be: it must be {rule.words}{hint}")
+
+
+def check_arguments(group: str, function: Callable[..., Any], settings: dict[str, Any], *given: Any) -> None:
+    """Raises UserError when `function(*given, **settings)` would lack a setting or have one too many."""
+    try:
+        inspect.signature(function).bind(*given, **settings)
+    except TypeError as error:
+        raise UserError(f"{group}: the settings {', '.join(settings)} do not fit ({error})") from error

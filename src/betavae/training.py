@@ -1,9 +1,12 @@
 """The one recipe that turns a composed config into a finished run folder."""
 
+import contextlib
 import json
 import logging
+import math
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -17,16 +20,20 @@ import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
 from betavae import figures
 from betavae.callbacks import Bar, Board, EpochLines, Pictures, SafeCheckpointIO
 from betavae.data import MNISTDataModule
-from betavae.errors import UserError
+from betavae.errors import Diverged, UserError
 from betavae.module import VAEModule
-from betavae.rules import check
-from betavae.settings import RULES
+from betavae.objectives import lr_factor
+from betavae.resuming import GracefulStop, Patience, RunCheckpoint, reopen, rewind
+from betavae.rules import check_arguments
+from betavae.settings import check_settings
+from betavae.vae import VAE
 
 log = logging.getLogger(__name__)
 
@@ -39,21 +46,33 @@ def train(cfg: DictConfig) -> float:
     hydra_cfg = HydraConfig.get()
     folder = Path(os.path.relpath(hydra_cfg.runtime.output_dir))
     overrides = list(hydra_cfg.overrides.task)
-    if cfg.resume is not None:
-        cfg = resumed(Path(cfg.resume), overrides)
+    checkpoints = folder / "checkpoints"
+    resume, state = cfg.resume is not None, None
+    if resume:
+        cfg, state = reopen(folder, overrides)
+        if (done := finished(folder)) and len(overrides) == 1:
+            log.info("%s is finished; to train it longer: resume=%s trainer.max_epochs=N", folder, folder)
+            return done["test"]["neg_elbo"]
     elif (folder / "metrics.json").exists():
         raise UserError(f"{folder} already holds a run; go on with it by resume={folder}, or choose another folder")
-    check(cfg, RULES)
+    check_settings(cfg)
+    if state and cfg.trainer.max_epochs <= state["epoch"]:
+        raise UserError(
+            f"resume: trainer.max_epochs={cfg.trainer.max_epochs} is past: it is in epoch {state['epoch'] + 1}"
+        )
     # The seed comes before anything is built, so that it decides the first weight too.
     L.seed_everything(cfg.seed, verbose=False)
     torch.set_float32_matmul_precision(cfg.trainer.matmul_precision)
     quiet()
-    datamodule, module, trainer = build(cfg, folder)
+    datamodule, module, trainer = build(cfg, folder, state)
 
+    if resume:
+        rewind(folder, state)
     start_log(folder, console_lines=not isinstance(trainer.progress_bar_callback, Bar))
-    if cfg.resume is None:
-        OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
-        OmegaConf.save(OmegaConf.create(overrides), folder / "overrides.yaml")
+    if not resume:
+        write_whole(folder / "overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(overrides)))
+    # Also on resume: a run that is stopped again goes on with what this command changed.
+    write_whole(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.merge(cfg, {"resume": None}), resolve=True))
     record = {
         "status": "running",
         "seed": cfg.seed,
@@ -65,26 +84,41 @@ def train(cfg: DictConfig) -> float:
     }
     write_metrics(folder, record)
     started = time.perf_counter()
+    last, best = checkpoints / "last.ckpt", checkpoints / "best.ckpt"
     try:
-        last = folder / "checkpoints" / "last.ckpt"
-        trainer.fit(module, datamodule, ckpt_path=str(last) if cfg.resume is not None else None, weights_only=True)
+        trainer.fit(module, datamodule, ckpt_path=str(last) if state else None, weights_only=True)
         record |= {"epochs": trainer.current_epoch, "steps": trainer.global_step}
-        if trainer.interrupted:
-            raise KeyboardInterrupt
         fit_seconds = time.perf_counter() - started
-        best = folder / "checkpoints" / "best.ckpt"
         chosen = best if best.exists() else last
         trainer.test(module, datamodule, ckpt_path=str(chosen), weights_only=True, verbose=False)
         test = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("test/")}
+        if not all(math.isfinite(value) for value in test.values()):
+            raise Diverged(f"the test numbers of {chosen} are not finite", module.train_means)
+        scalars = {name.removeprefix("test/"): round(value, 4) for name, value in test.items()}
+        log_hyperparameters(trainer, cfg, scalars)
+        save_pictures(trainer, module, folder)
     except BaseException as error:
-        interrupted = isinstance(error, KeyboardInterrupt)
-        record |= {"status": "interrupted" if interrupted else "failed", "error": f"{type(error).__name__}: {error}"}
-        write_metrics(folder, record)
-        log.debug("%s", traceback.format_exc())
-        if interrupted:
-            log.info("interrupted; go on with\n  python train.py resume=%s", folder)
-        raise
-    scalars = {name.removeprefix("test/"): round(value, 4) for name, value in test.items()}
+        if isinstance(error, MisconfigurationException):
+            error = UserError(f"trainer: {first_sentence(error)}")
+        stopped = isinstance(error, KeyboardInterrupt | SystemExit)
+        status = "interrupted" if stopped else "diverged" if isinstance(error, Diverged) else "failed"
+        record |= {"status": status, "epochs": trainer.current_epoch, "steps": trainer.global_step}
+        if not stopped:
+            record["error"] = f"{type(error).__name__}: {error}"
+            log.debug("%s", traceback.format_exc())
+        never_began = isinstance(error, UserError) and not isinstance(error, Diverged) and not trainer.global_step
+        if never_began and not resume and hydra_cfg.mode == RunMode.RUN:
+            discard(folder)
+            raise error from None
+        with contextlib.suppress(OSError):  # of a full disk: the error that is under way says it
+            write_metrics(folder, record)
+        if stopped:
+            log.info("interrupted at step %d; go on with\n  python train.py resume=%s", trainer.global_step, folder)
+            asked = next(c.asked for c in trainer.callbacks if isinstance(c, GracefulStop))  # type: ignore[attr-defined]
+            sys.exit(128 + (asked or signal.SIGINT))
+        if last.exists():
+            log.info("the last good checkpoint is %s", last)
+        raise error
     record |= {
         "status": "finished",
         "checkpoint": str(chosen.relative_to(folder)),
@@ -96,22 +130,27 @@ def train(cfg: DictConfig) -> float:
     note = likelihood_note(cfg)
     if note:
         record["note"] = note
-    log_hyperparameters(trainer, cfg, scalars)
-    save_pictures(trainer, module, folder)
     write_metrics(folder, record)
     closing_lines(folder, scalars, note, fit_seconds, chosen, hydra_cfg.mode == RunMode.MULTIRUN)
     return scalars["neg_elbo"]
 
 
-def build(cfg: DictConfig, folder: Path) -> tuple[MNISTDataModule, VAEModule, L.Trainer]:
-    """The data, the module and the trainer of a config; only the data folder is touched."""
+def build(
+    cfg: DictConfig, folder: Path, state: dict[str, Any] | None = None
+) -> tuple[MNISTDataModule, VAEModule, L.Trainer]:
+    """The data, the module and the trainer of a config, to go on from `state`; only the data folder is touched."""
     plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    check_arguments("data", MNISTDataModule, plain["data"])
     datamodule = MNISTDataModule(**plain["data"])
     datamodule.setup()
+    check_arguments("model", VAE, plain["model"] | {"image_shape": datamodule.image_shape})
     module = VAEModule(
         model=plain["model"] | {"image_shape": datamodule.image_shape},
         **{key: plain[key] for key in ("objective", "beta", "beta_schedule", "optimizer", "lr_schedule")},
     )
+    check_arguments("objective", module.objective, module.objective_settings, "vae", "x", "noise", "beta")
+    check_arguments("beta_schedule", module.beta_factor, module.beta_settings, "step", "total_steps")
+    check_arguments("lr_schedule", lr_factor, plain["lr_schedule"], "step", "total_steps")
     if plain["init"] == "data":
         module.vae.centre(datamodule.sets["train"][0].float().mean(0) / 255)
     settings = plain["trainer"]
@@ -123,50 +162,68 @@ def build(cfg: DictConfig, folder: Path) -> tuple[MNISTDataModule, VAEModule, L.
     checkpoints: dict[str, Any] = {
         "dirpath": folder / "checkpoints",
         "enable_version_counter": False,
-        "save_on_train_epoch_end": True,
     }
     callbacks: list[Callback] = [
         Pictures(plain["callbacks"]["figures_every"]),
         EpochLines(),
-        ModelCheckpoint(filename="last", **checkpoints),
+        GracefulStop(folder / "checkpoints" / "last.ckpt"),
+        RunCheckpoint(filename="last", save_on_train_epoch_end=True, **checkpoints),
     ]
     if plain["data"]["validation_size"]:
-        callbacks.append(ModelCheckpoint(filename="best", monitor="val/neg_elbo", **checkpoints))
+        # Saved when it is validated, so before `last`, which remembers it.
+        best = RunCheckpoint(filename="best", monitor="val/neg_elbo", save_on_train_epoch_end=False, **checkpoints)
+        callbacks.append(best)
         if (patience := plain["callbacks"]["early_stopping_patience"]) is not None:
-            callbacks.append(EarlyStopping("val/neg_elbo", patience=patience, check_on_train_epoch_end=True))
+            callbacks.append(Patience("val/neg_elbo", patience=patience, check_on_train_epoch_end=False))
     if settings["enable_progress_bar"]:
         settings["enable_progress_bar"] = sys.stdout.isatty()
     if settings["enable_progress_bar"]:
         callbacks.append(Bar())
-    trainer = L.Trainer(
-        **settings,
-        callbacks=callbacks,
-        logger=Board(folder),
-        plugins=[SafeCheckpointIO()],
-        num_sanity_val_steps=0,
-        enable_model_summary=False,
-    )
+    settings |= {
+        "callbacks": callbacks,
+        "logger": Board(folder, purge_step=state["global_step"] + 1 if state else None),
+        "plugins": [SafeCheckpointIO()],
+        "num_sanity_val_steps": 0,
+        "enable_model_summary": False,
+    }
+    check_arguments("trainer", L.Trainer, settings)
+    try:
+        trainer = L.Trainer(**settings)
+    except (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError) as error:
+        raise UserError(f"trainer: {first_sentence(error)}") from error
+    if trainer.strategy.root_device.type == "cpu":
+        if cfg.trainer.precision.startswith("16"):
+            raise UserError(f"trainer.precision={cfg.trainer.precision} needs a GPU; on a CPU: 32-true or bf16-mixed")
+        if trainer.num_devices > (os.cpu_count() or 1):
+            raise UserError(f"trainer.devices={cfg.trainer.devices} cannot be: there are {os.cpu_count()} CPU cores")
+    # With max_steps, Lightning would count the epoch twice from whose end a run goes on.
+    trainer.fit_loop._iteration_based_training = lambda: False  # type: ignore[method-assign]
     return datamodule, module, trainer
 
 
-def resumed(folder: Path, overrides: list[str]) -> DictConfig:
-    """The config that the run in `folder` was started with, and over it the plain `key=value` of this command."""
-    if not (folder / "config.yaml").is_file():
-        raise UserError(f"resume: {folder} is not a run folder (it has no config.yaml)")
-    if not (folder / "checkpoints" / "last.ckpt").is_file():
-        raise UserError(f"resume: {folder} has no checkpoints/last.ckpt yet, so there is nothing to go on from")
-    cfg = OmegaConf.load(folder / "config.yaml")
-    assert isinstance(cfg, DictConfig)
-    OmegaConf.set_struct(cfg, True)
-    changes = [item for item in overrides if not item.startswith("resume=")]
-    for item in changes:
-        if isinstance(OmegaConf.select(cfg, item.split("=")[0]), DictConfig):
-            raise UserError(
-                f"resume: {item} swaps a whole group; only single settings (key=value) can change on resume"
-            )
-    cfg.merge_with_dotlist(changes)
-    cfg.resume = str(folder)
-    return cfg
+def first_sentence(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines or [type(error).__name__])[0].rstrip(".")
+
+
+def discard(folder: Path) -> None:
+    """Take back the files of a run that could not even begin; what else is in the folder stays."""
+    for handler in logging.getLogger().handlers:
+        handler.close()
+    for name in ("config.yaml", "overrides.yaml", "metrics.json", "train.log"):
+        (folder / name).unlink(missing_ok=True)
+    rewind(folder, None)
+    with contextlib.suppress(OSError):
+        (folder / "checkpoints").rmdir()
+
+
+def finished(folder: Path) -> dict[str, Any] | None:
+    """The record of a run that came to its end."""
+    try:
+        record = json.loads((folder / "metrics.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return record if record.get("status") == "finished" else None
 
 
 def quiet() -> None:
@@ -186,6 +243,7 @@ def quiet() -> None:
 
 def start_log(folder: Path, console_lines: bool) -> None:
     """Everything to `train.log` with the time; plain lines to the terminal, those of each epoch only if asked."""
+    logging.raiseExceptions = False  # a full disk must not print a traceback for each line
     root = logging.getLogger()
     for handler in root.handlers[:]:
         root.removeHandler(handler)
@@ -205,9 +263,18 @@ def start_log(folder: Path, console_lines: bool) -> None:
 
 
 def write_metrics(folder: Path, record: dict[str, Any]) -> None:
-    part = folder / "metrics.json.part"
-    part.write_text(json.dumps(record, indent=2) + "\n")
-    os.replace(part, folder / "metrics.json")
+    write_whole(folder / "metrics.json", json.dumps(record, indent=2) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    part = path.with_name(f"{path.name}.part")
+    try:
+        part.write_text(text)
+        os.replace(part, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
 
 
 def git_commit() -> str | None:

@@ -1,0 +1,340 @@
+"""Real mistakes: each gets one sentence that names the key or the file, and nothing is written or lost."""
+
+import hashlib
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from betavae import checkpoint, cli
+from betavae.data import DATASETS, mnist
+from betavae.errors import UserError
+from tests.conftest import REPO
+from tests.faults import TINY, main_of
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, data_root):
+    """A working folder with one finished run, `run`."""
+    folder = tmp_path_factory.mktemp("place")
+    (folder / "data").symlink_to(data_root)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert command(patch, "train.py", *TINY, "hydra.run.dir=run") == 0
+    return folder
+
+
+def command(patch: pytest.MonkeyPatch, script: str, *args: str) -> int | str | None:
+    """The exit code of `python SCRIPT ARGS`, in this process."""
+    patch.setattr(sys, "argv", [script, *args])
+    cli.run_dir.cache_clear()
+    cli.made.clear()
+    try:
+        main_of(script)()
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): hashlib.md5(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+        for path in folder.rglob("*")
+    }
+
+
+def refused(place, monkeypatch, capfd, script: str, *args: str) -> str:
+    """The one line with which the command is refused."""
+    monkeypatch.chdir(place)
+    before = contents(place)
+    capfd.readouterr()
+    started = time.perf_counter()
+    code = command(monkeypatch, script, *args)
+    seconds = time.perf_counter() - started
+    out, err = capfd.readouterr()
+    assert code == 1, (code, out, err)
+    assert err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in out + err, (out, err)
+    assert contents(place) == before
+    assert seconds < 10
+    return err
+
+
+@pytest.mark.parametrize(
+    ("mistake", "said"),
+    [
+        ("model.latnt_dim=3", "model.latnt_dim is not a setting; did you mean model.latent_dim?"),
+        ("latent_dim=3", "latent_dim is not a setting; did you mean model.latent_dim?"),
+        ("+betta=3", "betta is not a setting; did you mean beta?"),
+        ("+trainer.max_epoch=3", "trainer.*max_epoch"),
+        ("+callbacks.figures=3", "callbacks.figures is not a setting; did you mean callbacks.figures_every?"),
+        ("+beta_schedule.warm=1", "beta_schedule.*warm"),
+        ("+model.depth=1", "model.*depth"),
+        ("model=mpl", "model=mpl .*mlp"),
+        ("modle=mlp", "modle.*model"),
+        ("trainer=smok", "trainer=smok .*smoke"),
+        ("experiment=tutorail", "experiment=tutorail .*tutorial"),
+        ("optimizer=adamm", "optimizer=adamm .*adam, "),
+        ("optimizer.name=Adan", "optimizer.name=Adan .*did you mean Adam?"),
+        ("+optimizer.nesterov=true", "optimizer.*nesterov"),
+        ("optimizer.betas=[2,0.9]", "optimizer.*beta"),
+        ("optimizer.lr=0", "optimizer.lr=0 .*above 0"),
+        ("optimizer.lr=fast", "optimizer.lr=fast .*number"),
+        ("model.latent_dim=0", "model.latent_dim=0 .*from 1 up"),
+        ("model.latent_dim=-1", "model.latent_dim=-1 .*from 1 up"),
+        ("model.latent_dim=2.5", "model.latent_dim=2.5 .*whole number"),
+        ("model.latent_dim=true", "model.latent_dim=True .*whole number"),
+        ("model.hidden_dims=[]", "model.hidden_dims=.*400"),
+        ("model.hidden_dims=[400,0]", "model.hidden_dims=.*from 1 up"),
+        ("model.hidden_dims=400", "model.hidden_dims=400 .*list"),
+        ("model.likelihood=bernouli", "model.likelihood=bernouli .*did you mean bernoulli?"),
+        ("model.activation=rellu", "model.activation=rellu .*did you mean relu?"),
+        ("objective.name=elbow", "objective.name=elbow .*did you mean elbo?"),
+        ("objective.k=0", "objective.k=0 .*from 1 up"),
+        ("objective.free_bits=-1", "objective.free_bits=-1"),
+        ("beta=-1", "beta=-1 .*from 0 up"),
+        ("beta=nan", "beta=nan .*number"),
+        ("beta=inf", "beta=inf .*number"),
+        ("beta=null", "beta=None .*number"),
+        ("seed=-1", "seed=-1"),
+        ("data.batch_size=0", "data.batch_size=0 .*from 1 up"),
+        ("data.batch_size=60001", "data.batch_size=60001 .*55000"),
+        ("data.validation_size=60000", "data.validation_size=60000 .*60000"),
+        ("data.binarize=yes", "data.binarize=.*threshold"),
+        ("data.name=minst", "data.name=minst .*did you mean mnist?"),
+        ("data.root=/proc/nowhere", "data.root.*/proc/nowhere"),
+        ("runs=/proc/nowhere", "runs.*/proc/nowhere"),
+        ("trainer.max_epochs=0", "trainer.max_epochs=0"),
+        ("trainer.accelerator=tpuu", "trainer.accelerator=tpuu"),
+        pytest.param(
+            "trainer.accelerator=gpu", "gpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+        ),
+        ("trainer.devices=0", "trainer.devices=0"),
+        ("trainer.devices=-3", "trainer.devices=-3"),
+        ("trainer.strategy=dpp", "trainer.*dpp"),
+        ("trainer.precision=12", "trainer.precision=12 .*32-true"),
+        ("trainer.precision=16-mixed trainer.accelerator=cpu", "trainer.precision=16-mixed .*GPU"),
+        ("trainer.devices=4096 trainer.accelerator=cpu", "trainer.devices=4096 .*cores"),
+        ("trainer.max_time=soon", "trainer.max_time=soon .*DD:HH:MM:SS"),
+        ("trainer.limit_train_batches=0.00001", "limit_train_batches"),
+        ("trainer.val_check_interval=0", "trainer.val_check_interval=0"),
+        ("~optimizer", "optimizer is missing"),
+        ("~beta", "beta"),
+        ("trainer=null", "string"),
+        ("name=${nothing}", "nothing"),
+        ("beta=[1", "beta=\\[1"),
+        ("beta", "beta"),
+        ("resume=nowhere", "resume: nowhere"),
+        ("resume=data", "resume: data .*config.yaml"),
+        ("resume=run model.latent_dim=7", "resume: model.latent_dim=7 cannot change"),
+        ("resume=run model=conv", "resume: model=conv cannot change"),
+        ("resume=run trainer.max_epochs=1", "max_epochs=1"),
+    ],
+)
+def test_training_refuses(place, monkeypatch, capfd, mistake, said):
+    sentence = (
+        refused(place, monkeypatch, capfd, "train.py", *TINY, *mistake.split())
+        if "resume" not in mistake
+        else (refused(place, monkeypatch, capfd, "train.py", *mistake.split()))
+    )
+    assert re.search(said, sentence), sentence
+
+
+@pytest.mark.parametrize(
+    ("script", "mistake", "said"),
+    [
+        ("sample", "n=0", "n=0 .*from 1 up"),
+        ("sample", "n=many", "n=many"),
+        ("sample", "temperature=-1", "temperature=-1"),
+        ("sample", "out=/proc/nowhere/x.png", "out: .*/proc/nowhere"),
+        ("sample", "out=x.nope", "out: .*x.nope"),
+        ("sample", "ckpt=nowhere", "ckpt: nowhere does not exist"),
+        ("sample", "ckpt=data", "ckpt: data is a folder"),
+        ("sample", "nn=3", "nn is not a setting; did you mean n?"),
+        ("sample", "ckpt=null runs=data", "no finished run under data"),
+        ("interpolate", "digits=[3,12]", "digits=\\[3, 12\\]"),
+        ("interpolate", "digits=[3]", "digits=\\[3\\]"),
+        ("interpolate", "images=[1,10000]", "images=\\[1, 10000\\] .*9999"),
+        ("traverse", "image=10000", "image=10000 .*9999"),
+        ("manifold", "size=8", "latent_dim=2"),
+        ("reconstruct", "n=0", "n=0"),
+    ],
+)
+def test_scripts_refuse(place, monkeypatch, capfd, script, mistake, said):
+    sentence = refused(place, monkeypatch, capfd, f"scripts/{script}.py", "ckpt=run", *mistake.split())
+    assert re.search(said, sentence), sentence
+
+
+class Attack:
+    """What a pickle that runs code looks like."""
+
+    def __init__(self, target: Path):
+        self.target = target
+
+    def __reduce__(self):
+        return Path.touch, (self.target,)
+
+
+def broken_checkpoints(good: Path, folder: Path, victim: Path) -> dict[str, str]:
+    """Files made in `folder`, by name, and what is said of each."""
+    whole, content = good.read_bytes(), torch.load(good, weights_only=True)
+
+    def saved(name: str, **changes) -> None:
+        torch.save(content | changes, folder / name)
+
+    (folder / "empty").touch()
+    (folder / "text").write_text("these are not weights")
+    (folder / "truncated").write_bytes(whole[: len(whole) // 2])
+    # In the middle of the weights, where torch.load alone sees nothing.
+    middle = whole.index(content["state_dict"]["vae.encoder.1.weight"].numpy().tobytes()) + 1000
+    (folder / "flipped").write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+    torch.save({"state_dict": {"w": torch.zeros(3)}, "epoch": 3}, folder / "others")
+    torch.save(torch.zeros(3), folder / "tensor")
+    saved("newer", betavae_format=checkpoint.FORMAT + 1)
+    settings = content["hyper_parameters"]
+    for name, change in {
+        "shapes": {"latent_dim": 7},
+        "huge": {"latent_dim": 10**9},
+        "network": {"network": "os.system"},
+        "target": {"_target_": "os.system", "command": f"touch {victim}"},
+    }.items():
+        saved(name, hyper_parameters=settings | {"model": settings["model"] | change})
+    torch.save(content | {"attack": Attack(victim)}, folder / "pickle")
+    (folder / "bare_pickle").write_bytes(pickle.dumps(Attack(victim)))
+    torch.save(Attack(victim), folder / "old_format", _use_new_zipfile_serialization=False)
+    with zipfile.ZipFile(folder / "bomb", "w", zipfile.ZIP_DEFLATED) as bomb, zipfile.ZipFile(good) as archive:
+        for part in archive.namelist():
+            bomb.writestr(
+                part, archive.read(part) if "/data/" not in part else bytes(300_000_000 if part.endswith("/0") else 8)
+            )
+    return {
+        **dict.fromkeys(("empty", "text", "truncated", "bare_pickle", "old_format", "pickle"), "damaged or not a"),
+        "flipped": "checksum",
+        **dict.fromkeys(("others", "tensor"), "not one of betavae"),
+        "newer": "newer betavae",
+        **dict.fromkeys(("shapes", "huge"), "do not fit"),
+        "network": "model.network=os.system",
+        "target": "_target_",
+        "bomb": "unpacks to more",
+    }
+
+
+def test_a_checkpoint_that_is_broken_or_hostile(place, tmp_path, monkeypatch, capfd):
+    victim = tmp_path / "victim"
+    for name, said in broken_checkpoints(place / "run" / "checkpoints" / "best.ckpt", tmp_path, victim).items():
+        sentence = refused(place, monkeypatch, capfd, "scripts/sample.py", f"ckpt={tmp_path / name}")
+        assert said in sentence and str(tmp_path / name) in sentence, (name, sentence)
+        assert not victim.exists(), name
+        if name not in ("huge", "target", "network"):
+            # The same as the last checkpoint of a run that is to go on.
+            copy = tmp_path / f"run_{name}"
+            shutil.copytree(place / "run", copy)
+            (copy / "metrics.json").unlink()
+            shutil.copy(tmp_path / name, copy / "checkpoints" / "last.ckpt")
+            before = contents(copy)
+            sentence = refused(place, monkeypatch, capfd, "train.py", f"resume={copy}")
+            assert "last.ckpt" in sentence and contents(copy) == before
+        assert not victim.exists(), name
+
+
+def test_every_flipped_bit_is_harmless_or_seen(place, tmp_path):
+    """At 300 places all over the file."""
+    good = place / "run" / "checkpoints" / "best.ckpt"
+    whole = good.read_bytes()
+    expected = checkpoint.load(str(good), "").vae.state_dict()
+    seen = 0
+    for number in range(300):
+        at = number * len(whole) // 300
+        (tmp_path / "x").write_bytes(whole[:at] + bytes([whole[at] ^ 16]) + whole[at + 1 :])
+        try:
+            state = checkpoint.load(str(tmp_path / "x"), "").vae.state_dict()
+        except UserError:
+            seen += 1
+            continue
+        assert all(torch.equal(state[key], expected[key]) for key in expected)
+    assert seen > 200
+
+
+def test_a_config_that_is_hostile(place, tmp_path, monkeypatch, capfd):
+    victim = tmp_path / "victim"
+    for number, text in enumerate(
+        (
+            f"model: !!python/object/apply:os.system ['touch {victim}']",
+            f"name: ${{run_dir:null,{victim}}}",
+            f"model: {{_target_: os.system, command: 'touch {victim}'}}",
+            "model: [",
+            "- 1",
+        )
+    ):
+        copy = tmp_path / f"run{number}"
+        shutil.copytree(place / "run", copy)
+        (copy / "metrics.json").unlink()
+        with open(copy / "config.yaml", "a" if text.startswith("name") else "w") as file:
+            file.write(text + "\n")
+        assert "config.yaml" in refused(place, monkeypatch, capfd, "train.py", f"resume={copy}")
+        assert not victim.exists()
+
+
+def test_a_checkpoint_cannot_choose_where_data_are_written(place, tmp_path, monkeypatch):
+    content = torch.load(place / "run" / "checkpoints" / "best.ckpt", weights_only=True)
+    content["datamodule_hyper_parameters"]["root"] = str(tmp_path / "climbed")
+    torch.save(content, tmp_path / "x.ckpt")
+    monkeypatch.chdir(place)
+    assert (
+        command(monkeypatch, "scripts/reconstruct.py", f"ckpt={tmp_path / 'x.ckpt'}", f"out={tmp_path / 'x.png'}") == 0
+    )
+    assert not (tmp_path / "climbed").exists()
+
+
+def test_data_files_that_are_harmed(data_root, tmp_path):
+    mnist(Path(data_root), True)
+    name = "train-images-idx3-ubyte"
+    whole = (Path(data_root) / "MNIST" / "raw" / name).read_bytes()
+    for folder in ("MNIST", "KMNIST"):
+        shutil.copytree(Path(data_root) / "MNIST", tmp_path / folder)
+    for harmed in (
+        b"",
+        whole[:100_000],
+        whole[:-1],
+        whole[:7] + b"\x07" + whole[8:],
+        pickle.dumps(Attack(tmp_path / "v")),
+    ):
+        for data_set, folder in (("mnist", "MNIST"), ("kmnist", "KMNIST")):
+            (tmp_path / folder / "raw" / name).write_bytes(harmed)
+            with pytest.raises(UserError, match=str(tmp_path)):
+                DATASETS[data_set](tmp_path, True)
+    assert not (tmp_path / "v").exists()
+    # What is missing comes back.
+    (tmp_path / "MNIST" / "raw" / name).unlink()
+    (tmp_path / "MNIST" / "raw" / "train-labels-idx1-ubyte").unlink()
+    assert mnist(tmp_path, True)[0].shape == (60_000, 1, 28, 28)
+
+
+def test_whole_commands(place):
+    """A mistake, the same with its traceback, and a bug of ours, as a shell sees them."""
+
+    def run(*args: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, str(REPO / "train.py"), *args]
+        return subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=100)
+
+    before = contents(place)
+    mistake = run("model.latent_dim=0", "runs=new")
+    assert (mistake.returncode, mistake.stdout, mistake.stderr.count("\n")) == (1, "", 1)
+    debug = run("model.latent_dim=0", "debug=true", "runs=new")
+    assert debug.returncode == 1 and "Traceback" in debug.stderr and "model.latent_dim=0" in debug.stderr
+    assert contents(place) == before
+
+
+def test_a_bug_of_ours_shows_its_traceback(place, monkeypatch):
+    monkeypatch.chdir(place)
+    monkeypatch.setattr("betavae.module.VAEModule.training_step", lambda *args: {}["bug"])
+    with pytest.raises(KeyError, match="bug"):
+        command(monkeypatch, "train.py", *TINY, "hydra.run.dir=bug")
+    assert '"status": "failed"' in (place / "bug" / "metrics.json").read_text()
+    shutil.rmtree(place / "bug")

@@ -1,0 +1,202 @@
+"""A run stopped at any moment and resumed is, bit for bit, the run that was never stopped."""
+
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from betavae import checkpoint
+from betavae.module import VAEModule
+from tests.faults import TINY, Child
+
+# Random numbers in the data and the model, schedules of both kinds, pictures, early stopping's memory.
+RICH = [
+    *TINY,
+    "trainer.max_epochs=9",
+    "data.binarize=dynamic",
+    "beta_schedule=linear",
+    "lr_schedule=cosine",
+    "lr_schedule.warmup=0.1",
+    "callbacks.early_stopping_patience=9",
+    "callbacks.figures_every=1",
+]
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """All that a run leaves, without times and places."""
+    found: dict[str, Any] = {}
+    for name in (path.stem for path in (folder / "checkpoints").glob("*.ckpt")):
+        content = torch.load(folder / "checkpoints" / f"{name}.ckpt", weights_only=True)
+        for key in (
+            "state_dict",
+            "optimizer_states",
+            "lr_schedulers",
+            "random_state",
+            "running_sums",
+            "batches",
+            "epoch",
+        ):
+            found[f"{name} {key}"] = content[key]
+        scores = [
+            (k.split("{")[0], v.get("best_model_score"), v.get("wait_count")) for k, v in content["callbacks"].items()
+        ]
+        found[f"{name} scores"] = sorted(scores, key=str)
+    record = json.loads((folder / "metrics.json").read_text())
+    found["record"] = {key: record[key] for key in ("status", "epochs", "steps", "checkpoint", "test")}
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0}).Reload()
+    for tag in events.Tags()["scalars"]:
+        found[tag] = [(event.step, event.value) for event in events.Scalars(tag)]
+    for tag in events.Tags()["images"]:
+        found[tag] = [(event.step, event.encoded_image_string) for event in events.Images(tag)]
+    for picture in (folder / "figures").iterdir():
+        found[picture.name] = picture.read_bytes()
+    return found
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
+
+
+def assert_same(folder: Path, expected: dict[str, Any]) -> None:
+    found = outcome(folder)
+    assert found.keys() == expected.keys()
+    assert not [key for key in expected if not same(found[key], expected[key])]
+
+
+def whole(tmp: Path, args: list[str]) -> tuple[dict[str, Any], float]:
+    child = Child([*args, "hydra.run.dir=whole"], tmp)
+    assert child.wait() == 0, child.text
+    return outcome(tmp / "whole"), time.perf_counter() - child.started
+
+
+def go_on(tmp: Path, args: list[str], **kwargs: Any) -> Child:
+    """Start `run`, or go on with it."""
+    # Event files are put in order by the second in their names.
+    while list((tmp / "run").glob(f"events.out.tfevents.{int(time.time())}.*")):
+        time.sleep(0.05)
+    if (tmp / "run" / "config.yaml").exists():
+        return Child(["resume=run"], tmp, **kwargs)
+    return Child([*args, "hydra.run.dir=run"], tmp, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"data.root={tmp_path_factory.mktemp('data')}"
+
+
+@pytest.fixture(scope="module")
+def rich(tmp_path_factory: pytest.TempPathFactory, root: str) -> tuple[dict[str, Any], float]:
+    whole(tmp_path_factory.mktemp("warm"), [*TINY, root])  # unpacks the data
+    return whole(tmp_path_factory.mktemp("whole"), [*RICH, root])
+
+
+def test_killed_at_twenty_random_moments(tmp_path: Path, root: str, rich: tuple[dict[str, Any], float]) -> None:
+    expected, seconds = rich
+    rng = random.Random(0)
+    kills, chain, met = 0, 0, set()
+    while kills < 20 or chain:
+        child = go_on(tmp_path, [*RICH, root])
+        # Chains of up to five kills of the same run, then it may finish.
+        code = child.kill_after(rng.uniform(0.1, seconds)) if chain < 5 and kills < 20 else child.wait()
+        if code == -signal.SIGKILL:
+            kills, chain = kills + 1, chain + 1
+            last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+            met.add(torch.load(last, weights_only=True)["global_step"] if last.exists() else None)
+            continue
+        assert code == 0, child.text
+        assert_same(tmp_path / "run", expected)
+        shutil.rmtree(tmp_path / "run")
+        chain = 0
+    assert len(met) >= 3, met  # the moments were spread over the run
+
+
+def test_killed_while_it_writes_a_checkpoint(tmp_path: Path, root: str, rich: tuple[dict[str, Any], float]) -> None:
+    def die_in_the_middle() -> None:
+        real, count = os.replace, 0
+
+        class Dying(io.FileIO):
+            def write(self, data: Any) -> int:
+                super().write(bytes(data)[: len(data) // 2])
+                os.kill(os.getpid(), signal.SIGKILL)
+                raise AssertionError
+
+        def replace(source: Any, target: Any) -> None:
+            nonlocal count
+            real(source, target)
+            if str(target).endswith("last.ckpt") and (count := count + 1) == 2:
+                checkpoint.open = lambda path, mode: Dying(path, mode)  # type: ignore[attr-defined]
+
+        os.replace = replace
+
+    child = go_on(tmp_path, [*RICH, root], prepare=die_in_the_middle)
+    assert child.wait() == -signal.SIGKILL
+    half = [path.name for path in (tmp_path / "run" / "checkpoints").glob("*.part")]
+    assert half == ["best.ckpt.part"]
+    assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 16
+    assert go_on(tmp_path, [*RICH, root]).wait() == 0
+    assert_same(tmp_path / "run", rich[0])
+
+
+def ask_at(step: int, number: int) -> Callable[[], None]:
+    """The child gets a signal in the middle of the first step after `step`."""
+
+    def prepare() -> None:
+        real = VAEModule.training_step
+
+        def training_step(self: VAEModule, batch: Any, batch_idx: int) -> Any:
+            if self.global_step == step and not asked:
+                asked.append(step)
+                os.kill(os.getpid(), number)
+            return real(self, batch, batch_idx)
+
+        asked: list[int] = []
+        VAEModule.training_step = training_step  # type: ignore[method-assign]
+
+    return prepare
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        [],
+        ["trainer.accumulate_grad_batches=3", "trainer.val_check_interval=0.5", "optimizer=muon", "init=data"],
+        ["trainer.max_steps=21", "trainer.max_epochs=99", "trainer.check_val_every_n_epoch=2"],
+        ["data.validation_size=0", "model.likelihood=gaussian", "optimizer=sgd", "trainer.gradient_clip_val=1.0"],
+        ["callbacks.early_stopping_patience=0", "optimizer.lr=0.3", "model=conv", "model.hidden_dims=[2]"],
+    ],
+    ids=["plain", "accumulate", "max_steps", "no_validation", "early_stop"],
+)
+def test_asked_to_stop_it_saves_and_says_how_to_go_on(tmp_path: Path, root: str, args: list[str]) -> None:
+    args = [*RICH, root, "trainer.max_epochs=4", *args]
+    expected, _ = whole(tmp_path, args)
+    steps = []
+    for number in (signal.SIGINT, signal.SIGTERM) * 20:
+        at = steps[-1] + (0, 4, 6, 9)[len(steps) % 4] if steps else 2
+        child = go_on(tmp_path, args, prepare=ask_at(at, number))
+        code = child.wait()
+        if code == 0:
+            break
+        assert code == 128 + number, child.text
+        assert "python train.py resume=run" in child.text and "Traceback" not in child.text
+        assert json.loads((tmp_path / "run" / "metrics.json").read_text())["status"] == "interrupted"
+        steps.append(torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"])
+        assert f"interrupted at step {steps[-1]};" in child.text
+    assert len(steps) >= 2 and steps == sorted(steps)
+    assert_same(tmp_path / "run", expected)
+    shutil.rmtree(tmp_path / "run")
