@@ -15,7 +15,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from betavae import checkpoint
+from betavae import checkpoint, training
 from betavae.module import VAEModule
 from tests.faults import TINY, Child
 
@@ -149,6 +149,17 @@ def test_killed_while_it_writes_a_checkpoint(tmp_path: Path, root: str, rich: tu
     half = [path.name for path in (tmp_path / "run" / "checkpoints").glob("*.part")]
     assert half == ["best.ckpt.part"]
     assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 16
+    assert go_on(tmp_path, [*RICH, root]).wait() == 0
+    assert_same(tmp_path / "run", rich[0])
+
+
+def test_killed_after_the_test_its_points_are_not_there_twice(
+    tmp_path: Path, root: str, rich: tuple[dict[str, Any], float]
+) -> None:
+    def die_late() -> None:
+        training.save_pictures = lambda *args: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+
+    assert go_on(tmp_path, [*RICH, root], prepare=die_late).wait() == -signal.SIGKILL
     assert go_on(tmp_path, [*RICH, root]).wait() == 0
     assert_same(tmp_path / "run", rich[0])
 

@@ -198,3 +198,21 @@ def test_a_run_folder_can_move(tmp_path, data_root):
     assert not (tmp_path / "old").exists()
     [best] = [v for k, v in checkpoint.read(tmp_path / "new/checkpoints/last.ckpt")["callbacks"].items() if "val/" in k]
     assert list(best["best_k_models"]) == [str(tmp_path / "new" / "checkpoints" / "best.ckpt")]
+
+
+def test_with_the_package_installed_elsewhere(tmp_path, data_root):
+    """`pip install .`, then the scripts of a clone from any folder; and the package's MNIST without any clone."""
+    site = tmp_path / "site"
+    shutil.copytree(REPO / "src" / "betavae", site / "betavae", ignore=shutil.ignore_patterns("__pycache__"))
+    environment = os.environ | {"PYTHONPATH": str(site)}
+
+    def run(*args: str) -> str:
+        done = subprocess.run([sys.executable, *args], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "latent_dim: 9" in run(str(REPO / "train.py"), "--cfg", "job", "model.latent_dim=9")
+    assert "temperature" in run(str(REPO / "scripts" / "sample.py"), "--cfg", "job")
+    code = "import betavae; from betavae.data import mnist; from pathlib import Path; "
+    code += "print(betavae.__file__, mnist(Path('data'), False)[0].shape)"
+    assert str(site) in (printed := run("-c", code)) and "[10000, 1, 28, 28]" in printed

@@ -20,7 +20,9 @@ from betavae.errors import UserError
 
 # What a machine refuses, as opposed to what we got wrong.
 ENVIRONMENT = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG)
-CONFIGS = Path(__file__).parents[2] / "configs"
+# Beside the sources; with the package installed elsewhere, beside the script that runs or its folder.
+PLACES = (Path(__file__).parents[2], *Path(sys.argv[0]).resolve().parents[:2])
+CONFIGS = next((place / "configs" for place in PLACES if (place / "configs" / "train.yaml").is_file()), Path("configs"))
 
 
 def safe_name(text: Any) -> str:
