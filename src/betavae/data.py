@@ -162,6 +162,8 @@ class MNISTDataModule(L.LightningDataModule):
         seed: int,
     ):
         super().__init__()
+        if name not in DATASETS:
+            raise UserError(f"data.name={name} cannot be: it must be one of {', '.join(DATASETS)}")
         self.save_hyperparameters(logger=False)
         self.dataset, self.root, self.binarize = name, Path(root).expanduser(), binarize
         self.validation_size, self.batch_size, self.eval_batch_size = validation_size, batch_size, eval_batch_size

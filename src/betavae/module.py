@@ -199,7 +199,8 @@ class VAEModule(L.LightningModule):
         if self.device.type == "cuda":
             checkpoint["cuda_random_state"] = torch.cuda.get_rng_state(self.device)
         checkpoint["running_sums"] = [interval, self.interval_images, self.epoch, self.epoch_images]
-        checkpoint["batches"] = self.trainer.train_dataloader.state_dict()  # type: ignore[union-attr]
+        if (state_dict := getattr(self.trainer.train_dataloader, "state_dict", None)) is not None:
+            checkpoint["batches"] = state_dict()  # a DataLoader of somebody's own has none
         checkpoint["kl_per_dimension"] = self.kl_per_dimension.cpu()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -210,7 +211,8 @@ class VAEModule(L.LightningModule):
         if checkpoint is None:
             return
         # Lightning does not, once `estimated_stepping_batches` has asked for the loader.
-        self.trainer.train_dataloader.load_state_dict(checkpoint["batches"])  # type: ignore[union-attr]
+        if "batches" in checkpoint:
+            self.trainer.train_dataloader.load_state_dict(checkpoint["batches"])  # type: ignore[union-attr]
         states = checkpoint["random_state"]
         if len(states) == self.trainer.world_size:
             torch.set_rng_state(states[self.trainer.global_rank])
