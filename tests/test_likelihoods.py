@@ -10,7 +10,7 @@ SHAPE = (3, 4, 1, 5, 5)  # 3 posterior samples of 4 images
 def reference(likelihood, params):
     if isinstance(likelihood, Gaussian):
         return D.Normal(params, likelihood.log_scale.exp().to(params))
-    cls = D.Bernoulli if isinstance(likelihood, Bernoulli) else D.ContinuousBernoulli
+    cls = D.ContinuousBernoulli if isinstance(likelihood, ContinuousBernoulli) else D.Bernoulli
     return cls(logits=params, validate_args=False)
 
 

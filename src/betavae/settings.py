@@ -34,7 +34,7 @@ RULES: dict[str, Rule] = {
     "model.latent_dim": integer(1),
     "model.activation": one_of(ACTIVATIONS),
     "model.likelihood": one_of(LIKELIHOODS),
-    "data.name": TEXT,  # which ones there are MNISTDataModule says: a script that needs no data need not import them
+    "data.name": TEXT,
     "data.root": TEXT,
     "data.validation_size": integer(0),
     "data.batch_size": integer(1),
@@ -100,4 +100,6 @@ def check_settings(cfg: DictConfig) -> None:
         needed = group not in FREE_GROUPS or (name == "name" and group != "model") or key == "objective.k"
         if needed and name not in (cfg[group] if group else cfg):
             raise UserError(f"{key} is missing")
-    check(cfg, RULES)
+    from betavae.data import DATASETS  # here, since the scripts that need no data need not import Lightning
+
+    check(cfg, RULES | {"data.name": one_of(DATASETS)})
