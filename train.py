@@ -2,6 +2,7 @@
 
 from omegaconf import DictConfig
 
+from betavae import sweeps
 from betavae.cli import command
 
 
@@ -9,7 +10,7 @@ from betavae.cli import command
 def main(cfg: DictConfig) -> float:
     from betavae.training import train  # here, so that --help does not wait for torch
 
-    return train(cfg)
+    return sweeps.job(train, cfg)
 
 
 if __name__ == "__main__":

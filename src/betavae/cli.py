@@ -4,9 +4,11 @@ import contextlib
 import difflib
 import errno
 import functools
+import hashlib
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from betavae import sweeps
 from betavae.errors import UserError
 
 # What a machine refuses, as opposed to what we got wrong.
@@ -28,7 +31,8 @@ CONFIGS = next((place / "configs" for place in PLACES if (place / "configs" / "t
 def safe_name(text: Any) -> str:
     """A folder name that needs no quoting in a shell, a URL or a Hydra override."""
     name = re.sub(r"[^A-Za-z0-9.,_+-]+", "_", re.sub(r"[\[\]{}'\"]", "", str(text))).strip("_")
-    return name if len(name) <= 120 else name[:120].rstrip(",_")
+    # File systems take 255 bytes; two long names that begin alike must not become one.
+    return name if len(name) <= 200 else f"{name[:191].rstrip(',_')}_{hashlib.sha1(name.encode()).hexdigest()[:8]}"
 
 
 made: list[Path] = []  # by `run_dir` above the run folder, the innermost first
@@ -74,7 +78,7 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
                 return task(cfg)
             except Exception as error:
                 if HydraConfig.get().mode == RunMode.MULTIRUN:
-                    raise  # the other jobs of the sweep go on
+                    raise
                 remove_empty_run_dir()
                 failures.append(error)  # past Hydra, which would print around it
 
@@ -84,18 +88,25 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
             debug = any(re.fullmatch(r"\+{0,2}debug=(true|1|yes|on)", arg, re.IGNORECASE) for arg in sys.argv[1:])
             # Hydra then hands its errors on, instead of printing them its own way.
             os.environ["HYDRA_FULL_ERROR"] = "1"
+            # Our Slurm preset is whole, and bears the name of the plugin's own on purpose.
+            warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/submitit_slurm' is validated")
             failures.clear()
             begun.clear()
+            sweeps.Start.folder = None
             try:
                 hydra_main()
                 if failures:
                     raise failures[0]
-            except KeyboardInterrupt:
-                sys.exit(130)
+            except (KeyboardInterrupt, SystemExit) as stop:
+                sweeps.close(interrupted=True)
+                sys.exit(130 if isinstance(stop, KeyboardInterrupt) else stop.code)
             except Exception as error:
+                sweeps.close()
                 if debug or not (sentence := explain(error, composing=not begun)):
                     raise
                 print(f"error: {sentence}", file=sys.stderr)
+                sys.exit(1)
+            if sweeps.close():
                 sys.exit(1)
 
         return main
@@ -112,7 +123,7 @@ def remove_empty_run_dir() -> None:
                 parent.rmdir()
 
 
-def explain(error: BaseException, composing: bool = False) -> str | None:
+def explain(error: Exception, composing: bool = False) -> str | None:
     """One sentence for the person who typed the command, or None for a bug of ours. While the config is composed there
     is nothing of ours to fail."""
     from hydra.errors import HydraException, OverrideParseException
@@ -122,6 +133,8 @@ def explain(error: BaseException, composing: bool = False) -> str | None:
         return f"{error.filename or 'a file'}: {error.strerror}"
     if isinstance(error, OverrideParseException):
         return f"{error.override} cannot be read as key=value; put quotes around values with special characters"
+    if sentence := sweeps.explain(error):
+        return sentence
     if not composing and not isinstance(error, (UserError, HydraException, OmegaConfBaseException)):
         return None
     cause: BaseException | None = error

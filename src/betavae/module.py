@@ -148,7 +148,9 @@ class VAEModule(L.LightningModule):
         x = batch[0]
         size = draws * self.k * self.vae.latent_dim
         # Rows of whole sixteens: torch draws normals in blocks of 16, so no image's noise depends on the batch size.
-        noise = torch.randn(len(x), -(-size // 16) * 16, generator=self.generator)[:, :size]
+        # Nor on the number of processes: each takes the rows of its own images.
+        processes, rank = self.trainer.world_size, self.trainer.global_rank
+        noise = torch.randn(len(x) * processes, -(-size // 16) * 16, generator=self.generator)[rank::processes, :size]
         for draw in noise.to(x.device).view(len(x), draws, self.k, -1).permute(1, 2, 0, 3):
             terms = self._terms(x, draw, self.current_beta())
             mean = terms.posterior_mean.double()
@@ -207,6 +209,8 @@ class VAEModule(L.LightningModule):
         self.restored = checkpoint
 
     def on_train_start(self) -> None:
+        if self.trainer.world_size > 1:  # alike until here, for equal weights; from here each draws its own noise
+            torch.manual_seed(torch.initial_seed() + self.trainer.global_rank)
         checkpoint = self.__dict__.pop("restored", None)
         if checkpoint is None:
             return

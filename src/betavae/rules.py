@@ -66,6 +66,10 @@ NULL = Rule(lambda v: v is None, "null")
 FLAG = Rule(lambda v: isinstance(v, bool), "true or false")
 TEXT = Rule(lambda v: isinstance(v, str) and bool(v), "a text")
 PAIR = Rule(lambda v: isinstance(v, list) and len(v) == 2 and all(integer(0).holds(i) for i in v), "two whole numbers")
+KEYS = Rule(
+    lambda v: isinstance(v, list) and len(v) in (1, 2) and all(TEXT.holds(key) for key in v),
+    "one or two names of settings, such as [model.latent_dim,beta]",
+)
 SCRIPT_RULES: dict[str, Rule] = {
     "ckpt": either(NULL, TEXT),
     "seed": integer(0, 2**63 - 1),
@@ -87,6 +91,11 @@ SCRIPT_RULES: dict[str, Rule] = {
     "dimensions": either(NULL, integer(1)),
     "span": number(0, above=True),
     "size": integer(1),
+    "folder": either(NULL, TEXT),
+    "over": either(NULL, KEYS),
+    "metric": TEXT,
+    "jobs": integer(1),
+    "settings": TEXT,
 }
 
 

@@ -21,11 +21,13 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from betavae import figures
-from betavae.callbacks import Bar, Board, EpochLines, Pictures, SafeCheckpointIO
+from betavae.callbacks import Bar, Board, EpochLines, Pictures, Preemption, SafeCheckpointIO
 from betavae.data import MNISTDataModule
 from betavae.errors import Diverged, UserError
 from betavae.module import VAEModule
@@ -33,6 +35,7 @@ from betavae.objectives import lr_factor
 from betavae.resuming import GracefulStop, Patience, RunCheckpoint, reopen, rewind
 from betavae.rules import check_arguments
 from betavae.settings import check_settings
+from betavae.sweeps import ONE_DEVICE
 from betavae.vae import VAE
 
 log = logging.getLogger(__name__)
@@ -49,11 +52,12 @@ def train(cfg: DictConfig) -> float:
     checkpoints = folder / "checkpoints"
     resume, state = cfg.resume is not None, None
     if resume:
-        cfg, state = reopen(folder, overrides)
+        # A job of a sweep goes on with the very settings it has.
+        cfg, state = reopen(folder, overrides if hydra_cfg.mode == RunMode.RUN else [])
         if (done := finished(folder)) and len(overrides) == 1:
             log.info("%s is finished; to train it longer: resume=%s trainer.max_epochs=N", folder, folder)
             return done["test"]["neg_elbo"]
-    elif (folder / "metrics.json").exists():
+    elif process_rank() == 0 and (folder / "metrics.json").exists():
         raise UserError(f"{folder} already holds a run; go on with it by resume={folder}, or choose another folder")
     check_settings(cfg)
     if state and cfg.trainer.max_epochs <= state["epoch"]:
@@ -65,16 +69,20 @@ def train(cfg: DictConfig) -> float:
     torch.set_float32_matmul_precision(cfg.trainer.matmul_precision)
     quiet()
     datamodule, module, trainer = build(cfg, folder, state)
+    if hydra_cfg.mode == RunMode.MULTIRUN and trainer.world_size > 1:
+        raise UserError(ONE_DEVICE)
 
-    if resume:
+    if resume and trainer.is_global_zero:
         rewind(folder, state)
-    start_log(folder, console_lines=not isinstance(trainer.progress_bar_callback, Bar))
+    together = hydra_cfg.mode == RunMode.MULTIRUN and not hydra_cfg.launcher["_target_"].endswith(".BasicLauncher")
+    start_log(folder, not isinstance(trainer.progress_bar_callback, Bar), f"{folder.name}  " if together else "")
     if not resume:
         write_whole(folder / "overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(overrides)))
     # Also on resume: a run that is stopped again goes on with what this command changed.
     write_whole(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.merge(cfg, {"resume": None}), resolve=True))
     record = {
         "status": "running",
+        "pid": os.getpid(),
         "seed": cfg.seed,
         "parameters": sum(p.numel() for p in module.parameters()),
         "git_commit": git_commit(),
@@ -115,6 +123,8 @@ def train(cfg: DictConfig) -> float:
         if stopped:
             log.info("interrupted at step %d; go on with\n  python train.py resume=%s", trainer.global_step, folder)
             asked = next(c.asked for c in trainer.callbacks if isinstance(c, GracefulStop))  # type: ignore[attr-defined]
+            if isinstance(error, SystemExit) and not asked:
+                raise error  # of a launcher that has queued the job again
             sys.exit(128 + (asked or signal.SIGINT))
         if last.exists():
             log.info("the last good checkpoint is %s", last)
@@ -124,9 +134,13 @@ def train(cfg: DictConfig) -> float:
         "checkpoint": str(chosen.relative_to(folder)),
         "test": scalars,
         "epoch_seconds": next(c.seconds for c in trainer.callbacks if isinstance(c, EpochLines)),  # type: ignore
+        "threads": torch.get_num_threads(),
         "fit_seconds": round(fit_seconds, 2),
         "seconds": round(time.perf_counter() - started, 2),
     }
+    for callback in trainer.checkpoint_callbacks:
+        if (best_score := getattr(callback, "best_model_score", None)) is not None:
+            record["validation"] = {"neg_elbo": round(float(best_score), 4)}
     note = likelihood_note(cfg)
     if note:
         record["note"] = note
@@ -166,6 +180,7 @@ def build(
     callbacks: list[Callback] = [
         Pictures(plain["callbacks"]["figures_every"]),
         EpochLines(),
+        Preemption(),
         GracefulStop(folder / "checkpoints" / "last.ckpt"),
         RunCheckpoint(filename="last", save_on_train_epoch_end=True, **checkpoints),
     ]
@@ -179,10 +194,14 @@ def build(
         settings["enable_progress_bar"] = sys.stdout.isatty()
     if settings["enable_progress_bar"]:
         callbacks.append(Bar())
+    plugins: list[Any] = [SafeCheckpointIO()]
+    if SLURMEnvironment.detect():
+        # Lightning would queue the job again itself, and restart all jobs of this folder from this one's checkpoint.
+        plugins.append(SLURMEnvironment(auto_requeue=False))
     settings |= {
         "callbacks": callbacks,
         "logger": Board(folder, purge_step=state["global_step"] + 1 if state else None),
-        "plugins": [SafeCheckpointIO()],
+        "plugins": plugins,
         "num_sanity_val_steps": 0,
         "enable_model_summary": False,
     }
@@ -206,6 +225,7 @@ def first_sentence(error: Exception) -> str:
     return (lines or [type(error).__name__])[0].rstrip(".")
 
 
+@rank_zero_only
 def discard(folder: Path) -> None:
     """Take back the files of a run that could not even begin; what else is in the folder stays."""
     for handler in logging.getLogger().handlers:
@@ -239,21 +259,27 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
     warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
+    # Validation and test numbers are summed over the processes before they are logged.
+    warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
+    warnings.filterwarnings("ignore", message=".*all_gather is deprecated.*")
 
 
-def start_log(folder: Path, console_lines: bool) -> None:
-    """Everything to `train.log` with the time; plain lines to the terminal, those of each epoch only if asked."""
+def start_log(folder: Path, console_lines: bool, label: str) -> None:
+    """Everything to `train.log` with the time; lines behind `label` to the terminal, each epoch's only if asked."""
     logging.raiseExceptions = False  # a full disk must not print a traceback for each line
     root = logging.getLogger()
     for handler in root.handlers[:]:
         root.removeHandler(handler)
         handler.close()
+    if process_rank():  # one process of several speaks for all
+        root.addHandler(logging.NullHandler())
+        return
     folder.mkdir(parents=True, exist_ok=True)
     file = logging.FileHandler(folder / "train.log")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     console = logging.StreamHandler(sys.stdout)
     console.setLevel(logging.INFO)
-    console.setFormatter(logging.Formatter("%(message)s"))
+    console.setFormatter(logging.Formatter(label + "%(message)s"))
     console.addFilter(lambda record: console_lines or not getattr(record, "epoch_line", False))
     root.addHandler(file)
     root.addHandler(console)
@@ -262,10 +288,16 @@ def start_log(folder: Path, console_lines: bool) -> None:
     logging.captureWarnings(True)
 
 
+def process_rank() -> int:
+    """0 in the one process of several that speaks and writes for all; known before there is a Trainer."""
+    return getattr(rank_zero_only, "rank", 0)
+
+
 def write_metrics(folder: Path, record: dict[str, Any]) -> None:
     write_whole(folder / "metrics.json", json.dumps(record, indent=2) + "\n")
 
 
+@rank_zero_only
 def write_whole(path: Path, text: str) -> None:
     part = path.with_name(f"{path.name}.part")
     try:
@@ -316,6 +348,7 @@ def log_hyperparameters(trainer: L.Trainer, cfg: DictConfig, scalars: dict[str, 
     trainer.logger.experiment.close()  # type: ignore[attr-defined]
 
 
+@rank_zero_only
 def save_pictures(trainer: L.Trainer, module: VAEModule, folder: Path) -> None:
     pictures = next(c for c in trainer.callbacks if isinstance(c, Pictures))  # type: ignore[attr-defined]
     for name, picture in pictures.draw(trainer, module).items():

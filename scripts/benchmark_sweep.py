@@ -1,0 +1,51 @@
+"""How much faster a sweep is on all cores: `python scripts/benchmark_sweep.py [jobs=6 epochs=5 rounds=3]`."""
+
+from omegaconf import DictConfig
+
+from betavae.cli import command
+
+
+@command("benchmark_sweep")
+def main(cfg: DictConfig) -> None:
+    import subprocess
+    import sys
+    import tempfile
+    import time
+    from pathlib import Path
+    from statistics import median
+
+    from joblib import cpu_count
+
+    from betavae.rules import check
+
+    check(cfg)
+    train = Path(__file__).parents[1] / "train.py"
+    seconds: dict[str, list[float]] = {"in a row": [], "on all cores": []}
+    with tempfile.TemporaryDirectory() as folder:
+        common = [
+            f"trainer.max_epochs={cfg.epochs}",
+            f"data.root={folder}/data",
+            f"runs={folder}",
+            *cfg.settings.split(),
+        ]
+        # Unpacks the data, and is not counted.
+        subprocess.run(
+            [sys.executable, train, *common, "trainer.max_epochs=1", "trainer.limit_train_batches=1"],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
+        seeds = f"seed={','.join(map(str, range(cfg.jobs)))}"
+        for number in range(cfg.rounds):  # by turns, so that a busy minute of the machine hits both
+            for name, launcher in (("in a row", "basic"), ("on all cores", "joblib")):
+                sweep = f"hydra.sweep.dir={folder}/{launcher}{number}"
+                arguments = ["-m", f"hydra/launcher={launcher}", seeds, *common, sweep]
+                started = time.perf_counter()
+                subprocess.run([sys.executable, train, *arguments], check=True, stdout=subprocess.DEVNULL)
+                seconds[name].append(time.perf_counter() - started)
+                print(f"round {number + 1}: {cfg.jobs} jobs {name}: {seconds[name][-1]:.1f} s", flush=True)
+    slow, fast = (median(seconds[name]) for name in seconds)
+    print(f"median: {slow:.1f} s in a row, {fast:.1f} s on {cpu_count()} cores: {fast / slow:.2f} of the time")
+
+
+if __name__ == "__main__":
+    main()

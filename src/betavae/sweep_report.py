@@ -1,0 +1,297 @@
+"""What a sweep found: a table per setting over seeds, the rate-distortion plot, a map of any two settings, samples."""
+
+import csv
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any, NamedTuple
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from betavae import checkpoint, figures
+from betavae.errors import UserError
+from betavae.sweeps import Job, read, sort_key
+
+REPLICATE = "seed"  # the key whose values are repetitions of one setting
+SCALES = ("neg_elbo", "kl", "recon")
+NAMES = {"neg_elbo": "neg. ELBO", "kl": "rate", "recon": "distortion", "active_units": "active units"}
+
+
+class Setting(NamedTuple):
+    """The jobs that differ by their seed only, and the values of the swept keys that they share."""
+
+    values: dict[str, str]
+    jobs: list[Job]
+
+    @property
+    def finished(self) -> list[Job]:
+        return [job for job in self.jobs if job.status == "finished"]
+
+    @property
+    def label(self) -> str:
+        return ", ".join(f"{short(key)}={value}" for key, value in self.values.items()) or "all jobs"
+
+    def mean_sd(self, metric: str) -> tuple[float, float]:
+        """Mean and sample standard deviation over the finished seeds; nan where there are none, or only one."""
+        numbers = [{**job.test, "seconds": job.record["seconds"]} for job in self.finished]
+        results = [row[metric] for row in numbers if metric in row]
+        return fmean(results) if results else math.nan, stdev(results) if len(results) > 1 else math.nan
+
+
+def newest(sweeps: Path) -> Path:
+    found = [path for path in sweeps.glob("*") if any(path.glob("*/overrides.yaml"))]
+    if not found:
+        raise UserError(
+            f"no sweep under {sweeps}/: make one with `python train.py -m beta=1,4`, or name it by sweep=PATH"
+        )
+    return max(found, key=lambda path: path.stat().st_mtime)
+
+
+def settings(sweep: Path) -> list[Setting]:
+    """The settings of a sweep in order of their values, numbers by size."""
+    jobs = read(sweep)
+    if not jobs:
+        raise UserError(f"sweep: {sweep} holds no job of a sweep; name the folder that holds the jobs' folders")
+    keys = list(dict.fromkeys(key for job in jobs for key in job.overrides))
+    table = [{key: value_of(job, key) for key in keys} for job in jobs]
+    swept = [key for key in keys if key != REPLICATE and len({row[key] for row in table}) > 1]
+    groups: dict[tuple[str, ...], list[Job]] = {}
+    for job, row in zip(jobs, table, strict=True):
+        groups.setdefault(tuple(row[key] for key in swept), []).append(job)
+    ordered = sorted(groups, key=lambda values: [sort_key(value) for value in values])
+    return [Setting(dict(zip(swept, values, strict=True)), groups[values]) for values in ordered]
+
+
+def value_of(job: Job, key: str) -> str:
+    """The value of a key in a job; where its command did not give it, as the run's config has it."""
+    if key in job.overrides or job.status == "missing" or not (job.folder / "config.yaml").exists():
+        return job.overrides.get(key, "default")
+    config = OmegaConf.load(job.folder / "config.yaml")
+    value = OmegaConf.select(config, key) if isinstance(config, DictConfig) else None
+    return "default" if value is None or OmegaConf.is_config(value) else str(value)
+
+
+def short(key: str) -> str:
+    return key.rsplit(".")[-1]
+
+
+def metrics(found: Sequence[Setting]) -> list[str]:
+    names = dict.fromkeys(name for setting in found for job in setting.finished for name in job.test)
+    return [*sorted(names, key=lambda name: list(NAMES).index(name) if name in NAMES else len(NAMES)), "seconds"]
+
+
+def states(setting: Setting) -> str:
+    """`3/3`, or what became of the others: `1/3 (1 failed, 1 missing)`."""
+    others = [job.status for job in setting.jobs if job.status != "finished"]
+    text = f"{len(setting.finished)}/{len(setting.jobs)}"
+    return text + (f" ({', '.join(f'{others.count(s)} {s}' for s in dict.fromkeys(others))})" if others else "")
+
+
+def write_csv(found: Sequence[Setting], path: Path) -> None:
+    """One row per setting: its values, how many jobs reached which status, mean and sd of every number."""
+    statuses = ("finished", "failed", "diverged", "interrupted", "running", "missing")
+    names = metrics(found)
+    with figures.writing(path) as out, open(out, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([*found[0].values, *statuses, *(f"{name}_{part}" for name in names for part in ("mean", "sd"))])
+        for setting in found:
+            counts = [sum(job.status == status for job in setting.jobs) for status in statuses]
+            numbers = [number for name in names for number in setting.mean_sd(name)]
+            writer.writerow(
+                [*setting.values.values(), *counts, *("" if math.isnan(x) else f"{x:.6g}" for x in numbers)]
+            )
+
+
+def markdown(found: Sequence[Setting]) -> str:
+    names = [name for name in metrics(found) if name in (*NAMES, "seconds")]
+    header = [*map(short, found[0].values), "finished", *(NAMES.get(name, name) for name in names)]
+    rows = [header, ["---"] * len(header)]
+    for setting in found:
+        cells = [
+            number(*setting.mean_sd(name), digits=1 if name in ("active_units", "seconds") else 2) for name in names
+        ]
+        rows.append([*setting.values.values(), states(setting), *cells])
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    notes = {job.record.get("note", "") for setting in found for job in setting.finished}
+    lines += ["", "Test set, nats per image, mean ± standard deviation over seeds."]
+    lines += [f"Note: {note}." for note in sorted(notes) if note]
+    if len(notes) > 1:
+        lines.append("Jobs with and without that note are on different scales and cannot be compared.")
+    for setting in found:
+        lines += [f"Failed: {job.folder.name}: {job.record['error']}" for job in setting.jobs if "error" in job.record]
+    return "\n".join(lines) + "\n"
+
+
+def number(mean: float, sd: float, digits: int) -> str:
+    if math.isnan(mean):
+        return ""
+    return f"{mean:.{digits}f}" + ("" if math.isnan(sd) else f" ± {sd:.{digits}f}")
+
+
+def families(found: Sequence[Setting], key: str) -> dict[str, list[Setting]]:
+    """Settings that differ by `key` alone, under what they share: the points of one line."""
+    lines: dict[str, list[Setting]] = {}
+    for setting in found:
+        if setting.finished:
+            rest = Setting({k: v for k, v in setting.values.items() if k != key}, [])
+            lines.setdefault(rest.label if rest.values else "", []).append(setting)
+    return lines
+
+
+def rate_distortion(found: Sequence[Setting]) -> Any:
+    """Each setting's rate and distortion; along a line only beta changes."""
+    figure = figures.new_figure(6, 4.5)
+    axes = figure.add_subplot()
+    swept = "beta" in found[0].values
+    lines = families(found, "beta" if swept else "")
+    for label, points in lines.items():
+        (x, xerr), (y, yerr) = (
+            zip(*(point.mean_sd(name) for point in points), strict=True) for name in ("kl", "recon")
+        )
+        axes.errorbar(x, y, bars(yerr), bars(xerr), fmt="o-" if swept else "o", ms=4, lw=1, capsize=2, label=label)
+        if len(lines) <= 6:
+            for point, at in zip(points, zip(x, y, strict=True), strict=True):
+                text = f"β={point.values['beta']}" if swept else ""
+                axes.annotate(text, at, textcoords="offset points", xytext=(4, 4), fontsize=7)
+    if 1 < len(lines) <= 20:
+        axes.legend(fontsize=8)
+    axes.set_xlabel("rate: KL [nats per image]")
+    axes.set_ylabel("distortion: −log p(x|z) [nats per image]")
+    return figure
+
+
+def bars(sds: Sequence[float]) -> list[float]:
+    return [0.0 if math.isnan(sd) else sd for sd in sds]
+
+
+def line(found: Sequence[Setting], key: str, metric: str) -> Any:
+    figure = figures.new_figure(6, 4.5)
+    axes = figure.add_subplot()
+    values = ordered_values(found, key)
+    place = {value: float(value) if all(map(is_number, values)) else i for i, value in enumerate(values)}
+    lines = families(found, key)
+    for label, points in lines.items():
+        y, yerr = zip(*(point.mean_sd(metric) for point in points), strict=True)
+        x = [place[point.values[key]] for point in points]
+        axes.errorbar(x, y, bars(yerr), fmt="o-", ms=4, lw=1, capsize=2, label=label)
+    if 1 < len(lines) <= 20:
+        axes.legend(fontsize=8)
+    low, high = min(place.values()), max(place.values())
+    if low > 0 and high / low >= 8:
+        axes.set_xscale("log")
+    if len(values) <= 12:
+        axes.set_xticks(list(place.values()), values)
+        axes.minorticks_off()
+    axes.set_xlabel(key)
+    axes.set_ylabel(f"test {NAMES.get(metric, metric)}")
+    return figure
+
+
+def heat_map(found: Sequence[Setting], keys: Sequence[str], metric: str) -> Any:
+    """The metric over two keys, averaged over whatever else was swept; an empty cell has no finished job."""
+    across, down = (ordered_values(found, key) for key in keys)
+    cells: dict[tuple[str, str], list[float]] = {}
+    for setting in found:
+        if setting.finished:
+            cells.setdefault((setting.values[keys[0]], setting.values[keys[1]]), []).append(setting.mean_sd(metric)[0])
+    grid = [[fmean(cells[a, d]) if (a, d) in cells else math.nan for a in across] for d in down]
+    figure = figures.new_figure(2 + 0.8 * len(across), 1.5 + 0.6 * len(down))
+    axes = figure.add_subplot()
+    image = axes.imshow(grid, cmap="viridis", aspect="auto")
+    middle = sum(image.get_clim()) / 2
+    for row, column in ((r, c) for r in range(len(down)) for c in range(len(across))):
+        if not math.isnan(value := grid[row][column]):
+            colour = "white" if value < middle else "black"
+            axes.text(column, row, f"{value:.4g}", ha="center", va="center", color=colour, fontsize=8)
+    axes.set_xticks(range(len(across)), across)
+    axes.set_yticks(range(len(down)), down)
+    axes.set_xlabel(keys[0])
+    axes.set_ylabel(keys[1])
+    axes.set_title(f"test {NAMES.get(metric, metric)}", fontsize=10)
+    return figure
+
+
+def scatter(found: Sequence[Setting], keys: Sequence[str], metric: str) -> Any:
+    """For a search, whose settings lie on no grid."""
+    figure = figures.new_figure(6, 4.5)
+    axes = figure.add_subplot()
+    points = [setting for setting in found if setting.finished]
+    xy: list[list[Any]] = []
+    for key in keys:
+        values = [point.values[key] for point in points]
+        xy.append([float(value) for value in values] if all(map(is_number, values)) else values)
+    marks = axes.scatter(*xy, c=[point.mean_sd(metric)[0] for point in points], cmap="viridis")
+    for values, scale in zip(xy, (axes.set_xscale, axes.set_yscale), strict=True):
+        if all(isinstance(value, float) and value > 0 for value in values) and max(values) / min(values) >= 8:  # type: ignore
+            scale("log")
+    figure.colorbar(marks, label=f"test {NAMES.get(metric, metric)}")
+    axes.set_xlabel(keys[0])
+    axes.set_ylabel(keys[1])
+    return figure
+
+
+def ordered_values(found: Sequence[Setting], key: str) -> list[str]:
+    return sorted({setting.values[key] for setting in found}, key=sort_key)
+
+
+def is_number(text: str) -> bool:
+    return sort_key(text)[1] == ""
+
+
+def chart(found: Sequence[Setting], keys: Sequence[str] | None, metric: str) -> Any:
+    """A line over one swept key, a map over two; None where nothing but the seed was swept."""
+    swept = list(found[0].values)
+    for key in keys or []:
+        if key not in swept:
+            raise UserError(f"over: {key} was not swept here; swept: {', '.join(swept) or 'nothing but seeds'}")
+    if metric not in metrics(found):
+        raise UserError(
+            f"metric={metric} is not in the jobs' metrics.json; it must be one of {', '.join(metrics(found))}"
+        )
+    keys = list(keys or swept[:2])
+    if not keys:
+        return None
+    if len(keys) == 1:
+        return line(found, keys[0], metric)
+    pairs = {(setting.values[keys[0]], setting.values[keys[1]]) for setting in found}
+    on_grid = len(pairs) * 2 > math.prod(len(ordered_values(found, key)) for key in keys)
+    return heat_map(found, keys, metric) if on_grid else scatter(found, keys, metric)
+
+
+@torch.no_grad()
+def contact_sheet(found: Sequence[Setting], seed: int) -> Any:
+    """Sixteen samples of each setting (its first finished seed), all from the same z as far as dimensions allow."""
+    points = [setting for setting in found if setting.finished]
+    last_key = list(found[0].values)[-1:]
+    columns = len(ordered_values(found, last_key[0])) if last_key else 1
+    if len(points) != len(found) or columns > 8:
+        columns = min(6, len(points))
+    rows = -(-len(points) // columns)
+    figure = figures.new_figure(1.6 * columns, 1.8 * rows)
+    for place, point in enumerate(points, start=1):
+        vae = checkpoint.load(str(point.finished[0].folder), "").vae
+        axes = figure.add_subplot(rows, columns, place)
+        images = vae.sample(16, 1.0, torch.Generator().manual_seed(seed))
+        figures.show(axes, figures.grid(images, 4))
+        axes.set_title(point.label.replace(", ", "\n"), fontsize=7)
+    return figure
+
+
+def write(sweep: Path, out: Path, keys: Sequence[str] | None, metric: str, seed: int) -> str:
+    """Everything into `out`. Returns the table as Markdown."""
+    found = settings(sweep)
+    table = markdown(found)
+    write_csv(found, out / "table.csv")
+    (out / "table.md").write_text(table)
+    if any(setting.finished for setting in found):
+        pictures = {
+            "rate_distortion": rate_distortion(found),
+            metric: chart(found, keys, metric),
+            "samples": contact_sheet(found, seed),
+        }
+        for name, figure in pictures.items():
+            if figure is not None:
+                figures.save_figure(figure, out / f"{name}.png")
+    return table

@@ -1,0 +1,397 @@
+"""Sweeps as people run them: left alone, killed, started again, spread over cores and machines, and read afterwards."""
+
+import csv
+import importlib.util
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from betavae import checkpoint, sweep_report, sweeps
+from betavae.cli import safe_name
+from betavae.data import Batches
+from betavae.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+SMALL = ["trainer=smoke", "model=mlp_small", "trainer.limit_train_batches=2", "callbacks.figures_every=0"]
+SMALL += ["data.validation_size=200"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"data.root={tmp_path_factory.mktemp('data')}"
+
+
+def needs(module: str) -> pytest.MarkDecorator:
+    missing = importlib.util.find_spec("hydra_plugins") is None or importlib.util.find_spec(module) is None
+    return pytest.mark.skipif(missing, reason=f"{module} comes with an extra")
+
+
+def readme(part: str) -> list[str]:
+    """The arguments of the README's command with this in it."""
+    section = (ROOT / "README.md").read_text().split("## Sweeps")[1].split("\n## ")[0]
+    (line,) = [line for line in section.splitlines() if line.startswith(("python ", "optuna ")) and part in line]
+    return shlex.split(line)[2 if line.startswith("python") else 1 :]
+
+
+def start(cwd: Path, *args: str, script: str = "train.py", **environment: str) -> subprocess.Popen:
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")} | environment
+    env = {key: value for key, value in env.items() if value}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([sys.executable, str(ROOT / script), *args], cwd=cwd, env=env, **pipes)  # type: ignore
+
+
+def run(cwd: Path, *args: str, code: int = 0, script: str = "train.py", **environment: str) -> str:
+    process = start(cwd, *args, script=script, **environment)
+    text = process.communicate(timeout=300)[0]
+    assert process.returncode == code, text
+    return text
+
+
+def wait_for(folder: Path, pattern: str, process: subprocess.Popen, count: int = 1) -> None:
+    while len(list(folder.glob(pattern))) < count:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+
+
+def job(folder: Path, start: str) -> Path:
+    (found,) = folder.glob(f"{start}*")
+    return found
+
+
+def record(folder: Path) -> dict:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def killed_and_resumed(tmp_path_factory: pytest.TempPathFactory, data: str) -> tuple[Path, str, dict[str, float]]:
+    """Five jobs in one folder: beta=0.5 finishes, beta=-1 fails, beta=2 is killed after its first epoch, beta=3 and 4
+    have not begun, but beta=4 failed in an earlier try. Then the same command again, to its end."""
+    cwd = tmp_path_factory.mktemp("sweep")
+    args = ["-m", *SMALL, data, "trainer.max_epochs=12", "beta=0.5,-1,2,3,4", "hydra.sweep.dir=sweep"]
+    earlier = cwd / "sweep" / safe_name(",".join(sorted([*SMALL, "trainer.max_epochs=12", "beta=4"])))
+    (earlier / "checkpoints").mkdir(parents=True)
+    (earlier / "metrics.json").write_text('{"status": "failed", "error": "OSError: disk full"}')
+    (earlier / "checkpoints" / "last.ckpt").write_text("half a file")
+    process = start(cwd, *args)
+    wait_for(cwd, "sweep/beta_2,*/checkpoints/last.ckpt", process)
+    process.kill()
+    process.wait()
+    before = {str(path): path.stat().st_mtime for path in job(cwd / "sweep", "beta_0.5,").rglob("*") if path.is_file()}
+    assert record(job(cwd / "sweep", "beta_2,"))["status"] == "running"
+    assert {job.overrides["beta"]: job.status for job in sweeps.read(cwd / "sweep")} == {
+        "-1": "failed",
+        "0.5": "finished",
+        "2": "interrupted",
+        "3": "missing",
+        "4": "missing",  # an earlier try's folder has no list of settings here
+    }
+    return cwd, run(cwd, *args, code=1), before
+
+
+def test_the_same_command_keeps_resumes_and_retries(killed_and_resumed: tuple[Path, str, dict[str, float]]) -> None:
+    cwd, text, before = killed_and_resumed
+    sweep = cwd / "sweep"
+    finished = job(sweep, "beta_0.5,")
+    after = {str(path): path.stat().st_mtime for path in finished.rglob("*") if path.is_file()}
+    after.pop(str(finished / ".lock"))
+    before.pop(str(finished / ".lock"))
+    assert after == before and f"{finished.name} is finished already" in text
+    resumed = (job(sweep, "beta_2,") / "train.log").read_text()
+    assert [resumed.count(f"epoch {epoch:>3}/12") for epoch in (1, 12)] == [1, 1], "went on, not from the start"
+    for beta in ("0.5", "2", "3", "4"):
+        assert record(job(sweep, f"beta_{beta},"))["status"] == "finished"
+
+
+def test_a_failed_job_is_named_and_stops_nobody(killed_and_resumed: tuple[Path, str, dict[str, float]]) -> None:
+    cwd, text, _ = killed_and_resumed
+    failed = job(cwd / "sweep", "beta_-1,")
+    assert record(failed)["status"] == "failed"
+    assert (
+        "Traceback" in (failed / "train.log").read_text() and "beta=-1 cannot be" in (failed / "train.log").read_text()
+    )
+    assert "Traceback" not in text
+    table = [line.split() for line in text.split("nats per image:\n")[-1].splitlines()]
+    rows = {line[0]: line[1:] for line in table if line and line[0].startswith("beta_")}
+    test = record(job(cwd / "sweep", "beta_2,"))["test"]
+    assert rows[job(cwd / "sweep", "beta_2,").name][:4] == [
+        "finished",
+        *(f"{test[name]:.2f}" for name in ("neg_elbo", "kl", "recon")),
+    ]
+    assert rows[failed.name] == ["failed"]
+    assert (
+        f"failed: UserError: beta=-1 cannot be: it must be a number from 0 up (sweep/{failed.name}/train.log)" in text
+    )
+
+
+def test_tensorboard_compares_the_jobs(killed_and_resumed: tuple[Path, str, dict[str, float]]) -> None:
+    from tensorboard import context
+    from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
+    from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+    from tensorboard.plugins.base_plugin import TBContext
+    from tensorboard.plugins.hparams import api_pb2, backend_context, list_session_groups
+
+    sweep = killed_and_resumed[0] / "sweep"
+    multiplexer = EventMultiplexer()
+    multiplexer.AddRunsFromDirectory(str(sweep))
+    multiplexer.Reload()
+    names = {job(sweep, f"beta_{beta},").name for beta in ("0.5", "2", "3", "4")}
+    assert set(multiplexer.Runs()) == names
+    assert all("val/loss" in tags["tensors"] for tags in multiplexer.Runs().values())
+    hparams = backend_context.Context(
+        TBContext(
+            logdir=str(sweep), multiplexer=multiplexer, data_provider=MultiplexerDataProvider(multiplexer, str(sweep))
+        )
+    )
+    statuses = [api_pb2.STATUS_SUCCESS, api_pb2.STATUS_UNKNOWN, api_pb2.STATUS_RUNNING]
+    request = api_pb2.ListSessionGroupsRequest(start_index=0, slice_size=99, allowed_statuses=statuses)
+    groups = list_session_groups.Handler(context.RequestContext(), hparams, "", request).run().session_groups
+    assert {group.name: group.hparams["beta"].number_value for group in groups} == {
+        job(sweep, f"beta_{beta:g},").name: beta for beta in (0.5, 2.0, 3.0, 4.0)
+    }
+    shown = {group.name: {m.name.tag: m.value for m in group.metric_values}["test/neg_elbo"] for group in groups}
+    assert shown == pytest.approx({name: record(sweep / name)["test"]["neg_elbo"] for name in names}, abs=1e-3)
+
+
+def test_the_report_of_a_sweep(killed_and_resumed: tuple[Path, str, dict[str, float]]) -> None:
+    cwd = killed_and_resumed[0]
+    text = run(cwd, "sweep=sweep", "out=report", script="scripts/sweep_report.py")
+    rows = list(csv.DictReader((cwd / "report" / "table.csv").read_text().splitlines()))
+    assert [row["beta"] for row in rows] == ["-1", "0.5", "2", "3", "4"]
+    expected = record(job(cwd / "sweep", "beta_3,"))["test"]
+    assert float(rows[3]["neg_elbo_mean"]) == pytest.approx(expected["neg_elbo"], abs=1e-3)
+    assert (cwd / "report" / "table.md").read_text() in text
+    for name in ("rate_distortion", "neg_elbo", "samples"):
+        assert (cwd / "report" / f"{name}.png").stat().st_size > 5000
+    error = run(cwd, "sweep=sweep", "over=[betaa]", code=1, script="scripts/sweep_report.py")
+    assert error == "error: over: betaa was not swept here; swept: beta\n"
+
+
+def test_the_readmes_sweep(tmp_path: Path, data: str) -> None:
+    run(tmp_path, *readme("beta=0.25,1,4"), *SMALL, data, "trainer.max_epochs=1")
+    text = run(tmp_path, *readme("sweep_report"), script="scripts/sweep_report.py")
+    assert "| 0.25 | 2 | 1/1 |" in text and (tmp_path / "sweep_report" / "neg_elbo.png").exists()
+
+
+def write_job(sweep: Path, overrides: list[str], status: str, **test: float) -> None:
+    folder = sweep / safe_name(",".join(overrides))
+    folder.mkdir(parents=True)
+    (folder / "overrides.yaml").write_text(json.dumps(overrides))
+    content = {"status": status, "seconds": 3.0, "test": test} if test else {"status": status, "error": "E: why"}
+    (folder / "metrics.json").write_text(json.dumps(content))
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Path:
+    """beta=1: three seeds; beta=10: one seed, one failed; beta=2: one not begun."""
+    for seed, value in zip("123", (1.0, 2.0, 6.0), strict=True):
+        write_job(tmp_path, ["beta=1", f"seed={seed}"], "finished", neg_elbo=value, kl=value / 4, recon=0.75 * value)
+    write_job(tmp_path, ["beta=10", "seed=1"], "finished", neg_elbo=4.0, kl=1.0, recon=3.0)
+    write_job(tmp_path, ["beta=10", "seed=2"], "failed")
+    task = ["beta=2", "seed=1"]
+    hydra = {"sweeper": {"params": None}, "overrides": {"task": task}}
+    (tmp_path / "multirun.yaml").write_text(json.dumps({"hydra": hydra}))
+    return tmp_path
+
+
+def test_the_table_is_exact_and_marks_what_failed_or_is_missing(made: Path) -> None:
+    found = sweep_report.settings(made)
+    assert [setting.values["beta"] for setting in found] == ["1", "2", "10"], "numbers by size"
+    assert found[0].mean_sd("neg_elbo") == pytest.approx((3.0, 7.0**0.5))
+    lines = sweep_report.markdown(found).splitlines()
+    assert lines[0] == "| beta | finished | neg. ELBO | rate | distortion | seconds |"
+    assert lines[2] == "| 1 | 3/3 | 3.00 ± 2.65 | 0.75 ± 0.66 | 2.25 ± 1.98 | 3.0 ± 0.0 |"
+    assert lines[3] == "| 2 | 0/1 (1 missing) |  |  |  |  |"
+    assert lines[4] == "| 10 | 1/2 (1 failed) | 4.00 | 1.00 | 3.00 | 3.0 |"
+    assert "Failed: beta_10,seed_2: E: why" in lines
+    sweep_report.write_csv(found, made / "table.csv")
+    rows = list(csv.DictReader((made / "table.csv").read_text().splitlines()))
+    assert [[row[key] for key in ("finished", "failed", "missing")] for row in rows] == [
+        ["3", "0", "0"],
+        ["0", "0", "1"],
+        ["1", "1", "0"],
+    ]
+    assert [row["neg_elbo_sd"] for row in rows] == ["2.64575", "", ""]
+
+
+def test_charts_show_the_numbers(made: Path) -> None:
+    (axes,) = sweep_report.rate_distortion(sweep_report.settings(made)).axes
+    assert axes.lines[0].get_xydata().tolist() == [[0.75, 2.25], [1.0, 3.0]]
+    assert [text.get_text() for text in axes.texts] == ["β=1", "β=10"]
+    (axes,) = sweep_report.chart(sweep_report.settings(made), None, "neg_elbo").axes
+    assert axes.lines[0].get_xydata().tolist() == [[1.0, 3.0], [10.0, 4.0]]
+    for beta, value in (("1", 5.0), ("2", 7.0)):
+        write_job(made, [f"beta={beta}", "model.latent_dim=2", "seed=1"], "finished", neg_elbo=value, kl=1, recon=1)
+    found = sweep_report.settings(made)
+    (axes,) = sweep_report.chart(found, ["beta", "model.latent_dim"], "neg_elbo").axes
+    grid = axes.images[0].get_array()
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["1", "2", "10"]
+    assert grid.filled(-1).tolist() == [[5.0, 7.0, -1.0], [3.0, -1.0, 4.0]]
+
+
+def test_two_long_names_stay_two_and_a_folder_is_for_one_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = [safe_name("a" * 200 + end) for end in "xy"]
+    assert long[0] != long[1] and max(map(len, long)) <= 200
+    assert safe_name("beta=0.5,model.hidden_dims=[400,200],seed=1") == "beta_0.5,model.hidden_dims_400,200,seed_1"
+    monkeypatch.setattr(sweeps, "identity", sorted)
+    (tmp_path / "overrides.yaml").write_text("[beta=1]")
+    with pytest.raises(UserError, match="holds another job"):
+        sweeps.claim(tmp_path, ["beta=2"])
+
+
+def test_what_a_sweep_cannot_do_is_refused_in_one_sentence(tmp_path: Path, data: str) -> None:
+    many = run(tmp_path, "-m", "trainer=ddp", "beta=1,2", data, code=1)
+    assert many == f"error: {sweeps.ONE_DEVICE}\n"
+    resume = run(tmp_path, "-m", "resume=a,b", data, code=1)
+    assert resume.startswith("error: resume") and "hydra.sweep.dir" in resume and resume.count("\n") == 1
+    typo = run(tmp_path, "-m", "betaa=1,2", data, code=1)
+    assert typo == "error: betaa is not a setting; did you mean beta?\n"
+    assert not any(path.is_file() for path in tmp_path.rglob("*")), "nothing is left behind"
+
+
+@needs("hydra_plugins.hydra_joblib_launcher")
+def test_joblib_divides_the_threads(tmp_path: Path, data: str) -> None:
+    args = [*readme("joblib"), *SMALL, data, "beta=1,-1,2", "seed=1", "hydra.sweep.dir=sweep"]
+    text = run(tmp_path, *args, code=1, OMP_NUM_THREADS="")
+    from joblib import cpu_count
+
+    for beta in (1, 2):
+        folder = job(tmp_path / "sweep", f"beta_{beta},")
+        assert record(folder)["status"] == "finished" and record(folder)["threads"] == 1, cpu_count()
+        assert f"{folder.name}  epoch   1/2" in text, "lines of jobs side by side say whose they are"
+
+
+@needs("hydra_plugins.hydra_optuna_sweeper")
+def test_a_search_survives_divergence_and_being_killed(tmp_path: Path, data: str) -> None:
+    import optuna
+
+    args = [*readme("sweep=optuna"), *SMALL, data, "trainer.max_epochs=12", "optimizer=sgd", "hydra.sweeper.n_trials=5"]
+    args.append("hydra.sweeper.params={optimizer.lr: 'choice(1e-4,1e-5,1e30)', model.latent_dim: 'int(interval(2,9))'}")
+    process = start(tmp_path, *args)
+    wait_for(tmp_path, "runs/sweeps/optuna/*/checkpoints/last.ckpt", process, count=2)
+    process.kill()
+    process.wait()
+    text = run(tmp_path, *args)
+    assert "Traceback" not in text and "Warning" not in text
+    storage = f"sqlite:///{tmp_path}/runs/sweeps/optuna/study.db"
+    trials = optuna.load_study(study_name="betavae", storage=storage).trials
+    ended = [trial for trial in trials if "interrupted" not in trial.user_attrs]
+    assert len(ended) == 5 and len(trials) - len(ended) <= 1
+    states = {(trial.params["optimizer.lr"] == 1e30, trial.state.name) for trial in ended}
+    assert states == {(True, "FAIL"), (False, "COMPLETE")}
+    optuna_cli = [str(Path(sys.executable).with_name("optuna")), *readme("optuna trials")]
+    listed = subprocess.run(optuna_cli, cwd=tmp_path, capture_output=True, text=True).stdout
+    assert all(str(trial.params["model.latent_dim"]) in listed for trial in trials) and "COMPLETE" in listed
+    for trial in ended:
+        if trial.state.name == "COMPLETE":
+            lr, latent_dim = trial.params["optimizer.lr"], trial.params["model.latent_dim"]
+            (folder,) = (tmp_path / "runs/sweeps/optuna").glob(f"*model.latent_dim_{latent_dim},*optimizer.lr_{lr},*")
+            assert trial.value == record(folder)["validation"]["neg_elbo"]
+            assert (folder / "train.log").read_text().count("epoch   1/12") == 1, "nothing is trained twice"
+
+
+@needs("hydra_plugins.hydra_submitit_launcher")
+def test_a_preempted_job_resumes_when_it_is_queued_again(tmp_path: Path, data: str) -> None:
+    args = ["-m", "hydra/launcher=submitit_local", *SMALL, data, "trainer.max_epochs=30", "beta=1"]
+    process = start(tmp_path, *args, "hydra.sweep.dir=sweep")
+    wait_for(tmp_path, "sweep/beta_1,*/checkpoints/last.ckpt", process)
+    os.kill(record(job(tmp_path / "sweep", "beta_1,"))["pid"], signal.SIGUSR2)  # as Slurm does to make room
+    text = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, text
+    folder = job(tmp_path / "sweep", "beta_1,")
+    log = (folder / "train.log").read_text()
+    assert "Requeued job" in log and record(folder)["status"] == "finished"
+    assert [log.count(f"epoch {epoch:>3}/30") for epoch in (1, 30)] == [1, 1]
+
+
+# What the launcher needs of Slurm, on this machine: an array's tasks run at once, and again if they asked to be queued.
+SLURM = {
+    "sbatch": """
+        import os, re, subprocess
+        count = int(re.search(r"--array=0-(\\d+)", open(sys.argv[-1]).read())[1]) + 1
+        for task in range(count):
+            variables = {"JOB_ID": "77", "ARRAY_JOB_ID": "77", "ARRAY_TASK_ID": str(task), "NTASKS": "1", "PROCID": "0",
+                         "LOCALID": "0", "NODEID": "0", "JOB_NUM_NODES": "1", "JOB_NODELIST": "localhost"}
+            env = os.environ | {f"SLURM_{name}": value for name, value in variables.items()}
+            mark = f"{here}/77_{task}"
+            loop = f"while rm -f {mark}; sh {sys.argv[-1]}; [ -e {mark} ]; do :; done"
+            subprocess.Popen(["sh", "-c", loop], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        print("Submitted batch job 77")
+    """,
+    "srun": """
+        import os
+        command = sys.argv[sys.argv.index(sys.executable):]
+        os.execv(command[0], command)
+    """,
+    "scontrol": """open(f"{here}/{sys.argv[2]}", "w")""",
+    "sacct": """print("JobID|State|NodeList\\n77_0|RUNNING|localhost\\n77_1|RUNNING|localhost")""",
+}
+
+
+@needs("hydra_plugins.hydra_submitit_launcher")
+def test_the_slurm_preset_and_preemption(tmp_path: Path, data: str) -> None:
+    bin = tmp_path / "bin"
+    bin.mkdir()
+    for name, text in SLURM.items():
+        code = f"#!{sys.executable}\nimport sys\nhere = {str(bin)!r}\n{textwrap.dedent(text)}"
+        (bin / name).write_text(code)
+        (bin / name).chmod(0o755)
+    args = [*readme("submitit_slurm"), *SMALL, data, "trainer.max_epochs=30", "beta=1,2", "seed=1"]
+    process = start(tmp_path, *args, "hydra.sweep.dir=sweep", PATH=f"{bin}:{os.environ['PATH']}")
+    wait_for(tmp_path, "sweep/beta_1,*/checkpoints/last.ckpt", process)
+    os.kill(record(job(tmp_path / "sweep", "beta_1,"))["pid"], signal.SIGUSR2)
+    text = process.communicate(timeout=120)[0]
+    assert process.returncode == 0 and "Warning" not in text, text
+    for beta in (1, 2):
+        folder = job(tmp_path / "sweep", f"beta_{beta},")
+        log = (folder / "train.log").read_text()
+        assert record(folder)["status"] == "finished" and ("Requeued job" in log) == (beta == 1)
+        assert [log.count(f"epoch {epoch:>3}/30") for epoch in (1, 30)] == [1, 1]
+
+
+@needs("hydra_plugins.hydra_ray_launcher")
+def test_ray(tmp_path: Path, data: str) -> None:
+    run(tmp_path, *readme("ray"), *SMALL, data, "beta=1,-1", "seed=1", "hydra.sweep.dir=sweep", code=1)
+    assert record(job(tmp_path / "sweep", "beta_1,"))["status"] == "finished"
+    assert record(job(tmp_path / "sweep", "beta_-1,"))["status"] == "failed"
+
+
+def test_shards_are_disjoint_and_cover_what_they_should() -> None:
+    images = torch.arange(103).view(-1, 1, 1, 1).to(torch.uint8)
+    for epoch, expected in ((lambda: 3, 102), (None, 103)):
+        shards = [Batches(images, images[:, 0, 0, 0], 10, epoch, 0, False, (rank, 2)) for rank in (0, 1)]
+        seen = [[int(label) for _, labels in shard for label in labels] for shard in shards]
+        assert len(set(seen[0]) | set(seen[1])) == len(seen[0]) + len(seen[1]) == expected
+        assert [len(shard) for shard in shards] == [6, 6]
+    whole = next(iter(Batches(images, images[:, 0, 0, 0], 20, lambda: 3)))[1].tolist()
+    halves = [next(iter(Batches(images, images[:, 0, 0, 0], 10, lambda: 3, shard=(rank, 2))))[1] for rank in (0, 1)]
+    assert sorted(whole) == sorted(torch.cat(halves).tolist()), "the same images make a step"
+
+
+def test_two_processes_compute_what_one_computes(tmp_path: Path, data: str) -> None:
+    for processes in ("1", "2"):
+        run(tmp_path, processes, data.removeprefix("data.root="), script="tests/two_processes.py")
+    one, two = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in ("1", "2"))
+    for name, gradient in one["gradient"].items():
+        torch.testing.assert_close(two["gradient"][name], gradient, rtol=1e-4, atol=1e-6)
+    assert two["test"] == pytest.approx(one["test"], rel=1e-6)
+    assert two["noise"][0] != two["noise"][1], "each process draws its own"
+
+
+def test_ddp_makes_one_run_whose_checkpoint_loads_anywhere(tmp_path: Path, data: str) -> None:
+    text = run(tmp_path, *readme("ddp"), *SMALL[1:], data, "trainer.max_epochs=1", "trainer.accelerator=cpu")
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert text.count("epoch   1/1") == 1 and "Warning" not in text
+    assert len(list(folder.glob("events.*"))) == 1 and record(folder)["status"] == "finished"
+    assert (folder / "train.log").read_text().count("test  loss") == 1
+    assert checkpoint.load(str(folder), "runs").vae.latent_dim == 20
+    script = run(tmp_path, "n=4", script="scripts/sample.py")
+    assert script.startswith("4 samples of")
