@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from betavae.objectives import gaussian_kl, log_ratio
+from betavae.objectives import ACTIVE_UNIT_VARIANCE, gaussian_kl, log_ratio
 from betavae.vae import VAE, Posterior
 
 # Images that share a stream of random numbers. Each sample of a group takes a multiple of 16 of them, which is how many
@@ -40,9 +40,8 @@ def importance_sample(
     """-E log p(x|z), the KL, and the importance-weighted bounds on -log p(x) (Burda et al. 2016) for each of `ks`.
 
     With S = max(ks) samples of each image's posterior, the bound for K is the mean over S // K disjoint groups of K of
-    them, not over one group: the expectation is the same, the noise of a small K is not larger than that of a large one,
-    and where each K divides the next, the bounds tighten from K to K for every image, not just on average. `memory_mb`
-    is about what the decoder's outputs may take.
+    them, not over one group. The expectation is the same, a small K has no more noise than a large one, and where each
+    K divides the next, the bounds tighten for every image, not just on average. `memory_mb` is about what decoding takes.
     """
     device, samples = next(vae.parameters()).device, max(ks)
     at_once = max(1, memory_mb * 2**20 // (4 * GROUP * floats_per_image(vae)))
@@ -63,9 +62,7 @@ def importance_sample(
             log_px = vae.likelihood.log_prob(images, vae.decode(z))
             chunk.copy_(log_px + log_ratio(z, posterior))
             log_px_sum += log_px.double().sum(0)
-        nll = [
-            math.log(k) - log_weights[: samples // k * k].unflatten(0, (-1, k)).logsumexp(1).mean(0) for k in ks
-        ]
+        nll = [math.log(k) - log_weights[: samples // k * k].unflatten(0, (-1, k)).logsumexp(1).mean(0) for k in ks]
         rows = (-log_px_sum / samples, gaussian_kl(posterior), torch.stack(nll, 1), *posterior)
         parts.append(PerImage(*(row.double().cpu() for row in rows)))
     return PerImage(*(torch.cat(rows) for rows in zip(*parts, strict=True)))
@@ -87,12 +84,12 @@ def standard_error(values: Tensor) -> float:
     return values.std().item() / math.sqrt(len(values))
 
 
-def summary(per_image: PerImage, ks: list[int], active_variance: float) -> dict[str, Any]:
+def summary(per_image: PerImage, ks: list[int]) -> dict[str, Any]:
     """The means over images, each with its standard error, as evaluation.json has them."""
     rate = per_image.kl.sum(1)
     terms = {"neg_elbo": per_image.distortion + rate, "distortion": per_image.distortion, "rate": rate}
     terms |= {f"nll_{k}": per_image.nll[:, number] for number, k in enumerate(ks)}
-    active = per_image.mean.var(0) > active_variance
+    active = per_image.mean.var(0, correction=0) > ACTIVE_UNIT_VARIANCE
     return {name: {"mean": values.mean().item(), "se": standard_error(values)} for name, values in terms.items()} | {
         "active_units": int(active.sum()),
         "kl_per_dimension": per_image.kl.mean(0).tolist(),
@@ -104,9 +101,9 @@ def aggregate(posterior: Posterior, seed: int = 0, rows: int = 500) -> dict[str,
     """How the aggregate posterior q(z) = 1/N sum_n q(z|x_n) of these N images differs from the prior.
 
     rate = mutual_information + marginal_kl (Hoffman & Johnson 2016, "ELBO surgery"): `mutual_information` is that of z
-    and the number n of the image, `marginal_kl` is KL(q(z) || p(z)), both by one z of each q(z|x_n) and the whole sum over
-    n. The mutual information cannot exceed log N: where it comes near, N images are too few to fill the latent space,
-    and `marginal_kl` is rate - log N, far above that of unseen images. `moments_kl`, of the normal distribution with
+    and the number n of the image, `marginal_kl` is KL(q(z) || p(z)), both by one z of each q(z|x_n) and the whole sum
+    over n. The mutual information cannot exceed log N: where it comes near, N images are too few to fill the latent
+    space, and `marginal_kl` is rate - log N, far above that of unseen images. `moments_kl`, of the normal distribution with
     q(z)'s mean and covariance to the prior, is a lower bound of `marginal_kl`, and does not have that fault.
     """
     mean, logvar = posterior

@@ -24,6 +24,8 @@ from torch import Tensor
 
 from betavae.vae import VAE, Posterior
 
+ACTIVE_UNIT_VARIANCE = 0.01  # of the posterior mean over the data; a unit that varies less is not in use (Burda et al.)
+
 
 class Terms(NamedTuple):
     """The terms of one batch. `loss` is a scalar; the others hold one value per image and carry no gradient."""
