@@ -41,7 +41,7 @@ def importance_sample(
 
     With S = max(ks) samples of each image's posterior, the bound for K is the mean over S // K disjoint groups of K of
     them, not over one group. The expectation is the same, a small K has no more noise than a large one, and where each
-    K divides the next, the bounds tighten for every image, not just on average. `memory_mb` is about what decoding takes.
+    K divides the next, the bounds tighten for every image, not just on average. Decoding takes about `memory_mb`.
     """
     device, samples = next(vae.parameters()).device, max(ks)
     at_once = max(1, memory_mb * 2**20 // (4 * GROUP * floats_per_image(vae)))
@@ -103,8 +103,8 @@ def aggregate(posterior: Posterior, seed: int = 0, rows: int = 500) -> dict[str,
     rate = mutual_information + marginal_kl (Hoffman & Johnson 2016, "ELBO surgery"): `mutual_information` is that of z
     and the number n of the image, `marginal_kl` is KL(q(z) || p(z)), both by one z of each q(z|x_n) and the whole sum
     over n. The mutual information cannot exceed log N: where it comes near, N images are too few to fill the latent
-    space, and `marginal_kl` is rate - log N, far above that of unseen images. `moments_kl`, of the normal distribution with
-    q(z)'s mean and covariance to the prior, is a lower bound of `marginal_kl`, and does not have that fault.
+    space, and `marginal_kl` is rate - log N, far above that of unseen images. `moments_kl`, from the normal distribution
+    with q(z)'s mean and covariance to the prior, is a lower bound of `marginal_kl`, and does not have that fault.
     """
     mean, logvar = posterior
     n, dimensions = mean.shape
