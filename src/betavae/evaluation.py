@@ -103,7 +103,7 @@ def aggregate(posterior: Posterior, seed: int = 0, rows: int = 500) -> dict[str,
     rate = mutual_information + marginal_kl (Hoffman & Johnson 2016, "ELBO surgery"): `mutual_information` is that of z
     and the number n of the image, `marginal_kl` is KL(q(z) || p(z)), both by one z of each q(z|x_n) and the whole sum
     over n. The mutual information cannot exceed log N: where it comes near, N images are too few to fill the latent
-    space, and `marginal_kl` is rate - log N, far above that of unseen images. `moments_kl`, from the normal distribution
+    space, and `marginal_kl` is rate - log N, far above that of unseen images. `moments_kl`, from a normal distribution
     with q(z)'s mean and covariance to the prior, is a lower bound of `marginal_kl`, and does not have that fault.
     """
     mean, logvar = posterior
