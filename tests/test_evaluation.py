@@ -171,7 +171,9 @@ def test_the_commands(clone):
     assert result["neg_elbo"]["mean"] == pytest.approx(result["rate"]["mean"] + result["distortion"]["mean"])
     assert sum(result["kl_per_dimension"]) == pytest.approx(result["rate"]["mean"])
     a = result["aggregate"]
-    assert a["mutual_information"] + a["marginal_kl"] == pytest.approx(result["rate"]["mean"], rel=0.2)
+    assert a["mutual_information"] + a["marginal_kl"] == pytest.approx(
+        result["rate"]["mean"], abs=0.4
+    )  # one z per image
     assert 0.5 < result["knn_accuracy"] <= 1 and 0.5 < result["linear_accuracy"] <= 1
     assert "log-likelihood of binarised images" in output and "Warning" not in output
 
@@ -184,4 +186,5 @@ def test_the_commands(clone):
     mean, sd = sum(values) / 2, abs(values[0] - values[1]) / math.sqrt(2)
     row = next(line for line in table.splitlines() if "burda_iwae5" in line)
     assert f"{mean:.2f} ± {sd:.2f}" in row and "| 2 |" in row and len(re.findall("burda_iwae5", table)) == 1
-    assert "no evaluated run" in clone.run("scripts/results.py", "runs=other", code=1)
+    assert "not a whole run" in clone.run("scripts/results.py", "runs=other", code=1)
+    assert "no evaluated run" in clone.run("scripts/results.py", "runs=nothing", code=1)
