@@ -1,10 +1,13 @@
+import math
+
+import numpy as np
 import pytest
 import torch
 from torch import distributions as D
 from torch import nn
 from torch.nn import functional as F
 
-from betavae.objectives import BETA_SCHEDULES, cyclical, elbo, linear, lr_factor
+from betavae.objectives import BETA_SCHEDULES, cyclical, dreg, elbo, iwae, linear, lr_factor
 from betavae.vae import VAE
 from tests.conftest import MODEL
 
@@ -85,6 +88,64 @@ def test_free_bits_floor_each_dimension(vae, x):
     assert (terms.kl.mean(0) < 0.01).any() and (terms.kl.mean(0) > 0.01).any()
     torch.testing.assert_close(terms.loss, terms.recon.mean() + rate)
     torch.testing.assert_close(elbo(vae, x, noise, 1.0, free_bits=50.0).loss, terms.recon.mean() + 50 * 20)
+
+
+TINY = MODEL | {"hidden_dims": [4], "latent_dim": 1, "activation": "tanh", "image_shape": [1, 2, 2]}
+
+
+def gradients(loss, vae):
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(vae.parameters()))])
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.3])
+def test_iwae_and_its_gradient_equal_the_plain_estimators(vae, x, beta):
+    vae, x = vae.double(), x.double()
+    noise = torch.randn(6, 16, 20, dtype=torch.float64)
+    mean, logvar = vae.encode(x)
+    q = D.Normal(mean, (0.5 * logvar).exp())
+    weights = []
+    for z in q.mean + q.stddev * noise:
+        log_px = -F.binary_cross_entropy_with_logits(vae.decode(z), x, reduction="none").flatten(1).sum(1)
+        ratio = D.Normal(0.0, 1.0).log_prob(z).sum(1) - q.log_prob(z).sum(1)
+        weights.append(torch.exp(log_px + beta * ratio + 600))  # so that no weight is 0
+    plain = -(torch.log(sum(weights) / 6) - 600).mean()
+    terms = iwae(vae, x, noise, beta)
+    torch.testing.assert_close(terms.loss, plain, rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradients(terms.loss, vae), gradients(plain, vae), rtol=1e-8, atol=1e-10)
+    reference = elbo(vae, x, noise, beta)
+    for part in ("recon", "kl", "posterior_mean"):
+        torch.testing.assert_close(getattr(terms, part), getattr(reference, part))
+    torch.testing.assert_close(dreg(vae, x, noise, beta).loss, terms.loss, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.3])
+def test_dreg_has_iwaes_expected_gradient(beta):
+    """The expectation over both samples' noise is an integral in the plane: by Gauss-Hermite quadrature, exactly."""
+    vae, x = VAE(**TINY).double(), torch.tensor([1.0, 0, 1, 1], dtype=torch.float64).view(1, 1, 2, 2)
+    with torch.no_grad():
+        for parameter in vae.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    nodes, weights = np.polynomial.hermite_e.hermegauss(24)
+    expected = {iwae: 0.0, dreg: 0.0}
+    for a, weight_a in zip(nodes, weights, strict=True):
+        for b, weight_b in zip(nodes, weights, strict=True):
+            noise = torch.tensor([a, b]).view(2, 1, 1)
+            for objective in expected:
+                gradient = gradients(objective(vae, x, noise, beta).loss, vae)
+                expected[objective] = expected[objective] + weight_a * weight_b / (2 * math.pi) * gradient
+    torch.testing.assert_close(expected[dreg], expected[iwae], rtol=1e-4, atol=1e-5)
+
+
+def test_dregs_encoder_gradient_has_less_noise_and_the_decoders_is_iwaes(vae, x):
+    encoder, decoder = vae.encoder[3].weight, vae.decoder[2].weight
+    draws = {iwae: [], dreg: []}
+    for _ in range(40):
+        noise = torch.randn(64, 1, 20)
+        gradient = {f: torch.autograd.grad(f(vae, x[:1], noise, 1.0).loss, [encoder, decoder]) for f in draws}
+        torch.testing.assert_close(gradient[iwae][1], gradient[dreg][1])
+        for objective in draws:
+            draws[objective].append(gradient[objective][0])
+    assert torch.stack(draws[dreg]).var(0).sum() < 0.5 * torch.stack(draws[iwae]).var(0).sum()
 
 
 def test_beta_schedules():

@@ -225,8 +225,11 @@ class MNISTDataModule(L.LightningDataModule):
         return self._batches("test", self.eval_batch_size)
 
 
-def test_set(settings: dict[str, Any], root: str | None = None) -> tuple[Tensor, Tensor]:
-    """Test images `(N, C, H, W)` in [0, 1] and labels, as a model trained with these data settings sees them."""
+def test_set(settings: dict[str, Any], root: str | None = None, split: str = "test") -> tuple[Tensor, Tensor]:
+    """Test images `(N, C, H, W)` in [0, 1] and labels, as a model trained with these data settings sees them.
+
+    Or those of the split "train", where dynamic binarisation is drawn once, from a fixed seed.
+    """
     if not settings:
         raise UserError("this checkpoint does not say which data it was trained on, so it has no test images")
     # A checkpoint may say where data are, but not where to put them.
@@ -234,5 +237,8 @@ def test_set(settings: dict[str, Any], root: str | None = None) -> tuple[Tensor,
         root = settings["root"] if Path(settings["root"]).expanduser().is_dir() else "data"
     datamodule = MNISTDataModule(**(settings | {"root": root}))
     datamodule.setup()
-    images, labels = datamodule.sets["test"]
+    images, labels = datamodule.sets[split]
+    if split == "train" and datamodule.binarize == "dynamic":
+        generator = torch.Generator().manual_seed(BINARIZE_SEED)
+        return (torch.randint(255, images.shape, dtype=torch.uint8, generator=generator) < images).float(), labels
     return images.float() / 255, labels

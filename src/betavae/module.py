@@ -8,13 +8,12 @@ from torch import Tensor
 
 from betavae.checkpoint import FORMAT
 from betavae.errors import Diverged, UserError
-from betavae.objectives import BETA_SCHEDULES, OBJECTIVES, Terms, lr_factor
+from betavae.objectives import ACTIVE_UNIT_VARIANCE, BETA_SCHEDULES, OBJECTIVES, Terms, lr_factor
 from betavae.optimizers import optimizer_class
 from betavae.vae import VAE
 
 EVALUATION_SEED = 0
 TEST_DRAWS = 4  # of z per image in a test: one draw alone moves the mean over 10,000 images by about 0.05 nats
-ACTIVE_UNIT_VARIANCE = 0.01  # Burda et al. 2016
 
 
 class VAEModule(L.LightningModule):

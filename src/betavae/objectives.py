@@ -5,6 +5,12 @@
     loss     = recon + beta * kl      (what is optimised; Higgins et al. 2017)
     neg_elbo = recon + kl             (beta = 1: what is compared across a beta sweep)
 
+The importance-weighted objectives (Burda et al. 2016) have a tighter `loss`, with k samples z_i of q(z|x)
+
+    loss     = -log 1/k sum_i w_i,    w_i = p(x|z_i) (p(z_i) / q(z_i|x))^beta
+
+and the same `recon`, `kl` and `neg_elbo`: for a model trained by them, look at `loss`.
+
 To add an objective, write a function with `elbo`'s first four arguments and name it in `OBJECTIVES`; what follows them
 are its settings, from `configs/objective/`. To add a schedule, likewise for `BETA_SCHEDULES`.
 """
@@ -13,9 +19,12 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from betavae.vae import VAE, Posterior
+
+ACTIVE_UNIT_VARIANCE = 0.01  # of the posterior mean over the data; a unit that varies less is not in use (Burda et al.)
 
 
 class Terms(NamedTuple):
@@ -46,7 +55,51 @@ def elbo(vae: VAE, x: Tensor, noise: Tensor, beta: Tensor | float, free_bits: fl
     return Terms(recon.mean() + beta * rate, recon.detach(), kl.detach(), posterior.mean.detach())
 
 
-OBJECTIVES: dict[str, Callable[..., Terms]] = {"elbo": elbo}
+def log_ratio(z: Tensor, posterior: Posterior) -> Tensor:
+    """log p(z) - log q(z|x), `(..., B)`, for z `(..., B, latent_dim)`."""
+    mean, logvar = posterior
+    return 0.5 * ((z - mean) ** 2 * torch.exp(-logvar) + logvar - z**2).sum(-1)
+
+
+def log_mean_exp(log_weights: Tensor) -> Tensor:
+    """The log of the mean weight over the leading dimension."""
+    return log_weights.logsumexp(0) - math.log(len(log_weights))
+
+
+def iwae(vae: VAE, x: Tensor, noise: Tensor, beta: Tensor | float) -> Terms:
+    """The importance-weighted bound of k samples; with k = 1 the ELBO, its KL not in closed form but from that sample.
+
+    `x` `(B, C, H, W)`, `noise` `(k, B, latent_dim)` from N(0, I).
+    """
+    posterior, z, params = vae(x, noise)
+    log_px = vae.likelihood.log_prob(x, params)
+    log_weights = log_px + beta * log_ratio(z, posterior)
+    return _weighted(posterior, log_px, log_weights)
+
+
+def dreg(vae: VAE, x: Tensor, noise: Tensor, beta: Tensor | float) -> Terms:
+    """`iwae` with the doubly reparameterised gradient of the encoder (Tucker et al. 2019).
+
+    The same value and the same expected gradient. The noisy score of q is left out, which in expectation multiplies the
+    gradient through z_i by 1 - beta + beta w_i / sum_j w_j: by that normalised weight where beta is 1.
+    """
+    posterior = vae.encode(x)
+    z = posterior.rsample(noise)
+    log_px = vae.likelihood.log_prob(x, vae.decode(z))
+    scoreless = Posterior(posterior.mean.detach(), posterior.logvar.detach())
+    log_weights = log_px + beta * log_ratio(z, scoreless)
+    if z.requires_grad:
+        factor = 1 - beta + beta * log_weights.detach().softmax(0).unsqueeze(-1)
+        z.register_hook(lambda grad: grad * factor)
+    return _weighted(posterior, log_px, log_weights)
+
+
+def _weighted(posterior: Posterior, log_px: Tensor, log_weights: Tensor) -> Terms:
+    loss = -log_mean_exp(log_weights).mean()
+    return Terms(loss, -log_px.mean(0).detach(), gaussian_kl(posterior).detach(), posterior.mean.detach())
+
+
+OBJECTIVES: dict[str, Callable[..., Terms]] = {"elbo": elbo, "iwae": iwae, "dreg": dreg}
 
 
 def constant(step: int, total_steps: float) -> float:

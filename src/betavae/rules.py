@@ -96,6 +96,12 @@ SCRIPT_RULES: dict[str, Rule] = {
     "metric": TEXT,
     "jobs": integer(1),
     "settings": TEXT,
+    "k": integer(1),
+    "first": either(NULL, integer(2)),
+    "memory_mb": integer(1),
+    "matmul_precision": one_of(["highest", "high", "medium"]),
+    "device": one_of(["auto", "cpu", "cuda", "mps"]),
+    "probes": FLAG,
 }
 
 

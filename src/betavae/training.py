@@ -30,6 +30,7 @@ from betavae import figures
 from betavae.callbacks import Bar, Board, EpochLines, Pictures, Preemption, SafeCheckpointIO
 from betavae.data import MNISTDataModule
 from betavae.errors import Diverged, UserError
+from betavae.likelihoods import meaning
 from betavae.module import VAEModule
 from betavae.objectives import lr_factor
 from betavae.resuming import GracefulStop, Patience, RunCheckpoint, reopen, rewind
@@ -141,7 +142,8 @@ def train(cfg: DictConfig) -> float:
     for callback in trainer.checkpoint_callbacks:
         if (best_score := getattr(callback, "best_model_score", None)) is not None:
             record["validation"] = {"neg_elbo": round(float(best_score), 4)}
-    note = likelihood_note(cfg)
+    words, surrogate = meaning(cfg.model.likelihood, cfg.data.binarize)
+    note = words if surrogate else None
     if note:
         record["note"] = note
     write_metrics(folder, record)
@@ -320,12 +322,6 @@ def git_commit() -> str | None:
 def module_device(trainer: L.Trainer) -> str:
     device = trainer.strategy.root_device
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def likelihood_note(cfg: DictConfig) -> str | None:
-    if cfg.model.likelihood == "bernoulli" and cfg.data.binarize == "none":
-        return "grey pixels under a Bernoulli likelihood: the tutorial's surrogate, not a log-likelihood"
-    return None
 
 
 def log_hyperparameters(trainer: L.Trainer, cfg: DictConfig, scalars: dict[str, float]) -> None:
