@@ -2,6 +2,7 @@
 
 import json
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,9 @@ def main(cfg: DictConfig) -> None:
         "sampling_seconds": round(seconds, 1),
     }
     result |= evaluation.summary(per_image, ks)
-    if cfg.probes:
+    if cfg.probes and find_spec("sklearn") is None:
+        print('classification of the digits left out: it comes with `pip install -e ".[evaluation]"`')
+    elif cfg.probes:
         train, train_labels = test_set(loaded.data, cfg.data_root, "train")
         means = evaluation.posterior_means(vae, train)
         result |= evaluation.probes(means, train_labels, per_image.mean.float(), labels)
