@@ -1,7 +1,15 @@
 """Whole commands, as a user runs them."""
 
+import contextlib
+import fcntl
 import json
+import os
+import pty
 import re
+import struct
+import subprocess
+import sys
+import termios
 
 import pytest
 import torch
@@ -160,3 +168,22 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(clone):
         assert clone.run("train.py", *arguments, code=1).strip().startswith(f"error: {words}")
     assert "runs/none does not exist" in clone.run("scripts/sample.py", "ckpt=runs/none", code=1)
     assert sorted((clone.folder / "runs").iterdir()) == before
+
+
+def test_a_terminal_gets_a_bar(clone):
+    terminal, end = pty.openpty()
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 130, 0, 0))
+    command = [sys.executable, "train.py", "trainer=smoke", "trainer.max_epochs=1", "name=terminal"]
+    process = subprocess.Popen(
+        command, cwd=clone.folder, env=os.environ | {"PYTHONPATH": "src"}, stdout=end, stderr=end, stdin=end
+    )
+    os.close(end)
+    output = b""
+    with contextlib.suppress(OSError):  # the way Linux says that the other end is closed
+        while piece := os.read(terminal, 65536):
+            output += piece
+    assert process.wait() == 0
+    # What stays on the screen of each line is what follows its last carriage return.
+    lines = [line.rstrip("\r").split("\r")[-1] for line in output.decode().split("\n")]
+    assert "Epoch 0: 100%" in lines[0] and "recon=" in lines[0] and "val neg. ELBO=" in lines[0]
+    assert lines[1].startswith("test  loss")

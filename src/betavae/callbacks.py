@@ -102,6 +102,12 @@ class Bar(TQDMProgressBar):
             shown["val neg. ELBO"] = f"{trainer.callback_metrics['val/neg_elbo']:.2f}"
         return shown
 
+    def on_train_epoch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        if self.train_progress_bar.n == 0:  # a first one that Lightning opens, and would leave behind empty
+            self.train_progress_bar.leave = False
+            self.train_progress_bar.close()
+        super().on_train_epoch_start(trainer, *args)
+
     # Validation and test would flash by for a tenth of a second each.
     def init_validation_tqdm(self) -> Any:
         return Tqdm(disable=True)
