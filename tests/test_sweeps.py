@@ -309,6 +309,7 @@ def test_a_preempted_job_resumes_when_it_is_queued_again(tmp_path: Path, data: s
     folder = job(tmp_path / "sweep", "beta_1,")
     log = (folder / "train.log").read_text()
     assert "Requeued job" in log and record(folder)["status"] == "finished"
+    assert "interrupted at step" in log  # saved there, so that no step is done twice
     assert [log.count(f"epoch {epoch:>3}/30") for epoch in (1, 30)] == [1, 1]
 
 

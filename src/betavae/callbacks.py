@@ -1,7 +1,6 @@
 """What a person sees while it trains: TensorBoard's pictures, the bar or the lines in the terminal; and safe saving."""
 
 import logging
-import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -135,30 +134,6 @@ class EpochLines(Callback):
             line += f"  val neg. ELBO {trainer.callback_metrics['val/neg_elbo']:.2f}"
         self.seconds.append(round(time.perf_counter() - self.started, 3))
         log.info("%s  %.1f s", line, self.seconds[-1], extra={"epoch_line": True})
-
-
-class Preemption(Callback):
-    """The handler that a cluster's launcher has put on SIGUSR2, to queue the job again and end it, waits for the end of
-    the step under way: in the middle of a file being written its SystemExit would become an error of torch's."""
-
-    def __init__(self) -> None:
-        self.asked: tuple[int, Any] | None = None
-
-    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        number: Any = getattr(signal, "SIGUSR2", None)  # there is none on Windows
-        self.handler: Any = signal.getsignal(number) if number else None
-        if callable(self.handler):  # Lightning puts it back after the training
-            signal.signal(number, self.ask)
-
-    def ask(self, number: int, frame: Any) -> None:
-        self.asked = number, frame
-
-    def on_train_batch_end(self, *args: Any) -> None:
-        if self.asked:
-            self.handler(*self.asked)
-
-    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self.on_train_batch_end()
 
 
 class Board(TensorBoardLogger):

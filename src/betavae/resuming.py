@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ CHANGEABLE = ("trainer.", "callbacks.", "data.root", "data.eval_batch_size", "de
 
 class GracefulStop(Callback):
     """Ctrl-C and SIGTERM end the training after the step under way, with its state in `last.ckpt`; asked a second time,
-    at once. Also marks in each checkpoint how far TensorBoard's files went.
+    at once. So does SIGUSR2, by which a cluster's launcher is told to make room: its own handler, which queues the job
+    again, comes after. Also marks in each checkpoint how far TensorBoard's files went.
 
     Not for several processes: their checkpoint needs them all, and the last one is at most an epoch old.
     """
@@ -34,7 +36,11 @@ class GracefulStop(Callback):
         if trainer.world_size == 1 and threading.current_thread() is threading.main_thread():
             # Lightning's own handler ends its loop between two steps, and puts the old handlers back at the end.
             self.end_loop: Any = signal.getsignal(signal.SIGTERM)
-            for number in (signal.SIGINT, signal.SIGTERM):
+            numbers = [signal.SIGINT, signal.SIGTERM]
+            if sys.platform != "win32" and callable(requeue := signal.getsignal(signal.SIGUSR2)):
+                self.requeue: Any = requeue
+                numbers.append(signal.SIGUSR2)
+            for number in numbers:
                 signal.signal(number, self.ask)
 
     def ask(self, number: int, frame: Any) -> None:
@@ -65,8 +71,11 @@ class GracefulStop(Callback):
 
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
         # At an epoch's end it has just been saved.
-        if self.asked and isinstance(exception, SIGTERMException) and self.mid_epoch:
-            trainer.save_checkpoint(self.last)
+        if self.asked and isinstance(exception, SIGTERMException):
+            if self.mid_epoch:
+                trainer.save_checkpoint(self.last)
+            if self.asked not in (signal.SIGINT, signal.SIGTERM):
+                self.requeue(self.asked, None)
 
     def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.logger is not None and trainer.is_global_zero:

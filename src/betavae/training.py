@@ -1,17 +1,14 @@
 """The one recipe that turns a composed config into a finished run folder."""
 
 import contextlib
-import json
 import logging
 import math
 import os
 import platform
 import signal
-import subprocess
 import sys
 import time
 import traceback
-import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,7 +24,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from betavae import figures
-from betavae.callbacks import Bar, Board, EpochLines, Pictures, Preemption, SafeCheckpointIO
+from betavae.callbacks import Bar, Board, EpochLines, Pictures, SafeCheckpointIO
 from betavae.data import MNISTDataModule
 from betavae.errors import Diverged, UserError
 from betavae.likelihoods import meaning
@@ -35,6 +32,7 @@ from betavae.module import VAEModule
 from betavae.objectives import lr_factor
 from betavae.resuming import GracefulStop, Patience, RunCheckpoint, reopen, rewind
 from betavae.rules import check_arguments
+from betavae.run_folder import discard, finished, git_commit, process_rank, quiet, start_log, write_metrics, write_whole
 from betavae.settings import check_settings
 from betavae.sweeps import ONE_DEVICE
 from betavae.vae import VAE
@@ -107,29 +105,11 @@ def train(cfg: DictConfig) -> float:
         log_hyperparameters(trainer, cfg, scalars)
         save_pictures(trainer, module, folder)
     except BaseException as error:
-        if isinstance(error, MisconfigurationException):
-            error = UserError(f"trainer: {first_sentence(error)}")
-        stopped = isinstance(error, KeyboardInterrupt | SystemExit)
-        status = "interrupted" if stopped else "diverged" if isinstance(error, Diverged) else "failed"
-        record |= {"status": status, "epochs": trainer.current_epoch, "steps": trainer.global_step}
-        if not stopped:
-            record["error"] = f"{type(error).__name__}: {error}"
-            log.debug("%s", traceback.format_exc())
-        never_began = isinstance(error, UserError) and not isinstance(error, Diverged) and not trainer.global_step
-        if never_began and not resume and hydra_cfg.mode == RunMode.RUN:
-            discard(folder)
-            raise error from None
-        with contextlib.suppress(OSError):  # of a full disk: the error that is under way says it
-            write_metrics(folder, record)
-        if stopped:
-            log.info("interrupted at step %d; go on with\n  python train.py resume=%s", trainer.global_step, folder)
-            asked = next(c.asked for c in trainer.callbacks if isinstance(c, GracefulStop))  # type: ignore[attr-defined]
-            if isinstance(error, SystemExit) and not asked:
-                raise error  # of a launcher that has queued the job again
-            sys.exit(128 + (asked or signal.SIGINT))
-        if last.exists():
-            log.info("the last good checkpoint is %s", last)
-        raise error
+        if (
+            ending := ended_early(error, trainer, folder, record, resume or hydra_cfg.mode == RunMode.MULTIRUN)
+        ) is error:
+            raise
+        raise ending from error
     record |= {
         "status": "finished",
         "checkpoint": str(chosen.relative_to(folder)),
@@ -149,6 +129,35 @@ def train(cfg: DictConfig) -> float:
     write_metrics(folder, record)
     closing_lines(folder, scalars, note, fit_seconds, chosen, hydra_cfg.mode == RunMode.MULTIRUN)
     return scalars["neg_elbo"]
+
+
+def ended_early(
+    error: BaseException, trainer: L.Trainer, folder: Path, record: dict[str, Any], keep: bool
+) -> BaseException:
+    """What to raise for a run that did not come to its end, after its folder says why; a folder of our own making, in
+    which nothing ever began, is taken back unless it is to `keep`."""
+    if isinstance(error, MisconfigurationException):
+        error = UserError(f"trainer: {first_sentence(error)}")
+    stopped = isinstance(error, KeyboardInterrupt | SystemExit)
+    status = "interrupted" if stopped else "diverged" if isinstance(error, Diverged) else "failed"
+    record |= {"status": status, "epochs": trainer.current_epoch, "steps": trainer.global_step}
+    if not stopped:
+        record["error"] = f"{type(error).__name__}: {error}"
+        log.debug("%s", "".join(traceback.format_exception(error)))
+        if isinstance(error, UserError) and status == "failed" and not trainer.global_step and not keep:
+            discard(folder)
+            return error
+    with contextlib.suppress(OSError):  # of a full disk: the error that is under way says it
+        write_metrics(folder, record)
+    if not stopped:
+        if (last := folder / "checkpoints" / "last.ckpt").exists():
+            log.info("the last good checkpoint is %s", last)
+        return error
+    log.info("interrupted at step %d; go on with\n  python train.py resume=%s", trainer.global_step, folder)
+    asked = next(c.asked for c in trainer.callbacks if isinstance(c, GracefulStop))  # type: ignore[attr-defined]
+    if isinstance(error, SystemExit) and asked not in (signal.SIGINT, signal.SIGTERM):
+        return error  # of a launcher that has queued the job again
+    return SystemExit(128 + (asked or signal.SIGINT))
 
 
 def build(
@@ -182,7 +191,6 @@ def build(
     callbacks: list[Callback] = [
         Pictures(plain["callbacks"]["figures_every"]),
         EpochLines(),
-        Preemption(),
         GracefulStop(folder / "checkpoints" / "last.ckpt"),
         RunCheckpoint(filename="last", save_on_train_epoch_end=True, **checkpoints),
     ]
@@ -225,98 +233,6 @@ def build(
 def first_sentence(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines or [type(error).__name__])[0].rstrip(".")
-
-
-@rank_zero_only
-def discard(folder: Path) -> None:
-    """Take back the files of a run that could not even begin; what else is in the folder stays."""
-    for handler in logging.getLogger().handlers:
-        handler.close()
-    for name in ("config.yaml", "overrides.yaml", "metrics.json", "train.log"):
-        (folder / name).unlink(missing_ok=True)
-    rewind(folder, None)
-    with contextlib.suppress(OSError):
-        (folder / "checkpoints").rmdir()
-
-
-def finished(folder: Path) -> dict[str, Any] | None:
-    """The record of a run that came to its end."""
-    try:
-        record = json.loads((folder / "metrics.json").read_text())
-    except (OSError, ValueError):
-        return None
-    return record if record.get("status") == "finished" else None
-
-
-def quiet() -> None:
-    """Only our own lines on the terminal: no tips, device tables or notices about other libraries' insides."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logger = logging.getLogger(name)
-        logger.handlers.clear()
-        logger.propagate = True
-        logger.setLevel(logging.WARNING)
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime is found"
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-    # Batches come from memory by an index: there is no worker to add.
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
-    warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
-    # Validation and test numbers are summed over the processes before they are logged.
-    warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
-    warnings.filterwarnings("ignore", message=".*all_gather is deprecated.*")
-
-
-def start_log(folder: Path, console_lines: bool, label: str) -> None:
-    """Everything to `train.log` with the time; lines behind `label` to the terminal, each epoch's only if asked."""
-    logging.raiseExceptions = False  # a full disk must not print a traceback for each line
-    root = logging.getLogger()
-    for handler in root.handlers[:]:
-        root.removeHandler(handler)
-        handler.close()
-    if process_rank():  # one process of several speaks for all
-        root.addHandler(logging.NullHandler())
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    file = logging.FileHandler(folder / "train.log")
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    console = logging.StreamHandler(sys.stdout)
-    console.setLevel(logging.INFO)
-    console.setFormatter(logging.Formatter(label + "%(message)s"))
-    console.addFilter(lambda record: console_lines or not getattr(record, "epoch_line", False))
-    root.addHandler(file)
-    root.addHandler(console)
-    root.setLevel(logging.WARNING)
-    logging.getLogger("betavae").setLevel(logging.DEBUG)
-    logging.captureWarnings(True)
-
-
-def process_rank() -> int:
-    """0 in the one process of several that speaks and writes for all; known before there is a Trainer."""
-    return getattr(rank_zero_only, "rank", 0)
-
-
-def write_metrics(folder: Path, record: dict[str, Any]) -> None:
-    write_whole(folder / "metrics.json", json.dumps(record, indent=2) + "\n")
-
-
-@rank_zero_only
-def write_whole(path: Path, text: str) -> None:
-    part = path.with_name(f"{path.name}.part")
-    try:
-        part.write_text(text)
-        os.replace(part, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
-        raise
-
-
-def git_commit() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def module_device(trainer: L.Trainer) -> str:
