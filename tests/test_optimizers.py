@@ -86,13 +86,21 @@ def test_a_compiled_training_step_computes_the_same(data_root):
 
     module = VAEModule(**MODULE)
     x, noise = torch.rand(8, 1, 28, 28), torch.randn(1, 8, 20)
-    loss, sums = module._loss_and_sums(x, noise, 2.0)
+    beta = torch.tensor(2.0)
+    loss, sums = module._loss_and_sums(x, noise, beta)
     expected = torch.autograd.grad(loss, list(module.parameters()))
     keys = list(module.state_dict())
     module.compile_training(None)
-    compiled, compiled_sums = module._loss_and_sums(x, noise, 2.0)
+    compiled, compiled_sums = module._loss_and_sums(x, noise, beta)
     torch.testing.assert_close(compiled, elbo(module.vae, x, noise, 2.0).loss)
     torch.testing.assert_close(compiled_sums, sums)
     for ours, plain in zip(torch.autograd.grad(compiled, list(module.parameters())), expected, strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
     assert list(module.state_dict()) == keys
+    # A beta that changes, as schedules make it, must not compile anew each time.
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for beta in (0.1, 0.2):
+            module.current_beta = lambda beta=beta: beta
+            module.training_step((x, None), 0)
+    ratios = [(sums[0] / 8 - sums[1] / 8) / (sums[2] / 8) for sums in module.interval]
+    torch.testing.assert_close(torch.stack(ratios), torch.tensor([0.1, 0.2]), rtol=1e-3, atol=1e-4)

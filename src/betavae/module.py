@@ -83,10 +83,10 @@ class VAEModule(L.LightningModule):
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def _terms(self, x: Tensor, noise: Tensor, beta: float) -> Terms:
+    def _terms(self, x: Tensor, noise: Tensor, beta: Tensor | float) -> Terms:
         return self.objective(self.vae, x, noise, beta, **self.objective_settings)
 
-    def _loss_and_sums(self, x: Tensor, noise: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    def _loss_and_sums(self, x: Tensor, noise: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
         terms = self._terms(x, noise, beta)
         return terms.loss, torch.stack((terms.loss.detach() * len(x), terms.recon.sum(), terms.kl.sum()))
 
@@ -97,7 +97,9 @@ class VAEModule(L.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         x = batch[0]
         noise = torch.randn(self.k, len(x), self.vae.latent_dim, device=x.device)
-        loss, sums = self._loss_and_sums(x, noise, self.current_beta())
+        # A tensor, since for another number torch.compile would compile again.
+        beta = torch.full((), self.current_beta(), device=x.device)
+        loss, sums = self._loss_and_sums(x, noise, beta)
         self.interval.append(sums.clone())  # the next replay of a CUDA graph would write over it
         self.interval_images.append(len(x))
         return loss
