@@ -101,3 +101,23 @@ def test_schedules_follow_the_global_step(data_root):
     trainer.fit(module, MNISTDataModule(**DATA | {"root": data_root}))
     assert [beta for beta, _ in seen] == pytest.approx([0, 0.5, 1, 1.5, 2, 2, 2, 2])
     assert [lr for _, lr in seen] == pytest.approx([1e-3 * (1 - step / 8) for step in range(8)])
+
+
+def test_several_steps_in_one_batch_of_lightning_change_nothing(data_root):
+    settings = {"beta_schedule": {"name": "linear", "warmup": 0.5}, "lr_schedule": {"name": "linear", "warmup": 0.0}}
+    ended = []
+    for together in (1, 3):
+        L.seed_everything(0, verbose=False)
+        data = MNISTDataModule(**DATA | {"root": data_root, "validation_size": 59_000, "binarize": "dynamic"})
+        module = VAEModule(**MODULE | settings)
+        module.automatic_optimization, data.steps_per_batch = together == 1, together
+        quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+        trainer = L.Trainer(max_epochs=4, max_steps=20, limit_val_batches=0, accelerator="cpu", **quiet)
+        trainer.fit(module, data)  # 8 steps an epoch, the last of a smaller batch; ends in the middle of a group of 3
+        assert trainer.global_step == module.total_steps == 20 and trainer.num_training_batches == -(-8 // together)
+        ended.append((module, trainer.optimizers[0].state_dict()))
+    (one, one_state), (other, other_state) = ended
+    assert one.train_means == other.train_means
+    for ours, theirs in zip(one.parameters(), other.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert one_state["param_groups"] == other_state["param_groups"]

@@ -171,7 +171,7 @@ def ask_at(step: int, number: int) -> Callable[[], None]:
         real = VAEModule.training_step
 
         def training_step(self: VAEModule, batch: Any, batch_idx: int) -> Any:
-            if self.global_step == step and not asked:
+            if self.global_step >= step and not asked:
                 asked.append(step)
                 os.kill(os.getpid(), number)
             return real(self, batch, batch_idx)
@@ -190,8 +190,9 @@ def ask_at(step: int, number: int) -> Callable[[], None]:
         ["trainer.max_steps=21", "trainer.max_epochs=99", "trainer.check_val_every_n_epoch=2"],
         ["data.validation_size=0", "model.likelihood=gaussian", "optimizer=sgd", "trainer.gradient_clip_val=1.0"],
         ["callbacks.early_stopping_patience=0", "optimizer.lr=0.3", "model=conv", "model.hidden_dims=[2]"],
+        ["trainer.steps_per_batch=2", "optimizer=muon"],
     ],
-    ids=["plain", "accumulate", "max_steps", "no_validation", "early_stop"],
+    ids=["plain", "accumulate", "max_steps", "no_validation", "early_stop", "steps_per_batch"],
 )
 def test_asked_to_stop_it_saves_and_says_how_to_go_on(tmp_path: Path, root: str, args: list[str]) -> None:
     args = [*RICH, root, "trainer.max_epochs=4", *args]

@@ -105,19 +105,27 @@ class Batches:
         seed: int = 0,
         dynamic_binarization: bool = False,
         shard: tuple[int, int] = (0, 1),
+        together: int = 1,
     ):
-        """`epoch` tells which epoch it is and asks for shuffling; `shard` is (rank, number of processes)."""
+        """`epoch` tells which epoch it is and asks for shuffling; `shard` is (rank, number of processes). With
+        `together` above 1 it hands out iterators over so many batches, each made when its turn comes."""
         self.images, self.labels, self.batch_size = images, labels, batch_size
         self.epoch, self.seed, self.dynamic_binarization = epoch, seed, dynamic_binarization
         self.rank, self.world_size = shard
+        self.together = together
         self.position = {"epoch": -1, "batches": 0}
         # Training shards are of equal size, since every step waits for all processes; evaluation covers every image.
         self.size = len(images) // self.world_size if epoch else len(range(self.rank, len(images), self.world_size))
 
     def __len__(self) -> int:
+        return -(-self.steps // self.together)
+
+    @property
+    def steps(self) -> int:
+        """Batches in an epoch, those that come together counted one by one."""
         return -(-self.size // self.batch_size)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[Any]:
         epoch, start = 0, 0
         order = torch.arange(len(self.images))
         if self.epoch:
@@ -126,15 +134,19 @@ class Batches:
             generator = torch.Generator().manual_seed(self.seed + 1_000_003 * epoch)
             order = torch.randperm(len(order), generator=generator)
         chunks = order[self.rank :: self.world_size][: self.size].to(self.images.device).split(self.batch_size)
-        for batch, index in enumerate(chunks[start:], start=start):
-            pixels = self.images[index]
-            if self.dynamic_binarization:
-                # P(random byte in 0..254 < pixel) = pixel / 255, exactly.
-                x = (torch.randint(255, pixels.shape, dtype=torch.uint8, device=pixels.device) < pixels).float()
-            else:
-                x = pixels.float().div_(255)
-            self.position = {"epoch": epoch, "batches": batch + 1}
-            yield x, self.labels[index]
+        for first in range(start, len(chunks), self.together):
+            group = chunks[first : first + self.together]
+            self.position = {"epoch": epoch, "batches": first + len(group)}
+            yield self.batch(group[0]) if self.together == 1 else map(self.batch, group)
+
+    def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        pixels = self.images.index_select(0, index)  # a tenth of the time of images[index]
+        if self.dynamic_binarization:
+            # P(random byte in 0..254 < pixel) = pixel / 255, exactly.
+            x = (torch.randint(255, pixels.shape, dtype=torch.uint8, device=pixels.device) < pixels).float()
+        else:
+            x = pixels.float().div_(255)
+        return x, self.labels.index_select(0, index)
 
     def state_dict(self) -> dict[str, int]:
         return self.position
@@ -168,6 +180,7 @@ class MNISTDataModule(L.LightningDataModule):
         self.dataset, self.root, self.binarize = name, Path(root).expanduser(), binarize
         self.validation_size, self.batch_size, self.eval_batch_size = validation_size, batch_size, eval_batch_size
         self.seed = seed
+        self.steps_per_batch = 1  # of the training, see trainer.steps_per_batch
         self.sets: dict[str, tuple[Tensor, Tensor]] = {}
 
     def setup(self, stage: str | None = None) -> None:
@@ -213,7 +226,8 @@ class MNISTDataModule(L.LightningDataModule):
         if split == "train":
             epoch = (lambda: trainer.current_epoch) if trainer is not None else (lambda: 0)
         dynamic = self.binarize == "dynamic" and split == "train"
-        return Batches(images, labels, batch_size, epoch, self.seed, dynamic, shard)
+        together = self.steps_per_batch if split == "train" else 1
+        return Batches(images, labels, batch_size, epoch, self.seed, dynamic, shard, together)
 
     def train_dataloader(self) -> Batches:
         return self._batches("train", self.batch_size)

@@ -140,10 +140,10 @@ def reopen(folder: Path, overrides: list[str]) -> tuple[DictConfig, dict[str, An
         ) from error
     changes = [item for item in overrides if not item.lstrip("+").startswith("resume=")]
     for item in changes:
-        if not item.startswith(CHANGEABLE) or "=" not in item:
+        if not item.startswith(CHANGEABLE) or "=" not in item or item.startswith("trainer.steps_per_batch"):
             raise UserError(
-                f"resume: {item} cannot change when a run goes on (what can: trainer.*, callbacks.*, data.root, "
-                "data.eval_batch_size, debug); start a new run for it"
+                f"resume: {item} cannot change when a run goes on (what can: trainer.* but "
+                "steps_per_batch, callbacks.*, data.root, data.eval_batch_size, debug); start a new run for it"
             )
     cfg.merge_with_dotlist(changes)
     cfg.resume = str(folder)

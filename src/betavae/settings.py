@@ -66,6 +66,7 @@ RULES: dict[str, Rule] = {
     "trainer.overfit_batches": either(number(0, 1), integer(0)),
     "trainer.deterministic": either(FLAG, one_of(["warn"])),
     "trainer.matmul_precision": one_of(["highest", "high", "medium"]),
+    "trainer.steps_per_batch": integer(1),
     "trainer.compile": either(FLAG, one_of(["default", "reduce-overhead", "max-autotune"])),
     "trainer.gradient_clip_val": either(NULL, number(0)),
     "trainer.gradient_clip_algorithm": one_of(["norm", "value"]),

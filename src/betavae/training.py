@@ -182,6 +182,13 @@ def build(
     if not plain["data"]["validation_size"]:
         settings["limit_val_batches"] = 0
     settings.pop("matmul_precision")
+    if (steps := settings.pop("steps_per_batch")) > 1:
+        lbfgs = plain["optimizer"]["name"] == "LBFGS"
+        if lbfgs or settings["gradient_clip_val"] or settings["accumulate_grad_batches"] > 1:
+            raise UserError(
+                f"trainer.steps_per_batch={steps} cannot be with clipped or accumulated gradients, or LBFGS: make it 1"
+            )
+        module.automatic_optimization, datamodule.steps_per_batch = False, steps
     if mode := settings.pop("compile"):
         module.compile_training(None if mode is True else mode)
     checkpoints: dict[str, Any] = {
@@ -220,6 +227,10 @@ def build(
         trainer = L.Trainer(**settings)
     except (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError) as error:
         raise UserError(f"trainer: {first_sentence(error)}") from error
+    if not torch.cuda.is_available():
+        # Lightning asks for the answer by NVML, and an optimiser asks at every step: without a GPU that is a search for
+        # a library that is not there, a twentieth of a step.
+        os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"
     if trainer.strategy.root_device.type == "cpu":
         if cfg.trainer.precision.startswith("16"):
             raise UserError(f"trainer.precision={cfg.trainer.precision} needs a GPU; on a CPU: 32-true or bf16-mixed")
