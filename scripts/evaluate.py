@@ -1,7 +1,10 @@
 """What a trained VAE is worth on the test images: `python scripts/evaluate.py [ckpt=PATH k=5000 memory_mb=16]`."""
 
+import hashlib
 import json
+import math
 import time
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -57,6 +60,17 @@ def lines(result: dict[str, Any]) -> list[str]:
     return [*texts, f"note  {result['note']}"]
 
 
+def unfinished(kept: Path, asked: dict[str, Any]) -> list[tuple]:
+    """What an evaluation that was stopped has left, if it was asked the same."""
+    import torch
+
+    try:
+        content = torch.load(kept, weights_only=True)
+        return content["parts"] if content["asked"] == asked else []
+    except Exception:  # there is none, or it is no such file
+        return []
+
+
 @command("evaluate")
 def main(cfg: DictConfig) -> None:
     import torch
@@ -81,16 +95,30 @@ def main(cfg: DictConfig) -> None:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device={device} cannot be: {str(error).splitlines()[0]}") from error
 
+    home = loaded.path.parent.parent if loaded.path.parent.name == "checkpoints" else loaded.path.parent
     print(f"{loaded.path} on {len(x):,} test images, nats per image, ± standard error over images")
     ks = [10**power for power in range(20) if 10**power < cfg.k] + [cfg.k]
     started = time.perf_counter()
-    per_image = evaluation.importance_sample(
-        vae, x, ks, cfg.seed, cfg.memory_mb, lambda groups: tqdm(groups, "images / 32", disable=None)
-    )
+    folder = Path(cfg.folder) if cfg.folder else home
+    asked = {"file": hashlib.md5(loaded.path.read_bytes()).hexdigest(), "images": len(x)}
+    asked |= {"k": ks, "seed": cfg.seed, "matmul_precision": cfg.matmul_precision}
+    kept = folder / "evaluation.part"
+    parts = [evaluation.PerImage(*part) for part in unfinished(kept, asked)]
+    if parts:
+        print(f"going on after the {len(parts) * evaluation.GROUP:,} images that are in {kept}")
+
+    def progress(groups: range) -> Iterator[int]:
+        saved = -math.inf
+        for first in tqdm(groups, "images / 32", len(parts) + len(groups), initial=len(parts), disable=None):
+            yield first
+            if time.monotonic() > saved + 5:
+                checkpoint.save({"asked": asked, "parts": [tuple(part) for part in parts]}, kept)
+                saved = time.monotonic()
+
+    per_image = evaluation.importance_sample(vae, x, ks, cfg.seed, cfg.memory_mb, progress, parts)
     seconds = time.perf_counter() - started
     if not all(part.isfinite().all() for part in per_image):
         raise UserError(f"{loaded.path} gives numbers that are not finite, so there is nothing to evaluate")
-    home = loaded.path.parent.parent if loaded.path.parent.name == "checkpoints" else loaded.path.parent
     result: dict[str, Any] = {
         "checkpoint": str(loaded.path.relative_to(home)),
         "data": f"{loaded.data['name']}, binarize={loaded.data['binarize']}",
@@ -112,9 +140,9 @@ def main(cfg: DictConfig) -> None:
         result |= evaluation.probes(means, train_labels, per_image.mean.float(), labels)
     print("\n".join(lines(result)))
 
-    folder = Path(cfg.folder) if cfg.folder else home
     with writing(folder / "evaluation.json") as path:
         path.write_text(json.dumps(result, indent=2) + "\n")
+    kept.unlink(missing_ok=True)
     save_figure(figure_of(result), folder / "figures" / "evaluation.png")
     print(f"in {folder / 'evaluation.json'} and {folder / 'figures' / 'evaluation.png'}")
 

@@ -36,20 +36,22 @@ def importance_sample(
     seed: int = 0,
     memory_mb: int = 16,
     progress: Callable[[range], Iterable[int]] = lambda groups: groups,
+    parts: list[PerImage] | None = None,
 ) -> PerImage:
     """-E log p(x|z), the KL, and the importance-weighted bounds on -log p(x) (Burda et al. 2016) for each of `ks`.
 
     With S = max(ks) samples of each image's posterior, the bound for K is the mean over S // K disjoint groups of K of
     them, not over one group. The expectation is the same, a small K has no more noise than a large one, and where each
-    K divides the next, the bounds tighten for every image, not just on average. Decoding takes about `memory_mb`.
+    K divides the next, the bounds tighten for every image, not just on average. Decoding takes about `memory_mb`. What
+    `parts` holds is not done again; each group of images is added to it.
     """
     device, samples = next(vae.parameters()).device, max(ks)
     at_once = max(1, memory_mb * 2**20 // (4 * GROUP * floats_per_image(vae)))
     # glibc hands large blocks back to the system and fetches them anew, at half the time of a chunk here, until it has
     # seen one of this size freed. It is never written to, so it takes no memory.
     torch.empty(31 * 2**18)
-    parts = []
-    for first in progress(range(0, len(x), GROUP)):
+    parts = [] if parts is None else parts
+    for first in progress(range(len(parts) * GROUP, len(x), GROUP)):
         images = x[first : first + GROUP].to(device)
         posterior = vae.encode(images)
         generator = torch.Generator().manual_seed(seed + 1_000_003 * (first // GROUP))
