@@ -157,6 +157,7 @@ def rate_distortion(found: Sequence[Setting]) -> Any:
                 axes.annotate(text, at, textcoords="offset points", xytext=(4, 4), fontsize=7)
     if 1 < len(lines) <= 20:
         axes.legend(fontsize=8)
+    axes.margins(0.1)  # room for the names
     axes.set_xlabel("rate: KL [nats per image]")
     axes.set_ylabel("distortion: −log p(x|z) [nats per image]")
     return figure
