@@ -127,6 +127,7 @@ def refused(place, monkeypatch, capfd, script: str, *args: str) -> str:
         ("trainer.val_check_interval=0", "trainer.val_check_interval=0"),
         ("~optimizer", "optimizer is missing"),
         ("~beta", "beta"),
+        ("data.batch_size=???", "data.batch_size=\\?\\?\\? is no value"),
         ("trainer=null", "string"),
         ("name=${nothing}", "nothing"),
         ("beta=[1", "beta=\\[1"),

@@ -38,7 +38,7 @@ def test_option_builds(option, data_root, tmp_path, monkeypatch):
     datamodule, module, trainer = build(cfg, tmp_path)
     assert not any(tmp_path.iterdir())
     assert trainer.max_epochs == cfg.trainer.max_epochs
-    x, _ = next(iter(datamodule.train_dataloader()))
+    x, _ = next(iter(datamodule.test_dataloader()))
     module(x[:2])
     # What goes into the checkpoint is plain: it survives a round trip through YAML unchanged.
     plain = dict(module.hparams)

@@ -107,6 +107,8 @@ SCRIPT_RULES: dict[str, Rule] = {
 
 def check(cfg: DictConfig, rules: dict[str, Rule] = SCRIPT_RULES) -> None:
     """Raises UserError for the first setting that cannot be. Keys without a rule (a new objective's own) pass."""
+    if missing := sorted(OmegaConf.missing_keys(cfg)):
+        raise UserError(f"{missing[0]}=??? is no value")
     for key, rule in rules.items():
         value = OmegaConf.select(cfg, key, default=...)
         if value is ...:
