@@ -170,3 +170,13 @@ def test_learning_rate_schedules():
     assert lr_factor(50, 100, "cosine", 0.0) == pytest.approx(0.5)
     warm = [lr_factor(s, 100, "linear", 0.1) for s in range(101)]
     assert 0 < warm[0] < warm[5] < warm[9] < 1 == warm[10] and warm[55] == pytest.approx(0.5)
+
+
+def test_under_autocast_the_kl_is_summed_in_full_precision():
+    vae, x, noise = VAE(**MODEL), torch.rand(64, 1, 28, 28), torch.randn(1, 64, 20)
+    vae.encoder[-1].bias.data[:20] += 1.3  # a KL of 17 nats, whose next neighbours in bfloat16 are 0.125 away
+    with torch.autocast("cpu", torch.bfloat16):
+        terms = elbo(vae, x, noise, 1.0)
+    assert terms.kl.dtype == terms.recon.dtype == terms.loss.dtype == torch.float32
+    exact = terms.recon.double().mean() + terms.kl.double().sum(1).mean()
+    assert terms.loss.item() == pytest.approx(exact.item(), rel=1e-6)
