@@ -1,6 +1,5 @@
 """`VAEModule`: the VAE and its loss as a LightningModule. Everything it counts is in nats per image."""
 
-import math
 from typing import Any
 
 import lightning as L
@@ -73,8 +72,9 @@ class VAEModule(L.LightningModule):
         if not self.automatic_optimization:  # it has counted Lightning's batches
             loader = self.trainer.train_dataloader
             steps = min(loader.steps, self.trainer.num_training_batches * loader.together)  # type: ignore[union-attr]
-            limits = [self.trainer.max_steps] * (self.trainer.max_steps > 0)
-            self.total_steps = min(steps * (self.trainer.max_epochs or 1), *limits, math.inf)
+            self.total_steps = steps * (self.trainer.max_epochs or 1)
+            if self.trainer.max_steps > 0:
+                self.total_steps = min(self.total_steps, self.trainer.max_steps)
         settings = dict(self.hparams["optimizer"])
         name = settings.pop("name")
         try:

@@ -105,9 +105,9 @@ def train(cfg: DictConfig) -> float:
         log_hyperparameters(trainer, cfg, scalars)
         save_pictures(trainer, module, folder)
     except BaseException as error:
-        if (
-            ending := ended_early(error, trainer, folder, record, resume or hydra_cfg.mode == RunMode.MULTIRUN)
-        ) is error:
+        keep = resume or hydra_cfg.mode == RunMode.MULTIRUN
+        ending = ended_early(error, trainer, folder, record, keep)
+        if ending is error:
             raise
         raise ending from error
     record |= {
