@@ -98,6 +98,7 @@ def refused(place, monkeypatch, capfd, script: str, *args: str) -> str:
         ("objective.name=elbow", "objective.name=elbow .*did you mean elbo?"),
         ("objective.k=0", "objective.k=0 .*from 1 up"),
         ("objective.free_bits=-1", "objective.free_bits=-1"),
+        ("objective=dreg objective.resample=0", "objective.resample=0 .*from 1 up or null"),
         ("beta=-1", "beta=-1 .*from 0 up"),
         ("beta=nan", "beta=nan .*number"),
         ("beta=inf", "beta=inf .*number"),

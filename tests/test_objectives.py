@@ -148,6 +148,27 @@ def test_dregs_encoder_gradient_has_less_noise_and_the_decoders_is_iwaes(vae, x)
     assert torch.stack(draws[dreg]).var(0).sum() < 0.5 * torch.stack(draws[iwae]).var(0).sum()
 
 
+@pytest.mark.parametrize("resample", [1, 3])
+@pytest.mark.parametrize("beta", [1.0, 0.3])
+def test_resampled_dreg_has_dregs_value_and_its_gradient_in_the_mean_over_draws(beta, resample):
+    vae, image = VAE(**TINY).double(), torch.tensor([1.0, 0, 1, 1], dtype=torch.float64).view(1, 1, 2, 2)
+    with torch.no_grad():
+        for parameter in vae.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    noise = torch.randn(6, 1, 1, dtype=torch.float64)
+    whole = dreg(vae, image, noise, beta)
+    exact = gradients(whole.loss, vae)
+    draws = 20_000
+    terms = dreg(vae, image.expand(draws, -1, -1, -1), noise.expand(-1, draws, -1), beta, resample)
+    torch.testing.assert_close(terms.loss, whole.loss, rtol=1e-9, atol=0)
+    torch.testing.assert_close(terms.recon[:1], whole.recon)
+    error = (gradients(terms.loss, vae) - exact).norm() / exact.norm()
+    one = (gradients(dreg(vae, image, noise, beta, resample).loss, vae) - exact).norm() / exact.norm()
+    assert error < 0.02 and one > 3 * error
+    with torch.no_grad():
+        torch.testing.assert_close(dreg(vae, image, noise, beta, resample).loss, whole.loss)
+
+
 def test_beta_schedules():
     assert [linear(s, 100, warmup=0.5) for s in (0, 25, 50, 99)] == [0, 0.5, 1, 1]
     assert linear(0, 100, warmup=0.0) == 0 and linear(1, 100, warmup=0.0) == 1

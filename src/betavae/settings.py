@@ -43,6 +43,7 @@ RULES: dict[str, Rule] = {
     "objective.name": one_of(OBJECTIVES),
     "objective.k": integer(1),
     "objective.free_bits": number(0),
+    "objective.resample": either(NULL, integer(1)),
     "beta_schedule.name": one_of(BETA_SCHEDULES),
     "beta_schedule.warmup": number(0, 1),
     "beta_schedule.cycles": integer(1),
