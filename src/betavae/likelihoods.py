@@ -26,7 +26,7 @@ class BernoulliLogProb(torch.autograd.Function):
         logits = logits.to(x.dtype)
         ctx.save_for_backward(x, logits)
         factors = logits.abs().sigmoid_().flatten(-3)
-        together = max(n for n in range(1, 101) if factors.shape[-1] % n == 0)
+        together = next(n for n in range(100, 0, -1) if factors.shape[-1] % n == 0)
         logs = factors.unflatten(-1, (-1, together)).prod(-1).log_().sum(-1)
         return logs - logits.relu().addcmul_(x, logits, value=-1).sum(IMAGE_DIMS)
 

@@ -24,7 +24,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from betavae import figures
-from betavae.callbacks import Bar, Board, EpochLines, Pictures, SafeCheckpointIO
+from betavae.callbacks import Bar, Board, EpochLines, NoProfiler, Pictures, SafeCheckpointIO
 from betavae.data import MNISTDataModule
 from betavae.errors import Diverged, UserError
 from betavae.likelihoods import meaning
@@ -215,6 +215,7 @@ def build(
     if SLURMEnvironment.detect():
         # Lightning would queue the job again itself, and restart all jobs of this folder from this one's checkpoint.
         plugins.append(SLURMEnvironment(auto_requeue=False))
+    settings = {"profiler": NoProfiler()} | settings
     settings |= {
         "callbacks": callbacks,
         "logger": Board(folder, purge_step=state["global_step"] + 1 if state else None),
