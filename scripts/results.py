@@ -32,7 +32,7 @@ def row(runs: list[dict[str, Any]]) -> list[str]:
         spread([result["active_units"] for result in results], 1),
         f"{statistics.mean(run['epochs'] for run in runs):g}",
         f"{minutes:.1f} min",
-        ", ".join(sorted({f"{run['machine']}, {run['threads']} threads" for run in runs})),
+        ", ".join(sorted({f"{run['machine']}, {run['threads']} thread{'s' * (run['threads'] > 1)}" for run in runs})),
     ]
 
 

@@ -102,7 +102,7 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
                 sys.exit(130 if isinstance(stop, KeyboardInterrupt) else stop.code)
             except Exception as error:
                 sweeps.close()
-                if debug or not (sentence := explain(error, composing=not begun)):
+                if debug or not (sentence := explain(error, composing=not begun, config=config_name)):
                     raise
                 print(f"error: {sentence}", file=sys.stderr)
                 sys.exit(1)
@@ -123,7 +123,7 @@ def remove_empty_run_dir() -> None:
                 parent.rmdir()
 
 
-def explain(error: Exception, composing: bool = False) -> str | None:
+def explain(error: Exception, composing: bool = False, config: str = "train") -> str | None:
     """One sentence for the person who typed the command, or None for a bug of ours. While the config is composed there
     is nothing of ours to fail."""
     from hydra.errors import HydraException, OverrideParseException
@@ -146,7 +146,7 @@ def explain(error: Exception, composing: bool = False) -> str | None:
         cause = cause.__cause__ or cause.__context__
     text = "\n".join(messages)
     if match := re.search(r"Could not override '([^']+)'", text):
-        return f"{match[1]} is not a setting{nearest(match[1], all_keys())}"
+        return f"{match[1]} is not a setting{nearest(match[1], all_keys(config))}"
     if match := re.search(r"(?:In '[^']+': )?Could not find '([^'/]+)/([^']+)'", text):
         folder = CONFIGS / match[1]
         options = sorted(path.stem for path in folder.glob("*.yaml"))
@@ -154,10 +154,15 @@ def explain(error: Exception, composing: bool = False) -> str | None:
     return (messages[0].splitlines() or [type(error).__name__])[0]
 
 
-def all_keys() -> list[str]:
-    """Every dotted key of the default configs."""
-    keys = [path.name for path in CONFIGS.iterdir() if path.is_dir()]
-    for path in CONFIGS.rglob("*.yaml"):
+def all_keys(config: str = "train") -> list[str]:
+    """Every dotted key that `configs/<config>.yaml` and what it is composed of have."""
+    keys, paths = [], [CONFIGS / f"{config}.yaml"]
+    if config == "train":
+        keys += [path.name for path in CONFIGS.iterdir() if path.is_dir()]
+        paths += CONFIGS.glob("*/**/*.yaml")
+    else:
+        paths.append(CONFIGS / "script.yaml")
+    for path in paths:
         prefix = [] if path.parent == CONFIGS else [path.parent.name]
         stack = [(prefix, OmegaConf.load(path))]
         while stack:
