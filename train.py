@@ -3,12 +3,13 @@
 from omegaconf import DictConfig
 
 from betavae import sweeps
-from betavae.cli import command
+from betavae.cli import command, importing
 
 
 @command("train")
 def main(cfg: DictConfig) -> float:
-    from betavae.training import train  # here, so that --help does not wait for torch
+    with importing():  # here, so that --help does not wait for torch
+        from betavae.training import train
 
     return sweeps.job(train, cfg)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from betavae.cli import command
+from betavae.cli import command, importing
 
 
 def figure_of(result: dict[str, Any]) -> Any:
@@ -73,15 +73,16 @@ def unfinished(kept: Path, asked: dict[str, Any]) -> list[tuple]:
 
 @command("evaluate")
 def main(cfg: DictConfig) -> None:
-    import torch
-    from tqdm import tqdm
+    with importing():
+        import torch
+        from tqdm import tqdm
 
-    from betavae import checkpoint, evaluation
-    from betavae.data import test_set
-    from betavae.errors import UserError
-    from betavae.figures import save_figure, writing
-    from betavae.likelihoods import meaning
-    from betavae.rules import check
+        from betavae import checkpoint, evaluation
+        from betavae.data import test_set
+        from betavae.errors import UserError
+        from betavae.figures import save_figure, writing
+        from betavae.likelihoods import meaning
+        from betavae.rules import check
 
     check(cfg)
     torch.set_float32_matmul_precision(cfg.matmul_precision)

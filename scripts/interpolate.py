@@ -2,17 +2,18 @@
 
 from omegaconf import DictConfig
 
-from betavae.cli import command
+from betavae.cli import command, importing
 
 
 @command("interpolate")
 def main(cfg: DictConfig) -> None:
-    import torch
+    with importing():
+        import torch
 
-    from betavae import checkpoint, figures
-    from betavae.data import test_set
-    from betavae.errors import UserError
-    from betavae.rules import check
+        from betavae import checkpoint, figures
+        from betavae.data import test_set
+        from betavae.errors import UserError
+        from betavae.rules import check
 
     check(cfg)
     loaded = checkpoint.load(cfg.ckpt, cfg.runs)

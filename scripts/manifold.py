@@ -2,13 +2,14 @@
 
 from omegaconf import DictConfig
 
-from betavae.cli import command
+from betavae.cli import command, importing
 
 
 @command("manifold")
 def main(cfg: DictConfig) -> None:
-    from betavae import checkpoint, figures
-    from betavae.rules import check
+    with importing():
+        from betavae import checkpoint, figures
+        from betavae.rules import check
 
     check(cfg)
     loaded = checkpoint.load(cfg.ckpt, cfg.runs)

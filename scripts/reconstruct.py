@@ -2,16 +2,17 @@
 
 from omegaconf import DictConfig
 
-from betavae.cli import command
+from betavae.cli import command, importing
 
 
 @command("reconstruct")
 def main(cfg: DictConfig) -> None:
-    import torch
+    with importing():
+        import torch
 
-    from betavae import checkpoint, figures
-    from betavae.data import test_set
-    from betavae.rules import check
+        from betavae import checkpoint, figures
+        from betavae.data import test_set
+        from betavae.rules import check
 
     check(cfg)
     loaded = checkpoint.load(cfg.ckpt, cfg.runs)

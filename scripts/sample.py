@@ -4,15 +4,16 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from betavae.cli import command
+from betavae.cli import command, importing
 
 
 @command("sample")
 def main(cfg: DictConfig) -> None:
-    import torch
+    with importing():
+        import torch
 
-    from betavae import checkpoint, figures
-    from betavae.rules import check
+        from betavae import checkpoint, figures
+        from betavae.rules import check
 
     check(cfg)
     loaded = checkpoint.load(cfg.ckpt, cfg.runs)
