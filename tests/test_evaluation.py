@@ -162,6 +162,8 @@ def test_the_commands(clone):
     for experiment, seed in (("burda_vae", 0), ("burda_iwae5", 0), ("burda_iwae5", 1)):
         changes = ("trainer=smoke", "trainer.max_epochs=1", f"seed={seed}", "runs=burda")
         clone.run("train.py", f"experiment={experiment}", *changes)
+    short = ("trainer.limit_train_batches=2", "trainer.limit_test_batches=1", "runs=fifty")
+    assert "neg. ELBO" in clone.run("train.py", "experiment=burda_iwae50", *changes[:2], *short)
     runs = sorted((clone.folder / "burda").glob("*_burda_iwae5"))
     for run in runs:
         small = ("k=20", "first=70", "memory_mb=1")
