@@ -215,7 +215,7 @@ def build(
     if SLURMEnvironment.detect():
         # Lightning would queue the job again itself, and restart all jobs of this folder from this one's checkpoint.
         plugins.append(SLURMEnvironment(auto_requeue=False))
-    settings = {"profiler": NoProfiler()} | settings
+    settings.setdefault("profiler", NoProfiler())
     settings |= {
         "callbacks": callbacks,
         "logger": Board(folder, purge_step=state["global_step"] + 1 if state else None),
