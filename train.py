@@ -2,16 +2,16 @@
 
 from omegaconf import DictConfig
 
-from betavae import sweeps
-from betavae.cli import command, importing
+from betavae.running.cli import importing, train_command
+from betavae.sweeping.jobs import run_job
 
 
-@command("train")
+@train_command
 def main(cfg: DictConfig) -> float:
     with importing():  # here, so that --help does not wait for torch
-        from betavae.training import train
+        from betavae.running.training import train
 
-    return sweeps.job(train, cfg)
+    return run_job(train, cfg)
 
 
 if __name__ == "__main__":

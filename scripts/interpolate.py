@@ -1,41 +1,50 @@
 """From one test image to another through the latent space: `python scripts/interpolate.py digits=[3,8]`."""
 
-from omegaconf import DictConfig
+# mypy: disable-error-code="valid-type"
 
-from betavae.cli import command, importing
+from pydantic import Field
+
+from betavae.running.cli import DataSettings, importing, script
+from betavae.running.settings import Count, Pair, PairOrNull, Several, Text
 
 
-@command("interpolate")
-def main(cfg: DictConfig) -> None:
+class Settings(DataSettings):
+    digits: Pair = Field([3, 8], title="from a test image of the first label to one of the second, chosen by the seed")
+    images: PairOrNull = Field(None, title="two test images by their number, such as [0,7], instead of digits")
+    steps: Several = Field(11, title="pictures from one end to the other")
+    rows: Count = Field(6, title="different pairs of images of these digits")
+    out: Text = Field("interpolation.png", title="the picture")
+
+
+@script(Settings)
+def main(settings: Settings) -> None:
     with importing():
         import torch
 
-        from betavae import checkpoint, figures
-        from betavae.data import test_set
+        from betavae import pictures
         from betavae.errors import UserError
-        from betavae.rules import check
+        from betavae.running import checkpoint
 
-    check(cfg)
-    loaded = checkpoint.load(cfg.ckpt, cfg.runs)
-    x, labels = test_set(loaded.data, cfg.data_root)
-    if cfg.images is not None:
-        if max(cfg.images) >= len(x):
-            raise UserError(f"images={cfg.images} cannot be: the test images are numbered 0 to {len(x) - 1}")
-        pairs = [tuple(cfg.images)]
+    run = checkpoint.load(settings.ckpt, settings.runs)
+    x, labels = run.images("test", settings.data_root)
+    if settings.images is not None:
+        if max(settings.images) >= len(x):
+            raise UserError(f"images={settings.images} cannot be: the test images are numbered 0 to {len(x) - 1}")
+        pairs = [tuple(settings.images)]
     else:
-        generator = torch.Generator().manual_seed(cfg.seed)
+        generator = torch.Generator().manual_seed(settings.seed)
         ends = []
-        for digit in cfg.digits:
+        for digit in settings.digits:
             of_digit = (labels == digit).nonzero()[:, 0]
             if not len(of_digit):
-                raise UserError(f"digits={cfg.digits} cannot be: the labels are 0 to {int(labels.max())}")
-            ends.append(of_digit[torch.randint(len(of_digit), (cfg.rows,), generator=generator)].tolist())
+                raise UserError(f"digits={settings.digits} cannot be: the labels are 0 to {int(labels.max())}")
+            ends.append(of_digit[torch.randint(len(of_digit), (settings.rows,), generator=generator)].tolist())
         pairs = list(zip(*ends, strict=True))
-    rows = [figures.interpolation(loaded.vae, x[[start]], x[[end]], cfg.steps) for start, end in pairs]
+    rows = [pictures.interpolation(run.vae, x[[start]], x[[end]], settings.steps) for start, end in pairs]
     # Each row between its two originals.
     framed = [torch.cat((x[[start]], row, x[[end]])) for (start, end), row in zip(pairs, rows, strict=True)]
-    figures.save_picture(figures.grid(torch.cat(framed), cfg.steps + 2), cfg.out)
-    print(f"{len(rows)} interpolations by {loaded.path}, the originals at both ends, in {cfg.out}")
+    pictures.save_picture(pictures.grid(torch.cat(framed), settings.steps + 2), settings.out)
+    print(f"{len(rows)} interpolations by {run.path}, the originals at both ends, in {settings.out}")
 
 
 if __name__ == "__main__":

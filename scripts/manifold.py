@@ -1,20 +1,27 @@
 """The whole of a 2-D latent space: `python scripts/manifold.py [ckpt=PATH size=20 out=manifold.png]`."""
 
-from omegaconf import DictConfig
+# mypy: disable-error-code="valid-type"
 
-from betavae.cli import command, importing
+from pydantic import Field
+
+from betavae.running.cli import ModelSettings, importing, script
+from betavae.running.settings import Count, Text
 
 
-@command("manifold")
-def main(cfg: DictConfig) -> None:
+class Settings(ModelSettings):
+    size: Count = Field(20, title="images along each side, at quantiles of the prior")
+    out: Text = Field("manifold.png", title="the picture")
+
+
+@script(Settings)
+def main(settings: Settings) -> None:
     with importing():
-        from betavae import checkpoint, figures
-        from betavae.rules import check
+        from betavae import pictures
+        from betavae.running import checkpoint
 
-    check(cfg)
-    loaded = checkpoint.load(cfg.ckpt, cfg.runs)
-    figures.save_picture(figures.grid(figures.manifold(loaded.vae, cfg.size), cfg.size), cfg.out)
-    print(f"the manifold of {loaded.path} in {cfg.out}")
+    run = checkpoint.load(settings.ckpt, settings.runs)
+    pictures.save_picture(pictures.grid(pictures.manifold(run.vae, settings.size), settings.size), settings.out)
+    print(f"the manifold of {run.path} in {settings.out}")
 
 
 if __name__ == "__main__":

@@ -1,27 +1,33 @@
 """What a sweep found, in tables and pictures: `python scripts/sweep_report.py [sweep=PATH over=[A,B] metric=kl]`."""
 
-import re
-import sys
+# mypy: disable-error-code="valid-type"
+
 from pathlib import Path
 
-from omegaconf import DictConfig
+from pydantic import Field
 
-from betavae.cli import command
+from betavae.running.cli import ScriptSettings, script
+from betavae.running.settings import Keys, LongSeed, Text, TextOrNull
 
 
-@command("sweep_report")
-def main(cfg: DictConfig) -> None:
-    from betavae import sweep_report
-    from betavae.rules import check
+class Settings(ScriptSettings):
+    sweep: TextOrNull = Field(None, title="the sweep's folder; null: the newest under runs/sweeps")
+    over: Keys = Field(None, title="one or two swept settings to draw `metric` over; null: the first two")
+    metric: Text = Field("neg_elbo", title="any name under `test` in the jobs' metrics.json, or seconds")
+    seed: LongSeed = Field(0, title="of the samples")
+    out: Text = Field("sweep_report", title="a folder")
 
-    check(cfg)
-    sweep = Path(cfg.folder) if cfg.folder else sweep_report.newest(Path(cfg.runs) / "sweeps")
-    out = Path(cfg.out)
-    print(sweep_report.write(sweep, out, cfg.over, cfg.metric, cfg.seed))
-    print(f"{', '.join(sorted(path.name for path in out.iterdir()))} in {out}/")
+
+@script(Settings)
+def main(settings: Settings) -> None:
+    from betavae.sweeping import report
+
+    sweep = Path(settings.sweep) if settings.sweep else report.newest(Path(settings.runs) / "sweeps")
+    out = Path(settings.out)
+    written = report.write(sweep, out, settings.over, settings.metric, settings.seed)
+    print((out / "table.md").read_text())
+    print(f"{', '.join(written)} in {out}/")
 
 
 if __name__ == "__main__":
-    # Hydra would look for `sweep=PATH` among the presets in configs/sweep/.
-    sys.argv[1:] = [re.sub(r"^sweep=", "folder=", argument) for argument in sys.argv[1:]]
     main()

@@ -1,42 +1,42 @@
 """What each latent dimension does, ordered by its KL: `python scripts/traverse.py [ckpt=PATH dimensions=10]`."""
 
-from omegaconf import DictConfig
+# mypy: disable-error-code="valid-type"
 
-from betavae.cli import command, importing
+from pydantic import Field
+
+from betavae.running.cli import DataSettings, importing, script
+from betavae.running.settings import CountOrNull, NumberOrNull, Positive, Several, Text
 
 
-@command("traverse")
-def main(cfg: DictConfig) -> None:
+class Settings(DataSettings):
+    image: NumberOrNull = Field(0, title="the test image to start from; null: the prior's mean")
+    dimensions: CountOrNull = Field(None, title="how many, from the one with the largest KL down; null: all")
+    span: Positive = Field(3.0, title="from -span to span")
+    steps: Several = Field(11, title="pictures of each dimension")
+    out: Text = Field("traversal.png", title="the picture")
+
+
+@script(Settings)
+def main(settings: Settings) -> None:
     with importing():
         import torch
 
-        from betavae import checkpoint, figures
-        from betavae.data import test_set
+        from betavae import pictures
         from betavae.errors import UserError
         from betavae.objectives import gaussian_kl
-        from betavae.rules import check
+        from betavae.running import checkpoint
 
-    check(cfg)
-    loaded = checkpoint.load(cfg.ckpt, cfg.runs)
-    x, _ = test_set(loaded.data, cfg.data_root)
-    if cfg.image is not None and cfg.image >= len(x):
-        raise UserError(f"image={cfg.image} cannot be: the test images are numbered 0 to {len(x) - 1}")
-    kl = gaussian_kl(loaded.vae.encode(x)).mean(0)
-    order = kl.argsort(descending=True)[: cfg.dimensions].tolist()
-    start = torch.zeros(loaded.vae.latent_dim) if cfg.image is None else loaded.vae.encode(x[[cfg.image]]).mean[0]
-    values = torch.linspace(-cfg.span, cfg.span, cfg.steps)
-    rows = figures.traversal(loaded.vae, start, order, values)
-
-    labels = [f"{value:.1f}" for value in values.tolist()]
-    figure = figures.new_figure(0.45 * cfg.steps + 1.2, 0.45 * len(order) + 0.6)
-    axes = figure.add_subplot()
-    figures.show(axes, figures.grid(rows, cfg.steps))
-    height, width = (size + 2 for size in loaded.vae.image_shape[1:])
-    axes.set_yticks([(row + 0.5) * height for row in range(len(order))], [f"z{d}  {kl[d]:.2f} nats" for d in order])
-    axes.set_xticks([(column + 0.5) * width for column in range(cfg.steps)], labels)
-    axes.tick_params(length=0, labelsize=7)
-    figures.save_figure(figure, cfg.out)
-    print(f"{len(order)} latent dimensions of {loaded.path}, by KL, in {cfg.out}")
+    run = checkpoint.load(settings.ckpt, settings.runs)
+    x, _ = run.images("test", settings.data_root)
+    if settings.image is not None and settings.image >= len(x):
+        raise UserError(f"image={settings.image} cannot be: the test images are numbered 0 to {len(x) - 1}")
+    kl = gaussian_kl(run.vae.encode(x)).mean(0)
+    order = kl.argsort(descending=True)[: settings.dimensions].tolist()
+    start = torch.zeros(run.vae.latent_dim) if settings.image is None else run.vae.encode(x[[settings.image]]).mean[0]
+    values = torch.linspace(-settings.span, settings.span, settings.steps)
+    rows = pictures.traversal(run.vae, start, order, values)
+    pictures.save_figure(pictures.traversal_figure(rows, values, order, kl), settings.out)
+    print(f"{len(order)} latent dimensions of {run.path}, by KL, in {settings.out}")
 
 
 if __name__ == "__main__":

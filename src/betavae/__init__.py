@@ -1,1 +1,26 @@
-"""betavae: train, sweep, watch, sample and trust a (β-)VAE."""
+"""A (β-)VAE to train, sweep, watch, sample and trust. In a notebook: `run = betavae.load("runs/...")`, then `run.vae`."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from betavae.data.datamodule import ImageDataModule
+    from betavae.module import VAEModule
+    from betavae.running.checkpoint import Run, load
+    from betavae.vae import VAE
+
+# Looked up when they are asked for: `python train.py --help` does not wait for torch.
+_HOMES = {
+    "VAE": "betavae.vae",
+    "VAEModule": "betavae.module",
+    "ImageDataModule": "betavae.data.datamodule",
+    "Run": "betavae.running.checkpoint",
+    "load": "betavae.running.checkpoint",
+}
+__all__ = ["VAE", "ImageDataModule", "Run", "VAEModule", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'betavae' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

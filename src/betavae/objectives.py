@@ -12,7 +12,8 @@ The importance-weighted objectives (Burda et al. 2016) have a tighter `loss`, wi
 and the same `recon`, `kl` and `neg_elbo`: for a model trained by them, look at `loss`.
 
 To add an objective, write a function with `elbo`'s first four arguments and name it in `OBJECTIVES`; what follows them
-are its settings, from `configs/objective/`. To add a schedule, likewise for `BETA_SCHEDULES`.
+are its settings, from `configs/objective/`. Terms of its own go into `Terms.extra`, and from there by their names into
+every average, curve and table.
 """
 
 import math
@@ -34,6 +35,13 @@ class Terms(NamedTuple):
     recon: Tensor  # (B,)
     kl: Tensor  # (B, latent_dim)
     posterior_mean: Tensor  # (B, latent_dim)
+    extra: dict[str, Tensor] = {}  # noqa: RUF012 - any further terms, (B,) each
+
+    def sums(self) -> dict[str, Tensor]:
+        """Each term by its name, summed over the images of the batch."""
+        recon, kl = self.recon.sum(), self.kl.sum()
+        sums = {"loss": self.loss.detach() * len(self.recon), "recon": recon, "kl": kl, "neg_elbo": recon + kl}
+        return sums | {name: term.detach().sum() for name, term in self.extra.items()}
 
 
 def gaussian_kl(posterior: Posterior) -> Tensor:
@@ -91,7 +99,7 @@ def dreg(vae: VAE, x: Tensor, noise: Tensor, beta: Tensor | float, resample: int
 
     def weigh(noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         z = posterior.rsample(noise)
-        log_px = vae.likelihood.log_prob(x, vae.decode(z))
+        log_px = vae.likelihood.log_prob(x, vae.decode_params(z))
         return z, log_px, log_px + beta * log_ratio(z, scoreless)
 
     training = torch.is_grad_enabled()
@@ -119,38 +127,3 @@ def _weighted(posterior: Posterior, log_px: Tensor, log_weights: Tensor) -> Term
 
 
 OBJECTIVES: dict[str, Callable[..., Terms]] = {"elbo": elbo, "iwae": iwae, "dreg": dreg}
-
-
-def constant(step: int, total_steps: float) -> float:
-    return 1.0
-
-
-def linear(step: int, total_steps: float, warmup: float) -> float:
-    """From 0 to 1 over the first `warmup` (a fraction of all steps), then 1 (Bowman et al. 2016)."""
-    return min(1.0, step / max(1.0, warmup * total_steps))
-
-
-def cyclical(step: int, total_steps: float, cycles: int, ramp: float) -> float:
-    """`cycles` equal periods, each rising from 0 to 1 over its first `ramp` (a fraction), then 1 (Fu et al. 2019)."""
-    position = step * cycles / max(1, total_steps)
-    return min(1.0, (position - math.floor(position)) / ramp) if position < cycles else 1.0
-
-
-# Factors on beta: pure functions of the global step, so that nothing is lost on resume.
-BETA_SCHEDULES: dict[str, Callable[..., float]] = {"constant": constant, "linear": linear, "cyclical": cyclical}
-
-
-# The decay of the learning rate after its warm-up, as a function of the fraction of training done.
-LR_DECAYS: dict[str, Callable[[float], float]] = {
-    "constant": lambda fraction: 1.0,
-    "linear": lambda fraction: 1.0 - fraction,
-    "cosine": lambda fraction: 0.5 * (1.0 + math.cos(math.pi * fraction)),
-}
-
-
-def lr_factor(step: int, total_steps: float, name: str, warmup: float) -> float:
-    """The factor on the learning rate: linear warm-up over the first `warmup` (a fraction of all steps), then decay."""
-    warmup_steps = warmup * total_steps
-    if step < warmup_steps:
-        return (step + 1) / (warmup_steps + 1)
-    return LR_DECAYS[name](min(1.0, (step - warmup_steps) / max(1.0, total_steps - warmup_steps)))

@@ -89,3 +89,10 @@ class MuonAdam(Optimizer):
 def optimizer_class(name: str) -> type[Optimizer]:
     """A class of torch.optim, or `MuonAdam`."""
     return MuonAdam if name == "MuonAdam" else getattr(torch.optim, name)
+
+
+def names() -> list[str]:
+    """What `optimizer_class` takes."""
+    useless = ("Optimizer", "SparseAdam")  # an abstract class; gradients are dense
+    classes = [name for name, cls in vars(torch.optim).items() if isinstance(cls, type) and issubclass(cls, Optimizer)]
+    return ["MuonAdam", *(name for name in classes if name not in useless)]

@@ -1,6 +1,7 @@
 """The variational autoencoder (Kingma & Welling 2014) in pure PyTorch: lift this file into a notebook if you like."""
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +27,8 @@ class VAE(nn.Module):
     """q(z|x) by an encoder, p(x|z) by a decoder and a likelihood, prior p(z) = N(0, I).
 
     Every argument is a plain value, so that a checkpoint can hold the recipe. `network`, `activation` and `likelihood`
-    are names in `NETWORKS`, `ACTIVATIONS` and `LIKELIHOODS`; `image_shape` is `(C, H, W)`.
+    are names in `NETWORKS`, `ACTIVATIONS` and `LIKELIHOODS`; `image_shape` is `(C, H, W)`; `settings` go by their names to
+    the network or the likelihood whose signature has them. Raises TypeError for one that neither has.
     """
 
     def __init__(
@@ -37,39 +39,52 @@ class VAE(nn.Module):
         activation: str,
         likelihood: str,
         image_shape: Sequence[int],
+        **settings: Any,
     ):
         super().__init__()
-        make_encoder, make_decoder = NETWORKS[network]
+        encoder, decoder = NETWORKS[network]
+        parts = (encoder, decoder, LIKELIHOODS[likelihood])
+        for name in settings:
+            if not any(name in inspect.signature(part).parameters for part in parts):
+                raise TypeError(f"neither network={network} nor likelihood={likelihood} has a setting {name}")
         self.latent_dim = latent_dim
         self.image_shape = tuple(image_shape)
-        self.encoder = make_encoder(image_shape, hidden_dims, latent_dim, activation)
-        self.decoder = make_decoder(image_shape, hidden_dims, latent_dim, activation)
-        self.likelihood: Any = LIKELIHOODS[likelihood]()
+        channels, *size = image_shape
+        self.encoder = encoder(image_shape, hidden_dims, latent_dim, activation, **_own(encoder, settings))
+        self.likelihood: Any = parts[2](**_own(parts[2], settings))
+        params_shape = (self.likelihood.params_per_channel * channels, *size)
+        self.decoder = decoder(params_shape, hidden_dims, latent_dim, activation, **_own(decoder, settings))
 
     def centre(self, mean: Tensor) -> None:
         """Start from the mean image `(C, H, W)` in [0, 1]: the encoder sees what differs from it, the decoder gives it.
 
-        Raises UserError if the networks have no `centre`.
+        Raises UserError if the networks or the likelihood cannot.
         """
-        if not (hasattr(self.encoder, "centre") and hasattr(self.decoder, "centre")):
+        parts = ((self.encoder, "centre"), (self.decoder, "centre"), (self.likelihood, "params_of"))
+        if not all(hasattr(part, name) for part, name in parts):
             raise UserError("init=data needs networks with a `centre` method, such as model.network=mlp")
         self.encoder.centre(mean)  # type: ignore[operator]
         self.decoder.centre(self.likelihood.params_of(mean))  # type: ignore[operator]
 
     def encode(self, x: Tensor) -> Posterior:
         """`(B, C, H, W)` in [0, 1] -> the posterior."""
-        # In the precision of x also under autocast: bfloat16 knows a KL of 25 nats to an eighth only.
-        return Posterior(*self.encoder(x).to(x.dtype).chunk(2, dim=-1))
+        # In single precision also under autocast: bfloat16 knows a KL of 25 nats to an eighth only.
+        params = self.encoder(x).to(torch.promote_types(x.dtype, torch.float32))
+        return Posterior(*params.chunk(2, dim=-1))
 
-    def decode(self, z: Tensor) -> Tensor:
-        """`(..., latent_dim)` -> the likelihood's parameters `(..., C, H, W)`."""
+    def decode_params(self, z: Tensor) -> Tensor:
+        """`(..., latent_dim)` -> the likelihood's parameters (logits, of the Bernoulli) `(..., P * C, H, W)`."""
         return self.decoder(z.flatten(0, -2)).unflatten(0, z.shape[:-1])
 
-    def forward(self, x: Tensor, noise: Tensor) -> tuple[Posterior, Tensor, Tensor]:
-        """`x` `(B, C, H, W)`, `noise` `(..., B, latent_dim)` -> posterior, z, likelihood parameters at z."""
+    def decode(self, z: Tensor) -> Tensor:
+        """`(..., latent_dim)` -> the means of p(x|z), `(..., C, H, W)` in [0, 1]."""
+        return self.likelihood.mean(self.decode_params(z))
+
+    def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Posterior, Tensor, Tensor]:
+        """`x` `(B, C, H, W)`, `noise` `(..., B, latent_dim)` from N(0, I) (None: one draw) -> posterior, z, params at z."""
         posterior = self.encode(x)
-        z = posterior.rsample(noise)
-        return posterior, z, self.decode(z)
+        z = posterior.rsample(torch.randn_like(posterior.mean) if noise is None else noise)
+        return posterior, z, self.decode_params(z)
 
     @torch.no_grad()
     def sample(self, n: int, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
@@ -77,9 +92,13 @@ class VAE(nn.Module):
         device = next(self.parameters()).device
         # Drawn on the CPU, so that one seed gives the same pictures on every device.
         z = temperature * torch.randn(n, self.latent_dim, generator=generator)
-        return self.likelihood.mean(self.decode(z.to(device)))
+        return self.decode(z.to(device))
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:
         """The mean of p(x|z) at the posterior mean, `(B, C, H, W)`. For pictures: an ELBO needs sampled z."""
-        return self.likelihood.mean(self.decode(self.encode(x).mean))
+        return self.decode(self.encode(x).mean)
+
+
+def _own(part: Callable[..., Any], settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name in inspect.signature(part).parameters}

@@ -1,18 +1,15 @@
 """Sweeps: many jobs in one folder, that can be left alone, killed, started again and read afterwards. No torch here."""
 
-import json
 import logging
 import math
 import os
 import re
-import shutil
 import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from filelock import FileLock, Timeout
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -21,6 +18,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from betavae.errors import UserError
+from betavae.files import write_whole
+from betavae.running import processes
+from betavae.running.run_folder import MARK, RUN, SWEEP, UNFINISHED, RunFolder, put_mark
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +28,8 @@ ONE_DEVICE = (
     "a sweep trains each job on one device: leave trainer.devices and trainer.num_nodes at 1 and run jobs side by side "
     "(hydra/launcher=joblib), or give up -m and start the runs on many devices one by one"
 )
+# What cannot change a result, and so does not make two jobs different.
+INCIDENTAL = ("runs", "resume", "debug", "name", "callbacks.figures_every", "trainer.enable_progress_bar")
 
 
 class Job(NamedTuple):
@@ -43,22 +45,35 @@ class Job(NamedTuple):
         return self.record.get("test", {}) if self.status == "finished" else {}
 
 
-class Start(Callback):
-    """Hydra calls this as a sweep starts (`hydra.callbacks` in train.yaml). It remembers the folder for `close`."""
+class SweepCallback(Callback):
+    """Hydra calls this as a sweep starts (`hydra.callbacks` in train.yaml). It remembers the folder for `print_jobs`."""
 
     folder: Path | None = None
     search = False
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        try:
+            self.start(config)
+        except UserError as error:
+            # Hydra turns an Exception of a callback into a warning.
+            raise SystemExit(f"error: {error}") from error
+
+    def start(self, config: DictConfig) -> None:
         trainer = config.trainer
         if any(item.lstrip("+").startswith("resume=") for item in config.hydra.overrides.task):
-            raise SystemExit("error: resume goes with one run; go on with a sweep by hydra.sweep.dir=ITS_FOLDER")
-        if trainer.num_nodes != 1 or (isinstance(trainer.devices, int) and trainer.devices not in (0, 1)):
-            raise SystemExit(f"error: {ONE_DEVICE}")
-        # Hydra turns an Exception of a callback into a warning, hence SystemExit above.
-        Start.folder = Path(config.hydra.sweep.dir)
-        Start.search = is_search(config.hydra)
-        if Start.search:
+            raise UserError("resume goes with one run; go on with a sweep by hydra.sweep.dir=ITS_FOLDER")
+        several = trainer.num_nodes != 1 or (isinstance(trainer.devices, int) and trainer.devices not in (0, 1))
+        if several or processes.side_by_side():
+            raise UserError(ONE_DEVICE)
+        search = is_search(config.hydra)
+        if search and config.data.validation_size == 0:
+            raise UserError(
+                "a search needs validation images to choose by, and data.validation_size=0 leaves none: give it a number"
+            )
+        folder = Path(config.hydra.sweep.dir)
+        put_mark(folder, SWEEP, "hydra.sweep.dir")
+        SweepCallback.folder, SweepCallback.search = folder, search
+        if search:
             continue_study(config)
 
 
@@ -67,81 +82,90 @@ def is_search(hydra_cfg: Any) -> bool:
     return not hydra_cfg.sweeper["_target_"].endswith(".BasicSweeper")
 
 
-def job(task: Callable[[DictConfig], float], cfg: DictConfig) -> float:
+def run_job(task: Callable[[DictConfig], float], cfg: DictConfig) -> float:
     """Run a job; in a sweep, in a folder that may hold an earlier try of it: finished jobs are kept, interrupted ones
-    go on from their last checkpoint, failed ones are tried afresh. Returns what a search minimises."""
+    go on from their last checkpoint, failed ones are tried afresh. Returns what a search minimises.
+
+    Raises UserError if the folder is somebody else's, or holds a job of other settings.
+    """
     hydra_cfg = HydraConfig.get()
     if hydra_cfg.mode != RunMode.MULTIRUN:
         return task(cfg)
-    folder = Path(os.path.relpath(hydra_cfg.runtime.output_dir))
-    # Held by the process that works here, and let go by the system when it dies, however it dies.
-    with FileLock(folder / ".lock"):
-        if (status := claim(folder, list(hydra_cfg.overrides.task))) == "finished":
-            print(f"{folder.name} is finished already")
-        else:
-            cfg.resume = str(folder) if status == "interrupted" else None
-            try:
-                task(cfg)
-            except Exception as error:
-                failed(folder, error)
-                print(f"failed: {error} ({folder / 'train.log'})")
-                if cfg.debug:
-                    traceback.print_exc()
-                if is_search(hydra_cfg):
-                    raise
-                return math.nan  # and not an error, for which Hydra would leave out the batches to come
-        return objective(folder)
+    run = RunFolder(os.path.relpath(hydra_cfg.runtime.output_dir))
+    put_mark(run.path, RUN, "hydra.sweep.dir")
+    with run.held(wait=True):
+        status = earlier_try(run, cfg, list(hydra_cfg.overrides.task))
+        if status == "finished":
+            print(f"{run.path.name} is finished already")
+            return objective(run, cfg)
+        cfg.resume = str(run.path) if status == "interrupted" else None
+        try:
+            task(cfg)
+        except Exception as error:
+            mark_failed(run, error)
+            print(f"failed: {error} ({run.path / 'train.log'})")
+            if cfg.debug:
+                traceback.print_exc()
+            if is_search(hydra_cfg):
+                raise
+            return math.nan  # and not an error, for which Hydra would leave out the batches to come
+        return objective(run, cfg)
 
 
-def objective(folder: Path) -> float:
-    """What a search goes by: the neg. ELBO on validation images, where there are any. Test images choose nothing."""
-    record = read_record(folder)
-    return record.get("validation", record["test"])["neg_elbo"]
+def objective(run: RunFolder, cfg: DictConfig) -> float:
+    """What a search goes by, on validation images; a plain sweep goes by nothing. Test images choose nothing."""
+    record = run.record()
+    return record["validation"][cfg.callbacks.monitor] if "validation" in record else math.nan
 
 
-def claim(folder: Path, overrides: list[str]) -> str:
+def earlier_try(run: RunFolder, cfg: DictConfig, overrides: list[str]) -> str:
     """What an earlier try left in a job's folder: "finished", "interrupted" (to be resumed), or "", cleared up."""
-    listed = folder / "overrides.yaml"
-    before = OmegaConf.to_container(OmegaConf.load(listed)) if listed.exists() else overrides
-    if identity(before) != identity(overrides):  # type: ignore[arg-type]
-        raise UserError(f"{folder} holds another job ({' '.join(before)}); choose another hydra.sweep.dir")  # type: ignore
-    status = read_record(folder).get("status")
-    if status == "finished":
-        return "finished"
-    if status in ("running", "interrupted") and (folder / "checkpoints" / "last.ckpt").exists():
-        return "interrupted"
-    for path in folder.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name not in (".lock", "train.log"):
-            path.unlink()
-    OmegaConf.save(OmegaConf.create(overrides), listed)
+    status = run.record().get("status")
+    kept = status == "finished" or (status in UNFINISHED and run.last.exists())
+    if kept:
+        if difference := first_difference(run.path / "config.yaml", cfg):
+            key, then, now = difference
+            raise UserError(
+                f"{run.path} holds a job with {key}={then}, and this one has {key}={now}: name another hydra.sweep.dir, or "
+                f"delete that folder"
+            )
+        return "finished" if status == "finished" else "interrupted"
+    run.clear()
+    write_whole(run.path / "overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(overrides)).encode())
     return ""
 
 
-def identity(overrides: list[str]) -> list[str]:
-    """The overrides that make a job what it is: those that Hydra puts into the name of its folder."""
-    ignored = HydraConfig.get().job.config.override_dirname.exclude_keys
-    return sorted(item for item in overrides if item.split("=")[0].lstrip("+~") not in ignored)
+def first_difference(path: Path, cfg: DictConfig) -> tuple[str, Any, Any] | None:
+    """The first setting that differs between a config file and `cfg`, and its two values; what cannot change a result,
+    and settings that the file is too old to have, aside."""
+    then = flat_settings(OmegaConf.to_container(OmegaConf.load(path)))
+    now = flat_settings(OmegaConf.to_container(cfg, resolve=True))
+    for key in sorted({*then, *now} - set(INCIDENTAL)):
+        newer = key not in then and key.startswith(("trainer.", "callbacks."))
+        if not newer and then.get(key) != now.get(key):
+            return key, then.get(key), now.get(key)
+    return None
 
 
-def failed(folder: Path, error: Exception) -> None:
+def flat_settings(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= flat_settings(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
+def mark_failed(run: RunFolder, error: Exception) -> None:
     """Leave status and traceback in the folder of a job that failed before `train` could."""
-    record = read_record(folder)
+    record = run.record()
     if record.get("status") in ("failed", "diverged"):
         return
-    record |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
-    (folder / "metrics.json").write_text(json.dumps(record, indent=2) + "\n")
-    with open(folder / "train.log", "a") as file:
+    run.write_record(record | {"status": "failed", "error": f"{type(error).__name__}: {error}"})
+    with open(run.path / "train.log", "a") as file:
         file.write("".join(traceback.format_exception(error)))
 
 
-def read_record(folder: Path) -> dict[str, Any]:
-    path = folder / "metrics.json"
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
-def read(sweep: Path) -> list[Job]:
+def read_jobs(sweep: Path) -> list[Job]:
     """The jobs in a sweep's folder, and those of its last command that have not begun."""
     if not sweep.is_dir():
         raise UserError(f"sweep: {sweep} is not a folder; name one like runs/sweeps/2026-01-31_12-00-00")
@@ -155,16 +179,9 @@ def read(sweep: Path) -> list[Job]:
 
 
 def read_job(folder: Path) -> Job:
-    record = read_record(folder)
-    status = record.get("status", "running")
-    if status == "running":
-        try:
-            with FileLock(folder / ".lock", timeout=0):
-                status = "interrupted"  # nobody holds it: its process was killed
-        except (Timeout, OSError):
-            pass
+    run = RunFolder(folder)
     listed: Any = OmegaConf.to_container(OmegaConf.load(folder / "overrides.yaml"))
-    return Job(folder, status, as_settings(listed), record)
+    return Job(folder, run.status() or "running", as_settings(listed), run.record())
 
 
 def planned(sweep: Path) -> list[dict[str, str]]:
@@ -191,15 +208,14 @@ def sort_key(text: str) -> tuple[float, str]:
         return math.inf, text
 
 
-def close(interrupted: bool = False) -> bool:
+def print_jobs(interrupted: bool = False) -> bool:
     """After a sweep: a table of its jobs and the names of those that failed. Returns whether any failed or is missing
     (of a search: whether all did); nothing is printed where no job began."""
-    if Start.folder is None:
+    if SweepCallback.folder is None:
         return False
-    jobs = read(Start.folder) if Start.folder.is_dir() else []
+    jobs = read_jobs(SweepCallback.folder) if SweepCallback.folder.is_dir() else []
     if all(job.status == "missing" for job in jobs):
-        if Start.folder.is_dir() and [path.name for path in Start.folder.iterdir()] == ["multirun.yaml"]:
-            shutil.rmtree(Start.folder)  # stopped by an error before any job
+        take_back(SweepCallback.folder)
         return False
     rows = [
         (
@@ -220,12 +236,20 @@ def close(interrupted: bool = False) -> bool:
     for job in bad:
         print(f"failed: {job.record['error']} ({job.folder / 'train.log'})")
     if bad or interrupted:
-        print(f"the same command with hydra.sweep.dir={Start.folder} keeps what is finished and retries the rest")
-    print(f"sweep {Start.folder}\nnext  tensorboard --logdir {Start.folder}")
-    print(f"      python scripts/sweep_report.py sweep={Start.folder}", flush=True)
-    if Start.search:  # some settings may well fail
+        print(f"the same command with hydra.sweep.dir={SweepCallback.folder} keeps what is finished and retries the rest")
+    print(f"sweep {SweepCallback.folder}\nnext  tensorboard --logdir {SweepCallback.folder}")
+    print(f"      python scripts/sweep_report.py sweep={SweepCallback.folder}", flush=True)
+    if SweepCallback.search:  # some settings may well fail
         return not any(job.status == "finished" for job in jobs)
     return bool(bad) or any(job.status == "missing" for job in jobs)
+
+
+def take_back(sweep: Path) -> None:
+    """The folder of a sweep that was stopped by an error before any job."""
+    if sweep.is_dir() and {path.name for path in sweep.iterdir()} <= {"multirun.yaml", MARK}:
+        for name in ("multirun.yaml", MARK):
+            (sweep / name).unlink(missing_ok=True)
+        sweep.rmdir()
 
 
 def continue_study(config: DictConfig) -> None:
@@ -270,9 +294,9 @@ def explain(error: Exception) -> str | None:
             return f'{name} is not installed; it comes with `pip install -e ".[{extra}]"`'
     if 'Could not detect "srun"' in text:
         return "there is no Slurm here; hydra/launcher=joblib runs the jobs on this machine"
-    if Start.search and isinstance(error, ValueError):
+    if SweepCallback.search and isinstance(error, ValueError):
         if "distribution" in text or "CategoricalDistribution" in text:
-            return f"the study in {Start.folder} searched other values ({text}); choose another hydra.sweep.dir"
+            return f"the study in {SweepCallback.folder} searched other values ({text}); choose another hydra.sweep.dir"
         if text in ("Record does not exist.", "No trials are completed yet."):
             return "no trial of this search has finished, so there is no best one"
     return None

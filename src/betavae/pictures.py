@@ -1,7 +1,7 @@
 """Pictures of a VAE: grids as tensors in [0, 1], and matplotlib figures around them. Clamped, never auto-contrasted."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from betavae.errors import UserError
+from betavae.files import STAMP, writing
 from betavae.vae import VAE
 
 
@@ -33,7 +34,7 @@ def interpolation(vae: VAE, start: Tensor, end: Tensor, steps: int) -> Tensor:
     """Decoded means on the line between the posterior means of two images `(1, C, H, W)`: `(steps, C, H, W)`."""
     weight = torch.linspace(0, 1, steps, device=start.device).unsqueeze(1)
     z = (1 - weight) * vae.encode(start).mean + weight * vae.encode(end).mean
-    return vae.likelihood.mean(vae.decode(z))
+    return vae.decode(z)
 
 
 @torch.no_grad()
@@ -42,7 +43,7 @@ def traversal(vae: VAE, z: Tensor, dimensions: Sequence[int], values: Tensor) ->
     grid_z = z.repeat(len(dimensions), len(values), 1)
     for row, dimension in enumerate(dimensions):
         grid_z[row, :, dimension] = values
-    return vae.likelihood.mean(vae.decode(grid_z.flatten(0, 1)))
+    return vae.decode(grid_z.flatten(0, 1))
 
 
 @torch.no_grad()
@@ -53,7 +54,7 @@ def manifold(vae: VAE, size: int) -> Tensor:
     device = next(vae.parameters()).device
     quantiles = torch.special.ndtri((torch.arange(size, device=device) + 0.5) / size)
     rows, columns = torch.meshgrid(quantiles.flip(0), quantiles, indexing="ij")
-    return vae.likelihood.mean(vae.decode(torch.stack((columns, rows), dim=-1).flatten(0, 1)))
+    return vae.decode(torch.stack((columns, rows), dim=-1).flatten(0, 1))
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -84,15 +85,44 @@ def kl_bars(kl: Tensor) -> Any:
     return figure
 
 
-@contextmanager
-def writing(out: str | Path) -> Iterator[Path]:
-    """The path to write to, its folder made; a failure in the block becomes a UserError that names it."""
-    path = Path(out).expanduser()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield path
-    except (OSError, ValueError, KeyError) as error:  # KeyError: an ending that Pillow does not know
-        raise UserError(f"out: cannot write {path} ({error})") from error
+def traversal_figure(rows: Tensor, values: Tensor, dimensions: Sequence[int], kl: Tensor) -> Any:
+    """The rows of a `traversal`, each named by its dimension and that dimension's KL in nats `(latent_dim,)`."""
+    figure = new_figure(0.45 * len(values) + 1.2, 0.45 * len(dimensions) + 0.6)
+    axes = figure.add_subplot()
+    show(axes, grid(rows, len(values)))
+    height, width = (size + 2 for size in rows.shape[-2:])
+    axes.set_yticks(
+        [(row + 0.5) * height for row in range(len(dimensions))], [f"z{d}  {kl[d]:.2f} nats" for d in dimensions]
+    )
+    axes.set_xticks([(column + 0.5) * width for column in range(len(values))], [f"{v:.1f}" for v in values.tolist()])
+    axes.tick_params(length=0, labelsize=7)
+    return figure
+
+
+def bounds_figure(ks: Sequence[int], bounds: Sequence[dict[str, float]], kl: Sequence[float], active_units: int) -> Any:
+    """Importance-weighted bounds (each `mean` ± `se`, nats) over their number of samples, beside the KL per dimension."""
+    figure = new_figure(9, 3)
+    left, right = figure.subplots(1, 2)
+    left.errorbar(ks, [b["mean"] for b in bounds], [b["se"] for b in bounds], marker="o", capsize=3)
+    left.set_xscale("log")
+    left.set_xlabel("importance samples K")
+    left.set_ylabel("bound on -log p(x) [nats]")
+    right.bar(range(1, len(kl) + 1), sorted(kl, reverse=True))
+    right.set_xlabel(f"latent dimensions by their KL, {active_units} of {len(kl)} active")
+    right.set_ylabel("KL [nats]")
+    return figure
+
+
+def coloured(x: Tensor, labels: Tensor) -> Tensor:
+    """`(N, 3, H, W)`: grey images as strokes on white in the colour of their label (the first of several); colour images as
+    they are."""
+    import matplotlib
+
+    if x.shape[1] == 3:
+        return x
+    first = labels if labels.ndim == 1 else labels[:, 0]
+    colours = torch.tensor(matplotlib.colormaps["tab10"].colors)[first.cpu() % 10]  # type: ignore[attr-defined]
+    return 1 - x.mean(1, keepdim=True) * (1 - colours.view(-1, 3, 1, 1))
 
 
 def save_picture(picture: Tensor, out: str | Path, scale: int = 2) -> None:
@@ -101,9 +131,19 @@ def save_picture(picture: Tensor, out: str | Path, scale: int = 2) -> None:
 
     pixels = picture.clamp(0, 1).repeat_interleave(scale, 1).repeat_interleave(scale, 2).cpu().permute(1, 2, 0).numpy()
     with writing(out) as path:
-        imsave(path, pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels, cmap="gray", vmin=0, vmax=1)
+        grey = pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels
+        imsave(path, grey, cmap="gray", vmin=0, vmax=1, metadata={"Software": STAMP})
 
 
 def save_figure(figure: Any, out: str | Path) -> None:
     with writing(out) as path:
-        figure.savefig(path, dpi=150, bbox_inches="tight")
+        stamp = {"metadata": {"Software": STAMP}} if path.suffix == ".png" else {}
+        figure.savefig(path, dpi=150, bbox_inches="tight", **stamp)
+
+
+def save_tensor(tensor: Tensor, out: str | Path) -> Path:
+    with writing(out) as path:
+        torch.save(tensor, path)
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.comment = STAMP.encode()
+        return path

@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from betavae import checkpoint, figures
+from betavae import pictures
 from betavae.errors import UserError
-from betavae.sweeps import Job, read, sort_key
+from betavae.running import checkpoint
+from betavae.running.run_folder import REPORT, put_mark
+from betavae.sweeping.jobs import Job, read_jobs, sort_key
 
 REPLICATE = "seed"  # the key whose values are repetitions of one setting
 SCALES = ("neg_elbo", "kl", "recon")
@@ -51,7 +53,7 @@ def newest(sweeps: Path) -> Path:
 
 def settings(sweep: Path) -> list[Setting]:
     """The settings of a sweep in order of their values, numbers by size."""
-    jobs = read(sweep)
+    jobs = read_jobs(sweep)
     if not jobs:
         raise UserError(f"sweep: {sweep} holds no job of a sweep; name the folder that holds the jobs' folders")
     keys = list(dict.fromkeys(key for job in jobs for key in job.overrides))
@@ -93,7 +95,7 @@ def write_csv(found: Sequence[Setting], path: Path) -> None:
     """One row per setting: its values, how many jobs reached which status, mean and sd of every number."""
     statuses = ("finished", "failed", "diverged", "interrupted", "running", "missing")
     names = metrics(found)
-    with figures.writing(path) as out, open(out, "w", newline="") as file:
+    with open(path, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow([*found[0].values, *statuses, *(f"{name}_{part}" for name in names for part in ("mean", "sd"))])
         for setting in found:
@@ -142,7 +144,7 @@ def families(found: Sequence[Setting], key: str) -> dict[str, list[Setting]]:
 
 def rate_distortion(found: Sequence[Setting]) -> Any:
     """Each setting's rate and distortion; along a line only beta changes."""
-    figure = figures.new_figure(6, 4.5)
+    figure = pictures.new_figure(6, 4.5)
     axes = figure.add_subplot()
     swept = "beta" in found[0].values
     lines = families(found, "beta" if swept else "")
@@ -168,7 +170,7 @@ def bars(sds: Sequence[float]) -> list[float]:
 
 
 def line(found: Sequence[Setting], key: str, metric: str) -> Any:
-    figure = figures.new_figure(6, 4.5)
+    figure = pictures.new_figure(6, 4.5)
     axes = figure.add_subplot()
     values = ordered_values(found, key)
     place = {value: float(value) if all(map(is_number, values)) else i for i, value in enumerate(values)}
@@ -198,7 +200,7 @@ def heat_map(found: Sequence[Setting], keys: Sequence[str], metric: str) -> Any:
         if setting.finished:
             cells.setdefault((setting.values[keys[0]], setting.values[keys[1]]), []).append(setting.mean_sd(metric)[0])
     grid = [[fmean(cells[a, d]) if (a, d) in cells else math.nan for a in across] for d in down]
-    figure = figures.new_figure(2 + 0.8 * len(across), 1.5 + 0.6 * len(down))
+    figure = pictures.new_figure(2 + 0.8 * len(across), 1.5 + 0.6 * len(down))
     axes = figure.add_subplot()
     image = axes.imshow(grid, cmap="viridis", aspect="auto")
     middle = sum(image.get_clim()) / 2
@@ -216,7 +218,7 @@ def heat_map(found: Sequence[Setting], keys: Sequence[str], metric: str) -> Any:
 
 def scatter(found: Sequence[Setting], keys: Sequence[str], metric: str) -> Any:
     """For a search, whose settings lie on no grid."""
-    figure = figures.new_figure(6, 4.5)
+    figure = pictures.new_figure(6, 4.5)
     axes = figure.add_subplot()
     points = [setting for setting in found if setting.finished]
     xy: list[list[Any]] = []
@@ -270,29 +272,30 @@ def contact_sheet(found: Sequence[Setting], seed: int) -> Any:
     if len(points) != len(found) or columns > 8:
         columns = min(6, len(points))
     rows = -(-len(points) // columns)
-    figure = figures.new_figure(1.6 * columns, 1.8 * rows)
+    figure = pictures.new_figure(1.6 * columns, 1.8 * rows)
     for place, point in enumerate(points, start=1):
         vae = checkpoint.load(str(point.finished[0].folder), "").vae
         axes = figure.add_subplot(rows, columns, place)
         images = vae.sample(16, 1.0, torch.Generator().manual_seed(seed))
-        figures.show(axes, figures.grid(images, 4))
+        pictures.show(axes, pictures.grid(images, 4))
         axes.set_title(point.label.replace(", ", "\n"), fontsize=7)
     return figure
 
 
-def write(sweep: Path, out: Path, keys: Sequence[str] | None, metric: str, seed: int) -> str:
-    """Everything into `out`. Returns the table as Markdown."""
+def write(sweep: Path, out: Path, keys: Sequence[str] | None, metric: str, seed: int) -> list[str]:
+    """Everything into the folder `out`; the names of the files."""
     found = settings(sweep)
-    table = markdown(found)
-    write_csv(found, out / "table.csv")
-    (out / "table.md").write_text(table)
+    figures = {}
     if any(setting.finished for setting in found):
-        pictures = {
+        figures = {
             "rate_distortion": rate_distortion(found),
             metric: chart(found, keys, metric),
             "samples": contact_sheet(found, seed),
         }
-        for name, figure in pictures.items():
-            if figure is not None:
-                figures.save_figure(figure, out / f"{name}.png")
-    return table
+    put_mark(out, REPORT, "out")
+    write_csv(found, out / "table.csv")
+    (out / "table.md").write_text(markdown(found))
+    drawn = {f"{name}.png": figure for name, figure in figures.items() if figure is not None}
+    for name, figure in drawn.items():
+        pictures.save_figure(figure, out / name)
+    return ["table.csv", "table.md", *drawn]

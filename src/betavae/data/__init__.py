@@ -1,0 +1,15 @@
+"""Images: where they come from, one source a file, and how they become batches.
+
+To add a source, write a function `(root, split) -> Images`, where split is "train", "validation" or "test" (None for a
+split that it does not have: validation images are then taken from those for training), and name it in `SOURCES`. What
+else its signature names is a setting of the `data` group by that name.
+"""
+
+from collections.abc import Callable
+
+from betavae.data.images import Images, Subset
+from betavae.data.mnist import mnist
+
+SOURCES: dict[str, Callable[..., Images | None]] = {"mnist": mnist}
+
+__all__ = ["SOURCES", "Images", "Subset", "mnist"]

@@ -1,0 +1,74 @@
+"""`Batches`: the loader. Each batch is one indexed read."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from betavae.data.images import Images
+
+
+class Batches:
+    """Batches `(x, label)`, x `(B, C, H, W)` float in [0, 1], of uint8 images.
+
+    The order is a pure function of (seed, epoch), and the position within an epoch is part of a checkpoint, so that a
+    resumed run sees just the images that an uninterrupted one sees.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        batch_size: int,
+        epoch: Callable[[], int] | None = None,
+        seed: int = 0,
+        reshuffle: bool = True,
+        binarize: str = "none",
+        shard: tuple[int, int] = (0, 1),
+    ):
+        """`epoch` tells which epoch it is, and asks for shuffling, without `reshuffle` in the same way in every epoch;
+        `shard` is (rank, number of processes). `binarize`: "none", "threshold" (above 127), or "dynamic" (a Bernoulli draw
+        for each pixel, afresh in each batch)."""
+        self.images, self.batch_size = images, batch_size
+        self.epoch, self.seed, self.reshuffle, self.binarize = epoch, seed, reshuffle, binarize
+        self.rank, self.processes = shard
+        self.position = {"epoch": -1, "batches": 0}
+        # Training shards are of equal size, since every step waits for all processes; evaluation covers every image.
+        n = len(images)
+        self.size = n // self.processes if epoch else len(range(self.rank, n, self.processes))
+
+    def __len__(self) -> int:
+        return -(-self.size // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        epoch, start = 0, 0
+        order = torch.arange(len(self.images))
+        if self.epoch:
+            epoch = self.epoch()
+            start = self.position["batches"] if self.position["epoch"] == epoch else 0
+            generator = torch.Generator().manual_seed(self.seed + 1_000_003 * epoch * self.reshuffle)
+            order = torch.randperm(len(order), generator=generator)
+        mine = order[self.rank :: self.processes][: self.size].to(self.images.labels.device)
+        for number, index in enumerate(mine.split(self.batch_size)[start:], start + 1):
+            self.position = {"epoch": epoch, "batches": number}
+            yield self.batch(index)
+
+    def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        pixels = self.images.pixels.index_select(0, index)  # a tenth of the time of pixels[index]
+        labels = self.images.labels.index_select(0, index)
+        if self.binarize == "none":
+            return pixels.float().div_(255), labels
+        return binarized(pixels, self.binarize).float(), labels
+
+    def state_dict(self) -> dict[str, int]:
+        return self.position
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.position = state
+
+
+def binarized(pixels: Tensor, how: str, generator: torch.Generator | None = None) -> Tensor:
+    """uint8 -> bool: above 127 ("threshold"), or a draw of probability pixel / 255 ("dynamic")."""
+    if how == "threshold":
+        return pixels > 127
+    # P(random byte in 0..254 < pixel) = pixel / 255, exactly.
+    return torch.randint(255, pixels.shape, dtype=torch.uint8, device=pixels.device, generator=generator) < pixels

@@ -1,0 +1,113 @@
+"""`ImageDataModule`: a source's images as training, validation and test batches."""
+
+import inspect
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+from betavae.data import SOURCES
+from betavae.data.batches import Batches, binarized
+from betavae.data.images import Images
+from betavae.errors import UserError
+
+# One validation split and one binarised test set for everybody, whatever the seed of the run.
+SPLIT_SEED = 0
+BINARIZE_SEED = 0
+
+
+class ImageDataModule(L.LightningDataModule):
+    """The images of one of `SOURCES`, on the training device where they are held in memory.
+
+    `validation_size` of the training images, a number or (below 1) a share, are set aside by a fixed seed (0: none), unless
+    the source has validation images of its own. `binarize`: "none" keeps grey values, "threshold" sets pixels above 127,
+    "dynamic" draws Bernoulli pixels, afresh for every training batch and once, from a fixed seed, for validation and
+    test. `settings` are the source's own. Raises UserError for settings that the images cannot fulfil.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        root: str,
+        validation_size: float,
+        batch_size: int,
+        eval_batch_size: int,
+        binarize: str,
+        seed: int,
+        **settings: Any,
+    ):
+        super().__init__()
+        self.save_hyperparameters(logger=False)
+        if name not in SOURCES:
+            raise UserError(f"data.name={name} cannot be: it must be one of {', '.join(SOURCES)}")
+        for key in settings:
+            if key not in inspect.signature(SOURCES[name]).parameters:
+                raise UserError(f"data.{key} is not a setting of data.name={name}")
+        self.source, self.name, self.settings, self.root = SOURCES[name], name, settings, Path(root).expanduser()
+        self.validation_size, self.batch_size, self.eval_batch_size = validation_size, batch_size, eval_batch_size
+        self.binarize, self.seed = binarize, seed
+        self.sets: dict[str, Images] = {}
+
+    def setup(self, stage: str | None = None) -> None:
+        if self.sets:
+            return
+        train, validation = self.load("train"), self.source(self.root, "validation", **self.settings)
+        if validation is None:
+            train, validation = self.split(train)
+        if self.batch_size > len(train):
+            raise UserError(f"data.batch_size={self.batch_size} cannot be: {len(train)} images are left to train on")
+        self.sets = {"train": train, "validation": self.fixed(validation), "test": self.test_set()}
+
+    def load(self, split: str) -> Images:
+        images = self.source(self.root, split, **self.settings)
+        if images is None or not len(images):
+            raise UserError(f"data: {self.name} in {self.root} has no {split} images")
+        return images
+
+    def test_set(self) -> Images:
+        """The test images alone, without a look at the others."""
+        return self.fixed(self.load("test"))
+
+    def split(self, images: Images) -> tuple[Images, Images]:
+        n, size = len(images), self.validation_size
+        count = round(size * n) if size < 1 else int(size)
+        if count >= n or (size and not count):
+            raise UserError(
+                f"data.validation_size={size} leaves nothing to {'train on' if count else 'validate'}: {self.name} has {n} "
+                f"training images; a share such as 0.1 will do"
+            )
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(SPLIT_SEED))
+        return images.take(order[count:].sort().values), images.take(order[:count].sort().values)
+
+    def fixed(self, images: Images) -> Images:
+        """Binarised once, for evaluation."""
+        if self.binarize == "none":
+            return images
+        generator = torch.Generator().manual_seed(BINARIZE_SEED)
+        pixels = binarized(images.tensor(), self.binarize, generator).to(torch.uint8) * 255
+        return replace(images, pixels=pixels)
+
+    @property
+    def image_shape(self) -> list[int]:
+        """`[C, H, W]`, known after `setup`."""
+        return list(self.sets["train"].pixels.shape[1:])
+
+    def train_dataloader(self) -> Batches:
+        trainer: Any = self.trainer
+        same = trainer is not None and bool(trainer.overfit_batches)  # the same batches in every epoch
+        epoch = (lambda: trainer.current_epoch) if trainer is not None else (lambda: 0)
+        return self.batches("train", self.batch_size, epoch, self.seed, not same, self.binarize)
+
+    def val_dataloader(self) -> Batches | list:
+        return self.batches("validation", self.eval_batch_size) if len(self.sets["validation"]) else []
+
+    def test_dataloader(self) -> Batches:
+        return self.batches("test", self.eval_batch_size)
+
+    def batches(self, split: str, batch_size: int, *training: Any) -> Batches:
+        images, shard, trainer = self.sets[split], (0, 1), self.trainer
+        if trainer is not None:
+            images, shard = images.to(trainer.strategy.root_device), (trainer.global_rank, trainer.world_size)
+        return Batches(images, batch_size, *training, shard=shard)

@@ -1,0 +1,73 @@
+"""Files that appear whole or not at all, and that are never somebody else's."""
+
+import contextlib
+import json
+import os
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from betavae.errors import UserError
+
+STAMP = "betavae"  # in every file that a script writes where its user says
+PART = ".part"  # the end of the name of a file that is being written
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Written beside under a name of its own and renamed: whoever reads `path` never finds half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = None
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f"{path.name}.", suffix=PART, delete=False) as file:
+            part = Path(file.name)
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        part.chmod(0o666 & ~UMASK)
+        os.replace(part, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            if part:
+                part.unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)  # there is no way to ask without setting
+    os.umask(mask)
+    return mask
+
+
+UMASK = _umask()
+
+
+@contextlib.contextmanager
+def writing(out: str | Path, key: str = "out") -> Iterator[Path]:
+    """The path that a user named by the setting `key`, its folder made.
+
+    Raises UserError where something lies there that this project did not make, and for a failure in the block.
+    """
+    path = Path(out).expanduser()
+    if os.path.lexists(path) and not made_here(path):
+        raise UserError(f"{key}: {path} is there already and was not made by betavae; delete it or name another")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield path
+    except (OSError, ValueError, KeyError) as error:  # KeyError: an ending that Pillow does not know
+        raise UserError(f"{key}: cannot write {path} ({error})") from error
+
+
+def made_here(path: Path) -> bool:
+    """Whether a file bears our stamp: a PNG's text, a zip file's comment (tensors), a JSON file's key `made_by`."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(1000)
+        if start.startswith(b"\x89PNG"):
+            return b"Software\0" + STAMP.encode() in start
+        if start.startswith(b"PK"):
+            with zipfile.ZipFile(path) as archive:
+                return archive.comment == STAMP.encode()
+        return path.suffix == ".json" and json.loads(path.read_text()).get("made_by") == STAMP
+    except (OSError, ValueError, AttributeError, zipfile.BadZipFile):
+        return False

@@ -1,0 +1,169 @@
+"""From a checked config to the data, the module and the trainer."""
+
+import os
+import sys
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from betavae.callbacks import CALLBACKS
+from betavae.data.datamodule import ImageDataModule
+from betavae.errors import UserError
+from betavae.fast import accelerate
+from betavae.objectives import OBJECTIVES
+from betavae.running import lightning
+from betavae.running.checkpoint import SafeCheckpointIO, first_line
+from betavae.running.loggers import TensorBoard
+from betavae.running.progress import Bar, EpochLines, Pictures
+from betavae.running.resuming import (
+    ExactResume,
+    GracefulStop,
+    Patience,
+    RunCheckpoint,
+    Signals,
+    StopAtDivergence,
+)
+from betavae.running.run_folder import RunFolder
+from betavae.running.settings import check_arguments
+from betavae.schedules import BETA_SCHEDULES
+
+# Arguments of Lightning's Trainer that are this project's business.
+OURS = (
+    *("logger", "callbacks", "plugins", "default_root_dir", "enable_checkpointing", "enable_model_summary"),
+    *("num_sanity_val_steps", "use_distributed_sampler", "reload_dataloaders_every_n_epochs", "barebones"),
+    *("fast_dev_run", "inference_mode", "model_registry", "enable_autolog_hparams"),
+)
+
+
+def build_data(settings: dict[str, Any]) -> ImageDataModule:
+    check_arguments("data", ImageDataModule, settings)
+    datamodule = ImageDataModule(**settings)
+    datamodule.setup()
+    return datamodule
+
+
+def build_module(settings: dict[str, Any], datamodule: ImageDataModule) -> lightning.Steps:
+    """`settings` are those of a whole run."""
+    objective, schedule = settings["objective"], settings["beta_schedule"]
+    own = {name: value for name, value in objective.items() if name not in ("name", "k")}
+    check_arguments("objective", OBJECTIVES[objective["name"]], own, "vae", "x", "noise", "beta")
+    own = {name: value for name, value in schedule.items() if name != "name"}
+    check_arguments("beta_schedule", BETA_SCHEDULES[schedule["name"]], own, "step", "total_steps")
+    optimizer = dict(settings["optimizer"])
+    if settings["trainer"]["gradient_clip_val"] and "mixed" in settings["trainer"]["precision"] and "fused" in optimizer:
+        optimizer["fused"] = False  # a fused one unscales gradients itself, after they would have been clipped
+    try:
+        module = lightning.Steps(
+            model=settings["model"] | {"image_shape": datamodule.image_shape},
+            optimizer=optimizer,
+            **{key: settings[key] for key in ("objective", "beta", "beta_schedule", "lr_schedule")},
+        )
+    except TypeError as error:  # of a network's or a likelihood's own settings
+        raise UserError(f"model: {error}") from error
+    except RuntimeError as error:
+        raise too_large(error) from error
+    if settings["init"] == "data":
+        train = datamodule.sets["train"]
+        some = train.pixels.index_select(0, torch.arange(min(len(train), 60_000)))
+        module.vae.centre(some.float().mean(0) / 255)
+    accelerate(module.vae)
+    return module
+
+
+def too_large(error: Exception) -> Exception:
+    """A sentence for a model that memory does not hold."""
+    text = first_line(error)
+    if any(words in text for words in ("can't allocate memory", "not enough memory", "out of memory", "overflow")):
+        return UserError(
+            "model: it does not fit into memory; make model.hidden_dims or model.latent_dim smaller, or data.batch_size"
+        )
+    return error
+
+
+def build_callbacks(settings: dict[str, Any], run: RunFolder, signals: Signals) -> list[Callback]:
+    wanted, checkpoints = settings["callbacks"], {"dirpath": run.last.parent, "enable_version_counter": False}
+    callbacks: list[Callback] = [
+        StopAtDivergence(),
+        ExactResume(),
+        EpochLines(),
+        Pictures(wanted["figures_every"], run.path / "figures"),
+        GracefulStop(signals, run.last),
+        RunCheckpoint(filename="last", save_on_train_epoch_end=True, **checkpoints),  # type: ignore[arg-type]
+    ]
+    if settings["data"]["validation_size"]:
+        monitor = f"val/{wanted['monitor']}"
+        # Saved when it is validated, so before `last`, which remembers it.
+        callbacks.append(RunCheckpoint(filename="best", monitor=monitor, save_on_train_epoch_end=False, **checkpoints))  # type: ignore
+        if (patience := wanted["early_stopping_patience"]) is not None:
+            callbacks.append(Patience(monitor, patience=patience, check_on_train_epoch_end=False))
+    if settings["trainer"]["enable_progress_bar"] and sys.stdout.isatty():
+        callbacks.append(Bar())
+    for name, arguments in wanted["own"].items():
+        if name not in CALLBACKS:
+            raise UserError(f"callbacks.own.{name} is not in CALLBACKS of callbacks.py: {', '.join(CALLBACKS) or 'none'}")
+        check_arguments(f"callbacks.own.{name}", CALLBACKS[name], arguments or {})
+        callbacks.append(CALLBACKS[name](**(arguments or {})))
+    return callbacks
+
+
+def build_trainer(
+    settings: dict[str, Any], module: lightning.Steps, datamodule: ImageDataModule, callbacks: list[Callback], logger: Any
+) -> L.Trainer:
+    wanted = dict(settings["trainer"])
+    for key in wanted:
+        if key in OURS:
+            raise UserError(f"trainer.{key} is not a setting: this project sets it itself (see docs/settings.md)")
+    precision, accelerator = wanted["precision"], wanted["accelerator"]
+    cpu = accelerator == "cpu" or (accelerator == "auto" and not gpu_there())
+    if cpu and precision.startswith("16"):
+        raise UserError(f"trainer.precision={precision} needs a GPU; on a CPU: 32-true or bf16-mixed")
+    if cpu and isinstance(wanted["devices"], int) and wanted["devices"] > (os.cpu_count() or 1):
+        raise UserError(f"trainer.devices={wanted['devices']} cannot be: there are {os.cpu_count()} CPU cores")
+    wanted.pop("matmul_precision")
+    mode, per_call = wanted.pop("compile"), wanted.pop("steps_per_batch")
+    if per_call > 1:
+        clip, algorithm = wanted.pop("gradient_clip_val"), wanted.pop("gradient_clip_algorithm")
+        accumulate = wanted.pop("accumulate_grad_batches")
+        if clip and precision == "16-mixed":
+            raise UserError("trainer.gradient_clip_val with 16-mixed needs trainer.steps_per_batch=1 (trainer=fast makes it 10)")
+        module.several(per_call, accumulate, clip, algorithm)
+        datamodule.train_dataloader = lightning.grouped(datamodule.train_dataloader, per_call * accumulate)  # type: ignore
+    if mode:
+        lightning.compile_loss(module, None if mode is True else mode)
+    if not len(datamodule.sets["validation"]):
+        wanted["limit_val_batches"] = 0
+    wanted.setdefault("profiler", lightning.NoProfiler())
+    wanted["enable_progress_bar"] = any(isinstance(callback, Bar) for callback in callbacks)
+    wanted |= {
+        "callbacks": callbacks,
+        "logger": logger,
+        "plugins": [SafeCheckpointIO(), *lightning.plugins()],
+        "num_sanity_val_steps": 0,
+        "enable_model_summary": False,
+    }
+    check_arguments("trainer", L.Trainer, wanted)
+    try:
+        trainer = L.Trainer(**wanted)
+    except (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError) as error:
+        raise UserError(f"trainer: {first_line(error).rstrip('.')}") from error
+    lightning.mend(trainer)
+    return trainer
+
+
+def gpu_there() -> bool:
+    return torch.cuda.is_available() or torch.backends.mps.is_available()
+
+
+def build(
+    settings: dict[str, Any], run: RunFolder, signals: Signals, state: dict[str, Any] | None = None
+) -> tuple[ImageDataModule, lightning.Steps, L.Trainer]:
+    """All three, to go on from `state`. Only the data folder is touched; raises UserError for what cannot be."""
+    datamodule = build_data(settings["data"])
+    module = build_module(settings, datamodule)
+    callbacks = build_callbacks(settings, run, signals)
+    logger = TensorBoard(run.path, purge_step=state["global_step"] + 1 if state else None)
+    return datamodule, module, build_trainer(settings, module, datamodule, callbacks, logger)
+

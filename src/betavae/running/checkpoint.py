@@ -1,0 +1,172 @@
+"""A path in, a ready model out, safely: nothing that a checkpoint names is ever run."""
+
+import io
+import os
+import zipfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import Tensor
+
+from betavae.data.batches import binarized
+from betavae.data.datamodule import BINARIZE_SEED, ImageDataModule
+from betavae.data.images import Images
+from betavae.errors import UserError
+from betavae.fast import accelerate
+from betavae.files import write_whole
+from betavae.running.run_folder import read_json
+from betavae.running.settings import check_group
+from betavae.vae import VAE
+
+# Of the checkpoints that VAEModule makes. One more when an older version could not make sense of them.
+FORMAT = 2
+
+
+class Run(NamedTuple):
+    """A trained VAE in evaluation mode, and what its checkpoint says about it."""
+
+    vae: VAE
+    path: Path
+    settings: dict[str, Any]  # the arguments of VAEModule
+    data: dict[str, Any]  # the arguments of ImageDataModule
+
+    @property
+    def folder(self) -> Path:
+        """The run folder; of a checkpoint that lies alone, the folder it lies in."""
+        return self.path.parent.parent if self.path.parent.name == "checkpoints" else self.path.parent
+
+    def datamodule(self, root: str | None = None) -> ImageDataModule:
+        """The data it was trained on, in `root` (None: where they were then, if they are still there).
+
+        Raises UserError if the checkpoint does not say which.
+        """
+        if not self.data:
+            raise UserError(f"{self.path} does not say which data it was trained on, so it has no images")
+        # A checkpoint may say where data are, but not where to put them.
+        known = self.data["root"] if Path(self.data["root"]).expanduser().exists() else os.devnull
+        return ImageDataModule(**(self.data | {"root": root or known}))
+
+    def images(self, split: str = "test", root: str | None = None) -> tuple[Tensor, Tensor]:
+        """Images `(N, C, H, W)` in [0, 1] of "train", "validation" or "test", as the model sees them, and their labels;
+        of dynamically binarised training images one draw, from a fixed seed."""
+        datamodule = self.datamodule(root)
+        if split == "test":
+            images: Images = datamodule.test_set()
+        else:
+            datamodule.setup()
+            images = datamodule.sets[split]
+        pixels = images.tensor()
+        if split == "train" and datamodule.binarize != "none":
+            pixels = binarized(pixels, datamodule.binarize, torch.Generator().manual_seed(BINARIZE_SEED)) * 255
+        return pixels.float() / 255, images.labels
+
+
+def newest(runs: Path) -> Path:
+    """The run under `runs`, sweeps included, that finished last."""
+    found = [path for path in runs.rglob("metrics.json") if read_json(path).get("status") == "finished"]
+    for metrics in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
+        if any((metrics.parent / "checkpoints" / name).exists() for name in ("best.ckpt", "last.ckpt")):
+            return metrics.parent
+    raise UserError(f"no finished run under {runs}/: train one with `python train.py`, or name one with ckpt=PATH")
+
+
+def load(ckpt: str | Path | None = None, runs: str = "runs") -> Run:
+    """The run of the checkpoint file `ckpt` (a run folder will do too: its best, else its last; None: the newest finished
+    run under `runs`), on the CPU.
+
+    Raises UserError when the file is not a whole checkpoint of this project.
+    """
+    path = Path(ckpt).expanduser() if ckpt else newest(Path(runs))
+    if (path / "checkpoints").is_dir():
+        path = next((p for n in ("best", "last") if (p := path / "checkpoints" / f"{n}.ckpt").exists()), path)
+    content = read(path)
+    settings, data = content["hyper_parameters"], content.get("datamodule_hyper_parameters", {})
+    shape = settings["model"].get("image_shape")
+    for group, values in (("model", {k: v for k, v in settings["model"].items() if k != "image_shape"}), ("data", data)):
+        try:
+            check_group(group, values)
+        except UserError as error:
+            raise UserError(f"{path} holds a setting that cannot be: {error}") from error
+    try:
+        state = {key.removeprefix("vae."): value for key, value in content["state_dict"].items()}
+        # First without memory: what the settings ask for must be what the file holds, before any of it is made.
+        with torch.device("meta"):
+            shapes = {key: value.shape for key, value in VAE(**settings["model"]).state_dict().items()}
+        if shapes != {key: value.shape for key, value in state.items()}:
+            raise ValueError("its weights do not fit its settings" if shape else "it has no image_shape")
+        vae = VAE(**settings["model"])
+        vae.load_state_dict(state)
+    except Exception as error:
+        raise UserError(f"{path} is not a betavae checkpoint that this version can read ({first_line(error)})") from error
+    return Run(accelerate(vae.eval().requires_grad_(False)), path, settings, data)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint file of this project: tensors and plain values only, unharmed, as of today's format."""
+    if not path.exists():
+        raise UserError(f"ckpt: {path} does not exist; name a .ckpt file or a run folder")
+    if path.is_dir():
+        raise UserError(f"ckpt: {path} is a folder without checkpoints/best.ckpt or checkpoints/last.ckpt")
+    try:
+        # torch reads past wrong checksums, and unpacks whatever it is given.
+        with zipfile.ZipFile(path) as archive:
+            parts = archive.infolist()
+            if sum(part.file_size for part in parts) > path.stat().st_size:
+                raise ValueError("it unpacks to more than its size")
+            if harmed := archive.testzip():
+                raise ValueError(f"the checksum of {harmed} is wrong")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(f"ckpt: {path} is damaged or not a checkpoint ({first_line(error)[:120]})") from error
+    written = content.get("betavae_format") if isinstance(content, dict) else None
+    if not isinstance(written, int) or not isinstance(content.get("hyper_parameters", {}).get("model"), dict):
+        raise UserError(f"ckpt: {path} is a checkpoint, but not one of betavae")
+    if written > FORMAT:
+        raise UserError(
+            f"ckpt: {path} is from a newer betavae (format {written}, this one reads up to {FORMAT}); update betavae"
+        )
+    return upgraded(content)
+
+
+def upgraded(content: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint of an older format as today's code would have saved it."""
+    if content["betavae_format"] == 1:
+        # The sums of an epoch under way were the module's.
+        interval, images, epoch, epoch_images = content.pop("running_sums")
+
+        def named(sums: Tensor) -> dict[str, Tensor]:
+            loss, recon, kl = sums
+            return {"loss": loss, "recon": recon, "kl": kl, "neg_elbo": recon + kl}
+
+        content["callbacks"]["Curves"] = {
+            "interval": [[named(sums) for sums in interval], images],
+            "epoch": named(epoch) if epoch_images else {},
+            "epoch_images": epoch_images,
+        }
+    return content
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+class SafeCheckpointIO(TorchCheckpointIO):
+    """Checkpoints that appear whole or not at all, and are read as `read` does."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        save(checkpoint, path)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        return read(Path(path))
+
+
+def save(content: dict[str, Any], path: str | Path) -> None:
+    """As one whole file. Raises UserError if it cannot be written."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)  # in memory first, because torch hides what a disk says
+    try:
+        write_whole(Path(path), buffer.getvalue())
+    except OSError as error:
+        raise UserError(f"could not save {path} ({error.strerror}); the checkpoint before it is untouched") from error

@@ -1,0 +1,270 @@
+"""The way from a command line to a function: Hydra, with errors said in one sentence."""
+
+# mypy: disable-error-code="valid-type"
+
+import atexit
+import contextlib
+import errno
+import functools
+import gc
+import hashlib
+import inspect
+import logging
+import os
+import re
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from pydantic import Field
+
+from betavae.errors import UserError
+from betavae.running import processes
+from betavae.running.settings import Flag, LongSeed, Settings, Text, TextOrNull, keys_of, nearest, plain, validated
+from betavae.sweeping import jobs
+
+# What a machine refuses, as opposed to what we got wrong.
+ENVIRONMENT = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG)
+# Beside the sources; with the package installed elsewhere, beside the script that runs or its folder.
+PLACES = (Path(__file__).parents[3], *Path(sys.argv[0]).resolve().parents[:2])
+CONFIGS = next((place / "configs" for place in PLACES if (place / "configs" / "train.yaml").is_file()), Path("configs"))
+
+
+class ScriptSettings(Settings):
+    """What every script shares; a script's own settings are a class of its own, in the script. The title of a field says
+    what it is for, its type what it may be."""
+
+    runs: Text = Field("runs", title="the folder in which runs are looked for")
+    debug: Flag = Field(False, title="true: errors come with their traceback")
+
+
+class ModelSettings(ScriptSettings):
+    """Of a script that reads a checkpoint."""
+
+    ckpt: TextOrNull = Field(None, title="a checkpoint file or a run folder; null: the newest finished run")
+    seed: LongSeed = Field(0, title="the same seed gives the same output")
+
+
+class DataSettings(ModelSettings):
+    """Of a script that looks at images of the data that a model was trained on."""
+
+    data_root: TextOrNull = Field(None, title="the data folder; null: the one it was trained with")
+
+
+def safe_name(text: Any) -> str:
+    """A folder name that needs no quoting in a shell, a URL or a Hydra override."""
+    name = re.sub(r"[^A-Za-z0-9.,_+-]+", "_", re.sub(r"[\[\]{}'\"]", "", str(text))).strip("_.")
+    # File systems take 255 bytes; two long names that begin alike must not become one.
+    return name if len(name) <= 200 else f"{name[:191].rstrip(',_')}_{hashlib.sha1(name.encode()).hexdigest()[:8]}"
+
+
+class RunDir:
+    """The resolver that names a run folder, which Hydra asks more than once; a process has one."""
+
+    def __init__(self) -> None:
+        self.known: dict[tuple[str | None, str], str] = {}
+        self.made: list[Path] = []  # folders above the run's, the innermost first
+
+    def __call__(self, resume: str | None, wanted: str) -> str:
+        """`resume`, or `wanted`, or where that is taken `wanted` with a number, made here so that no other run gets it."""
+        if resume is not None:
+            if not Path(resume).is_dir():
+                raise UserError(f"resume: {resume} is not a run folder (there is no such folder)")
+            return resume
+        if (resume, wanted) not in self.known:
+            self.known[resume, wanted] = processes.from_rank_zero(lambda: self.make(Path(wanted)))
+        return self.known[resume, wanted]
+
+    def make(self, wanted: Path) -> str:
+        parent = wanted.parent
+        try:
+            self.made.extend(path for path in (parent, *parent.parents) if not path.exists())
+            parent.mkdir(parents=True, exist_ok=True)
+            for number in range(1, 10**6):
+                path = wanted if number == 1 else Path(f"{wanted}_{number}")
+                with contextlib.suppress(FileExistsError):
+                    path.mkdir()
+                    return str(path)
+        except OSError as error:
+            raise UserError(f"runs: cannot make a folder in {parent} ({error.strerror})") from error
+        raise UserError(f"runs: {wanted} and its numbers are all taken")
+
+    def take_back(self) -> None:
+        """Remove the run folder and what was made for it, where nothing lies there."""
+        path = Path(HydraConfig.get().runtime.output_dir)
+        if path.resolve() == Path.cwd():
+            return
+        for folder in (path, *self.made):
+            with contextlib.suppress(OSError):  # it holds something
+                folder.rmdir()
+
+
+run_dir = RunDir()
+OmegaConf.register_new_resolver("run_dir", run_dir)
+OmegaConf.register_new_resolver("job_name", lambda text: safe_name(text) or "job")
+OmegaConf.register_new_resolver("safe_name", safe_name)
+
+
+class Command:
+    """A function of a config as a command line of its own."""
+
+    def __init__(self, task: Callable[[DictConfig], Any], name: str, keys: Callable[[], list[str]], folder: str | None):
+        self.task, self.name, self.keys = task, name, keys
+        self.failure: Exception | None = None
+        self.begun = False
+        # A function, whose name and file Hydra looks at.
+        guarded = functools.wraps(task)(lambda cfg: self.guarded(cfg))
+        self.hydra_main = hydra.main(version_base="1.3", config_path=folder, config_name=name)(guarded)
+
+    def guarded(self, cfg: DictConfig) -> Any:
+        self.begun = True
+        try:
+            return self.task(cfg)
+        except Exception as error:
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                raise
+            if self.name == "train":
+                run_dir.take_back()
+            self.failure = error  # past Hydra, which would print around it
+
+    def __call__(self) -> None:
+        debug = any(re.fullmatch(r"\+{0,2}debug=(true|1|yes|on)", arg, re.IGNORECASE) for arg in sys.argv[1:])
+        # Hydra then hands its errors on, instead of printing them its own way.
+        os.environ["HYDRA_FULL_ERROR"] = "1"
+        # Our Slurm preset is whole, and bears the name of the plugin's own on purpose.
+        warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/submitit_slurm' is validated")
+        logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it tells of a cache of fonts that it makes
+        self.failure, self.begun = None, False
+        jobs.SweepCallback.folder = None
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+        try:
+            self.hydra_main()
+            if self.failure:
+                raise self.failure
+        except (KeyboardInterrupt, SystemExit) as stop:
+            code = 130 if isinstance(stop, KeyboardInterrupt) else stop.code
+            if not jobs.print_jobs(interrupted=True) and code in (130, 143) and not getattr(stop, "said", False):
+                print("stopped", file=sys.stderr)
+            sys.exit(code)
+        except Exception as error:
+            jobs.print_jobs()
+            if debug or not (sentence := self.explain(error)):
+                raise
+            print(f"error: {sentence}", file=sys.stderr)
+            sys.exit(1)
+        if jobs.print_jobs():
+            sys.exit(1)
+
+    def explain(self, error: Exception) -> str | None:
+        return explain(error, not self.begun, self.keys())
+
+
+def train_command(task: Callable[[DictConfig], Any]) -> Command:
+    return Command(task, "train", all_keys, str(CONFIGS))
+
+
+def script(settings: type[ScriptSettings]) -> Callable[[Callable[[Any], Any]], Command]:
+    """Make a function of `settings` a command line; its module's docstring is its help, the class the defaults."""
+
+    def decorate(task: Callable[[Any], Any]) -> Command:
+        name = Path(inspect.getfile(task)).stem
+        fields = settings.model_fields
+        lines = [f"  {key}={shown(field.default)}".ljust(28) + f"  {field.title}" for key, field in fields.items()]
+        words = (task.__globals__["__doc__"] or "").strip()
+        node = {
+            **{key: field.get_default(call_default_factory=True) for key, field in fields.items()},
+            "defaults": ["_self_", {"override hydra/job_logging": "none"}],
+            "hydra": {
+                "output_subdir": None,
+                "run": {"dir": "."},
+                "job": {"chdir": False, "name": name},
+                "help": {"app_name": name, "template": escaped(f"{words}\n\n" + "\n".join(lines) + "\n")},
+            },
+        }
+        ConfigStore.instance().store(name=name, node=node)
+        return Command(lambda cfg: task(validated(settings, plain(cfg))), name, lambda: keys_of(settings), None)
+
+    return decorate
+
+
+def escaped(text: str) -> str:
+    return text.replace("${", "\\${")
+
+
+def shown(value: Any) -> str:
+    return {None: "null", True: "true", False: "false"}.get(value, str(value)) if not isinstance(value, list) else str(value)
+
+
+@contextlib.contextmanager
+def importing() -> Iterator[None]:
+    """Imports of torch and its like with the garbage collector off: it would look at their million objects many times
+    over, for half a second. Nor does it look at them again later, which takes a third of a second each time (3.11)."""
+    if "torch" in sys.modules:
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+        atexit.register(gc.unfreeze)  # or a library reports the rest as leaked
+        atexit.register(gc.disable)  # Python looks once more at its end anyway
+
+
+def explain(error: Exception, composing: bool, keys: list[str]) -> str | None:
+    """One sentence for the person who typed the command, or None for a bug of ours. While the config is composed there
+    is nothing of ours to fail."""
+    from hydra.errors import HydraException, OverrideParseException
+    from omegaconf.errors import OmegaConfBaseException
+
+    if isinstance(error, OSError) and error.errno in ENVIRONMENT:
+        return f"{error.filename or 'a file'}: {error.strerror}"
+    if isinstance(error, OverrideParseException):
+        return f"{error.override} cannot be read as key=value; put quotes around values with special characters"
+    if sentence := jobs.explain(error):
+        return sentence
+    if not composing and not isinstance(error, (UserError, HydraException, OmegaConfBaseException)):
+        return None
+    cause: BaseException | None = error
+    messages = []
+    while cause is not None:
+        if isinstance(cause, UserError):
+            return str(cause)
+        messages.append(str(cause))
+        cause = cause.__cause__ or cause.__context__
+    text = "\n".join(messages)
+    if match := re.search(r"Could not override '([^']+)'", text):
+        return f"{match[1]} is not a setting{nearest(match[1], keys, '; `--help` and `--cfg job` show all settings')}"
+    if match := re.search(r"(?:In '[^']+': )?Could not find '([^'/]+)/([^']+)'", text):
+        options = sorted(path.stem for path in (CONFIGS / match[1]).glob("*.yaml"))
+        return f"{match[1]}={match[2]} is not one of its options: {', '.join(options)}"
+    return (messages[0].splitlines() or [type(error).__name__])[0]
+
+
+def all_keys() -> list[str]:
+    """Every dotted key that `configs/train.yaml` and what it is composed of have."""
+    keys = [path.name for path in CONFIGS.iterdir() if path.is_dir()]
+    for path in (CONFIGS / "train.yaml", *CONFIGS.glob("*/**/*.yaml")):
+        prefix = [] if path.parent == CONFIGS else [path.parent.name]
+        stack = [(prefix, OmegaConf.load(path))]
+        while stack:
+            at, node = stack.pop()
+            for key in node if isinstance(node, DictConfig) else []:
+                if key not in ("defaults", "hydra"):
+                    keys.append(".".join([*at, str(key)]))
+                    child = node._get_node(key)
+                    if isinstance(child, DictConfig):
+                        stack.append(([*at, str(key)], child))
+    return keys
+

@@ -1,0 +1,73 @@
+"""An evaluation that goes on where it was stopped, and what it says."""
+
+import hashlib
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from betavae.measures.likelihood import GROUP, PerImage, importance_sample
+from betavae.running import checkpoint
+from betavae.vae import VAE
+
+SAVE_EVERY = 5  # seconds
+
+
+def identity(path: Path, **asked: Any) -> dict[str, Any]:
+    """What a kept part of an evaluation must have been asked to be of use for this one."""
+    return asked | {"file": hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()}
+
+
+def resumable(vae: VAE, x: Tensor, ks: list[int], seed: int, memory_mb: int, kept: Path, asked: dict[str, Any]) -> PerImage:
+    """`importance_sample` of all of `x`, with a bar, and what is done kept in the file `kept` until it is deleted."""
+    parts = unfinished(kept, asked)
+    if parts:
+        print(f"going on after the {len(parts) * GROUP:,} images that are in {kept}")
+    groups = importance_sample(vae, x, ks, seed, memory_mb, start=len(parts) * GROUP)
+    saved = time.monotonic() - SAVE_EVERY
+    for part in tqdm(groups, "images / 32", -(-len(x) // GROUP), initial=len(parts), disable=None):
+        parts.append(part)
+        if time.monotonic() >= saved + SAVE_EVERY:
+            checkpoint.save({"asked": asked, "parts": [tuple(part) for part in parts]}, kept)
+            saved = time.monotonic()
+    return PerImage.together(parts)
+
+
+def unfinished(kept: Path, asked: dict[str, Any]) -> list[PerImage]:
+    """What an evaluation that was stopped has left, if it was asked the same."""
+    try:
+        content = torch.load(kept, weights_only=True)
+        return [PerImage(*part) for part in content["parts"]] if content["asked"] == asked else []
+    except Exception:  # there is none, or it is no such file
+        return []
+
+
+def lines(result: dict[str, Any]) -> list[str]:
+    """What is printed: each mean with its standard error over images."""
+
+    def value(name: str) -> str:
+        return f"{result[name]['mean']:8.3f} ± {result[name]['se']:.3f}"
+
+    texts = [
+        f"neg. ELBO       {value('neg_elbo')}   ({result['k'][-1]:,} posterior samples)",
+        f"  distortion    {value('distortion')}",
+        f"  rate          {value('rate')}",
+        *(f"{'NLL' if not i else '   '} K={k:<9}{value(f'nll_{k}')}" for i, k in enumerate(result["k"])),
+        f"active units    {result['active_units']} of {len(result['kl_per_dimension'])}",
+    ]
+    a = result["aggregate"]
+    texts += [
+        f"rate {a['mutual_information'] + a['marginal_kl']:.2f} = mutual information {a['mutual_information']:.2f} "
+        f"(at most log {result['images']} = {a['mutual_information_limit']:.2f})",
+        f"  + KL(aggregate posterior || prior) {a['marginal_kl']:.2f}, of which its mean and covariance make up "
+        f"{a['moments_kl']:.2f}",
+    ]
+    if "knn_accuracy" in result:
+        texts.append(
+            f"labels from posterior means: 5 nearest neighbours {result['knn_accuracy']:.2%}, linear "
+            f"{result['linear_accuracy']:.2%}"
+        )
+    return [*texts, f"note  {result['note']}"]

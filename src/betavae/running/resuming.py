@@ -1,0 +1,247 @@
+"""What makes a run that was stopped, at any moment and by anything, go on as if it had never been."""
+
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from omegaconf import DictConfig, OmegaConf
+
+from betavae.curves import Sums
+from betavae.errors import Diverged, UserError
+from betavae.running import checkpoint
+from betavae.running.lightning import stop_after_this_step
+from betavae.running.run_folder import RunFolder
+
+# What may change when a run goes on; everything else is the experiment itself.
+CHANGEABLE = ("trainer.", "callbacks.", "data.root", "data.eval_batch_size", "debug")
+
+
+class Signals:
+    """Ctrl-C, SIGTERM, and SIGUSR2 where a cluster's launcher listens to it. While `patient` they are noted, for the step
+    under way to be finished; the second one, or one at any other time, ends the run at once."""
+
+    def __init__(self) -> None:
+        self.asked: int | None = None
+        self.patient = False
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Signals":
+        if threading.current_thread() is threading.main_thread():
+            numbers = [signal.SIGINT, signal.SIGTERM]
+            if sys.platform != "win32" and callable(signal.getsignal(signal.SIGUSR2)):
+                numbers.append(signal.SIGUSR2)
+            self.before = {number: signal.getsignal(number) for number in numbers}
+            self.listen()
+        return self
+
+    def listen(self) -> None:
+        """Also to be called when somebody has put handlers of their own in place."""
+        for number in self.before:
+            signal.signal(number, self.note)
+
+    def __exit__(self, *error: Any) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def note(self, number: int, frame: Any) -> None:
+        again, self.asked = self.asked, number
+        if again or not self.patient:
+            raise KeyboardInterrupt
+
+    def requeue(self) -> None:
+        """Let a launcher's own handler queue the job again, if it was that which asked."""
+        if self.asked not in (None, signal.SIGINT, signal.SIGTERM):
+            self.before[self.asked](self.asked, None)  # type: ignore[index]
+
+
+class GracefulStop(Callback):
+    """When asked by a signal, training ends after the step under way, with its state in `last.ckpt`.
+
+    Of several processes each is asked on its own; they agree on the step where they log, `log_every_n_steps`.
+    """
+
+    def __init__(self, signals: Signals, last: Path):
+        self.signals, self.last = signals, last
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.signals.listen()
+        self.signals.patient = True
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # Accumulated gradients are not in a checkpoint: wait for the step that uses them. And for a validation that is
+        # due, which Lightning would leave in its middle.
+        self.mid_epoch = True
+        self.whole = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        due = trainer.is_last_batch or (batch_idx + 1) % trainer.val_check_batch == 0  # type: ignore[attr-defined,operator]
+        together = trainer.world_size == 1 or (batch_idx + 1) % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        if not due and together:
+            self.stop_if_asked(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.stop_if_asked(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.mid_epoch, self.whole = False, True
+        self.stop_if_asked(trainer)
+
+    def stop_if_asked(self, trainer: L.Trainer) -> None:
+        asked = self.signals.asked is not None
+        if trainer.world_size > 1:
+            asked = trainer.strategy.reduce_boolean_decision(asked, all=False)
+        if asked and self.whole:
+            stop_after_this_step(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.signals.patient = False
+
+    def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
+        # At an epoch's end it has just been saved.
+        if isinstance(exception, SIGTERMException):
+            if self.mid_epoch:
+                trainer.save_checkpoint(self.last)
+            self.signals.requeue()
+
+
+class ExactResume(Callback):
+    """In each checkpoint what Lightning leaves out: random states, the place in the epoch, how far the loggers were."""
+
+    def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint_: dict[str, Any]) -> None:
+        checkpoint_["betavae_format"] = checkpoint.FORMAT
+        # One state of the random numbers per process.
+        states: Any = trainer.strategy.all_gather(torch.get_rng_state().to(module.device))
+        checkpoint_["random_state"] = states.view(trainer.world_size, -1).cpu()
+        if module.device.type == "cuda":
+            checkpoint_["cuda_random_state"] = torch.cuda.get_rng_state(module.device)
+        if (state_dict := getattr(trainer.train_dataloader, "state_dict", None)) is not None:
+            checkpoint_["batches"] = state_dict()  # a DataLoader of somebody's own has none
+        if trainer.is_global_zero:
+            positions = [logger.position() for logger in trainer.loggers if hasattr(logger, "position")]
+            checkpoint_["events"] = {name: size for position in positions for name, size in position.items()}
+
+    def on_load_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint_: dict[str, Any]) -> None:
+        self.restored = checkpoint_
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if trainer.world_size > 1:  # alike until here, for equal weights; from here each draws its own noise
+            torch.manual_seed(torch.initial_seed() + trainer.global_rank)
+        content = self.__dict__.pop("restored", None)
+        if content is None:
+            return
+        # Lightning does not, once `estimated_stepping_batches` has asked for the loader.
+        if "batches" in content:
+            trainer.train_dataloader.load_state_dict(content["batches"])  # type: ignore[union-attr]
+        states = content["random_state"]
+        if len(states) == trainer.world_size:
+            torch.set_rng_state(states[trainer.global_rank])
+        if "cuda_random_state" in content and module.device.type == "cuda":
+            torch.cuda.set_rng_state(content["cuda_random_state"].cpu(), module.device)
+
+
+class StopAtDivergence(Callback):
+    """Ends a run whose loss or weights are not finite, before a checkpoint of it is saved. Raises Diverged."""
+
+    def __init__(self) -> None:
+        self.seen = Sums()
+        self.last: dict[str, float] = {}
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        for sums, images in outputs["sums"]:
+            self.seen.add(sums, images)
+        if len(self.seen) >= trainer.log_every_n_steps or trainer.is_last_batch:  # type: ignore[attr-defined]
+            self.look(trainer)
+
+    def look(self, trainer: L.Trainer) -> None:
+        if not len(self.seen):
+            return
+        names = list(self.seen.batches[0])
+        rows = self.seen.rows(trainer)
+        finite = rows.isfinite().all(1).tolist()
+        good = finite.index(False) if not all(finite) else len(finite)
+        if good:
+            self.last = dict(zip(names, (rows[good - 1, 1:] / rows[good - 1, 0]).tolist(), strict=True))
+        if good < len(finite):
+            step = trainer.global_step - (len(finite) - 1 - good) // trainer.accumulate_grad_batches
+            raise Diverged(f"the loss of step {step} is not finite", self.last)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint_: dict[str, Any]) -> None:
+        self.look(trainer)
+        if not torch.stack([p.isfinite().all() for p in module.parameters()]).all():
+            raise Diverged(f"the weights after step {trainer.global_step} are not finite", self.last)
+
+
+class RunCheckpoint(ModelCheckpoint):
+    """A checkpoint whose memory of the best one survives its run folder being moved."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        def here(path: str) -> str:
+            return str(Path(str(self.dirpath), Path(path).name)) if path else path
+
+        paths = {key: here(state[key]) for key in ("best_model_path", "kth_best_model_path", "last_model_path")}
+        best = {here(path): score for path, score in state["best_k_models"].items()}
+        super().load_state_dict(state | paths | {"dirpath": self.dirpath, "best_k_models": best})
+
+
+class Patience(EarlyStopping):
+    """Early stopping that is still stopped after a resume, and takes a changed patience."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state | {"patience": self.patience})
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if self.wait_count >= max(1, self.patience):
+            trainer.should_stop = True
+
+
+def reopen(
+    run: RunFolder, overrides: list[str], complete: Callable[[Any], DictConfig]
+) -> tuple[DictConfig, dict[str, Any] | None]:
+    """The config that `run` was started with, `complete` with what settings came later, and with what this command
+    changes; and its last checkpoint, None if it was stopped before the first."""
+    path = run.path / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"resume: {run.path} is not a run folder (it has no config.yaml)")
+    if not run.is_run():
+        raise UserError(f"resume: {run.path} is not a run folder of betavae")
+    try:
+        loaded = OmegaConf.load(path)
+        if not isinstance(loaded, DictConfig) or not {"model", "trainer", "resume"} <= set(loaded):
+            raise ValueError("settings are missing")
+        # It was written with everything filled in; and what it names must not run.
+        if "${" in str(OmegaConf.to_container(loaded)):
+            raise ValueError("it holds an interpolation")
+        model: Any = OmegaConf.to_container(loaded.model)
+        cfg = complete(loaded)
+        OmegaConf.set_struct(cfg, True)
+    except Exception as error:
+        raise UserError(f"resume: {path} is damaged ({checkpoint.first_line(error)})") from error
+    changes = [item for item in overrides if not item.lstrip("+").startswith("resume=")]
+    for item in changes:
+        if not item.startswith(CHANGEABLE) or "=" not in item or item.startswith("trainer.steps_per_batch"):
+            raise UserError(
+                f"resume: {item} cannot change when a run goes on (what can: trainer.* but "
+                "steps_per_batch, callbacks.*, data.root, data.eval_batch_size, debug); start a new run for it"
+            )
+    cfg.merge_with_dotlist(changes)
+    cfg.resume = str(run.path)
+    if not run.last.exists():
+        return cfg, None
+    content = checkpoint.read(run.last)
+    trained = {key: value for key, value in content["hyper_parameters"]["model"].items() if key != "image_shape"}
+    if trained != model:
+        key = next(key for key in {**model, **trained} if model.get(key) != trained.get(key))
+        raise UserError(
+            f"resume: {run.last} holds a model with {key}={trained.get(key)}, but config.yaml says {model.get(key)}; "
+            "they are not from the same run"
+        )
+    return cfg, content

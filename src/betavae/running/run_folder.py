@@ -1,0 +1,184 @@
+"""A run folder: what is in it, whose it is, who works in it, and how it ended."""
+
+import contextlib
+import errno
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from betavae.errors import UserError
+from betavae.files import PART, write_whole
+
+MARK = ".betavae"  # a file in every folder of ours, that says what it is
+RUN, SWEEP, REPORT = ("a run of betavae\n", "a sweep of betavae\n", "a report of betavae\n")
+# All that a run writes: what is cleared away is on this list, and nothing else ever is.
+FILES = ("config.yaml", "overrides.yaml", "metrics.json", "train.log", "projector_config.pbtxt", "metrics.csv")
+FOLDERS = ("checkpoints/*.ckpt", "figures/*.png", "projector/posterior_means/*", "evaluation.*", "events.out.tfevents.*")
+UNFINISHED = ("running", "interrupted")
+
+
+def mark_of(path: Path) -> str | None:
+    try:
+        return (path / MARK).read_text()
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def put_mark(path: Path, mark: str, key: str) -> bool:
+    """Make `path` a folder of ours. False if it was one already.
+
+    Raises UserError if anything else is there, or it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if (found := mark_of(path)) is not None:
+            if found != mark:
+                raise UserError(f"{key}: {path} is {found.strip()}, not {mark.strip()}; name another folder")
+            return False
+        if legacy(path, mark):
+            return False
+        if others := sorted(item.name for item in path.iterdir()):
+            raise UserError(f"{key}: {path} is not empty and not {mark.strip()} (it holds {others[0]}); name another folder")
+        with open(path / MARK, "x") as file:  # of two at once, one
+            file.write(mark)
+        return True
+    except FileExistsError:
+        if path.is_dir():
+            return False
+        raise UserError(f"{key}: {path} is a file; name a folder") from None
+    except OSError as error:
+        raise UserError(f"{key}: cannot make {path} ({error.strerror})") from error
+
+
+def legacy(path: Path, mark: str) -> bool:
+    """Whether a folder is of a version that left no mark."""
+    if mark == SWEEP:
+        return any(legacy(config.parent, RUN) or mark_of(config.parent) == RUN for config in path.glob("*/config.yaml"))
+    record = read_json(path / "metrics.json")
+    whole = all((path / name).is_file() for name in ("config.yaml", "overrides.yaml"))
+    return mark == RUN and whole and {"status", "seed", "parameters", "git_commit", "versions"} <= set(record)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What a JSON file holds; nothing, if it is not there or harmed."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+class RunFolder:
+    """The folder of one run; `path` as it is shown to people."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    @property
+    def last(self) -> Path:
+        return self.path / "checkpoints" / "last.ckpt"
+
+    @property
+    def best(self) -> Path:
+        return self.path / "checkpoints" / "best.ckpt"
+
+    def is_run(self) -> bool:
+        return mark_of(self.path) == RUN or legacy(self.path, RUN)
+
+    def record(self) -> dict[str, Any]:
+        """metrics.json, the one place that says how a run is or was."""
+        return read_json(self.path / "metrics.json")
+
+    def write_record(self, record: dict[str, Any]) -> None:
+        path, text = self.path / "metrics.json", json.dumps(record, indent=2) + "\n"
+        try:
+            write_whole(path, text.encode())
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not path.exists():
+                raise
+            # On a full disk: what fits into the blocks that the file has. A run must not seem to be running.
+            short = json.dumps({"status": record["status"], "error": record.get("error", "the disk is full")[:200]})
+            with open(path, "r+b", buffering=0) as file:
+                file.write(short.encode().ljust(path.stat().st_size))
+
+    def status(self) -> str:
+        """finished, failed, diverged, pruned, interrupted, running; or "" for a run that never began."""
+        status = self.record().get("status", "")
+        return "interrupted" if status == "running" and not self.is_held() else status
+
+    @contextlib.contextmanager
+    def held(self, wait: bool = False) -> Iterator[None]:
+        """Worked in by this process alone; the system lets go when it dies, however it dies.
+
+        Raises UserError if another works here, unless it is to `wait` for its end.
+        """
+        try:
+            with FileLock(self.path / ".lock", timeout=-1 if wait else 1):
+                yield
+        except Timeout:
+            raise UserError(f"{self.path} is being worked in by another process; wait for its end") from None
+
+    def is_held(self) -> bool:
+        """Looked at by a shared lock, which two that look at once can both have."""
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            return True
+        try:
+            with open(self.path / ".lock") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True
+        return False
+
+    def clear(self) -> None:
+        """Take away what a run wrote here, by name; what else lies here stays."""
+        for name in FILES:
+            (self.path / name).unlink(missing_ok=True)
+        for pattern in FOLDERS:
+            for path in self.path.glob(pattern):
+                if path.is_file():
+                    path.unlink()
+        self.clear_parts()
+        for name in ("checkpoints", "figures", "projector/posterior_means", "projector"):
+            with contextlib.suppress(OSError):
+                (self.path / name).rmdir()
+
+    def clear_parts(self) -> None:
+        """Half-written files of a process that was killed."""
+        for path in [*self.path.glob(f"*.*{PART}"), *self.path.glob(f"checkpoints/*.ckpt.*{PART}")]:
+            path.unlink()
+
+    def discard(self) -> None:
+        """Take back a run that could not even begin."""
+        self.clear()
+        for name in (".lock", MARK):
+            (self.path / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.path.rmdir()
+
+    def rewind(self, sizes: dict[str, int]) -> None:
+        """TensorBoard's files as they were, in bytes, when a checkpoint was saved: what came later will come again."""
+        for path in self.path.glob("events.out.tfevents.*"):
+            if size := sizes.get(path.name):
+                os.truncate(path, min(size, path.stat().st_size))
+            else:
+                path.unlink()
+        for path in self.path.glob("projector/posterior_means/*"):
+            path.unlink()
+        self.clear_parts()
+
+
+def git_commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

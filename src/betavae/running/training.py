@@ -1,0 +1,269 @@
+"""The one recipe that turns a composed config into a finished run folder."""
+
+import contextlib
+import logging
+import math
+import os
+import platform
+import signal
+import time
+import traceback
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig, OmegaConf
+
+from betavae.errors import Diverged, UserError
+from betavae.files import write_whole
+from betavae.running.building import build, too_large
+from betavae.running.checkpoint import first_line
+from betavae.running.log import close_log, quiet, start_log
+from betavae.running.progress import NAMES, Bar, EpochLines
+from betavae.running.processes import from_rank_zero, lightnings, rank
+from betavae.running.resuming import Signals, StopAtDivergence, reopen
+from betavae.running.run_folder import RUN, RunFolder, git_commit, put_mark
+from betavae.running.settings import check_settings, plain
+
+log = logging.getLogger(__name__)
+
+ONE_DEVICE = (
+    "a sweep trains each job on one device: leave trainer.devices and trainer.num_nodes at 1 and run jobs side by side "
+    "(hydra/launcher=joblib), or give up -m and start the runs on many devices one by one"
+)
+PACKAGES = ("torch", "torchvision", "lightning", "hydra-core", "tensorboard")
+
+
+def train(cfg: DictConfig) -> float:
+    """Train and test as `cfg` says, in Hydra's run folder. Returns the test neg. ELBO in nats per image.
+
+    Raises UserError for settings that cannot be, before anything is written.
+    """
+    hydra_cfg = HydraConfig.get()
+    sweep = hydra_cfg.mode == RunMode.MULTIRUN
+    overrides = list(hydra_cfg.overrides.task)
+    run = RunFolder(os.path.relpath(hydra_cfg.runtime.output_dir))
+    resume, state = cfg.resume is not None, None
+    if resume:
+        # A job of a sweep goes on with the very settings it has.
+        cfg, state = reopen(run, [] if sweep else overrides, lambda old: completed(old, cfg))
+        done = run.record()
+        if done.get("status") == "finished" and len(overrides) == 1:
+            log_to_terminal(f"{run.path} is finished; to train it longer: resume={run.path} trainer.max_epochs=N")
+            return done["test"]["neg_elbo"]
+    check_settings(cfg)
+    if state and cfg.trainer.max_epochs <= state["epoch"]:
+        raise UserError(
+            f"resume: trainer.max_epochs={cfg.trainer.max_epochs} is past: it is in epoch {state['epoch'] + 1}"
+        )
+    with Signals() as signals, claimed(run, new=not resume and not sweep, sweep=sweep):
+        return Training(cfg, run, overrides, sweep, state, signals).run()
+
+
+def completed(old: DictConfig, today: DictConfig) -> DictConfig:
+    """A run's config with the settings that came after it, as today's defaults have them."""
+    cfg = OmegaConf.create(OmegaConf.to_container(old))
+    for key in today:
+        if key not in cfg:
+            cfg[key] = today[key]
+    for group in ("trainer", "callbacks"):
+        cfg[group] = OmegaConf.merge(today[group], cfg[group])
+    return cfg
+
+
+@contextlib.contextmanager
+def claimed(run: RunFolder, new: bool, sweep: bool) -> Iterator[None]:
+    """A run folder for this process, or (of several) for all of this run; a `new` one must hold no run yet. What could
+    not even begin is taken back."""
+    if sweep or lightnings() and rank():  # the job, or the process that Lightning was started in, has seen to it
+        yield
+        return
+
+    def claim() -> bool:
+        made = put_mark(run.path, RUN, "hydra.run.dir")
+        if new and not made:
+            raise UserError(f"{run.path} already holds a run; go on with it by resume={run.path}, or choose another folder")
+        return made
+
+    made = from_rank_zero(claim)
+    if rank():
+        yield
+        return
+    with run.held():
+        try:
+            yield
+        except UserError:
+            if made and not run.record():
+                close_log()
+                run.discard()
+            raise
+
+
+class Training:
+    """One run from its settings to its last line. In each method one stage of it."""
+
+    def __init__(
+        self,
+        cfg: DictConfig,
+        run: RunFolder,
+        overrides: list[str],
+        sweep: bool,
+        state: dict[str, Any] | None,
+        signals: Signals,
+    ):
+        self.cfg, self.folder, self.overrides, self.sweep = cfg, run, overrides, sweep
+        self.state, self.signals = state, signals
+        self.record: dict[str, Any] = {}
+
+    def run(self) -> float:
+        # The seed comes before anything is built, so that it decides the first weight too.
+        L.seed_everything(self.cfg.seed, verbose=False)
+        torch.set_float32_matmul_precision(self.cfg.trainer.matmul_precision)
+        quiet()
+        self.datamodule, self.module, self.trainer = build(plain(self.cfg), self.folder, self.signals, self.state)
+        if self.sweep and self.trainer.world_size > 1:
+            raise UserError(ONE_DEVICE)
+        self.seconds = next(c for c in self.trainer.callbacks if isinstance(c, EpochLines))  # type: ignore[attr-defined]
+        try:
+            if rank() == 0:
+                self.begin()
+            self.fit()
+            scalars = self.test()
+        except BaseException as error:
+            ending = self.ended_early(too_large(error) if isinstance(error, RuntimeError) else error)
+            if ending is error:
+                raise
+            raise ending from error
+        if rank() == 0:
+            self.finish(scalars)
+        return scalars["neg_elbo"]
+
+    def begin(self) -> None:
+        """The files that say what is run, before its first step."""
+        if self.cfg.resume is not None:
+            self.folder.rewind(self.state.get("events", {}) if self.state else {})
+        bar = isinstance(self.trainer.progress_bar_callback, Bar)
+        side_by_side = self.sweep and not HydraConfig.get().launcher["_target_"].endswith(".BasicLauncher")
+        start_log(self.folder.path, not bar, f"{self.folder.path.name}  " if side_by_side else "")
+        if self.cfg.resume is None:
+            text = OmegaConf.to_yaml(OmegaConf.create(self.overrides))
+            write_whole(self.folder.path / "overrides.yaml", text.encode())
+        # Also on resume: a run that is stopped again goes on with what this command changed.
+        config = OmegaConf.to_yaml(OmegaConf.merge(self.cfg, {"resume": None}), resolve=True)
+        write_whole(self.folder.path / "config.yaml", config.encode())
+        device = self.trainer.strategy.root_device
+        self.record = {
+            "status": "running",
+            "pid": os.getpid(),
+            "seed": self.cfg.seed,
+            "parameters": sum(p.numel() for p in self.module.parameters()),
+            "git_commit": git_commit(),
+            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, "
+            + (torch.cuda.get_device_name(device) if device.type == "cuda" else device.type),
+            "versions": {p: version(p) for p in PACKAGES} | {"python": platform.python_version()},
+        }
+        self.folder.write_record(self.record)
+
+    def fit(self) -> None:
+        if rank():
+            start_log(self.folder.path, False, "")
+        last = str(self.folder.last) if self.state else None
+        self.trainer.fit(self.module, self.datamodule, ckpt_path=last, weights_only=True)
+        self.record |= {"epochs": self.trainer.current_epoch, "steps": self.trainer.global_step}
+
+    def test(self) -> dict[str, float]:
+        """The test numbers of the best checkpoint, or the last where no images were kept for validation."""
+        best = self.trainer.strategy.broadcast(self.folder.best.exists() and len(self.datamodule.sets["validation"]) > 0)
+        self.chosen = self.folder.best if best else self.folder.last
+        self.trainer.test(self.module, self.datamodule, ckpt_path=str(self.chosen), weights_only=True, verbose=False)
+        metrics = {name: value.item() for name, value in self.trainer.callback_metrics.items()}
+        test = {name.removeprefix("test/"): value for name, value in metrics.items() if name.startswith("test/")}
+        if not all(math.isfinite(value) for value in test.values()):
+            raise Diverged(f"the test numbers of {self.chosen} are not finite", {})
+        scalars = {name: round(value, 4) for name, value in test.items()}
+        if self.trainer.is_global_zero:
+            for logger in self.trainer.loggers:
+                outcome = {f"test/{name}": value for name, value in scalars.items()}
+                logger.log_outcome(flat(self.cfg), outcome)  # type: ignore[attr-defined]
+        return scalars
+
+    def finish(self, scalars: dict[str, float]) -> None:
+        likelihood, binarize = self.module.vae.likelihood, self.cfg.data.binarize
+        self.record |= {
+            "status": "finished",
+            "checkpoint": str(self.chosen.relative_to(self.folder.path)),
+            "test": scalars,
+            "epoch_seconds": self.seconds.epochs,
+            "threads": torch.get_num_threads(),
+            "fit_seconds": round(self.seconds.before, 2),
+            "seconds": round(self.seconds.seconds, 2),
+        }
+        for callback in self.trainer.checkpoint_callbacks:
+            if (score := getattr(callback, "best_model_score", None)) is not None:
+                self.record["validation"] = {self.cfg.callbacks.monitor: round(float(score), 4)}
+        if likelihood.surrogate(binarize):
+            self.record["note"] = likelihood.meaning(binarize)
+        self.folder.write_record(self.record)
+        main = {name: scalars[name] for name in scalars if name not in ("active_units", "neg_elbo")}
+        terms = "  ".join(f"{NAMES.get(name, name)} {value:.2f}" for name, value in main.items())
+        log.info(
+            "test  %s  neg. ELBO %.2f nats per image (%d active units, %s, trained in %.0f s)",
+            *(terms, scalars["neg_elbo"], scalars["active_units"], self.chosen.name, self.seconds.before),
+        )
+        if "note" in self.record:
+            log.info("note  %s", self.record["note"])
+        if not self.sweep:
+            log.info("run   %s", self.folder.path)
+            log.info("next  tensorboard --logdir %s", self.folder.path.parent)
+            log.info("      python scripts/sample.py ckpt=%s", self.chosen)
+
+    def ended_early(self, error: BaseException) -> BaseException:
+        """What to raise for a run that did not come to its end, after its folder says why."""
+        if isinstance(error, MisconfigurationException):
+            error = UserError(f"trainer: {first_line(error).rstrip('.')}")
+        stopped = isinstance(error, KeyboardInterrupt | SystemExit)
+        if rank() == 0 and self.record:
+            self.say_why(error, stopped)
+        if not stopped:
+            return error
+        asked = self.signals.asked
+        if isinstance(error, SystemExit) and asked not in (None, signal.SIGINT, signal.SIGTERM):
+            return error  # of a launcher that has queued the job again
+        return SystemExit(128 + (asked or signal.SIGINT))
+
+    def say_why(self, error: BaseException, stopped: bool) -> None:
+        status = "interrupted" if stopped else "diverged" if isinstance(error, Diverged) else "failed"
+        steps = self.trainer.global_step
+        if status == "failed" and isinstance(error, UserError) and not steps and not self.sweep and not self.cfg.resume:
+            close_log()
+            self.folder.clear()  # nothing ever began
+            return
+        self.record |= {"status": status, "epochs": self.trainer.current_epoch, "steps": steps}
+        if not stopped:
+            self.record["error"] = f"{type(error).__name__}: {error}"
+            log.debug("%s", "".join(traceback.format_exception(error)))
+        with contextlib.suppress(OSError):  # of a full disk: the error that is under way says it
+            self.folder.write_record(self.record)
+        if stopped:
+            log.info("interrupted at step %d; go on with\n  python train.py resume=%s", steps, self.folder.path)
+        elif self.folder.last.exists():
+            log.info("the last good checkpoint is %s", self.folder.last)
+
+
+def log_to_terminal(line: str) -> None:
+    print(line)
+
+
+def flat(cfg: DictConfig) -> dict[str, Any]:
+    """Settings for a table of hyper-parameters."""
+    values: dict[str, Any] = {"seed": cfg.seed, "beta": cfg.beta}
+    for group in ("model", "data", "objective", "beta_schedule", "optimizer", "lr_schedule", "trainer"):
+        for key, value in cfg[group].items():
+            values[f"{group}.{key}"] = value if isinstance(value, int | float) else str(value)
+    return values

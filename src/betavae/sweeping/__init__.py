@@ -1,0 +1,1 @@
+"""Many runs: jobs that can be left alone, searches, reports."""
