@@ -8,10 +8,14 @@ from betavae.sweeping.jobs import run_job
 
 @train_command
 def main(cfg: DictConfig) -> float:
-    with importing():  # here, so that --help does not wait for torch
-        from betavae.running.training import train
-
     return run_job(train, cfg)
+
+
+def train(cfg: DictConfig) -> float:
+    with importing():  # here, so that --help and jobs that are finished do not wait for torch
+        from betavae.running import training
+
+    return training.train(cfg)
 
 
 if __name__ == "__main__":

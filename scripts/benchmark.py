@@ -6,6 +6,8 @@ matrix products of an epoch alone. Each runs in a process of its own, in turn, s
 treats all alike.
 """
 
+# mypy: disable-error-code="valid-type"
+
 import json
 import os
 import statistics
@@ -17,12 +19,28 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from pydantic import Field
 
-from betavae.cli import command
+from betavae.running.cli import ScriptSettings, script
+from betavae.running.settings import Count, Flag, Text, kind, one_of
 
 REPO = Path(__file__).parents[1]
+PRESETS = ["default", "default trainer.steps_per_batch=10", "fast"]
 IMAGES, BATCH, HIDDEN, LATENT, PIXELS = 60_000, 128, 400, 20, 784
+
+
+class Settings(ScriptSettings):
+    rounds: Count = Field(3, title="of everything in turn; medians and ranges are over rounds")
+    epochs: Count = Field(5, title="of each training in a round; the first is warm-up where there are more")
+    presets: kind(list[str], "a list of presets of the trainer", min_length=1) = Field(
+        PRESETS, title="of the trainer, with what changes them"
+    )
+    quality: Flag = Field(True, title="also the time to the tutorial's result (adds a minute per round)")
+    data_root: Text = Field("data", title="the data folder")
+    only: one_of(lambda: [None, "reference", "bare", "floor"]) = Field(
+        None, title="run one part in this process and print its numbers: reference, bare, floor"
+    )
+    out: Text = Field("benchmark.png", title="the figure; its numbers go beside it, as .json")
 
 
 def reference(data_root: str, epochs: int) -> dict[str, Any]:
@@ -75,22 +93,24 @@ def bare(data_root: str, epochs: int) -> dict[str, Any]:
     """Our net, objective and batches in a plain loop, with the default preset's settings."""
     import torch
 
-    from betavae.data import Batches, mnist
+    from betavae.data import mnist
+    from betavae.data.batches import Batches
+    from betavae.fast import accelerate
     from betavae.objectives import elbo
     from betavae.vae import VAE
 
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"  # as in training.py
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"  # as in running/lightning.py
     torch.set_float32_matmul_precision("medium")
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    images, labels = (part.to(device) for part in mnist(Path(data_root), True))
-    vae = VAE("mlp", [HIDDEN], LATENT, "relu", "bernoulli", [1, 28, 28]).to(device)
+    images = mnist(Path(data_root), "train").to(device)  # type: ignore[union-attr]
+    vae = accelerate(VAE("mlp", [HIDDEN], LATENT, "relu", "bernoulli", [1, 28, 28])).to(device)
     optimizer = torch.optim.Adam(vae.parameters(), lr=1e-3, fused=True)
     seconds = []
     for epoch in range(epochs):
         started = time.perf_counter()
         total = torch.zeros((), device=device)
-        for x, _ in Batches(images, labels, BATCH, epoch=partial(int, epoch)):
+        for x, _ in Batches(images, BATCH, epoch=partial(int, epoch)):
             loss = elbo(vae, x, torch.randn(1, len(x), LATENT, device=device), 1.0).loss
             optimizer.zero_grad()
             loss.backward()
@@ -144,16 +164,16 @@ def measured(arguments: list[str], folder: Path) -> tuple[str, float, float]:
     return text, seconds, usage.ru_maxrss / 1e6
 
 
-def part(name: str, cfg: DictConfig, folder: Path, epochs: int) -> dict[str, Any]:
+def part(name: str, settings: Settings, folder: Path, epochs: int) -> dict[str, Any]:
     script = str(Path(__file__).resolve())
-    root = Path(cfg.data_root).absolute()
+    root = Path(settings.data_root).absolute()
     text, seconds, memory = measured([script, f"only={name}", f"epochs={epochs}", f"data_root='{root}'"], folder)
     return json.loads(text.splitlines()[-1]) | {"process_seconds": seconds, "memory_gb": memory}
 
 
-def train(overrides: list[str], cfg: DictConfig, folder: Path) -> dict[str, Any]:
+def train(overrides: list[str], settings: Settings, folder: Path) -> dict[str, Any]:
     run = folder / f"run_{time.time_ns()}"
-    root = Path(cfg.data_root).absolute()
+    root = Path(settings.data_root).absolute()
     arguments = [str(REPO / "train.py"), *overrides, f"data.root='{root}'", f"hydra.run.dir='{run}'"]
     _, seconds, memory = measured(arguments, folder)
     return json.loads((run / "metrics.json").read_text()) | {"process_seconds": seconds, "memory_gb": memory}
@@ -163,26 +183,27 @@ def spread(values: list[float]) -> str:
     return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
-@command("benchmark")
-def main(cfg: DictConfig) -> None:
-    from betavae.rules import check
-
-    check(cfg)
-    if cfg.only is not None:
-        loop = {"reference": reference, "bare": bare, "floor": floor}[cfg.only]
-        print(json.dumps(loop(cfg.data_root, cfg.epochs)))
+@script(Settings)
+def main(settings: Settings) -> None:
+    if settings.only is not None:
+        loop = {"reference": reference, "bare": bare, "floor": floor}[settings.only]
+        print(json.dumps(loop(settings.data_root, settings.epochs)))
         return
 
     from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
     from betavae.data import mnist
-    from betavae.figures import new_figure, save_figure, writing
+    from betavae.files import STAMP, writing
+    from betavae.pictures import new_figure, save_figure
 
-    mnist(Path(cfg.data_root), True)
-    warm = slice(1 if cfg.epochs > 1 else 0, None)
+    root = Path(settings.data_root)
+    root.mkdir(parents=True, exist_ok=True)
+    for split in ("train", "test"):
+        mnist(root, split)  # unpacked
+    warm = slice(1 if settings.epochs > 1 else 0, None)
     results: dict[str, list[Any]] = {}
-    steps = 3 + len(cfg.presets) + 2 * cfg.quality
-    bar = Tqdm(total=cfg.rounds * steps, desc="benchmark", file=sys.stderr)
+    steps = 3 + len(settings.presets) + 2 * settings.quality
+    bar = Tqdm(total=settings.rounds * steps, desc="benchmark", file=sys.stderr)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
 
@@ -190,21 +211,23 @@ def main(cfg: DictConfig) -> None:
             results.setdefault(name, []).append(result)
             bar.update()
 
-        for _ in range(cfg.rounds):
-            note("floor", part("floor", cfg, folder, 1))
-            note("reference", part("reference", cfg, folder, cfg.epochs))
-            note("bare", part("bare", cfg, folder, cfg.epochs))
-            for preset in cfg.presets:
-                overrides = ["experiment=tutorial", *f"trainer={preset}".split(), f"trainer.max_epochs={cfg.epochs}"]
-                note(f"train.py trainer={preset}", train(overrides, cfg, folder))
-            if cfg.quality:
-                note("reference, 10 epochs", part("reference", cfg, folder, 10))
-                note("speedrun", train(["experiment=speedrun"], cfg, folder))
+        for _ in range(settings.rounds):
+            note("floor", part("floor", settings, folder, 1))
+            note("reference", part("reference", settings, folder, settings.epochs))
+            note("bare", part("bare", settings, folder, settings.epochs))
+            for preset in settings.presets:
+                epochs = f"trainer.max_epochs={settings.epochs}"
+                overrides = ["experiment=tutorial", *f"trainer={preset}".split(), epochs]
+                note(f"train.py trainer={preset}", train(overrides, settings, folder))
+            if settings.quality:
+                note("reference, 10 epochs", part("reference", settings, folder, 10))
+                note("speedrun", train(["experiment=speedrun"], settings, folder))
     bar.close()
 
-    loops = ["reference", "bare", *(f"train.py trainer={preset}" for preset in cfg.presets)]
+    loops = ["reference", "bare", *(f"train.py trainer={preset}" for preset in settings.presets)]
     epoch = {name: [statistics.median(r["epoch_seconds"][warm]) for r in results[name]] for name in loops}
-    print(f"seconds per epoch of {IMAGES:,} images: median (range) of {cfg.rounds} rounds; ratios are within a round\n")
+    rounds = settings.rounds
+    print(f"seconds per epoch of {IMAGES:,} images: median (range) of {rounds} rounds; ratios are within a round\n")
     print(f"{'':52}{'seconds per epoch':24}{'images/s':>9}   {'times faster':22}{'of floor':>9}{'peak GB':>9}")
     for name in loops:
         ratios = [a / b for a, b in zip(epoch["reference"], epoch[name], strict=True)]
@@ -220,7 +243,7 @@ def main(cfg: DictConfig) -> None:
         if not name.endswith("fast"):  # which multiplies in another precision
             ratios = [a / b for a, b in zip(epoch[name], epoch["bare"], strict=True)]
             print(f"{name} over the bare loop: {spread(ratios)}")
-    if cfg.quality:
+    if settings.quality:
         slow, quick = results["reference, 10 epochs"], results["speedrun"]
         fits = [sum(a["epoch_seconds"]) / sum(b["epoch_seconds"]) for a, b in zip(slow, quick, strict=True)]
         processes = [a["process_seconds"] / b["process_seconds"] for a, b in zip(slow, quick, strict=True)]
@@ -236,8 +259,8 @@ def main(cfg: DictConfig) -> None:
             f"{spread([r['process_seconds'] for r in quick])}: {spread(processes)} times sooner"
         )
 
-    with writing(Path(cfg.out).with_suffix(".json")) as path:
-        path.write_text(json.dumps(results, indent=1) + "\n")
+    with writing(Path(settings.out).with_suffix(".json")) as path:
+        path.write_text(json.dumps({"made_by": STAMP} | results, indent=1) + "\n")
     figure = new_figure(7, 0.5 * len(loops) + 1)
     axes = figure.add_subplot()
     axes.barh(loops[::-1], [statistics.median(epoch[name]) for name in loops[::-1]], color="tab:blue")
@@ -246,8 +269,8 @@ def main(cfg: DictConfig) -> None:
         axes.axvline(products, color="black", linewidth=1, linestyle=style, label=f"matrix products, {name}")
     axes.set_xlabel(f"seconds per epoch of {IMAGES:,} images")
     axes.legend(fontsize=8)
-    save_figure(figure, cfg.out)
-    print(f"\nfigure in {cfg.out}, numbers in {Path(cfg.out).with_suffix('.json')}")
+    save_figure(figure, settings.out)
+    print(f"\nfigure in {settings.out}, numbers in {Path(settings.out).with_suffix('.json')}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,22 @@
 """How much faster a sweep is on all cores: `python scripts/benchmark_sweep.py [jobs=6 epochs=5 rounds=3]`."""
 
-from omegaconf import DictConfig
+# mypy: disable-error-code="valid-type"
 
-from betavae.cli import command
+from pydantic import Field
+
+from betavae.running.cli import ScriptSettings, script
+from betavae.running.settings import Count, Text
 
 
-@command("benchmark_sweep")
-def main(cfg: DictConfig) -> None:
+class Settings(ScriptSettings):
+    jobs: Count = Field(6, title="runs, which differ by their seed")
+    epochs: Count = Field(5, title="of each job")
+    rounds: Count = Field(3, title="of both ways, by turns")
+    settings: Text = Field("model=mlp", title="of every job, as on the command line of train.py")
+
+
+@script(Settings)
+def main(settings: Settings) -> None:
     import subprocess
     import sys
     import tempfile
@@ -16,17 +26,14 @@ def main(cfg: DictConfig) -> None:
 
     from joblib import cpu_count
 
-    from betavae.rules import check
-
-    check(cfg)
     train = Path(__file__).parents[1] / "train.py"
     seconds: dict[str, list[float]] = {"in a row": [], "on all cores": []}
     with tempfile.TemporaryDirectory() as folder:
         common = [
-            f"trainer.max_epochs={cfg.epochs}",
+            f"trainer.max_epochs={settings.epochs}",
             f"data.root={folder}/data",
             f"runs={folder}",
-            *cfg.settings.split(),
+            *settings.settings.split(),
         ]
         # Unpacks the data, and is not counted.
         subprocess.run(
@@ -34,15 +41,15 @@ def main(cfg: DictConfig) -> None:
             check=True,
             stdout=subprocess.DEVNULL,
         )
-        seeds = f"seed={','.join(map(str, range(cfg.jobs)))}"
-        for number in range(cfg.rounds):  # by turns, so that a busy minute of the machine hits both
+        seeds = f"seed={','.join(map(str, range(settings.jobs)))}"
+        for number in range(settings.rounds):  # by turns, so that a busy minute of the machine hits both
             for name, launcher in (("in a row", "basic"), ("on all cores", "joblib")):
                 sweep = f"hydra.sweep.dir={folder}/{launcher}{number}"
                 arguments = ["-m", f"hydra/launcher={launcher}", seeds, *common, sweep]
                 started = time.perf_counter()
                 subprocess.run([sys.executable, train, *arguments], check=True, stdout=subprocess.DEVNULL)
                 seconds[name].append(time.perf_counter() - started)
-                print(f"round {number + 1}: {cfg.jobs} jobs {name}: {seconds[name][-1]:.1f} s", flush=True)
+                print(f"round {number + 1}: {settings.jobs} jobs {name}: {seconds[name][-1]:.1f} s", flush=True)
     slow, fast = (median(seconds[name]) for name in seconds)
     print(f"median: {slow:.1f} s in a row, {fast:.1f} s on {cpu_count()} cores: {fast / slow:.2f} of the time")
 

@@ -5,12 +5,14 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from betavae.cli import command
+from betavae.errors import UserError
+from betavae.running.cli import ScriptSettings, script
+from betavae.sweeping.jobs import INCIDENTAL
 
 # What may differ between runs of one row.
-SEEDS = ("seed", "data.seed", "data.root", "runs", "resume", "debug", "trainer.enable_progress_bar")
+SEEDS = ("seed", "data.seed", "data.root", *INCIDENTAL)
 
 
 def spread(values: list[float], digits: int = 2) -> str:
@@ -36,32 +38,32 @@ def row(runs: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-@command("results")
-def main(cfg: DictConfig) -> None:
-    from omegaconf import OmegaConf
+class Settings(ScriptSettings):
+    """Only what all scripts share."""
 
-    from betavae.errors import UserError
-    from betavae.rules import check
 
-    check(cfg)
+@script(Settings)
+def main(settings: Settings) -> None:
     # Runs of one row have the same settings and were evaluated alike; rows of one table are of the same data.
     tables: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for path in sorted(Path(cfg.runs).rglob("evaluation.json")):
+    for path in sorted(Path(settings.runs).rglob("evaluation.json")):
         try:
             evaluation = json.loads(path.read_text())
             run = json.loads((path.parent / "metrics.json").read_text()) | {"evaluation": evaluation}
             run["overrides"] = OmegaConf.to_container(OmegaConf.load(path.parent / "overrides.yaml"))
-            settings = OmegaConf.load(path.parent / "config.yaml")
+            config = OmegaConf.load(path.parent / "config.yaml")
         except (OSError, ValueError) as error:
             raise UserError(f"{path.parent} is not a whole run that was evaluated ({error})") from error
-        assert isinstance(settings, DictConfig)
+        if not isinstance(config, DictConfig):
+            raise UserError(f"{path.parent / 'config.yaml'} is damaged")
         for key in SEEDS:
-            OmegaConf.update(settings, key, None)
+            OmegaConf.update(config, key, None)
         title = f"{evaluation['data']}, {evaluation['likelihood']} likelihood, {evaluation['images']:,} test images"
-        key = f"{OmegaConf.to_yaml(settings)} {evaluation['k']}"
+        key = f"{OmegaConf.to_yaml(config)} {evaluation['k']}"
         tables.setdefault(f"{title}: {evaluation['note']}", {}).setdefault(key, []).append(run)
     if not tables:
-        raise UserError(f"no evaluated run under {cfg.runs}/: `python scripts/evaluate.py ckpt=RUN_FOLDER` makes one")
+        how = "`python scripts/evaluate.py ckpt=RUN_FOLDER` makes one"
+        raise UserError(f"no evaluated run under {settings.runs}/: {how}")
     for title, rows in tables.items():
         print(f"\n{title}; nats per image, mean ± standard deviation over seeds\n")
         print("| run | seeds | neg. ELBO | NLL | K | active units | epochs | training | machine |")

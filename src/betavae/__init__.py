@@ -1,4 +1,4 @@
-"""A (β-)VAE to train, sweep, watch, sample and trust. In a notebook: `run = betavae.load("runs/...")`, then `run.vae`."""
+"""A (β-)VAE to train, sweep, watch, sample and trust. In a notebook: `run = betavae.load("runs/...")`; `run.vae`."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

@@ -26,8 +26,8 @@ class Sums:
         self.images.append(images)
 
     def rows(self, trainer: L.Trainer) -> Tensor:
-        """Empties it: a row per batch, summed over all processes, in double precision on the CPU; the number of images and
-        then every number of every term."""
+        """Empties it: a row per batch, summed over all processes, in double precision on the CPU. In it the number of
+        images, and then every number of every term."""
         flat = torch.cat([value.reshape(-1) for batch in self.batches for value in batch.values()])
         flat = flat.view(len(self), -1)
         images = torch.tensor(self.images, dtype=flat.dtype, device=flat.device)
@@ -47,8 +47,8 @@ class Sums:
 class Curves(Callback):
     """The terms of training for every logger, `train/NAME`: means over the images of `log_every_n_steps` steps.
 
-    `trainer.callback_metrics` has them too, and once an epoch has ended its means as `epoch/NAME`. A training step hands
-    the sums of its batches over as `outputs["sums"]`.
+    `trainer.callback_metrics` has them too, and once an epoch has ended its means as `epoch/NAME`. A training step
+    hands the sums of its batches over as `outputs["sums"]`.
     """
 
     def __init__(self) -> None:
@@ -62,7 +62,7 @@ class Curves(Callback):
         for sums, images in outputs["sums"]:
             self.interval.add(sums, images)
         last = trainer.is_last_batch  # type: ignore[attr-defined]
-        if not last and len(self.interval) < trainer.log_every_n_steps:
+        if not last and len(self.interval) < trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return
         sums, images = self.interval.take(trainer)
         self.epoch = {name: self.epoch.get(name, 0) + value for name, value in sums.items()}

@@ -10,7 +10,7 @@ from betavae.vae import VAE
 
 
 def accelerate(vae: VAE) -> VAE:
-    """Put the quicker ones in place, in `vae` itself; its weights, their names and (but for rounding) its numbers stay."""
+    """Put the quicker ones in place, in `vae` itself; its weights, their names and, but for rounding, numbers stay."""
     for module in list(vae.modules()):
         for name, child in module.named_children():
             if type(child) is nn.Tanh:
@@ -30,9 +30,10 @@ class Tanh(nn.Module):
 class CrossEntropy(torch.autograd.Function):
     """The sum over an image's pixels of log(1 + e^l) - x l, with its gradient sigmoid(l) - x: exact at any logit l.
 
-    `F.binary_cross_entropy_with_logits` says the same; but log1p is not vectorised on AVX-512 machines (torch 2.15), where
-    it takes a sixth of a training step. log(1 + e^l) is relu(l) - log(sigmoid(|l|)), and these sigmoids are at least 1/2:
-    up to a hundred of them are safely multiplied in float32, each at an eighth of a log's price, before one log is taken.
+    `F.binary_cross_entropy_with_logits` says the same; but log1p is not vectorised on AVX-512 machines (torch 2.15),
+    where it takes a sixth of a training step. log(1 + e^l) is relu(l) - log(sigmoid(|l|)), and these sigmoids are at
+    least 1/2: up to a hundred of them are safely multiplied in float32, each at an eighth of a log's price, before one
+    log is taken.
     """
 
     @staticmethod

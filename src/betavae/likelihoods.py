@@ -1,8 +1,8 @@
 """p(x|z): decoder outputs ("params", any real numbers) -> log-probability, mean, sample.
 
-`x` is `(B, C, H, W)` in [0, 1]; `params` is `(..., B, P * C, H, W)`: leading dimensions are posterior samples, P is how many
-numbers the likelihood has per pixel and channel. To add a likelihood, write a class with these methods and name it in
-`LIKELIHOODS`; what its constructor takes is a setting of the `model` group.
+`x` is `(B, C, H, W)` in [0, 1]; `params` is `(..., B, P * C, H, W)`: leading dimensions are posterior samples, P is how
+many numbers the likelihood has per pixel and channel. To add a likelihood, write a class with these methods and name it
+in `LIKELIHOODS`; what its constructor takes is a setting of the `model` group.
 """
 
 import math

@@ -1,7 +1,7 @@
 """Encoders and decoders: plain `nn.Module`s between images `(B, C, H, W)` and latents `(B, latent_dim)`.
 
-To add a network, write an encoder and a decoder and name the pair in `NETWORKS`. Both take the four arguments below; what
-else their signatures name (`dropout: float = 0.1`) is a setting of the `model` group by that name.
+To add a network, write an encoder and a decoder and name the pair in `NETWORKS`. Both take the four arguments below;
+what else their signatures name (`dropout: float = 0.1`) is a setting of the `model` group by that name.
 """
 
 import math

@@ -100,7 +100,7 @@ def traversal_figure(rows: Tensor, values: Tensor, dimensions: Sequence[int], kl
 
 
 def bounds_figure(ks: Sequence[int], bounds: Sequence[dict[str, float]], kl: Sequence[float], active_units: int) -> Any:
-    """Importance-weighted bounds (each `mean` ± `se`, nats) over their number of samples, beside the KL per dimension."""
+    """Importance-weighted bounds (`mean` ± `se`, nats) over their number of samples, beside the KL per dimension."""
     figure = new_figure(9, 3)
     left, right = figure.subplots(1, 2)
     left.errorbar(ks, [b["mean"] for b in bounds], [b["se"] for b in bounds], marker="o", capsize=3)
@@ -114,8 +114,8 @@ def bounds_figure(ks: Sequence[int], bounds: Sequence[dict[str, float]], kl: Seq
 
 
 def coloured(x: Tensor, labels: Tensor) -> Tensor:
-    """`(N, 3, H, W)`: grey images as strokes on white in the colour of their label (the first of several); colour images as
-    they are."""
+    """`(N, 3, H, W)`: grey images as strokes on white in the colour of their (first) label; colour images as they
+    are."""
     import matplotlib
 
     if x.shape[1] == 3:

@@ -27,8 +27,8 @@ class VAE(nn.Module):
     """q(z|x) by an encoder, p(x|z) by a decoder and a likelihood, prior p(z) = N(0, I).
 
     Every argument is a plain value, so that a checkpoint can hold the recipe. `network`, `activation` and `likelihood`
-    are names in `NETWORKS`, `ACTIVATIONS` and `LIKELIHOODS`; `image_shape` is `(C, H, W)`; `settings` go by their names to
-    the network or the likelihood whose signature has them. Raises TypeError for one that neither has.
+    are names in `NETWORKS`, `ACTIVATIONS` and `LIKELIHOODS`; `image_shape` is `(C, H, W)`; `settings` go by their names
+    to the network or the likelihood whose signature has them. Raises TypeError for one that neither has.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class VAE(nn.Module):
         return self.likelihood.mean(self.decode_params(z))
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Posterior, Tensor, Tensor]:
-        """`x` `(B, C, H, W)`, `noise` `(..., B, latent_dim)` from N(0, I) (None: one draw) -> posterior, z, params at z."""
+        """`x` `(B, C, H, W)`, `noise` `(..., B, latent_dim)` from N(0, I) (None: drawn) -> posterior, z, params."""
         posterior = self.encode(x)
         z = posterior.rsample(torch.randn_like(posterior.mean) if noise is None else noise)
         return posterior, z, self.decode_params(z)

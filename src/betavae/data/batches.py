@@ -23,18 +23,21 @@ class Batches:
         seed: int = 0,
         reshuffle: bool = True,
         binarize: str = "none",
-        shard: tuple[int, int] = (0, 1),
     ):
-        """`epoch` tells which epoch it is, and asks for shuffling, without `reshuffle` in the same way in every epoch;
-        `shard` is (rank, number of processes). `binarize`: "none", "threshold" (above 127), or "dynamic" (a Bernoulli draw
-        for each pixel, afresh in each batch)."""
+        """`epoch` tells which epoch it is, and asks for shuffling, without `reshuffle` in the same way in every epoch.
+        `binarize`: "none", "threshold" (above 127), or "dynamic" (a Bernoulli draw for each pixel, afresh in each
+        batch)."""
         self.images, self.batch_size = images, batch_size
         self.epoch, self.seed, self.reshuffle, self.binarize = epoch, seed, reshuffle, binarize
-        self.rank, self.processes = shard
         self.position = {"epoch": -1, "batches": 0}
-        # Training shards are of equal size, since every step waits for all processes; evaluation covers every image.
-        n = len(images)
-        self.size = n // self.processes if epoch else len(range(self.rank, n, self.processes))
+        self.share(0, 1)
+
+    def share(self, rank: int, processes: int) -> None:
+        """Only the images of one of several processes: every `processes`-th in this order."""
+        self.rank, self.processes = rank, processes
+        # Training shares are of equal size, since every step waits for all processes; evaluation covers every image.
+        n = len(self.images)
+        self.size = n // processes if self.epoch else len(range(rank, n, processes))
 
     def __len__(self) -> int:
         return -(-self.size // self.batch_size)

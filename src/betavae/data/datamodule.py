@@ -21,10 +21,10 @@ BINARIZE_SEED = 0
 class ImageDataModule(L.LightningDataModule):
     """The images of one of `SOURCES`, on the training device where they are held in memory.
 
-    `validation_size` of the training images, a number or (below 1) a share, are set aside by a fixed seed (0: none), unless
-    the source has validation images of its own. `binarize`: "none" keeps grey values, "threshold" sets pixels above 127,
-    "dynamic" draws Bernoulli pixels, afresh for every training batch and once, from a fixed seed, for validation and
-    test. `settings` are the source's own. Raises UserError for settings that the images cannot fulfil.
+    `validation_size` of the training images, a number or (below 1) a share, are set aside by a fixed seed (0: none),
+    unless the source has validation images of its own. `binarize`: "none" keeps grey values, "threshold" sets pixels
+    above 127, "dynamic" draws Bernoulli pixels, afresh for every training batch and once, from a fixed seed, for
+    validation and test. `settings` are the source's own. Raises UserError for what the images cannot fulfil.
     """
 
     def __init__(
@@ -74,9 +74,10 @@ class ImageDataModule(L.LightningDataModule):
         n, size = len(images), self.validation_size
         count = round(size * n) if size < 1 else int(size)
         if count >= n or (size and not count):
+            lacking = "train on" if count else "validate"
             raise UserError(
-                f"data.validation_size={size} leaves nothing to {'train on' if count else 'validate'}: {self.name} has {n} "
-                f"training images; a share such as 0.1 will do"
+                f"data.validation_size={size} leaves nothing to {lacking}: {self.name} has {n} training images; "
+                "a share such as 0.1 will do"
             )
         order = torch.randperm(n, generator=torch.Generator().manual_seed(SPLIT_SEED))
         return images.take(order[count:].sort().values), images.take(order[:count].sort().values)
@@ -110,4 +111,6 @@ class ImageDataModule(L.LightningDataModule):
         images, shard, trainer = self.sets[split], (0, 1), self.trainer
         if trainer is not None:
             images, shard = images.to(trainer.strategy.root_device), (trainer.global_rank, trainer.world_size)
-        return Batches(images, batch_size, *training, shard=shard)
+        batches = Batches(images, batch_size, *training)
+        batches.share(*shard)
+        return batches

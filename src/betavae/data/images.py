@@ -12,8 +12,8 @@ class Images:
     """uint8 images `(N, C, H, W)` with labels.
 
     `pixels` is a tensor, or anything with a tensor's `shape`, `index_select(0, index)` and `to(device)`, so that images
-    may lie in a file or be drawn when they are asked for. `labels` is int64, `(N,)`, or `(N, F)` for F factors; `classes`
-    names the values of one label.
+    may lie in a file or be drawn when they are asked for. `labels` is int64, `(N,)`, or `(N, F)` for F factors;
+    `classes` names the values of one label.
     """
 
     pixels: Any

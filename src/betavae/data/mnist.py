@@ -8,7 +8,6 @@ from importlib import resources
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from betavae.data.images import Images
 from betavae.errors import UserError
@@ -24,8 +23,8 @@ LARGEST_FILE = 47_040_016  # bytes; nothing of MNIST unpacks to more
 
 
 def mnist(root: Path, split: str) -> Images | None:
-    """MNIST (LeCun, Cortes & Burges), unpacked once into `root`/MNIST/raw, where torchvision looks for it too, and compared
-    with its published MD5 sums. Where there is no folder `root`, it is unpacked into memory alone."""
+    """MNIST (LeCun, Cortes & Burges), unpacked once into `root`/MNIST/raw, where torchvision looks for it too, and
+    compared with its published MD5 sums. Where there is no folder `root`, it is unpacked into memory alone."""
     if split == "validation":
         return None
     part = {"train": "train", "test": "t10k"}[split]

@@ -37,8 +37,8 @@ class PerImage(NamedTuple):
 def importance_sample(
     vae: VAE, x: Tensor, ks: list[int], seed: int = 0, memory_mb: int = 16, start: int = 0
 ) -> Iterator[PerImage]:
-    """-E log p(x|z), the KL, and the importance-weighted bounds on -log p(x) (Burda et al. 2016) for each of `ks`, of one
-    `GROUP` of images after the other from number `start` (a multiple of GROUP) on; `PerImage.together` joins them.
+    """-E log p(x|z), the KL, and the importance-weighted bounds on -log p(x) (Burda et al. 2016) for each of `ks`, of
+    one `GROUP` of images after the other from number `start` (a multiple of GROUP) on; `PerImage.together` joins them.
 
     With S = max(ks) samples of each image's posterior, the bound for K is the mean over S // K disjoint groups of K of
     them, not over one group. The expectation is the same, a small K has no more noise than a large one, and where each

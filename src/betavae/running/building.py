@@ -53,7 +53,8 @@ def build_module(settings: dict[str, Any], datamodule: ImageDataModule) -> light
     own = {name: value for name, value in schedule.items() if name != "name"}
     check_arguments("beta_schedule", BETA_SCHEDULES[schedule["name"]], own, "step", "total_steps")
     optimizer = dict(settings["optimizer"])
-    if settings["trainer"]["gradient_clip_val"] and "mixed" in settings["trainer"]["precision"] and "fused" in optimizer:
+    clips, precision = settings["trainer"]["gradient_clip_val"], settings["trainer"]["precision"]
+    if clips and "mixed" in precision and "fused" in optimizer:
         optimizer["fused"] = False  # a fused one unscales gradients itself, after they would have been clipped
     try:
         module = lightning.Steps(
@@ -103,14 +104,19 @@ def build_callbacks(settings: dict[str, Any], run: RunFolder, signals: Signals) 
         callbacks.append(Bar())
     for name, arguments in wanted["own"].items():
         if name not in CALLBACKS:
-            raise UserError(f"callbacks.own.{name} is not in CALLBACKS of callbacks.py: {', '.join(CALLBACKS) or 'none'}")
+            known = ", ".join(CALLBACKS) or "nothing"
+            raise UserError(f"callbacks.own.{name} is not in CALLBACKS of callbacks.py, which has {known}")
         check_arguments(f"callbacks.own.{name}", CALLBACKS[name], arguments or {})
         callbacks.append(CALLBACKS[name](**(arguments or {})))
     return callbacks
 
 
 def build_trainer(
-    settings: dict[str, Any], module: lightning.Steps, datamodule: ImageDataModule, callbacks: list[Callback], logger: Any
+    settings: dict[str, Any],
+    module: lightning.Steps,
+    datamodule: ImageDataModule,
+    callbacks: list[Callback],
+    logger: Any,
 ) -> L.Trainer:
     wanted = dict(settings["trainer"])
     for key in wanted:
@@ -128,7 +134,9 @@ def build_trainer(
         clip, algorithm = wanted.pop("gradient_clip_val"), wanted.pop("gradient_clip_algorithm")
         accumulate = wanted.pop("accumulate_grad_batches")
         if clip and precision == "16-mixed":
-            raise UserError("trainer.gradient_clip_val with 16-mixed needs trainer.steps_per_batch=1 (trainer=fast makes it 10)")
+            raise UserError(
+                "trainer.gradient_clip_val with 16-mixed needs trainer.steps_per_batch=1 (trainer=fast makes it 10)"
+            )
         module.several(per_call, accumulate, clip, algorithm)
         datamodule.train_dataloader = lightning.grouped(datamodule.train_dataloader, per_call * accumulate)  # type: ignore
     if mode:
@@ -166,4 +174,3 @@ def build(
     callbacks = build_callbacks(settings, run, signals)
     logger = TensorBoard(run.path, purge_step=state["global_step"] + 1 if state else None)
     return datamodule, module, build_trainer(settings, module, datamodule, callbacks, logger)
-

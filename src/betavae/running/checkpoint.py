@@ -73,8 +73,8 @@ def newest(runs: Path) -> Path:
 
 
 def load(ckpt: str | Path | None = None, runs: str = "runs") -> Run:
-    """The run of the checkpoint file `ckpt` (a run folder will do too: its best, else its last; None: the newest finished
-    run under `runs`), on the CPU.
+    """The run of the checkpoint file `ckpt` (a run folder will do too: its best, else its last; None: the newest
+    finished run under `runs`), on the CPU.
 
     Raises UserError when the file is not a whole checkpoint of this project.
     """
@@ -84,7 +84,10 @@ def load(ckpt: str | Path | None = None, runs: str = "runs") -> Run:
     content = read(path)
     settings, data = content["hyper_parameters"], content.get("datamodule_hyper_parameters", {})
     shape = settings["model"].get("image_shape")
-    for group, values in (("model", {k: v for k, v in settings["model"].items() if k != "image_shape"}), ("data", data)):
+    for group, values in (
+        ("model", {k: v for k, v in settings["model"].items() if k != "image_shape"}),
+        ("data", data),
+    ):
         try:
             check_group(group, values)
         except UserError as error:
@@ -99,12 +102,13 @@ def load(ckpt: str | Path | None = None, runs: str = "runs") -> Run:
         vae = VAE(**settings["model"])
         vae.load_state_dict(state)
     except Exception as error:
-        raise UserError(f"{path} is not a betavae checkpoint that this version can read ({first_line(error)})") from error
+        reason = first_line(error)
+        raise UserError(f"{path} is not a betavae checkpoint that this version can read ({reason})") from error
     return Run(accelerate(vae.eval().requires_grad_(False)), path, settings, data)
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint file of this project: tensors and plain values only, unharmed, as of today's format."""
+    """What a checkpoint file of this project holds: tensors and plain values, unharmed, as of today's format."""
     if not path.exists():
         raise UserError(f"ckpt: {path} does not exist; name a .ckpt file or a run folder")
     if path.is_dir():

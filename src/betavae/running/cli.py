@@ -40,8 +40,8 @@ CONFIGS = next((place / "configs" for place in PLACES if (place / "configs" / "t
 
 
 class ScriptSettings(Settings):
-    """What every script shares; a script's own settings are a class of its own, in the script. The title of a field says
-    what it is for, its type what it may be."""
+    """What every script shares; a script's own settings are a class of its own, in the script. The title of a field
+    says what it is for, its type what it may be."""
 
     runs: Text = Field("runs", title="the folder in which runs are looked for")
     debug: Flag = Field(False, title="true: errors come with their traceback")
@@ -75,7 +75,7 @@ class RunDir:
         self.made: list[Path] = []  # folders above the run's, the innermost first
 
     def __call__(self, resume: str | None, wanted: str) -> str:
-        """`resume`, or `wanted`, or where that is taken `wanted` with a number, made here so that no other run gets it."""
+        """`resume`, or `wanted`, where that is taken with a number, made here so that no other run gets it."""
         if resume is not None:
             if not Path(resume).is_dir():
                 raise UserError(f"resume: {resume} is not a run folder (there is no such folder)")
@@ -202,7 +202,8 @@ def escaped(text: str) -> str:
 
 
 def shown(value: Any) -> str:
-    return {None: "null", True: "true", False: "false"}.get(value, str(value)) if not isinstance(value, list) else str(value)
+    """As it is typed on a command line."""
+    return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
 
 
 @contextlib.contextmanager
@@ -267,4 +268,3 @@ def all_keys() -> list[str]:
                     if isinstance(child, DictConfig):
                         stack.append(([*at, str(key)], child))
     return keys
-

@@ -21,7 +21,9 @@ def identity(path: Path, **asked: Any) -> dict[str, Any]:
     return asked | {"file": hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()}
 
 
-def resumable(vae: VAE, x: Tensor, ks: list[int], seed: int, memory_mb: int, kept: Path, asked: dict[str, Any]) -> PerImage:
+def resumable(
+    vae: VAE, x: Tensor, ks: list[int], seed: int, memory_mb: int, kept: Path, asked: dict[str, Any]
+) -> PerImage:
     """`importance_sample` of all of `x`, with a bar, and what is done kept in the file `kept` until it is deleted."""
     parts = unfinished(kept, asked)
     if parts:

@@ -102,7 +102,7 @@ def compile_loss(module: VAEModule, mode: str | None) -> None:
         value, sums = compiled(*args)
         return value, {name: total.clone() for name, total in sums.items()}  # the next replay of a graph writes over it
 
-    module.loss = loss  # type: ignore[method-assign]
+    module.loss = loss  # type: ignore[method-assign,assignment]
 
 
 class NoProfiler(PassThroughProfiler):
@@ -123,11 +123,11 @@ def mend(trainer: L.Trainer) -> None:
     # With max_steps, it would count the epoch twice from whose end a run goes on (2.6).
     trainer.fit_loop._iteration_based_training = lambda: False  # type: ignore[method-assign]
     if not torch.cuda.is_available():
-        # Lightning has torch ask NVML, and an optimiser asks at every step: without a GPU that is a search for a library
+        # Lightning has torch ask NVML, and an optimiser asks at each step: without a GPU that is a search for a library
         # that is not there, a twentieth of a step (2.6, torch 2.15).
         os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"
 
 
 def stop_after_this_step(trainer: L.Trainer) -> None:
-    """Make the loop end as for SIGTERM, between two steps, with everything counted: there is no public way (2.6)."""
+    """The loop ends as for SIGTERM, between two steps, with everything counted: there is no public way (2.6)."""
     trainer._signal_connector.received_sigterm = True

@@ -23,7 +23,8 @@ def node() -> int:
 
 def started_by_srun() -> bool:
     """With several tasks; and not in an interactive allocation, where one types `python` oneself."""
-    return int(os.environ.get("SLURM_NTASKS", 1)) > 1 and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
+    typed = os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
+    return int(os.environ.get("SLURM_NTASKS", 1)) > 1 and not typed
 
 
 def side_by_side() -> bool:
@@ -60,7 +61,7 @@ _numbers = iter(range(10**9))
 
 @functools.cache
 def _line() -> Any:
-    """torch's store of keys and values that all processes reach: torchrun's own, or one beside the port of the run's."""
+    """torch's store of keys and values that all processes reach: torchrun's, or one beside the run's own port."""
     from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
     from torch.distributed import PrefixStore, TCPStore
 

@@ -69,7 +69,7 @@ class Pictures(Callback):
         x = test.pixels.index_select(0, torch.arange(min(2000, len(test)))).to(module.device).float() / 255
         labels = test.labels[: len(x)]
         with torch.no_grad():
-            means = module.vae.encode(x).mean.cpu()  # type: ignore[operator]
+            means = module.vae.encode(x).mean.cpu()  # type: ignore[operator,union-attr]
         for logger in trainer.loggers:
             logger.log_embedding(means, labels.tolist(), pictures.coloured(x.cpu(), labels))  # type: ignore[attr-defined]
 

@@ -24,8 +24,8 @@ CHANGEABLE = ("trainer.", "callbacks.", "data.root", "data.eval_batch_size", "de
 
 
 class Signals:
-    """Ctrl-C, SIGTERM, and SIGUSR2 where a cluster's launcher listens to it. While `patient` they are noted, for the step
-    under way to be finished; the second one, or one at any other time, ends the run at once."""
+    """Ctrl-C, SIGTERM, and SIGUSR2 where a cluster's launcher listens to it. While `patient` they are noted, for the
+    step under way to be finished; the second one, or one at any other time, ends the run at once."""
 
     def __init__(self) -> None:
         self.asked: int | None = None

@@ -18,7 +18,13 @@ MARK = ".betavae"  # a file in every folder of ours, that says what it is
 RUN, SWEEP, REPORT = ("a run of betavae\n", "a sweep of betavae\n", "a report of betavae\n")
 # All that a run writes: what is cleared away is on this list, and nothing else ever is.
 FILES = ("config.yaml", "overrides.yaml", "metrics.json", "train.log", "projector_config.pbtxt", "metrics.csv")
-FOLDERS = ("checkpoints/*.ckpt", "figures/*.png", "projector/posterior_means/*", "evaluation.*", "events.out.tfevents.*")
+FOLDERS = (
+    "checkpoints/*.ckpt",
+    "figures/*.png",
+    "projector/posterior_means/*",
+    "evaluation.*",
+    "events.out.tfevents.*",
+)
 UNFINISHED = ("running", "interrupted")
 
 
@@ -43,7 +49,9 @@ def put_mark(path: Path, mark: str, key: str) -> bool:
         if legacy(path, mark):
             return False
         if others := sorted(item.name for item in path.iterdir()):
-            raise UserError(f"{key}: {path} is not empty and not {mark.strip()} (it holds {others[0]}); name another folder")
+            raise UserError(
+                f"{key}: {path} is not empty and not {mark.strip()} (it holds {others[0]}); name another folder"
+            )
         with open(path / MARK, "x") as file:  # of two at once, one
             file.write(mark)
         return True

@@ -59,7 +59,9 @@ TextOrNull = kind(Annotated[str, Field(min_length=1)] | None, "null or a text")
 Seed = kind(int, "a whole number from 0 to 4294967295", ge=0, lt=2**32)
 LongSeed = kind(int, "a whole number from 0 up", ge=0, lt=2**63)
 Pair = kind(list[Annotated[int, Field(ge=0)]], "two whole numbers", min_length=2, max_length=2)
-PairOrNull = kind(Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)] | None, "null or two whole numbers")
+PairOrNull = kind(
+    Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)] | None, "null or two whole numbers"
+)
 Keys = kind(
     Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=2)] | None,
     "null, or one or two names of settings, such as [model.latent_dim,beta]",
@@ -147,7 +149,9 @@ class Trainer(Open):
     """Lightning's, whose further arguments are settings too; and `matmul_precision`, `compile`, `steps_per_batch`."""
 
     max_epochs: Count
-    max_steps: kind(Annotated[int, Field(ge=1)] | Annotated[int, Field(ge=-1, le=-1)], "a whole number from 1 up, or -1")
+    max_steps: kind(
+        Annotated[int, Field(ge=1)] | Annotated[int, Field(ge=-1, le=-1)], "a whole number from 1 up, or -1"
+    )
     max_time: kind(Annotated[str, Field(pattern=r"^\d\d:\d\d:\d\d:\d\d$")] | None, "null or DD:HH:MM:SS")
     accelerator: one_of(lambda: ["auto", "cpu", "gpu", "cuda", "mps"])
     devices: kind(
@@ -225,8 +229,8 @@ def keys_of(model: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def validated(model: type[BaseModel], values: Any, prefix: str = "") -> Any:
-    """`values` as a `model`. Raises UserError, in one sentence, for the first setting that is unknown, missing, or cannot
-    be; `prefix` is put before its key."""
+    """`values` as a `model`. Raises UserError, in one sentence, for the first setting that is unknown, missing, or
+    cannot be; `prefix` is put before its key."""
     try:
         return model.model_validate(values)
     except ValidationError as error:
@@ -238,7 +242,7 @@ def validated(model: type[BaseModel], values: Any, prefix: str = "") -> Any:
     # Behind the names of settings come items of lists and branches of unions.
     key, value, group = prefix, values, model
     for name in path:
-        field = group.model_fields[name]
+        field = group.model_fields[str(name)]
         key, value, inner = f"{key}{name}", value.get(name) if isinstance(value, dict) else None, group_of(field)
         if inner is None:
             break
@@ -286,6 +290,5 @@ def check_settings(cfg: DictConfig) -> None:
     if trainer["gradient_clip_val"] == 0:
         raise UserError("trainer.gradient_clip_val=0 clips nothing: make it null, or a number above 0")
     if trainer["steps_per_batch"] > 1 and values["optimizer"]["name"] == "LBFGS":
-        raise UserError(
-            f"trainer.steps_per_batch={trainer['steps_per_batch']} cannot be with LBFGS: make it 1 (trainer=fast makes it 10)"
-        )
+        steps = trainer["steps_per_batch"]
+        raise UserError(f"trainer.steps_per_batch={steps} cannot be with LBFGS: make it 1 (trainer=fast makes it 10)")

@@ -6,11 +6,9 @@ import math
 import os
 import platform
 import signal
-import time
 import traceback
 from collections.abc import Iterator
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -25,18 +23,15 @@ from betavae.files import write_whole
 from betavae.running.building import build, too_large
 from betavae.running.checkpoint import first_line
 from betavae.running.log import close_log, quiet, start_log
-from betavae.running.progress import NAMES, Bar, EpochLines
 from betavae.running.processes import from_rank_zero, lightnings, rank
-from betavae.running.resuming import Signals, StopAtDivergence, reopen
+from betavae.running.progress import NAMES, Bar, EpochLines
+from betavae.running.resuming import Signals, reopen
 from betavae.running.run_folder import RUN, RunFolder, git_commit, put_mark
 from betavae.running.settings import check_settings, plain
+from betavae.sweeping.jobs import ONE_DEVICE
 
 log = logging.getLogger(__name__)
 
-ONE_DEVICE = (
-    "a sweep trains each job on one device: leave trainer.devices and trainer.num_nodes at 1 and run jobs side by side "
-    "(hydra/launcher=joblib), or give up -m and start the runs on many devices one by one"
-)
 PACKAGES = ("torch", "torchvision", "lightning", "hydra-core", "tensorboard")
 
 
@@ -68,12 +63,12 @@ def train(cfg: DictConfig) -> float:
 
 def completed(old: DictConfig, today: DictConfig) -> DictConfig:
     """A run's config with the settings that came after it, as today's defaults have them."""
-    cfg = OmegaConf.create(OmegaConf.to_container(old))
+    cfg = old.copy()
     for key in today:
         if key not in cfg:
             cfg[key] = today[key]
     for group in ("trainer", "callbacks"):
-        cfg[group] = OmegaConf.merge(today[group], cfg[group])
+        cfg[group] = OmegaConf.merge(today[group], old[group])
     return cfg
 
 
@@ -81,14 +76,16 @@ def completed(old: DictConfig, today: DictConfig) -> DictConfig:
 def claimed(run: RunFolder, new: bool, sweep: bool) -> Iterator[None]:
     """A run folder for this process, or (of several) for all of this run; a `new` one must hold no run yet. What could
     not even begin is taken back."""
-    if sweep or lightnings() and rank():  # the job, or the process that Lightning was started in, has seen to it
+    if sweep or (lightnings() and rank()):  # the job, or the process that Lightning was started in, has seen to it
         yield
         return
 
     def claim() -> bool:
         made = put_mark(run.path, RUN, "hydra.run.dir")
         if new and not made:
-            raise UserError(f"{run.path} already holds a run; go on with it by resume={run.path}, or choose another folder")
+            raise UserError(
+                f"{run.path} already holds a run; go on with it by resume={run.path}, or choose another folder"
+            )
         return made
 
     made = from_rank_zero(claim)
@@ -179,7 +176,8 @@ class Training:
 
     def test(self) -> dict[str, float]:
         """The test numbers of the best checkpoint, or the last where no images were kept for validation."""
-        best = self.trainer.strategy.broadcast(self.folder.best.exists() and len(self.datamodule.sets["validation"]) > 0)
+        best = self.folder.best.exists() and len(self.datamodule.sets["validation"]) > 0
+        best = self.trainer.strategy.broadcast(best)
         self.chosen = self.folder.best if best else self.folder.last
         self.trainer.test(self.module, self.datamodule, ckpt_path=str(self.chosen), weights_only=True, verbose=False)
         metrics = {name: value.item() for name, value in self.trainer.callback_metrics.items()}

@@ -46,7 +46,7 @@ class Job(NamedTuple):
 
 
 class SweepCallback(Callback):
-    """Hydra calls this as a sweep starts (`hydra.callbacks` in train.yaml). It remembers the folder for `print_jobs`."""
+    """Hydra calls this as a sweep starts (`hydra.callbacks` in train.yaml). It keeps the folder for `print_jobs`."""
 
     folder: Path | None = None
     search = False
@@ -68,7 +68,7 @@ class SweepCallback(Callback):
         search = is_search(config.hydra)
         if search and config.data.validation_size == 0:
             raise UserError(
-                "a search needs validation images to choose by, and data.validation_size=0 leaves none: give it a number"
+                "a search chooses by validation images, and data.validation_size=0 leaves none: give it a number"
             )
         folder = Path(config.hydra.sweep.dir)
         put_mark(folder, SWEEP, "hydra.sweep.dir")
@@ -126,8 +126,8 @@ def earlier_try(run: RunFolder, cfg: DictConfig, overrides: list[str]) -> str:
         if difference := first_difference(run.path / "config.yaml", cfg):
             key, then, now = difference
             raise UserError(
-                f"{run.path} holds a job with {key}={then}, and this one has {key}={now}: name another hydra.sweep.dir, or "
-                f"delete that folder"
+                f"{run.path} holds a job with {key}={then}, and this one {key}={now}: name another hydra.sweep.dir, "
+                "or delete that folder"
             )
         return "finished" if status == "finished" else "interrupted"
     run.clear()
@@ -236,7 +236,8 @@ def print_jobs(interrupted: bool = False) -> bool:
     for job in bad:
         print(f"failed: {job.record['error']} ({job.folder / 'train.log'})")
     if bad or interrupted:
-        print(f"the same command with hydra.sweep.dir={SweepCallback.folder} keeps what is finished and retries the rest")
+        again = f"the same command with hydra.sweep.dir={SweepCallback.folder}"
+        print(f"{again} keeps what is finished and retries the rest")
     print(f"sweep {SweepCallback.folder}\nnext  tensorboard --logdir {SweepCallback.folder}")
     print(f"      python scripts/sweep_report.py sweep={SweepCallback.folder}", flush=True)
     if SweepCallback.search:  # some settings may well fail
