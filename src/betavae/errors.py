@@ -15,3 +15,7 @@ class Diverged(UserError):
             f"training diverged: {what}; try a smaller optimizer.lr, trainer.gradient_clip_val=1, a warm-up "
             "(lr_schedule.warmup=0.05) or trainer.precision=32-true"
         )
+
+
+class Interrupted(SystemExit):
+    """The end of a run that was asked to stop, and has said how it goes on. `code` is 128 plus the signal's number."""

@@ -27,7 +27,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from pydantic import Field
 
-from betavae.errors import UserError
+from betavae.errors import Interrupted, UserError
 from betavae.running import processes
 from betavae.running.settings import Flag, LongSeed, Settings, Text, TextOrNull, keys_of, nearest, plain, validated
 from betavae.sweeping import jobs
@@ -153,14 +153,16 @@ class Command:
                 raise self.failure
         except (KeyboardInterrupt, SystemExit) as stop:
             code = 130 if isinstance(stop, KeyboardInterrupt) else stop.code
-            if not jobs.print_jobs(interrupted=True) and code in (130, 143) and not getattr(stop, "said", False):
-                print("stopped", file=sys.stderr)
+            jobs.print_jobs(interrupted=True)
+            if code in (130, 143) and not isinstance(stop, Interrupted) and processes.rank() == 0:
+                print("stopped before there was anything to keep", file=sys.stderr)
             sys.exit(code)
         except Exception as error:
             jobs.print_jobs()
             if debug or not (sentence := self.explain(error)):
                 raise
-            print(f"error: {sentence}", file=sys.stderr)
+            rank = processes.rank()
+            print(f"error: {sentence}" if not rank else f"[rank {rank}] error: {sentence}", file=sys.stderr)
             sys.exit(1)
         if jobs.print_jobs():
             sys.exit(1)

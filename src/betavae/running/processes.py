@@ -30,11 +30,12 @@ def started_by_srun() -> bool:
 def side_by_side() -> bool:
     """Whether other processes of this run read the same command at this moment, as torchrun and srun start them, or a
     person on each of several nodes. Those that Lightning starts come later, with what was decided in their command."""
-    return "TORCHELASTIC_RUN_ID" in os.environ or started_by_srun() or ("NODE_RANK" in os.environ and not lightnings())
+    by_others = "TORCHELASTIC_RUN_ID" in os.environ or started_by_srun()
+    return by_others or ("NODE_RANK" in os.environ and "LOCAL_RANK" not in os.environ)
 
 
-def lightnings() -> bool:
-    return "LOCAL_RANK" in os.environ
+def started_by_lightning() -> bool:
+    return "LOCAL_RANK" in os.environ and not side_by_side()
 
 
 def from_rank_zero(decide: Callable[[], Any]) -> Any:

@@ -141,7 +141,8 @@ class ExactResume(Callback):
             trainer.train_dataloader.load_state_dict(content["batches"])  # type: ignore[union-attr]
         states = content["random_state"]
         if len(states) == trainer.world_size:
-            torch.set_rng_state(states[trainer.global_rank])
+            # A copy: torch 2.15 reads past a row that does not begin its storage.
+            torch.set_rng_state(states[trainer.global_rank].clone())
         if "cuda_random_state" in content and module.device.type == "cuda":
             torch.cuda.set_rng_state(content["cuda_random_state"].cpu(), module.device)
 

@@ -18,12 +18,12 @@ from hydra.types import RunMode
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
-from betavae.errors import Diverged, UserError
+from betavae.errors import Diverged, Interrupted, UserError
 from betavae.files import write_whole
 from betavae.running.building import build, too_large
 from betavae.running.checkpoint import first_line
 from betavae.running.log import close_log, quiet, start_log
-from betavae.running.processes import from_rank_zero, lightnings, rank
+from betavae.running.processes import from_rank_zero, started_by_lightning, rank
 from betavae.running.progress import NAMES, Bar, EpochLines
 from betavae.running.resuming import Signals, reopen
 from betavae.running.run_folder import RUN, RunFolder, git_commit, put_mark
@@ -76,7 +76,7 @@ def completed(old: DictConfig, today: DictConfig) -> DictConfig:
 def claimed(run: RunFolder, new: bool, sweep: bool) -> Iterator[None]:
     """A run folder for this process, or (of several) for all of this run; a `new` one must hold no run yet. What could
     not even begin is taken back."""
-    if sweep or (lightnings() and rank()):  # the job, or the process that Lightning was started in, has seen to it
+    if sweep or (started_by_lightning() and rank()):  # the job, or the process that Lightning was started in, has seen to it
         yield
         return
 
@@ -233,7 +233,7 @@ class Training:
         asked = self.signals.asked
         if isinstance(error, SystemExit) and asked not in (None, signal.SIGINT, signal.SIGTERM):
             return error  # of a launcher that has queued the job again
-        return SystemExit(128 + (asked or signal.SIGINT))
+        return Interrupted(128 + (asked or signal.SIGINT))
 
     def say_why(self, error: BaseException, stopped: bool) -> None:
         status = "interrupted" if stopped else "diverged" if isinstance(error, Diverged) else "failed"

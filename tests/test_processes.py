@@ -1,0 +1,171 @@
+"""One run of several processes, whoever starts them: one folder, an exact resume, a mistake said once."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from betavae.running import processes
+
+ROOT = Path(__file__).parents[1]
+SETTINGS = [
+    *("trainer=[smoke,ddp]", "trainer.accelerator=cpu", "trainer.max_epochs=4", "trainer.limit_train_batches=8"),
+    *("trainer.log_every_n_steps=3", "model.hidden_dims=[16]", "model.latent_dim=3", "callbacks.figures_every=0"),
+    *("data.binarize=dynamic", "beta_schedule=linear"),
+]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def torchrun(cwd: Path, *args: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
+    return subprocess.Popen(
+        [*command, str(ROOT / "train.py"), *args],
+        cwd=cwd,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def srun(cwd: Path, *args: str) -> list[subprocess.Popen]:
+    """Two tasks of a Slurm step, as far as the processes can tell."""
+    variables = {"JOB_ID": str(os.getpid()), "JOB_NAME": "train", "NTASKS": "2", "NODEID": "0", "JOB_NUM_NODES": "1"}
+    variables |= {"NTASKS_PER_NODE": "2", "JOB_NODELIST": "localhost"}
+    port = str(free_port())
+    started = []
+    for task in ("0", "1"):
+        own = {f"SLURM_{name}": value for name, value in (variables | {"PROCID": task, "LOCALID": task}).items()}
+        environment = os.environ | own | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src"), "MASTER_PORT": port}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        command = [sys.executable, str(ROOT / "train.py"), *args]
+        started.append(subprocess.Popen(command, cwd=cwd, env=environment, **pipes))  # type: ignore[call-overload]
+    return started
+
+
+def state(folder: Path) -> dict:
+    content = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    return {key: content[key] for key in ("state_dict", "random_state", "optimizer_states", "batches", "global_step")}
+
+
+def assert_same(one: object, other: object) -> None:
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other)  # type: ignore[arg-type]
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()  # type: ignore[attr-defined]
+        for key in one:
+            assert_same(one[key], other[key])  # type: ignore[index]
+    elif isinstance(one, list | tuple):
+        for left, right in zip(one, other, strict=True):  # type: ignore[call-overload]
+            assert_same(left, right)
+    else:
+        assert one == other
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, data_root: str) -> tuple[Path, str]:
+    cwd = tmp_path_factory.mktemp("whole")
+    process = torchrun(cwd, *SETTINGS, f"data.root={data_root}")
+    text = process.communicate(timeout=200)[0]
+    assert process.returncode == 0, text
+    return cwd, text
+
+
+def test_torchrun_makes_one_run_in_one_folder(whole: tuple[Path, str]) -> None:
+    cwd, text = whole
+    (folder,) = (cwd / "runs").iterdir()
+    assert text.count("epoch   1/4") == 1 and text.count("test  loss") == 1
+    assert len(list(folder.glob("events.*"))) == 1
+    assert json.loads((folder / "metrics.json").read_text())["status"] == "finished"
+    assert state(folder)["random_state"].shape[0] == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_stopped_under_torchrun_and_gone_on_with(
+    whole: tuple[Path, str], tmp_path: Path, data_root: str, number: int
+) -> None:
+    slow = ["trainer.limit_val_batches=1.0"] if number == signal.SIGTERM else []
+    process = torchrun(tmp_path, *SETTINGS, *slow, f"data.root={data_root}", "hydra.run.dir=run")
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    while not last.exists():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    if number == signal.SIGKILL:
+        os.killpg(process.pid, number)  # the agent and its workers
+    else:
+        process.send_signal(number)
+    text = process.communicate(timeout=100)[0]
+    if number == signal.SIGTERM:
+        assert text.count("python train.py resume=run") == 1
+        assert json.loads((tmp_path / "run" / "metrics.json").read_text())["status"] == "interrupted"
+    process = torchrun(tmp_path, "resume=run")
+    text = process.communicate(timeout=200)[0]
+    assert process.returncode == 0, text
+    (expected,) = (whole[0] / "runs").iterdir()
+    if not slow:
+        assert_same(state(tmp_path / "run"), state(expected))
+    assert state(tmp_path / "run")["global_step"] == 32
+
+
+def test_a_mistake_that_only_the_first_process_sees_ends_all(tmp_path: Path, data_root: str) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes").write_text("of the user")
+    process = torchrun(tmp_path, *SETTINGS, f"data.root={data_root}", "hydra.run.dir=mine")
+    text = process.communicate(timeout=100)[0]
+    assert process.returncode != 0
+    assert "error: hydra.run.dir: mine is not empty and not a run of betavae" in text, text
+    assert "Signal 9" not in text, "nobody is left waiting"
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes"]
+
+
+def test_srun_makes_one_run_in_one_folder(tmp_path: Path, data_root: str) -> None:
+    tasks = srun(tmp_path, *SETTINGS, "trainer.max_epochs=1", f"data.root={data_root}")
+    texts = [task.communicate(timeout=200)[0] for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0], texts
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert "test  loss" in texts[0] and not texts[1], texts
+    assert json.loads((folder / "metrics.json").read_text())["status"] == "finished"
+
+
+def test_a_sweep_under_torchrun_is_refused(tmp_path: Path) -> None:
+    process = torchrun(tmp_path, "-m", "beta=1,2")
+    text = process.communicate(timeout=100)[0]
+    assert "error: a sweep trains each job on one device" in text and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("variables", "rank", "side_by_side"),
+    [
+        ({}, 0, False),
+        ({"RANK": "1", "LOCAL_RANK": "1", "TORCHELASTIC_RUN_ID": "none"}, 1, True),
+        ({"RANK": "2", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "none"}, 2, True),
+        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "1"}, 1, True),
+        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_JOB_NAME": "bash"}, 0, False),
+        ({"SLURM_NTASKS": "1", "SLURM_PROCID": "3"}, 0, False),
+        ({"NODE_RANK": "1"}, 1, True),
+        ({"NODE_RANK": "0"}, 0, True),
+        ({"NODE_RANK": "0", "LOCAL_RANK": "1"}, 1, False),
+        ({"NODE_RANK": "1", "LOCAL_RANK": "0"}, 1, False),
+    ],
+)
+def test_who_speaks(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], rank: int, side_by_side: bool) -> None:
+    for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_JOB_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert processes.rank() == rank and processes.side_by_side() == side_by_side
