@@ -270,6 +270,7 @@ def continue_study(config: DictConfig) -> None:
     Path(config.hydra.sweep.dir).mkdir(parents=True, exist_ok=True)  # SQLite makes a file, no folder
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(storage=sweeper.storage, study_name=sweeper.study_name, load_if_exists=True)
+    check_study(study, config)
     for trial in study.get_trials(deepcopy=False):
         if trial.state == TrialState.RUNNING:
             Trial(study, trial._trial_id).set_user_attr("interrupted", True)
@@ -281,6 +282,23 @@ def continue_study(config: DictConfig) -> None:
         sweeper.n_trials = max(0, sweeper.n_trials - len(done))
         if sweeper.sampler.get("seed") is not None:
             sweeper.sampler.seed += len(trials)  # or it would propose the first trials again
+
+
+def check_study(study: Any, config: DictConfig) -> None:
+    """Raises UserError if a study's trials had other settings than this search, what is searched aside."""
+    searched = {*(config.hydra.sweeper.params or {}), *as_settings(list(config.hydra.overrides.task))}
+    swept = {key for key in searched if key not in config.hydra.job.override_dirname}
+    values: Any = OmegaConf.to_container(OmegaConf.masked_copy(config, [k for k in config if k != "hydra"]), resolve=True)
+    now = {key: value for key, value in flat_settings(values).items() if key not in swept and key not in INCIDENTAL}
+    if (then := study.user_attrs.get("settings")) is None:
+        study.set_user_attr("settings", now)
+        return
+    for key in sorted(then.keys() & now.keys()):
+        if then[key] != now[key]:
+            raise UserError(
+                f"the study in {config.hydra.sweep.dir} is of {key}={then[key]}, and this search of {key}={now[key]}; "
+                "name another hydra.sweep.dir"
+            )
 
 
 def explain(error: Exception) -> str | None:
