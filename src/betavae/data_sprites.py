@@ -17,7 +17,7 @@ from betavae.errors import UserError
 
 SHAPES = ["square", "ellipse", "heart"]
 FACTORS = {"shape": 3, "scale": 6, "orientation": 40, "posX": 32, "posY": 32}  # and how many values each has
-HELD_OUT = 10_000
+SPLIT_SEED, SPLIT_SIZE = 0, 10_000  # of validation and test
 # In pixels of a 64 x 64 image, at scale 1. The centre of position 0 is RADIUS from the border, each next position is 1
 # further, and position 31 is again RADIUS from the border; no shape reaches further than RADIUS from its centre.
 RADIUS = 16.5
@@ -92,7 +92,7 @@ def draw(shape: str, image_size: int) -> Tensor:
 
 
 def inside(shape: str, x: Tensor, y: Tensor) -> Tensor:
-    """Whether points, in pixels of a 64 x 64 image, lie in the shape of scale 1 with its centroid at 0; y points down."""
+    """Whether points, in pixels of a 64 x 64 image, lie in the shape at scale 1, its centroid at 0; y points down."""
     if shape == "square":
         return (x.abs() < 11.3) & (y.abs() < 11.3)
     if shape == "ellipse":
@@ -101,3 +101,29 @@ def inside(shape: str, x: Tensor, y: Tensor) -> Tensor:
     x, y = x / 12.7, 0.2935 - y / 12.7
     inner = x * x + y * y - 1
     return inner * inner * inner < x * x * y * y * y
+
+
+def sprites(root: Path, split: str, image_size: int = 64) -> Images:
+    """Sprites of 64 x 64 pixels, or of 32 x 32, and their factors `(N, 5)`, see `rows_of`. `root` is not used."""
+    rows = rows_of(split, math.prod(FACTORS.values()))
+    return Images(Sprites(image_size, rows), factors(rows))
+
+
+def factors(rows: Tensor | None = None) -> Tensor:
+    """(N, 5) int64: the values 0, 1, ... of `FACTORS` of the images `rows`, or of all."""
+    sizes = tuple(FACTORS.values())
+    rows = torch.arange(math.prod(sizes)) if rows is None else rows
+    return torch.stack(torch.unravel_index(rows, sizes), 1)
+
+
+def rows_of(split: str, size: int) -> Tensor | None:
+    """Which images a split has; None: all.
+
+    "train" is all of them, as in the literature on these data, where nothing is held out. "validation" and "test" are
+    10,000 each, drawn once for everybody, with no image in both. So their numbers are of images trained on.
+    """
+    if split == "train":
+        return None
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(SPLIT_SEED))
+    start = SPLIT_SIZE * ["validation", "test"].index(split)
+    return order[start : start + SPLIT_SIZE].sort().values
