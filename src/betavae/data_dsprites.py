@@ -1,6 +1,7 @@
 """dSprites itself (Matthey et al. 2017), from the file that its authors publish."""
 
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -37,8 +38,10 @@ class Bits:
 
 
 def dsprites(root: Path, split: str) -> Images:
-    """The 737,280 images of `root/FILE` and their factors `(N, 5)`: shape, scale, orientation, posX, posY (the colour has
-    one value). Splits are those of `rows_of`. It unpacks for some 20 s, and takes 400 MB of memory."""
+    """The 737,280 images of `root/FILE` and their factors `(N, 5)`: shape, scale, orientation, posX, posY.
+
+    The colour, of one value, is left out. Splits are those of `rows_of`. Packed images take 380 MB of memory.
+    """
     path = root / FILE
     if not path.exists():
         raise UserError(f"{path} is not there; put it there from https://github.com/google-deepmind/dsprites-dataset")
@@ -46,7 +49,7 @@ def dsprites(root: Path, split: str) -> Images:
         packed, width = read_bits(path)
         with np.load(path, allow_pickle=False) as file:  # the other arrays, of which one is pickled, are not opened
             classes = file["latents_classes"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is not dSprites' file, or is damaged ({error}); fetch it again") from error
     if classes.shape != (len(packed), 6) or classes.dtype.kind not in "iu":
         raise UserError(f"{path} is not dSprites' file: latents_classes is {classes.dtype} {classes.shape}")
@@ -61,8 +64,8 @@ def read_bits(path: Path, at_once: int = 8192) -> tuple[Tensor, int]:
         version = np.lib.format.read_magic(file)
         if version != (1, 0):
             raise ValueError(f"imgs.npy is of version {version}")
-        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-        if len(shape) != 3 or dtype != np.uint8 or shape[2] % 8:
+        shape, columns_first, dtype = np.lib.format.read_array_header_1_0(file)
+        if len(shape) != 3 or columns_first or dtype != np.uint8 or shape[2] % 8:
             raise ValueError(f"imgs is {dtype} {shape}")
         n, size = shape[0], shape[1] * shape[2]
         packed = np.empty((n, size // 8), np.uint8)
