@@ -132,6 +132,21 @@ def test_binary_factors_by_hand():
     assert modularity(torch.cat([both, latents], 1), factors) == pytest.approx((1 - left**2 + 2) / 3)
 
 
+def test_the_dimension_that_varies_least_by_hand():
+    """Where the first factor is 1 the first dimension stands still; where it is 0 the second dimension varies less."""
+    factors = grid(2, 2, times=500)
+    a, b = factors.T
+    n = torch.randn(2, len(factors), generator=torch.Generator().manual_seed(0))
+    latents = torch.stack([(a == 0) * n[0], b + 0.1 * n[1]], 1)
+    assert factor_vae_score(latents, factors) == pytest.approx((1 / 2 + 1) / 2, abs=0.03)
+
+
+@pytest.mark.parametrize("score, size", [(beta_vae_score, "points"), (factor_vae_score, "votes")])
+def test_the_points_trained_on_do_not_count(factors, noise, score, size):
+    few = [score(noise, factors, seed=seed, **{size: 9}) for seed in range(60)]
+    assert np.mean(few) == pytest.approx(1 / 3, abs=0.06)  # in training it would be 0.5 and more
+
+
 def test_twenty_bins_hold_no_more_than_twenty_values():
     factors = grid(2, 32, times=4)
     # 32 values on a line: 12 bins hold two of them, 8 one.
