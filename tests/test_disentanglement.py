@@ -162,7 +162,7 @@ def test_a_factor_of_one_value_is_left_out_and_values_need_not_be_0_1_2(factors,
     # A factor's values run the other way: MIG and modularity are the same, what is random is drawn from other rows.
     expected = {name: pytest.approx(value, abs=0.02) for name, value in scores(latents, factors).items()}
     assert scores(latents, more) == expected
-    assert scores(latents, torch.cat([one_value, factors], 1)) == scores(latents, factors)
+    assert dci(latents, torch.cat([one_value, factors], 1)) == dci(latents, factors)
 
 
 def test_no_dimension_left_is_at_chance(factors):

@@ -129,7 +129,7 @@ def sap(latents: Tensor, factors: Tensor, seed: int = 0) -> float:
     For each factor of K values, how well each dimension alone predicts it by thresholds; the best less the second best,
     and the mean over factors. Thresholds are a tree's of at most K leaves; how well is the test accuracy averaged over
     the K values, of which chance is 1/K. (disentanglement_lib has a linear classifier in place of the thresholds, which
-    cannot tell most of many values on a line, so its values are several times smaller.) It misses a second factor in
+    cannot tell most of many values on a line, so its values are smaller.) It misses a second factor in
     the dimension.
     """
     from sklearn.tree import DecisionTreeClassifier
@@ -165,7 +165,7 @@ def dci(latents: Tensor, factors: Tensor, seed: int = 0, trees: int = 20) -> DCI
     R is the Gini importance in a random forest of `trees` trees that see every dimension at each split. As in the paper
     the size of trees is chosen on held-out rows, a quarter of those for training: the largest of `LEAVES` that is
     within a standard error of the best. R depends on it a great deal, since trees that overfit split by every
-    dimension; disentanglement_lib's boosted trees are of one size, and a hundred times slower. Importances of a factor
+    dimension; disentanglement_lib's boosted trees are of one size, and many times slower. Importances of a factor
     add up to 1 however badly it is predicted, so the first two miss that a factor is not there at all.
     """
     from sklearn.ensemble import RandomForestClassifier
