@@ -37,9 +37,16 @@ def perfect(factors):
     return scores(factors.double(), factors)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def noise(factors):
     return torch.randn(len(factors), 4, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def noisy(factors, noise):
+    """The factors with some noise, and scores that are the same but for the rows drawn."""
+    latents = factors / torch.tensor(SIZES) + 0.1 * noise[:, :3]
+    return latents, {name: pytest.approx(value, abs=0.02) for name, value in scores(latents, factors).items()}
 
 
 def test_factors_as_latents_score_what_the_definition_gives_at_best(perfect):
@@ -83,11 +90,10 @@ def test_two_factors_turned_by_45_degrees():
     }
 
 
-def test_order_scale_sign_and_dead_dimensions_do_not_matter(factors, noise):
-    latents = factors / torch.tensor(SIZES) + 0.1 * noise[:, :3]
+def test_order_scale_sign_and_dead_dimensions_do_not_matter(factors, noisy):
+    latents, expected = noisy
     dead = torch.full((len(factors), 2), 3.7)
     changed = torch.cat([latents[:, [2, 0, 1]] * torch.tensor([-8.0, 0.25, 1024.0]), dead], 1)
-    expected = {name: pytest.approx(value, abs=0.02) for name, value in scores(latents, factors).items()}
     assert scores(changed, factors) == expected
 
 
@@ -155,12 +161,11 @@ def test_twenty_bins_hold_no_more_than_twenty_values():
     assert mig(factors.double(), factors, bins=32) == pytest.approx(1)
 
 
-def test_a_factor_of_one_value_is_left_out_and_values_need_not_be_0_1_2(factors, noise):
-    latents = factors / torch.tensor(SIZES) + 0.1 * noise[:, :3]
+def test_a_factor_of_one_value_is_left_out_and_values_need_not_be_0_1_2(factors, noisy):
+    latents, expected = noisy
     one_value = torch.full((len(factors), 1), 7)
     more = torch.cat([one_value, factors * torch.tensor([5, -3, 1]) - 2, one_value], 1)
-    # A factor's values run the other way: MIG and modularity are the same, what is random is drawn from other rows.
-    expected = {name: pytest.approx(value, abs=0.02) for name, value in scores(latents, factors).items()}
+    # One factor's values run the other way, so other rows are drawn.
     assert scores(latents, more) == expected
     assert dci(latents, torch.cat([one_value, factors], 1)) == dci(latents, factors)
 
