@@ -167,7 +167,7 @@ def test_a_factor_of_one_value_is_left_out_and_values_need_not_be_0_1_2(factors,
     more = torch.cat([one_value, factors * torch.tensor([5, -3, 1]) - 2, one_value], 1)
     # One factor's values run the other way, so other rows are drawn.
     assert scores(latents, more) == expected
-    assert dci(latents, torch.cat([one_value, factors], 1)) == dci(latents, factors)
+    assert sap(latents, torch.cat([one_value, factors], 1)) == sap(latents, factors)
 
 
 def test_no_dimension_left_is_at_chance(factors):
