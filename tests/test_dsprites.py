@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from betavae.data_dsprites import FILE, dsprites
-from betavae.data_sprites import rows_of
+from betavae.data.dsprites import FILE, dsprites
+from betavae.data.sprites import rows_of
 from betavae.errors import UserError
 
 

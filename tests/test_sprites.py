@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from betavae.data_sprites import FACTORS, SHAPES, Sprites, factors, rows_of, sprites
+from betavae.data.sprites import FACTORS, SHAPES, Sprites, factors, rows_of, sprites
 from betavae.errors import UserError
 
 SIZES = tuple(FACTORS.values())

@@ -7,9 +7,11 @@ else its signature names is a setting of the `data` group by that name.
 
 from collections.abc import Callable
 
+from betavae.data.dsprites import dsprites
 from betavae.data.images import Images, Subset
 from betavae.data.mnist import mnist
+from betavae.data.sprites import sprites
 
-SOURCES: dict[str, Callable[..., Images | None]] = {"mnist": mnist}
+SOURCES: dict[str, Callable[..., Images | None]] = {"mnist": mnist, "sprites": sprites, "dsprites": dsprites}
 
 __all__ = ["SOURCES", "Images", "Subset", "mnist"]

@@ -286,8 +286,8 @@ def continue_study(config: DictConfig) -> None:
 
 def check_study(study: Any, config: DictConfig) -> None:
     """Raises UserError if a study's trials had other settings than this search, what is searched aside."""
-    searched = {*(config.hydra.sweeper.params or {}), *as_settings(list(config.hydra.overrides.task))}
-    swept = {key for key in searched if key not in config.hydra.job.override_dirname}
+    typed = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
+    swept = {*(config.hydra.sweeper.params or {}), *(item.key_or_group for item in typed if item.is_sweep_override())}
     values: Any = OmegaConf.to_container(OmegaConf.masked_copy(config, [k for k in config if k != "hydra"]), resolve=True)
     now = {key: value for key, value in flat_settings(values).items() if key not in swept and key not in INCIDENTAL}
     if (then := study.user_attrs.get("settings")) is None:

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from betavae.data_images import Images
-from betavae.data_sprites import rows_of
+from betavae.data.images import Images
+from betavae.data.sprites import rows_of
 from betavae.errors import UserError
 
 FILE = "dsprites_ndarray_co1sh3sc6or40x32y32_64x64.npz"

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from betavae.data_images import Images
+from betavae.data.images import Images
 from betavae.errors import UserError
 
 SHAPES = ["square", "ellipse", "heart"]
