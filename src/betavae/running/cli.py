@@ -258,15 +258,15 @@ def explain(error: Exception, composing: bool, keys: list[str]) -> str | None:
 def all_keys() -> list[str]:
     """Every dotted key that `configs/train.yaml` and what it is composed of have."""
     keys = [path.name for path in CONFIGS.iterdir() if path.is_dir()]
-    for path in (CONFIGS / "train.yaml", *CONFIGS.glob("*/**/*.yaml")):
-        prefix = [] if path.parent == CONFIGS else [path.parent.name]
-        stack = [(prefix, OmegaConf.load(path))]
-        while stack:
-            at, node = stack.pop()
-            for key in node if isinstance(node, DictConfig) else []:
-                if key not in ("defaults", "hydra"):
-                    keys.append(".".join([*at, str(key)]))
-                    child = node._get_node(key)
-                    if isinstance(child, DictConfig):
-                        stack.append(([*at, str(key)], child))
-    return keys
+    for path in (CONFIGS / "train.yaml", *CONFIGS.glob("*/*.yaml")):
+        content = OmegaConf.to_container(OmegaConf.load(path))
+        own = {key: value for key, value in dict(content).items() if key not in ("defaults", "hydra")}  # type: ignore
+        nested = own if path.parent == CONFIGS else {path.parent.name: own}
+        keys += [key for item in jobs.flat_settings(nested) for key in prefixes(item)]
+    return list(dict.fromkeys(keys))
+
+
+def prefixes(key: str) -> list[str]:
+    """a.b.c -> a, a.b, a.b.c"""
+    parts = key.split(".")
+    return [".".join(parts[:n]) for n in range(1, len(parts) + 1)]

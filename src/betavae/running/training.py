@@ -23,7 +23,7 @@ from betavae.files import write_whole
 from betavae.running.building import build, too_large
 from betavae.running.checkpoint import first_line
 from betavae.running.log import close_log, quiet, start_log
-from betavae.running.processes import from_rank_zero, started_by_lightning, rank
+from betavae.running.processes import from_rank_zero, rank, started_by_lightning
 from betavae.running.progress import NAMES, Bar, EpochLines
 from betavae.running.resuming import Signals, reopen
 from betavae.running.run_folder import RUN, RunFolder, git_commit, put_mark
@@ -76,7 +76,7 @@ def completed(old: DictConfig, today: DictConfig) -> DictConfig:
 def claimed(run: RunFolder, new: bool, sweep: bool) -> Iterator[None]:
     """A run folder for this process, or (of several) for all of this run; a `new` one must hold no run yet. What could
     not even begin is taken back."""
-    if sweep or (started_by_lightning() and rank()):  # the job, or the process that Lightning was started in, has seen to it
+    if sweep or (started_by_lightning() and rank()):  # the job, or the first process, has seen to it
         yield
         return
 

@@ -21,6 +21,7 @@ from betavae.errors import UserError
 from betavae.files import write_whole
 from betavae.running import processes
 from betavae.running.run_folder import MARK, RUN, SWEEP, UNFINISHED, RunFolder, put_mark
+from betavae.running.settings import plain
 
 log = logging.getLogger(__name__)
 
@@ -288,7 +289,7 @@ def check_study(study: Any, config: DictConfig) -> None:
     """Raises UserError if a study's trials had other settings than this search, what is searched aside."""
     typed = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
     swept = {*(config.hydra.sweeper.params or {}), *(item.key_or_group for item in typed if item.is_sweep_override())}
-    values: Any = OmegaConf.to_container(OmegaConf.masked_copy(config, [k for k in config if k != "hydra"]), resolve=True)
+    values: Any = {key: plain(config[key]) for key in config if key != "hydra"}
     now = {key: value for key, value in flat_settings(values).items() if key not in swept and key not in INCIDENTAL}
     if (then := study.user_attrs.get("settings")) is None:
         study.set_user_attr("settings", now)

@@ -1,0 +1,17 @@
+import importlib.util
+import json
+
+from tests.conftest import REPO
+
+
+def test_the_schema_of_the_settings_is_up_to_date():
+    spec = importlib.util.spec_from_file_location("schema", REPO / "scripts" / "schema.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    kept = json.loads((REPO / "configs" / "schema.json").read_text())
+    assert kept == json.loads(json.dumps(module.schema())), "run `python scripts/schema.py`"
+    assert kept["$defs"]["Model"]["properties"]["activation"]["enum"][0] == "relu"
+    assert "required" not in json.dumps(kept)
+    for path in (REPO / "configs").glob("*/*.yaml"):
+        if (line := path.read_text().partition("$schema=../schema.json")[2].split("\n")[0]).startswith("#/$defs/"):
+            assert line.removeprefix("#/$defs/") in kept["$defs"], path
