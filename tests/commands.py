@@ -85,7 +85,7 @@ class Child:
             if sources != REPO:
                 import_anew(sources)
             sys.argv = [script, *args]
-            main = main_of(sources / script)
+            main = module_of(sources / script).main
             if prepare:
                 prepare()
             main()
@@ -149,12 +149,12 @@ class Child:
         return os.pread(self.output.fileno(), os.fstat(self.output.fileno()).st_size, 0).decode()
 
 
-def main_of(script: Path) -> Callable[[], Any]:
+def module_of(script: Path) -> Any:
     spec = importlib.util.spec_from_file_location("script", script)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.main
+    return module
 
 
 def import_anew(sources: Path) -> None:
