@@ -1,23 +1,26 @@
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-REPO = Path(__file__).parents[1]
+from betavae.data import mnist
+from tests.commands import REPO, run
 
 
 @pytest.fixture(scope="session")
 def data_root(tmp_path_factory):
     """A data folder that is unpacked once for all tests."""
-    return str(tmp_path_factory.mktemp("data"))
+    folder = tmp_path_factory.mktemp("data")
+    for split in ("train", "test"):
+        mnist(folder, split)
+    return str(folder)
 
 
 class Clone:
-    """A copy of the project in a folder of its own, where commands are run as a user runs them."""
+    """A copy of the project in a folder of its own, whose code may be changed, and where commands are run."""
 
     def __init__(self, folder: Path, data: str):
         self.folder = folder
@@ -27,32 +30,18 @@ class Clone:
                 shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__", "mnist_files"))
             else:
                 shutil.copy(source, folder / name)
-        os.symlink(REPO / "src" / "betavae" / "mnist_files", folder / "src" / "betavae" / "mnist_files")
+        files = Path("src", "betavae", "data", "mnist_files")
+        os.symlink(REPO / files, folder / files)
         os.symlink(data, folder / "data")
 
-    def run(self, *arguments: str, code: int = 0) -> str:
-        """Standard output and error of `python ARGUMENTS`, in a new process whose exit status must be `code`."""
-        done = subprocess.run(
-            [sys.executable, *arguments],
-            cwd=self.folder,
-            env=os.environ | {"PYTHONPATH": str(self.folder / "src")},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == code, f"{arguments} exited with {done.returncode}:\n{done.stdout}"
-        return done.stdout
+    def run(self, script: str, *args: str, **how: Any) -> str:
+        """What `python SCRIPT ARGS` prints."""
+        return run(*args, cwd=self.folder, script=script, sources=self.folder, **how)
 
 
 @pytest.fixture(scope="session")
 def new_clone(tmp_path_factory, data_root):
     return lambda: Clone(tmp_path_factory.mktemp("clone"), data_root)
-
-
-@pytest.fixture(scope="session")
-def clone(new_clone):
-    return new_clone()
 
 
 @pytest.fixture(autouse=True)

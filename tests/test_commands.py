@@ -7,24 +7,32 @@ import os
 import pty
 import re
 import struct
-import subprocess
-import sys
 import termios
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.commands import TINY, Child, run
+
 
 @pytest.fixture(scope="module")
-def run(clone):
+def place(tmp_path_factory, data_root):
+    """A working folder, from which the project is used as it lies."""
+    folder = tmp_path_factory.mktemp("place")
+    (folder / "data").symlink_to(data_root)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def smoke(place):
     """A finished smoke run in two latent dimensions: (its folder, what it printed)."""
-    output = clone.run("train.py", "trainer=smoke", "model.latent_dim=2", "callbacks.figures_every=1", "seed=0")
-    return clone.folder / re.search(r"run +(runs/\S+)", output)[1], output
+    output = run("trainer=smoke", "model.latent_dim=2", "callbacks.figures_every=1", "seed=0", cwd=place)
+    return place / re.search(r"run +(runs/\S+)", output)[1], output
 
 
-def test_what_training_prints(run):
-    folder, output = run
+def test_what_training_prints(smoke):
+    folder, output = smoke
     lines = output.splitlines()
     number = r"-?\d+\.\d\d"
     for epoch, line in enumerate(lines[:2], start=1):
@@ -38,13 +46,13 @@ def test_what_training_prints(run):
     assert len(lines) == 7  # and nothing from anybody else
 
 
-def test_what_a_run_folder_holds(run):
-    folder, _ = run
+def test_what_a_run_folder_holds(smoke):
+    folder, _ = smoke
     assert "=" not in folder.name and folder.name.endswith("_mlp_z2_beta1.0")
     names = {path.name for path in folder.iterdir()}
     assert names - {path.name for path in folder.glob("events.*")} == {
-        *("config.yaml", "overrides.yaml", "checkpoints", "metrics.json", "train.log", "figures"),
-        *("projector_config.pbtxt", "00040"),
+        *(".betavae", ".lock", "config.yaml", "overrides.yaml", "checkpoints", "metrics.json", "train.log", "figures"),
+        *("projector_config.pbtxt", "projector"),
     }
     assert {path.name for path in (folder / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
     assert {path.stem for path in (folder / "figures").iterdir()} == {
@@ -54,14 +62,15 @@ def test_what_a_run_folder_holds(run):
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["status"] == "finished" and metrics["seed"] == 0 and metrics["epochs"] == 2
     assert metrics["parameters"] == 784 * 400 + 400 + 400 * 4 + 4 + 2 * 400 + 400 + 400 * 784 + 784
+    assert list(metrics["validation"]) == ["neg_elbo"] and metrics["checkpoint"] == "checkpoints/best.ckpt"
     test = metrics["test"]
     assert test["neg_elbo"] == pytest.approx(test["recon"] + test["kl"], abs=2e-4)
     checkpoint = torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)
     assert checkpoint["hyper_parameters"]["model"]["latent_dim"] == 2
 
 
-def test_what_tensorboard_shows(run):
-    folder, _ = run
+def test_what_tensorboard_shows(smoke):
+    folder, _ = smoke
     assert len(list(folder.glob("events.*"))) == 1 and not list(folder.glob("version_*"))
     board = EventAccumulator(str(folder), size_guidance={"images": 0, "scalars": 0})
     board.Reload()
@@ -79,13 +88,13 @@ def test_what_tensorboard_shows(run):
         "_hparams_/session_start_info",
         "_hparams_/session_end_info",
     }
-    tensors = (folder / "00040" / "posterior_means" / "tensors.tsv").read_text().splitlines()
+    tensors = (folder / "projector" / "posterior_means" / "tensors.tsv").read_text().splitlines()
     assert len(tensors) == 2000 and len(tensors[0].split("\t")) == 3  # padded: the projector shows no plane
-    assert len((folder / "00040" / "posterior_means" / "metadata.tsv").read_text().split()) == 2000
+    assert len((folder / "projector" / "posterior_means" / "metadata.tsv").read_text().split()) == 2000
 
 
-def test_curves_and_metrics_agree(run):
-    folder, output = run
+def test_curves_and_metrics_agree(smoke):
+    folder, output = smoke
     board = EventAccumulator(str(folder))
     board.Reload()
     metrics = json.loads((folder / "metrics.json").read_text())
@@ -97,92 +106,91 @@ def test_curves_and_metrics_agree(run):
 
 
 @pytest.mark.parametrize("script", ["sample", "reconstruct", "interpolate", "traverse", "manifold"])
-def test_a_script_needs_the_checkpoint_alone_and_is_deterministic(clone, run, tmp_path, script):
+def test_a_script_needs_the_checkpoint_alone_and_is_deterministic(place, smoke, tmp_path, script):
     checkpoint = tmp_path / "alone.ckpt"
-    checkpoint.write_bytes((run[0] / "checkpoints" / "best.ckpt").read_bytes())
+    checkpoint.write_bytes((smoke[0] / "checkpoints" / "best.ckpt").read_bytes())
     pictures = []
     for name in ("a", "b"):
         out = tmp_path / "new folder" / f"{name}.png"
-        clone.run(f"scripts/{script}.py", f"ckpt={checkpoint}", f"out='{out}'")
+        run(f"ckpt={checkpoint}", f"out='{out}'", cwd=place, script=f"scripts/{script}.py")
         pictures.append(out.read_bytes())
     assert pictures[0] == pictures[1]
 
 
-def test_sample_options(clone, run, tmp_path):
-    output = clone.run(
-        "scripts/sample.py", "n=5", "seed=3", f"out={tmp_path}/s.png", "save_images=true", "save_tensor=true"
-    )
-    assert str(run[0].relative_to(clone.folder)) in output  # the newest finished run
+def test_sample_options(place, smoke, tmp_path):
+    options = ("n=5", "seed=3", f"out={tmp_path}/s.png", "save_images=true", "save_tensor=true", f"runs={smoke[0].parent}")
+    output = run(*options, cwd=place, script="scripts/sample.py")
+    assert str(smoke[0]) in output  # the newest finished run
     images = torch.load(tmp_path / "s.pt", weights_only=True)
     assert images.shape == (5, 1, 28, 28) and images.min() >= 0 and images.max() <= 1
     assert len(list((tmp_path / "s").iterdir())) == 5
 
 
-def test_resume_goes_on_where_the_run_was(clone, run):
-    """Two epochs, then two more, equal four in one go: weights, curves and test numbers."""
-    short = "runs/short"
-    settings = ("trainer=smoke", "seed=7")
-    clone.run("train.py", *settings, f"hydra.run.dir={short}")
-    output = clone.run("train.py", f"resume={short}", "trainer.max_epochs=4")
+def test_a_longer_run_is_the_same_as_one_that_was_that_long_from_the_start(tmp_path, data_root):
+    """Two epochs, then two more, equal four in one go: weights and test numbers."""
+    settings = [*TINY, "seed=7", f"data.root={data_root}"]
+    run(*settings, "trainer.max_epochs=2", "hydra.run.dir=short", cwd=tmp_path)
+    output = run("resume=short", "trainer.max_epochs=4", cwd=tmp_path)
     assert "epoch   3/4" in output and "epoch   1/4" not in output
-    clone.run("train.py", *settings, "trainer.max_epochs=4", "hydra.run.dir=runs/whole")
-    folders = [clone.folder / "runs" / name for name in ("short", "whole")]
+    run(*settings, "trainer.max_epochs=4", "hydra.run.dir=whole", cwd=tmp_path)
+    folders = [tmp_path / name for name in ("short", "whole")]
     one, other = (torch.load(f / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for f in folders)
     assert all(torch.equal(one[key], other[key]) for key in one)
     one, other = (json.loads((f / "metrics.json").read_text())["test"] for f in folders)
     assert one == other
 
 
-def test_a_sweep(clone):
-    output = clone.run(
-        "train.py", "-m", "model.hidden_dims=[8],[8,4]", "beta=0.5,4", "trainer=smoke", "trainer.max_epochs=1"
-    )
-    (sweep,) = (clone.folder / "runs" / "sweeps").iterdir()
+def test_a_sweep(tmp_path, data_root):
+    swept = ("model.hidden_dims=[8],[8,4]", "beta=0.5,4", "trainer=smoke")
+    short = ("trainer.max_epochs=1", "trainer.limit_train_batches=2", f"data.root={data_root}")
+    output = run("-m", *swept, *short, cwd=tmp_path)
+    (sweep,) = (tmp_path / "runs" / "sweeps").iterdir()
     jobs = sorted(path.name for path in sweep.iterdir() if path.is_dir())
-    assert jobs == [
-        "beta_0.5,model.hidden_dims_8,4,trainer.max_epochs_1,trainer_smoke",
-        "beta_0.5,model.hidden_dims_8,trainer.max_epochs_1,trainer_smoke",
-        "beta_4,model.hidden_dims_8,4,trainer.max_epochs_1,trainer_smoke",
-        "beta_4,model.hidden_dims_8,trainer.max_epochs_1,trainer_smoke",
-    ]
+    root = re.sub(r"\W+", "_", data_root).strip("_")
+    rest = "trainer.limit_train_batches_2,trainer.max_epochs_1,trainer_smoke"
+    names = [f"beta_{b},data.root_{root},model.hidden_dims_{h},{rest}" for b in ("0.5", "4") for h in ("8,4", "8")]
+    assert [re.sub(r"data.root_[\w-]+", f"data.root_{root}", name) for name in jobs] == names
+    assert (sweep / ".betavae").read_text() == "a sweep of betavae\n"
     assert output.count("neg. ELBO") >= 4
     for job in jobs:
         assert json.loads((sweep / job / "metrics.json").read_text())["status"] == "finished"
         assert (sweep / job / "train.log").stat().st_size > 0
+        assert (sweep / job / ".betavae").read_text() == "a run of betavae\n"
 
 
-def test_help_is_written_for_this_project(clone):
-    text = clone.run("train.py", "--help")
+def test_help_is_written_for_this_project(tmp_path):
+    text = run("--help", cwd=tmp_path)
     for words in ("python train.py -m model.latent_dim=2,20", "model: conv, mlp, mlp_large, mlp_small", "beta=1.0"):
         assert words in text
-    assert "hidden_dims:" in clone.run("train.py", "--cfg", "job")
+    assert "hidden_dims:" in run("--cfg", "job", cwd=tmp_path)
+    text = run("--help", cwd=tmp_path, script="scripts/sample.py")
+    for words in ("New images from a trained VAE", "temperature=1.0", "times the prior's standard deviation", "ckpt=null"):
+        assert words in text
+    assert "temperature: 1.0" in run("--cfg", "job", cwd=tmp_path, script="scripts/sample.py")
 
 
-def test_a_mistake_is_one_sentence_and_leaves_nothing(clone):
-    before = sorted((clone.folder / "runs").iterdir())
+def test_a_mistake_is_one_sentence_and_leaves_nothing(tmp_path):
     for arguments, words in {
         ("model.latnt_dim=3",): "model.latnt_dim is not a setting; did you mean model.latent_dim?",
         ("model=cnov",): "model=cnov is not one of its options: conv, mlp",
         ("model.latent_dim=0",): "model.latent_dim=0 cannot be: it must be a whole number from 1 up",
     }.items():
-        assert clone.run("train.py", *arguments, code=1).strip().startswith(f"error: {words}")
-    assert "runs/none does not exist" in clone.run("scripts/sample.py", "ckpt=runs/none", code=1)
-    assert sorted((clone.folder / "runs").iterdir()) == before
+        assert run(*arguments, cwd=tmp_path, code=1).strip().startswith(f"error: {words}")
+    assert "runs/none does not exist" in run("ckpt=runs/none", cwd=tmp_path, script="scripts/sample.py", code=1)
+    assert not list(tmp_path.iterdir())
 
 
-def test_a_terminal_gets_a_bar(clone):
+def test_a_terminal_gets_a_bar(place):
     terminal, end = pty.openpty()
     fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 130, 0, 0))
-    command = [sys.executable, "train.py", "trainer=smoke", "trainer.max_epochs=1", "name=terminal"]
-    process = subprocess.Popen(
-        command, cwd=clone.folder, env=os.environ | {"PYTHONPATH": "src"}, stdout=end, stderr=end, stdin=end
-    )
+    child = Child("trainer=smoke", "trainer.max_epochs=1", "name=terminal", cwd=place, terminal=end)
     os.close(end)
     output = b""
     with contextlib.suppress(OSError):  # the way Linux says that the other end is closed
         while piece := os.read(terminal, 65536):
             output += piece
-    assert process.wait() == 0
+    os.close(terminal)
+    assert child.wait() == 0, output
     # What stays on the screen of each line is what follows its last carriage return.
     lines = [line.rstrip("\r").split("\r")[-1] for line in output.decode().split("\n")]
     assert "Epoch 0: 100%" in lines[0] and "recon=" in lines[0] and "val neg. ELBO=" in lines[0]

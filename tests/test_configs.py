@@ -1,24 +1,28 @@
-"""Every YAML composes, passes the rules and builds."""
+"""Every YAML composes, passes the checks and builds; every script's settings are settings."""
 
-from pathlib import Path
+import inspect
+import re
 
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from betavae.rules import check
-from betavae.settings import RULES
-from betavae.training import build
-from tests.conftest import REPO
+from betavae.data.datamodule import ImageDataModule
+from betavae.errors import UserError
+from betavae.running.building import build
+from betavae.running.resuming import Signals
+from betavae.running.run_folder import RunFolder
+from betavae.running.settings import check_settings, plain, validated
+from tests.commands import REPO, module_of
 
 CONFIGS = REPO / "configs"
 GROUPS = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.glob("*/*.yaml"))
 SCRIPTS = sorted(path.stem for path in (REPO / "scripts").glob("*.py"))
 
 
-def composed(*overrides, name="train"):
+def composed(*overrides):
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return compose(name, list(overrides))
+        return compose("train", list(overrides))
 
 
 def test_the_defaults_are_the_tutorials():
@@ -29,26 +33,45 @@ def test_the_defaults_are_the_tutorials():
 
 
 @pytest.mark.parametrize("option", [o for o in GROUPS if o.split("/")[0] not in ("sweep", "hydra")])
-def test_option_builds(option, data_root, tmp_path, monkeypatch):
+def test_option_builds(option, data_root, tmp_path):
     group, name = option.split("/")
-    cfg = composed(f"{group}={name}", f"data.root={data_root}")
-    check(cfg, RULES)
-    if name in ("fashion_mnist", "kmnist"):  # not on this machine; their loader is tested in test_data.py
-        cfg.data.name = "mnist"
-    datamodule, module, trainer = build(cfg, tmp_path)
+    chosen = [f"{group}={name}"] if option != "trainer/default" else []  # which is always there, below the experiment
+    cfg = composed(*chosen, f"data.root={data_root}")
+    check_settings(cfg)
+    if cfg.data.name != "mnist":  # whose images are not on this machine
+        ImageDataModule(**plain(cfg.data))
+        cfg.data = composed(f"data.root={data_root}").data
+    datamodule, module, trainer = build(plain(cfg), RunFolder(tmp_path), Signals())
     assert not any(tmp_path.iterdir())
     assert trainer.max_epochs == cfg.trainer.max_epochs
     x, _ = next(iter(datamodule.test_dataloader()))
     module(x[:2])
     # What goes into the checkpoint is plain: it survives a round trip through YAML unchanged.
-    plain = dict(module.hparams)
-    assert OmegaConf.to_container(OmegaConf.create(OmegaConf.to_yaml(OmegaConf.create(plain)))) == plain
+    hparams = dict(module.hparams)
+    assert OmegaConf.to_container(OmegaConf.create(OmegaConf.to_yaml(OmegaConf.create(hparams)))) == hparams
+
+
+def test_presets_of_the_trainer_go_over_experiments_and_combine():
+    paper = composed("experiment=burda_vae").trainer
+    assert (paper.precision, paper.compile, paper.steps_per_batch, paper.max_epochs) == ("bf16-mixed", True, 10, 1500)
+    smoke = composed("experiment=burda_vae", "trainer=smoke").trainer
+    assert (smoke.max_epochs, smoke.limit_train_batches, smoke.steps_per_batch) == (2, 20, 10)
+    both = composed("trainer=[fast,smoke]").trainer
+    assert (both.max_epochs, both.precision, both.compile) == (2, "bf16-mixed", True)
+    assert composed("trainer=[fast,smoke]", "trainer.max_epochs=7").trainer.max_epochs == 7  # typed, it wins
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_every_script_has_its_config(name):
-    cfg = composed(name=name)
-    check(cfg)
-    text = Path(REPO / "scripts" / f"{name}.py").read_text()
-    unused = [key for key in cfg if key not in ("debug", "ckpt", "runs", "seed") and f"cfg.{key}" not in text]
-    assert not unused
+def test_a_scripts_settings_are_all_used_documented_and_their_defaults_can_be(name):
+    module = module_of(REPO / "scripts" / f"{name}.py")
+    settings = module.Settings
+    defaults = {key: field.get_default() for key, field in settings.model_fields.items()}
+    assert validated(settings, defaults) == settings()
+    assert all(field.title for field in settings.model_fields.values())
+    text = (REPO / "scripts" / f"{name}.py").read_text()
+    assert not [key for key in settings.__annotations__ if f"settings.{key}" not in text]
+    # And what the script's docstring says of them is true.
+    for key in re.findall(r"[\[ ](\w+)=", inspect.getdoc(module).splitlines()[0]):
+        assert key in defaults, key
+    with pytest.raises(UserError, match="nonsense is not a setting"):
+        validated(settings, {"nonsense": 1})

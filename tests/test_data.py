@@ -1,26 +1,51 @@
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from betavae.data import Batches, MNISTDataModule, mnist
+from betavae.data import Images, mnist
+from betavae.data.batches import Batches
+from betavae.data.datamodule import ImageDataModule
 from betavae.errors import UserError
 from tests.conftest import DATA
 
 
 def module(data_root, **changes):
-    made = MNISTDataModule(**DATA | {"root": data_root} | changes)
+    made = ImageDataModule(**DATA | {"root": data_root} | changes)
     made.setup()
     return made
 
 
+def numbered(n, pixels=None):
+    """Images whose labels are their numbers."""
+    return Images(torch.zeros(n, 1, 1, 1, dtype=torch.uint8) if pixels is None else pixels, torch.arange(n))
+
+
 def test_the_canonical_mnist_comes_out_of_the_package(data_root):
-    images, labels = mnist(Path(data_root), True)
-    assert images.shape == (60000, 1, 28, 28) and images.dtype == torch.uint8
-    assert labels[:5].tolist() == [5, 0, 4, 1, 9]
-    assert images.double().mean().item() == pytest.approx(33.318421, abs=1e-6)  # 0.1307 of 255, MNIST's known mean
-    assert mnist(Path(data_root), False)[0].shape == (10000, 1, 28, 28)
+    images = mnist(Path(data_root), "train")
+    assert images.pixels.shape == (60000, 1, 28, 28) and images.pixels.dtype == torch.uint8
+    assert images.labels[:5].tolist() == [5, 0, 4, 1, 9] and images.classes[4] == "4"
+    assert images.pixels.double().mean().item() == pytest.approx(33.318421, abs=1e-6)  # 0.1307 of 255, as is known
+    assert mnist(Path(data_root), "test").pixels.shape == (10000, 1, 28, 28)
+    assert mnist(Path(data_root), "validation") is None
+
+
+def test_it_is_unpacked_into_the_data_folder_once_and_nowhere_for_none(tmp_path):
+    test = mnist(tmp_path / "new" / "data", "test")
+    assert len(list((tmp_path / "new" / "data" / "MNIST" / "raw").iterdir())) == 2
+    assert torch.equal(mnist(Path(os.devnull), "test").pixels, test.pixels)
+    with pytest.raises(UserError, match=r"data.root: cannot write .*Not a directory"):
+        mnist(tmp_path / "new/data/MNIST/raw/t10k-images-idx3-ubyte", "test")
+
+
+def test_torchvision_finds_what_was_unpacked(data_root):
+    from torchvision import datasets
+
+    for train, split in ((True, "train"), (False, "test")):
+        theirs, ours = datasets.MNIST(data_root, train=train), mnist(Path(data_root), split)
+        assert torch.equal(theirs.data.unsqueeze(1), ours.pixels) and torch.equal(theirs.targets, ours.labels)
 
 
 def test_a_flipped_byte_is_found(data_root, tmp_path):
@@ -30,44 +55,66 @@ def test_a_flipped_byte_is_found(data_root, tmp_path):
     content[5000] ^= 1
     file.write_bytes(content)
     with pytest.raises(UserError, match=r"t10k-images-idx3-ubyte.*MD5"):
-        mnist(tmp_path, True)
+        mnist(tmp_path, "test")
     assert file.read_bytes() == content  # nothing of the user's is overwritten
     file.unlink()
-    mnist(tmp_path, True)
+    mnist(tmp_path, "test")
 
 
 def test_validation_comes_out_of_training_by_a_fixed_seed(data_root):
     a, b, whole = (module(data_root, seed=0), module(data_root, seed=9), module(data_root, validation_size=0))
-    assert [len(a.sets[s][0]) for s in ("train", "validation", "test")] == [55000, 5000, 10000]
-    assert torch.equal(a.sets["validation"][0], b.sets["validation"][0])
-    assert len(whole.sets["train"][0]) == 60000 and whole.val_dataloader() == []
+    assert [len(a.sets[s]) for s in ("train", "validation", "test")] == [55000, 5000, 10000]
+    assert torch.equal(a.sets["validation"].pixels, b.sets["validation"].pixels)
+    assert len(whole.sets["train"]) == 60000 and whole.val_dataloader() == []
     # Together they are the training set: no image twice, none lost, no test image among them.
-    counts = [s.long().sum((1, 2, 3)) * 10 + y for s, y in (a.sets["train"], a.sets["validation"])]
-    images, labels = whole.sets["train"]
-    assert torch.equal(torch.cat(counts).sort().values, (images.long().sum((1, 2, 3)) * 10 + labels).sort().values)
+    counts = [s.pixels.long().sum((1, 2, 3)) * 10 + s.labels for s in (a.sets["train"], a.sets["validation"])]
+    images = whole.sets["train"]
+    all_counts = images.pixels.long().sum((1, 2, 3)) * 10 + images.labels
+    assert torch.equal(torch.cat(counts).sort().values, all_counts.sort().values)
+    share = module(data_root, validation_size=0.1)
+    assert [len(share.sets[s]) for s in ("train", "validation", "test")] == [54000, 6000, 10000]
     with pytest.raises(UserError, match="validation_size=60000"):
         module(data_root, validation_size=60000)
+    with pytest.raises(UserError, match=r"validation_size=1e-06 leaves nothing to validate"):
+        module(data_root, validation_size=1e-6)
+
+
+def test_a_source_with_a_validation_split_of_its_own_is_not_split(data_root, monkeypatch):
+    from betavae import data
+
+    sizes = {"train": 50, "validation": 20, "test": 10}
+    seen = []
+
+    def source(root, split, shade=3):
+        seen.append((root, split, shade))
+        return numbered(sizes[split], torch.full((sizes[split], 1, 2, 2), shade, dtype=torch.uint8))
+
+    monkeypatch.setitem(data.SOURCES, "own", source)
+    made = module("nowhere", name="own", shade=7, batch_size=5)
+    assert {name: len(images) for name, images in made.sets.items()} == sizes
+    assert {shade for _, _, shade in seen} == {7} and made.sets["validation"].pixels.unique().tolist() == [7]
+    with pytest.raises(UserError, match=r"data.colour is not a setting of data.name=own"):
+        module("nowhere", name="own", colour=7)
 
 
 def test_training_batches_cover_every_image_once_in_an_order_of_seed_and_epoch(data_root):
     data = module(data_root, batch_size=999)
-    images = torch.arange(1000, dtype=torch.uint8).view(1000, 1, 1, 1)
-    order = lambda seed, epoch: torch.cat(  # noqa: E731
-        [y for _, y in Batches(images, torch.arange(1000), 128, epoch=lambda: epoch, seed=seed)]
+    order = lambda seed, epoch, reshuffle=True: torch.cat(  # noqa: E731
+        [y for _, y in Batches(numbered(1000), 128, lambda: epoch, seed, reshuffle)]
     )
     assert torch.equal(order(0, 3).sort().values, torch.arange(1000))
     assert torch.equal(order(0, 3), order(0, 3))
     assert not torch.equal(order(0, 3), order(0, 4)) and not torch.equal(order(0, 3), order(1, 3))
+    assert torch.equal(order(0, 3, False), order(0, 4, False)) and not torch.equal(order(0, 3, False), order(1, 3))
     x, y = next(iter(data.train_dataloader()))
     assert x.shape == (999, 1, 28, 28) and x.dtype == torch.float32 and x.min() == 0 and x.max() == 1
     assert len(data.train_dataloader()) == 56 and len(y) == 999
     test = torch.cat([y for _, y in data.test_dataloader()])
-    assert torch.equal(test, data.sets["test"][1])  # not shuffled
+    assert torch.equal(test, data.sets["test"].labels)  # not shuffled
 
 
 def test_a_position_within_an_epoch_is_gone_back_to():
-    images = torch.zeros(100, 1, 1, 1, dtype=torch.uint8)
-    make = lambda: Batches(images, torch.arange(100), 16, epoch=lambda: 2, seed=5)  # noqa: E731
+    make = lambda: Batches(numbered(100), 16, lambda: 2, seed=5)  # noqa: E731
     first = make()
     labels = [y for _, y in first]
     stopped = make()
@@ -81,37 +128,39 @@ def test_a_position_within_an_epoch_is_gone_back_to():
 
 @pytest.mark.parametrize("epoch", [None, lambda: 1])
 def test_shards_do_not_overlap(epoch):
-    images = torch.zeros(101, 1, 1, 1, dtype=torch.uint8)
-    shards = [Batches(images, torch.arange(101), 8, epoch=epoch, shard=(rank, 2)) for rank in range(2)]
+    shards = [Batches(numbered(101), 8, epoch) for _ in range(2)]
+    for rank, shard in enumerate(shards):
+        shard.share(rank, 2)
     seen = [torch.cat([y for _, y in shard]) for shard in shards]
     assert not set(seen[0].tolist()) & set(seen[1].tolist())
     assert len(seen[0]) + len(seen[1]) == (100 if epoch else 101)  # training drops the odd one, evaluation none
+    assert [len(shard) for shard in shards] == [7, 7]
+
+
+def test_the_shards_of_a_step_are_the_images_of_that_step_in_one_process():
+    whole = next(iter(Batches(numbered(103), 20, lambda: 3)))[1].tolist()
+    halves = []
+    for rank in (0, 1):
+        half = Batches(numbered(103), 10, lambda: 3)
+        half.share(rank, 2)
+        halves.append(next(iter(half))[1])
+    assert sorted(whole) == sorted(torch.cat(halves).tolist())
 
 
 def test_binarisation(data_root):
     grey, threshold, dynamic = (module(data_root, binarize=b) for b in ("none", "threshold", "dynamic"))
-    pixels = grey.sets["test"][0]
-    assert torch.equal(threshold.sets["test"][0] == 255, pixels > 127)
-    once, again = dynamic.sets["test"][0], module(data_root, binarize="dynamic", seed=8).sets["test"][0]
+    pixels = grey.sets["test"].pixels
+    assert torch.equal(threshold.sets["test"].pixels == 255, pixels > 127)
+    x, y = next(iter(threshold.train_dataloader()))
+    assert torch.equal(x, next(iter(grey.train_dataloader()))[0].gt(0.5).float())
+    once = dynamic.sets["test"].pixels
+    again = module(data_root, binarize="dynamic", seed=8).sets["test"].pixels
     assert torch.equal(once, again) and set(once.unique().tolist()) == {0, 255}
     assert not (once[pixels == 0]).any() and (once[pixels == 255] == 255).all()
     assert (once / 255).mean().item() == pytest.approx((pixels / 255).mean().item(), abs=1e-3)
     first, second = (next(iter(dynamic.train_dataloader()))[0] for _ in range(2))
     assert set(first.unique().tolist()) == {0.0, 1.0} and not torch.equal(first, second)  # a fresh draw
-    ramp = torch.arange(256, dtype=torch.uint8).repeat(4000, 1).view(4000, 1, 16, 16)
-    x, _ = next(iter(Batches(ramp, torch.zeros(4000), 4000, epoch=lambda: 0, dynamic_binarization=True)))
+    ramp = numbered(4000, torch.arange(256, dtype=torch.uint8).repeat(4000, 1).view(4000, 1, 16, 16))
+    x, _ = next(iter(Batches(ramp, 4000, lambda: 0, binarize="dynamic")))
     error = (x.mean(0).flatten() - torch.arange(256) / 255).abs().max()
     assert error < 0.04  # five standard errors of 4,000 draws
-
-
-def test_a_download_without_network_says_what_to_put_where(tmp_path, monkeypatch):
-    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
-    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
-    with pytest.raises(UserError, match=r"KMNIST/raw.*train-images-idx3-ubyte.*t10k-labels-idx1-ubyte"):
-        MNISTDataModule(**DATA | {"root": str(tmp_path), "name": "kmnist"}).setup()
-
-
-def test_a_data_set_in_mnists_format_is_read_from_its_folder(data_root, tmp_path):
-    shutil.copytree(Path(data_root) / "MNIST" / "raw", tmp_path / "FashionMNIST" / "raw")
-    data = module(str(tmp_path), name="fashion_mnist")
-    assert data.image_shape == [1, 28, 28] and len(data.sets["train"][0]) == 55000

@@ -1,25 +1,25 @@
 import json
 import math
-import os
 import re
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
 from torch import distributions as D
-from torch.nn import functional as F
 
-from betavae import evaluation
-from betavae.evaluation import GROUP, aggregate, importance_sample, summary
-from betavae.likelihoods import Bernoulli
+from betavae.measures import likelihood
+from betavae.measures.latents import aggregate, posterior_means, probes
+from betavae.measures.likelihood import GROUP, PerImage, floats_per_image, standard_error, summary
 from betavae.objectives import elbo, iwae
 from betavae.vae import VAE, Posterior
+from tests.commands import TINY, Child, run, wait_for
 from tests.conftest import MODEL
 
 KS = [1, 10, 100, 1000]
+
+
+def importance_sample(*args, **kwargs) -> PerImage:
+    return PerImage.together(list(likelihood.importance_sample(*args, **kwargs)))
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_with_another_posterior_the_bounds_tighten_to_the_exact_likelihood(linea
     assert kl.mean() > 0.05
     for estimate in (gap[:, 0], neg_elbo + log_px):
         error = estimate - kl
-        assert error.mean().abs() < 5 * evaluation.standard_error(error)
+        assert error.mean().abs() < 5 * standard_error(error)
     assert (gap.diff(dim=1) <= 1e-9).all()  # tighter for every image
     assert gap[:, 1].mean() < 0.5 * gap[:, 0].mean()
     assert gap[:, -1].mean().abs() < 1e-3 < gap[:, 0].mean()
@@ -121,6 +121,10 @@ def test_the_numbers_do_not_depend_on_chunks_or_on_how_many_images_there_are():
         for one, two in zip(results[0], other, strict=True):
             torch.testing.assert_close(one[: len(two)], two, rtol=1e-6, atol=1e-4)
     assert not torch.equal(results[0].nll, importance_sample(vae, x, [1, 50, 130], seed=1).nll)
+    # What is asked for from a later image on is the rest of the whole.
+    rest = importance_sample(vae, x, [1, 50, 130], start=2 * GROUP)
+    for one, two in zip(results[0], rest, strict=True):
+        torch.testing.assert_close(one[2 * GROUP :], two, rtol=1e-6, atol=1e-4)
     # And they are the objectives' for the same noise.
     noise = torch.randn(130, GROUP, 20, generator=torch.Generator().manual_seed(0))
     first = [part[:GROUP] for part in results[0]]
@@ -129,14 +133,19 @@ def test_the_numbers_do_not_depend_on_chunks_or_on_how_many_images_there_are():
     torch.testing.assert_close((first[0].mean() + first[1].sum(1).mean()).float(), terms.loss)
 
 
-@pytest.mark.parametrize("spread", [0.1, 5.0, 500.0])
-def test_bernoulli_without_a_gradient_is_the_same(spread):
-    for shape in ((1, 28, 28), (3, 1, 1), (1, 11, 19)):
-        params, x = spread * torch.randn(2, 5, *shape), torch.rand(5, *shape)
-        with_gradient = Bernoulli().log_prob(x, params.clone().requires_grad_())
-        exact = -F.binary_cross_entropy_with_logits(params.double(), x.double().expand(2, *x.shape), reduction="none")
-        for value in (with_gradient.detach(), Bernoulli().log_prob(x, params)):
-            torch.testing.assert_close(value.double(), exact.sum((-3, -2, -1)), rtol=2e-6, atol=1e-4)
+def test_how_much_is_decoded_at_once():
+    """784-400-20 on the way back: 400 before and after the activation, and the logits, unflattened, plus four more."""
+    assert floats_per_image(VAE(**MODEL)) == 4 * 784 + 400 + 400 + 784 + 784
+
+
+def test_the_probes_on_points_whose_labels_are_known():
+    means, labels = torch.randn(300, 3), torch.arange(300) % 3
+    apart = means + 20 * torch.nn.functional.one_hot(labels, 3)
+    assert probes(apart[:200], labels[:200], apart[200:], labels[200:]) == {"knn_accuracy": 1, "linear_accuracy": 1}
+    chance = probes(means[:200], labels[:200], means[200:], labels[200:])
+    assert all(0.1 < accuracy < 0.6 for accuracy in chance.values())
+    vae, x = VAE(**MODEL), torch.rand(1003, 1, 28, 28)
+    torch.testing.assert_close(posterior_means(vae, x), vae.encode(x).mean)
 
 
 def test_the_aggregate_posterior_against_its_exact_kl():
@@ -157,17 +166,23 @@ def test_the_aggregate_posterior_against_its_exact_kl():
     assert apart["mutual_information"] == pytest.approx(math.log(50), abs=1e-6)
 
 
-def test_the_commands(clone):
+def test_the_commands(tmp_path, data_root):
     """Train two seeds, evaluate both, and print the table: what the README says."""
-    smoke = ("trainer=smoke", "trainer.max_epochs=1")
+
+    def evaluate(*args, **how):
+        return run(*args, cwd=tmp_path, script="scripts/evaluate.py", **how)
+
+    def train(*args):
+        # A tenth of an epoch: ten steps of 1,024 images, and without the minute that compiling takes.
+        short = ["trainer=smoke", "trainer.max_epochs=1", "trainer.limit_train_batches=1", "trainer.compile=false"]
+        return run(*args, *short, "trainer.limit_test_batches=1", f"data.root={data_root}", cwd=tmp_path)
+
     for experiment, seed in (("burda_vae", 0), ("burda_iwae5", 0), ("burda_iwae5", 1)):
-        clone.run("train.py", f"experiment={experiment}", *smoke, f"seed={seed}", "runs=burda")
-    short = ("trainer.limit_train_batches=2", "trainer.limit_test_batches=1", "runs=fifty")
-    assert "neg. ELBO" in clone.run("train.py", "experiment=burda_iwae50", *smoke, *short)
-    runs = sorted((clone.folder / "burda").glob("*_burda_iwae5"))
-    for run in runs:
-        small = ("k=20", "first=70", "memory_mb=1")
-        output = clone.run("scripts/evaluate.py", f"ckpt={run.relative_to(clone.folder)}", *small)
+        train(f"experiment={experiment}", f"seed={seed}", "runs=burda")
+    assert "neg. ELBO" in train("experiment=burda_iwae50", "trainer.steps_per_batch=1", "runs=fifty")
+    runs = sorted((tmp_path / "burda").glob("*_burda_iwae5"))
+    for folder, probes in zip(runs, ("probes=false", "probes=true"), strict=True):
+        output = evaluate(f"ckpt={folder.relative_to(tmp_path)}", "k=20", "first=70", "memory_mb=1", probes)
     result = json.loads((runs[1] / "evaluation.json").read_text())
     assert result["k"] == [1, 10, 20] and result["images"] == 70 and result["checkpoint"] == "checkpoints/last.ckpt"
     assert (runs[1] / "figures" / "evaluation.png").stat().st_size > 5000
@@ -182,34 +197,30 @@ def test_the_commands(clone):
     assert 0.5 < result["knn_accuracy"] <= 1 and 0.5 < result["linear_accuracy"] <= 1
     assert "log-likelihood of binarised images" in output and "Warning" not in output
 
-    again = clone.run("scripts/evaluate.py", f"ckpt={runs[1]}", "k=20", "first=70", "probes=false", "folder=other")
-    other = json.loads((clone.folder / "other" / "evaluation.json").read_text())
+    again = evaluate(f"ckpt={runs[1]}", "k=20", "first=70", "probes=false", "folder=other")
+    other = json.loads((tmp_path / "other" / "evaluation.json").read_text())
     assert other["nll_20"]["mean"] == pytest.approx(result["nll_20"]["mean"], abs=1e-4) and "nearest" not in again
 
-    # Killed, it goes on, and ends with the same numbers.
-    asked = ["scripts/evaluate.py", f"ckpt={runs[1]}", "first=640", "probes=false", "k=300"]
-    assert "going on" not in clone.run(*asked, "folder=whole")
-    killed = subprocess.Popen(
-        [sys.executable, *asked, "folder=killed"],
-        cwd=clone.folder,
-        env=os.environ | {"PYTHONPATH": str(clone.folder / "src")},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    part = clone.folder / "killed" / "evaluation.part"
-    while not part.exists() and killed.poll() is None:
-        time.sleep(0.005)
-    killed.kill()
-    assert killed.wait() == -signal.SIGKILL and not (part.parent / "evaluation.json").exists()
-    assert "going on after the 32 images" in clone.run(*asked, "folder=killed") and not part.exists()
-    whole, resumed = (json.loads((clone.folder / f / "evaluation.json").read_text()) for f in ("whole", "killed"))
-    del whole["sampling_seconds"], resumed["sampling_seconds"]
-    assert whole == resumed
-
-    table = clone.run("scripts/results.py", "runs=burda")
-    values = [json.loads((run / "evaluation.json").read_text())["nll_20"]["mean"] for run in runs]
+    table = run("runs=burda", cwd=tmp_path, script="scripts/results.py")
+    values = [json.loads((folder / "evaluation.json").read_text())["nll_20"]["mean"] for folder in runs]
     mean, sd = sum(values) / 2, abs(values[0] - values[1]) / math.sqrt(2)
     row = next(line for line in table.splitlines() if "burda_iwae5" in line)
     assert f"{mean:.2f} ± {sd:.2f}" in row and "| 2 |" in row and len(re.findall("burda_iwae5", table)) == 1
-    assert "not a whole run" in clone.run("scripts/results.py", "runs=other", code=1)
-    assert "no evaluated run" in clone.run("scripts/results.py", "runs=nothing", code=1)
+    assert "not a whole run" in run("runs=other", cwd=tmp_path, script="scripts/results.py", code=1)
+    assert "no evaluated run" in run("runs=nothing", cwd=tmp_path, script="scripts/results.py", code=1)
+
+
+def test_killed_it_goes_on_and_ends_with_the_same_numbers(tmp_path, data_root):
+    run(*TINY, "trainer.max_epochs=1", f"data.root={data_root}", "hydra.run.dir=run", cwd=tmp_path)
+    asked = ["ckpt=run", "first=640", "probes=false", "k=300"]
+    how = {"cwd": tmp_path, "script": "scripts/evaluate.py"}
+    assert "going on" not in run(*asked, "folder=whole", **how)
+    killed = Child(*asked, "folder=killed", **how)
+    wait_for(tmp_path, "killed/evaluation.part", killed)
+    killed.send(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL and not (tmp_path / "killed" / "evaluation.json").exists()
+    assert "going on after the 32 images" in run(*asked, "folder=killed", **how)
+    assert not (tmp_path / "killed" / "evaluation.part").exists()
+    whole, resumed = (json.loads((tmp_path / f / "evaluation.json").read_text()) for f in ("whole", "killed"))
+    del whole["sampling_seconds"], resumed["sampling_seconds"]
+    assert whole == resumed

@@ -2,7 +2,7 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from betavae import figures
+from betavae import pictures
 from betavae.errors import UserError
 from betavae.vae import VAE
 from tests.conftest import MODEL
@@ -10,7 +10,7 @@ from tests.conftest import MODEL
 
 def test_a_grid_holds_each_image_pixel_for_pixel_clamped_and_never_stretched():
     images = torch.stack([torch.full((1, 3, 4), value) for value in (0.2, 0.4, -1.0, 7.0, 0.5)])
-    picture = figures.grid(images, columns=2)
+    picture = pictures.grid(images, columns=2)
     assert picture.shape == (1, 3 * 5 + 2, 2 * 6 + 2)
     corners = [picture[0, 2 + 5 * r, 2 + 6 * c].item() for r in range(3) for c in range(2)]
     assert corners == pytest.approx([0.2, 0.4, 0.0, 1.0, 0.5, 0.0])
@@ -18,7 +18,7 @@ def test_a_grid_holds_each_image_pixel_for_pixel_clamped_and_never_stretched():
 
 
 def test_a_saved_picture_has_those_grey_values(tmp_path):
-    figures.save_picture(torch.tensor([[[0.0, 0.2], [0.6, 1.0]]]), tmp_path / "new" / "a.png", scale=3)
+    pictures.save_picture(torch.tensor([[[0.0, 0.2], [0.6, 1.0]]]), tmp_path / "new" / "a.png", scale=3)
     pixels = imread(tmp_path / "new" / "a.png")
     assert pixels.shape[:2] == (6, 6)
     assert pixels[::3, ::3, 0].flatten().tolist() == pytest.approx([0, 0.2, 0.6, 1], abs=1 / 255)
@@ -28,7 +28,7 @@ def test_what_cannot_be_written_is_said(tmp_path):
     (tmp_path / "file").write_text("")
     for out in (tmp_path / "file" / "a.png", tmp_path / "a.nonsense"):
         with pytest.raises(UserError, match="out: cannot write"):
-            figures.save_picture(torch.zeros(1, 2, 2), out)
+            pictures.save_picture(torch.zeros(1, 2, 2), out)
 
 
 @pytest.fixture
@@ -38,34 +38,34 @@ def vae():
 
 def test_interpolation_ends_at_the_two_reconstructions(vae):
     start, end = torch.rand(2, 1, 1, 28, 28)
-    row = figures.interpolation(vae, start, end, steps=5)
+    row = pictures.interpolation(vae, start, end, steps=5)
     torch.testing.assert_close(row[0], vae.reconstruct(start)[0])
     torch.testing.assert_close(row[4], vae.reconstruct(end)[0])
     middle = (vae.encode(start).mean + vae.encode(end).mean) / 2
-    torch.testing.assert_close(row[2], torch.sigmoid(vae.decode(middle))[0])
+    torch.testing.assert_close(row[2], torch.sigmoid(vae.decode_params(middle))[0])
 
 
 def test_a_traversal_moves_one_dimension_alone(vae):
     z, values = torch.tensor([0.3, -0.7]), torch.tensor([-1.0, 0.5])
-    rows = figures.traversal(vae, z, [1, 0], values)
+    rows = pictures.traversal(vae, z, [1, 0], values)
     wanted = torch.tensor([[0.3, -1.0], [0.3, 0.5], [-1.0, -0.7], [0.5, -0.7]])
-    torch.testing.assert_close(rows, torch.sigmoid(vae.decode(wanted)))
+    torch.testing.assert_close(rows, torch.sigmoid(vae.decode_params(wanted)))
 
 
 def test_the_manifold_is_at_quantiles_of_the_prior(vae):
-    rows = figures.manifold(vae, 3)
+    rows = pictures.manifold(vae, 3)
     quantile = torch.distributions.Normal(0, 1).icdf(torch.tensor([1 / 6, 0.5, 5 / 6]))
     # First axis to the right, second axis up, as in a plot.
     torch.testing.assert_close(
-        rows[1], torch.sigmoid(vae.decode(torch.stack((quantile[1], quantile[2])).view(1, 2)))[0]
+        rows[1], torch.sigmoid(vae.decode_params(torch.stack((quantile[1], quantile[2])).view(1, 2)))[0]
     )
-    torch.testing.assert_close(rows[6], torch.sigmoid(vae.decode(quantile[[0, 0]].view(1, 2)))[0])
+    torch.testing.assert_close(rows[6], torch.sigmoid(vae.decode_params(quantile[[0, 0]].view(1, 2)))[0])
     with pytest.raises(UserError, match="latent_dim=2"):
-        figures.manifold(VAE(**MODEL), 3)
+        pictures.manifold(VAE(**MODEL), 3)
 
 
 def test_reconstructions_stand_below_their_originals(vae):
     x = torch.rand(16, 1, 28, 28)
-    rows = figures.reconstructions(vae, x)
+    rows = pictures.reconstructions(vae, x)
     assert torch.equal(rows[:8], x[:8]) and torch.equal(rows[16:24], x[8:])
     torch.testing.assert_close(rows[24:], vae.reconstruct(x[8:]))

@@ -11,14 +11,20 @@ from hydra import compose, initialize_config_dir
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from betavae import data, training
-from betavae.cli import CONFIGS, all_keys, explain
-from betavae.data import Batches, MNISTDataModule
+from betavae import data
+from betavae.data import Images
+from betavae.data.batches import Batches
+from betavae.data.datamodule import ImageDataModule
 from betavae.errors import UserError
 from betavae.likelihoods import LIKELIHOODS
 from betavae.networks import ACTIVATIONS, NETWORKS
-from betavae.objectives import BETA_SCHEDULES, LR_DECAYS, elbo, lr_factor
-from betavae.settings import RULES, check_settings
+from betavae.objectives import elbo
+from betavae.running.building import build
+from betavae.running.cli import CONFIGS, all_keys, explain
+from betavae.running.resuming import Signals
+from betavae.running.run_folder import RunFolder
+from betavae.running.settings import Train, check_settings, keys_of, plain
+from betavae.schedules import BETA_SCHEDULES, LR_DECAYS, lr_factor
 from betavae.vae import VAE
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)
@@ -96,33 +102,37 @@ def test_the_schedules(step, total, warmup, cycles, ramp, decay):
     stop=st.integers(0, 60),
 )
 def test_the_batches(n, batch_size, epoch, seed, processes, stop):
-    images, labels = torch.zeros(n, 1, 2, 2, dtype=torch.uint8), torch.arange(n)
+    images = Images(torch.zeros(n, 1, 2, 2, dtype=torch.uint8), torch.arange(n))
+
+    def shared(rank, *training):
+        batches = Batches(images, batch_size, *training)
+        batches.share(rank, processes)
+        return batches
+
     seen = []
     for rank in range(processes):
-        batches = Batches(images, labels, batch_size, lambda: epoch, seed, shard=(rank, processes))
+        batches = shared(rank, lambda: epoch, seed)
         shard = [y.tolist() for _, y in batches]
         assert len(shard) == len(batches)
         # Stopped after any batch and gone on with by another loader, the images are the same.
-        first = iter(batches := Batches(images, labels, batch_size, lambda: epoch, seed, shard=(rank, processes)))
+        first = iter(batches := shared(rank, lambda: epoch, seed))
         before = [y.tolist() for _, (_, y) in zip(range(stop), first, strict=False)]
-        after = Batches(images, labels, batch_size, lambda: epoch, seed, shard=(rank, processes))
+        after = shared(rank, lambda: epoch, seed)
         after.load_state_dict(dict(batches.state_dict()))
         assert before + [y.tolist() for _, y in after] == shard
         seen += [i for batch in shard for i in batch]
     # Each image at most once; the same number in each process, so fewer than one image each is left out.
     assert len(set(seen)) == len(seen) == n - n % processes
-    evaluated = [
-        i
-        for r in range(processes)
-        for _, y in Batches(images, labels, batch_size, shard=(r, processes))
-        for i in y.tolist()
-    ]
+    evaluated = [i for rank in range(processes) for _, y in shared(rank) for i in y.tolist()]
     assert sorted(evaluated) == list(range(n))
 
 
-def tiny(root: Path, train: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    n = 60 if train else 10
-    return (torch.arange(n) % 256).to(torch.uint8).view(n, 1, 1, 1).expand(n, 1, 28, 28).clone(), torch.arange(n) % 10
+def tiny(root: Path, split: str) -> Images | None:
+    if split == "validation":
+        return None
+    n = 60 if split == "train" else 10
+    pixels = (torch.arange(n) % 256).to(torch.uint8).view(n, 1, 1, 1).expand(n, 1, 28, 28).clone()
+    return Images(pixels, torch.arange(n) % 10)
 
 
 @quick
@@ -133,27 +143,27 @@ def tiny(root: Path, train: bool) -> tuple[torch.Tensor, torch.Tensor]:
 )
 def test_the_splits(validation, binarize, seeds):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(data.DATASETS, "mnist", tiny)
-        modules = [MNISTDataModule("mnist", "nowhere", validation, 1, 10, binarize, seed) for seed in seeds]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(data.DATASETS, "mnist", tiny)
+        patch.setitem(data.SOURCES, "mnist", tiny)
+        modules = [ImageDataModule("mnist", "nowhere", validation, 1, 10, binarize, seed) for seed in seeds]
         for module in modules:
             module.setup()
     sets = modules[0].sets
-    assert {name: len(images) for name, (images, _) in sets.items()} == {
+    assert {name: len(images) for name, images in sets.items()} == {
         "train": 60 - validation,
         "validation": validation,
         "test": 10,
     }
     # The same for every seed.
-    for name, (images, labels) in modules[1].sets.items():
-        assert torch.equal(images, sets[name][0]) and torch.equal(labels, sets[name][1])
+    for name, images in modules[1].sets.items():
+        assert torch.equal(images.pixels, sets[name].pixels) and torch.equal(images.labels, sets[name].labels)
     if binarize == "none":
-        pixels = torch.cat((sets["train"][0], sets["validation"][0]))[:, 0, 0, 0]
+        pixels = torch.cat((sets["train"].pixels, sets["validation"].pixels))[:, 0, 0, 0]
         assert pixels.sort().values.tolist() == list(range(60))  # nothing twice, nothing lost
     else:
-        for name in ("validation", "test") + (("train",) if binarize == "threshold" else ()):
-            assert set(sets[name][0].unique().tolist()) <= {0, 255}
+        for name in ("validation", "test"):
+            assert set(sets[name].pixels.unique().tolist()) <= {0, 255}
+        x, _ = next(iter(modules[0].train_dataloader()))  # drawn afresh for each batch, or the same each time
+        assert set(x.unique().tolist()) <= {0, 1}
 
 
 VALUES = [
@@ -241,8 +251,7 @@ GOOD = [
 ]
 
 
-def command_line(rng: random.Random) -> list[str]:
-    keys = sorted({*RULES, *all_keys()} - {"resume"})
+def command_line(rng: random.Random, keys: list[str]) -> list[str]:
     line = []
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         if rng.random() < 0.4:
@@ -260,23 +269,24 @@ def command_line(rng: random.Random) -> list[str]:
 
 def test_command_lines_that_nobody_thought_of(monkeypatch, tmp_path):
     """Each composes and builds, or is refused in one sentence. BETAVAE_FUZZ=2000 for more."""
-    monkeypatch.setitem(data.DATASETS, "mnist", tiny)
+    monkeypatch.setitem(data.SOURCES, "mnist", tiny)
     monkeypatch.chdir(tmp_path)
-    rng = random.Random(0)
+    rng, known = random.Random(0), all_keys()
+    keys = sorted({*keys_of(Train), *known} - {"resume"})
     built = refused = 0
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         for number in range(int(os.environ.get("BETAVAE_FUZZ", 150))):
-            line = command_line(rng)
+            line = command_line(rng, keys)
             composing = True
             try:
                 cfg = compose("train", ["data.batch_size=5", "data.validation_size=10", *line])
                 composing = False
                 check_settings(cfg)
                 if cfg.data.name == "mnist":
-                    training.build(cfg, tmp_path)
+                    build(plain(cfg), RunFolder(tmp_path), Signals())
                 built += 1
             except Exception as error:
-                sentence = explain(error, composing)
+                sentence = explain(error, composing, known)
                 assert sentence and "\n" not in sentence, (number, line)
                 assert isinstance(error, UserError) or len(sentence) < 500
                 refused += 1

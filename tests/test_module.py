@@ -1,32 +1,39 @@
-import subprocess
-import sys
-
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 
-from betavae.data import MNISTDataModule
-from betavae.module import VAEModule
+from betavae.data.datamodule import ImageDataModule
+from betavae.module import TEST_DRAWS, VAEModule
 from betavae.objectives import elbo
+from betavae.running import checkpoint
+from betavae.running.lightning import Steps, grouped
+from betavae.running.resuming import ExactResume
+from tests.commands import fresh
 from tests.conftest import DATA, MODULE
 
+QUIET = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
 
-def fit(data_root, seed=0, module=MODULE, **changes):
+
+def fit(data_root, seed=0, module=MODULE, callbacks=(), **changes):
     L.seed_everything(seed, verbose=False)
-    data = MNISTDataModule(**DATA | {"root": data_root} | changes)
+    data = ImageDataModule(**DATA | {"root": data_root} | changes)
     made = VAEModule(**module)
     trainer = L.Trainer(
         max_epochs=1,
         limit_train_batches=10,
         accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         num_sanity_val_steps=0,
+        callbacks=list(callbacks),
+        **QUIET,
     )
     trainer.fit(made, data)
     return made, data, trainer
+
+
+@pytest.fixture(scope="module")
+def fitted(data_root):
+    return fit(data_root)
 
 
 def test_the_same_seed_gives_the_same_weights_and_zero_is_a_seed(data_root):
@@ -35,22 +42,25 @@ def test_the_same_seed_gives_the_same_weights_and_zero_is_a_seed(data_root):
 
 
 def test_a_checkpoint_is_the_whole_recipe_in_a_fresh_process(data_root, tmp_path):
-    module, data, trainer = fit(data_root, module=MODULE | {"model": MODULE["model"] | {"hidden_dims": [32, 16]}})
+    model = {"model": MODULE["model"] | {"hidden_dims": [32, 16]}}
+    module, data, trainer = fit(data_root, module=MODULE | model, callbacks=[ExactResume()])
     trainer.save_checkpoint(tmp_path / "a.ckpt")
-    x = data.sets["test"][0][:8] / 255
+    x = data.sets["test"].pixels[:8] / 255
     torch.save((x, module.eval()(x)), tmp_path / "expected.pt")
     assert torch.load(tmp_path / "a.ckpt", weights_only=True)["hyper_parameters"] == module.hparams
+    assert checkpoint.read(tmp_path / "a.ckpt")["betavae_format"] == 2
     code = """
-import torch; from betavae.module import VAEModule; from betavae.checkpoint import load
+import torch, betavae
 x, expected = torch.load("expected.pt")
-assert torch.equal(VAEModule.load_from_checkpoint("a.ckpt", weights_only=True, map_location="cpu").eval()(x), expected)
-assert torch.equal(load("a.ckpt", "runs").vae.reconstruct(x), expected)
+module = betavae.VAEModule.load_from_checkpoint("a.ckpt", weights_only=True, map_location="cpu")
+assert torch.equal(module.eval()(x), expected)
+assert torch.equal(betavae.load("a.ckpt").vae.reconstruct(x), expected)
 """
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    fresh("-c", code, cwd=tmp_path)
 
 
-def test_the_test_is_over_all_images_in_nats_and_for_any_batch_size(data_root):
-    module, data, trainer = fit(data_root)
+def test_the_test_is_over_all_images_in_nats_and_for_any_batch_size(fitted):
+    module, data, trainer = fitted
     results = []
     for size in (1000, 333, 10000):
         data.eval_batch_size = size
@@ -58,7 +68,7 @@ def test_the_test_is_over_all_images_in_nats_and_for_any_batch_size(data_root):
         results.append({k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith("test/")})
     assert results[0] == pytest.approx(results[1], rel=1e-6) and results[0] == pytest.approx(results[2], rel=1e-6)
     # The same by the plain formula with other noise: within five standard errors of the mean over images.
-    x = data.sets["test"][0].float() / 255
+    x = data.sets["test"].pixels.float() / 255
     with torch.no_grad():
         terms = elbo(module.vae, x, torch.randn(1, len(x), 20), 1.0)
     per_image = terms.recon + terms.kl.sum(1)
@@ -67,6 +77,21 @@ def test_the_test_is_over_all_images_in_nats_and_for_any_batch_size(data_root):
     assert results[0]["test/loss"] == pytest.approx(results[0]["test/neg_elbo"], rel=1e-6)
     active = (terms.posterior_mean.var(0, correction=0) > 0.01).sum().item()
     assert results[0]["test/active_units"] == active
+
+
+def test_a_test_draws_several_z_of_each_image(fitted, monkeypatch):
+    """Its number is the mean of what each draw alone gives, and no image's noise depends on the others."""
+    module, data, trainer = fitted
+    data.eval_batch_size = 1000
+    seen = []
+    monkeypatch.setattr(module, "objective", lambda vae, x, noise, beta: seen.append(noise) or elbo(vae, x, noise, beta))
+    trainer.test(module, data, verbose=False)
+    assert len(seen) == TEST_DRAWS * 10 and not any(torch.equal(seen[0], other) for other in seen[1:])
+    x = data.sets["test"].pixels.float() / 255
+    with torch.no_grad():
+        draws = [torch.cat(seen[draw::TEST_DRAWS], 1) for draw in range(TEST_DRAWS)]
+        expected = sum(elbo(module.vae, x, noise, 1.0).loss for noise in draws) / TEST_DRAWS
+    assert trainer.callback_metrics["test/neg_elbo"].item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_beta_weighs_the_loss_and_not_the_neg_elbo(data_root):
@@ -88,19 +113,21 @@ def test_schedules_follow_the_global_step(data_root):
     settings = {"beta": 2.0, "beta_schedule": {"name": "linear", "warmup": 0.5}}
     settings["lr_schedule"] = {"name": "linear", "warmup": 0.0}
     module = Watched(**MODULE | settings)
-    trainer = L.Trainer(
-        max_epochs=2,
-        limit_train_batches=4,
-        limit_val_batches=1,  # validation between them moves nothing
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(module, MNISTDataModule(**DATA | {"root": data_root}))
+    # Validation between them moves nothing.
+    trainer = L.Trainer(max_epochs=2, limit_train_batches=4, limit_val_batches=1, accelerator="cpu", **QUIET)
+    trainer.fit(module, ImageDataModule(**DATA | {"root": data_root}))
     assert [beta for beta, _ in seen] == pytest.approx([0, 0.5, 1, 1.5, 2, 2, 2, 2])
     assert [lr for _, lr in seen] == pytest.approx([1e-3 * (1 - step / 8) for step in range(8)])
+
+
+class Epochs(Callback):
+    """The means of each epoch, as they were when it ended."""
+
+    def __init__(self):
+        self.means = []
+
+    def on_train_epoch_end(self, trainer, module):
+        self.means.append({k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith("epoch/")})
 
 
 def test_several_steps_in_one_batch_of_lightning_change_nothing(data_root):
@@ -108,16 +135,40 @@ def test_several_steps_in_one_batch_of_lightning_change_nothing(data_root):
     ended = []
     for together in (1, 3):
         L.seed_everything(0, verbose=False)
-        data = MNISTDataModule(**DATA | {"root": data_root, "validation_size": 59_000, "binarize": "dynamic"})
-        module = VAEModule(**MODULE | settings)
-        module.automatic_optimization, data.steps_per_batch = together == 1, together
-        quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-        trainer = L.Trainer(max_epochs=4, max_steps=20, limit_val_batches=0, accelerator="cpu", **quiet)
+        data = ImageDataModule(**DATA | {"root": data_root, "validation_size": 59_000, "binarize": "dynamic"})
+        module, epochs = Steps(**MODULE | settings), Epochs()
+        if together > 1:
+            module.several(together, 1, None, "norm")
+            data.train_dataloader = grouped(data.train_dataloader, together)
+        trainer = L.Trainer(
+            max_epochs=4, max_steps=20, limit_val_batches=0, accelerator="cpu", callbacks=[epochs], **QUIET
+        )
         trainer.fit(module, data)  # 8 steps an epoch, the last of a smaller batch; ends in the middle of a group of 3
         assert trainer.global_step == module.total_steps == 20 and trainer.num_training_batches == -(-8 // together)
-        ended.append((module, trainer.optimizers[0].state_dict()))
-    (one, one_state), (other, other_state) = ended
-    assert one.train_means == other.train_means
+        ended.append((module, trainer.optimizers[0].state_dict(), epochs.means))
+    (one, one_state, one_means), (other, other_state, other_means) = ended
+    assert one_means == other_means and len(one_means) == 3
+    assert set(one_means[0]) == {"epoch/loss", "epoch/recon", "epoch/kl", "epoch/neg_elbo"}
     for ours, theirs in zip(one.parameters(), other.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     assert one_state["param_groups"] == other_state["param_groups"]
+
+
+@pytest.mark.parametrize(("clip", "algorithm"), [(0.5, "norm"), (0.01, "value")])
+def test_accumulated_and_clipped_gradients_are_lightnings_own(data_root, clip, algorithm):
+    ended = []
+    for per_call in (1, 3):
+        L.seed_everything(0, verbose=False)
+        data = ImageDataModule(**DATA | {"root": data_root, "validation_size": 59_000})
+        module = Steps(**MODULE)
+        wanted = {"gradient_clip_val": clip, "gradient_clip_algorithm": algorithm, "accumulate_grad_batches": 2}
+        if per_call > 1:
+            module.several(per_call, 2, clip, algorithm)
+            data.train_dataloader = grouped(data.train_dataloader, per_call * 2)
+            wanted = {}
+        trainer = L.Trainer(max_epochs=2, limit_val_batches=0, accelerator="cpu", **wanted, **QUIET)
+        trainer.fit(module, data)
+        assert trainer.global_step == 8
+        ended.append(module)
+    for ours, theirs in zip(*(module.parameters() for module in ended), strict=True):
+        assert torch.equal(ours, theirs)

@@ -16,8 +16,9 @@ def test_images_in_latents_between_images_out(network, shape):
     vae = VAE(**MODEL | {"network": network, "hidden_dims": [8, 16], "latent_dim": 3, "image_shape": shape})
     mean, logvar = vae.encode(torch.rand(5, *shape))
     assert mean.shape == logvar.shape == (5, 3)
-    assert vae.decode(torch.randn(5, 3)).shape == (5, *shape)
-    assert vae.decode(torch.randn(4, 5, 3)).shape == (4, 5, *shape)
+    for decode in (vae.decode, vae.decode_params):
+        assert decode(torch.randn(5, 3)).shape == (5, *shape)
+        assert decode(torch.randn(4, 5, 3)).shape == (4, 5, *shape)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -30,7 +31,7 @@ def test_every_activation_is_used(activation):
 def test_leading_dimensions_decode_like_each_sample_alone():
     vae = VAE(**MODEL)
     z = torch.randn(3, 4, 20)
-    torch.testing.assert_close(vae.decode(z)[2], vae.decode(z[2]))
+    torch.testing.assert_close(vae.decode_params(z)[2], vae.decode_params(z[2]))
 
 
 def test_sampling_follows_seed_and_temperature():
@@ -39,5 +40,5 @@ def test_sampling_follows_seed_and_temperature():
     assert torch.equal(draw(0, 1.0), draw(0, 1.0))
     assert not torch.equal(draw(0, 1.0), draw(1, 1.0))
     z = torch.randn(4, 20, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(draw(0, 0.5), torch.sigmoid(vae.decode(0.5 * z)))
+    torch.testing.assert_close(draw(0, 0.5), torch.sigmoid(vae.decode_params(0.5 * z)))
     assert torch.equal(draw(0, 0.0)[0], draw(0, 0.0)[1])

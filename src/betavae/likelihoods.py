@@ -52,7 +52,8 @@ class Bernoulli(Likelihood):
     @staticmethod
     def cross_entropy(x: Tensor, logits: Tensor) -> Tensor:
         """`(..., B)` in nats. `fast.accelerate` puts a quicker one in its place."""
-        x, logits = x.float().expand_as(logits), logits.float()
+        at_least = torch.promote_types(x.dtype, torch.float32)  # sums of a thousand numbers
+        x, logits = x.to(at_least).expand_as(logits), logits.to(at_least)
         return F.binary_cross_entropy_with_logits(logits, x, reduction="none").sum(IMAGE_DIMS)
 
     def mean(self, params: Tensor) -> Tensor:
