@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from betavae.errors import UserError
 from betavae.likelihoods import LIKELIHOODS
+from betavae.logistic_mixture import LogisticMixture
 from betavae.networks import NETWORKS
 
 
@@ -43,8 +44,9 @@ class VAE(nn.Module):
         self.latent_dim = latent_dim
         self.image_shape = tuple(image_shape)
         self.encoder = make_encoder(image_shape, hidden_dims, latent_dim, activation)
-        self.decoder = make_decoder(image_shape, hidden_dims, latent_dim, activation)
-        self.likelihood: Any = LIKELIHOODS[likelihood]()
+        self.likelihood: Any = (LIKELIHOODS | {"logistic_mixture": LogisticMixture})[likelihood]()
+        channels = getattr(self.likelihood, "params_per_channel", 1) * image_shape[0]
+        self.decoder = make_decoder((channels, *image_shape[1:]), hidden_dims, latent_dim, activation)
 
     def centre(self, mean: Tensor) -> None:
         """Start from the mean image `(C, H, W)` in [0, 1]: the encoder sees what differs from it, the decoder gives it.
@@ -62,7 +64,7 @@ class VAE(nn.Module):
         return Posterior(*self.encoder(x).to(x.dtype).chunk(2, dim=-1))
 
     def decode(self, z: Tensor) -> Tensor:
-        """`(..., latent_dim)` -> the likelihood's parameters `(..., C, H, W)`."""
+        """`(..., latent_dim)` -> the likelihood's parameters `(..., P * C, H, W)`, P of them for each pixel and channel."""
         return self.decoder(z.flatten(0, -2)).unflatten(0, z.shape[:-1])
 
     def forward(self, x: Tensor, noise: Tensor) -> tuple[Posterior, Tensor, Tensor]:
