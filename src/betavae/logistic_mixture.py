@@ -99,7 +99,7 @@ class LogisticMixture(nn.Module):
         self.params_per_channel = 3 * components
 
     def log_prob(self, x: Tensor, params: Tensor) -> Tensor:
-        """`(..., B)` in nats, summed over pixels and channels: a log-probability of 8-bit images, x being byte / 255."""
+        """`(..., B)` in nats, summed over pixels and channels: a log-probability of images of bytes, x = byte / 255."""
         return LogProb.apply(x, params, self.components)
 
     def probabilities(self, params: Tensor) -> Tensor:

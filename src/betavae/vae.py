@@ -64,7 +64,7 @@ class VAE(nn.Module):
         return Posterior(*self.encoder(x).to(x.dtype).chunk(2, dim=-1))
 
     def decode(self, z: Tensor) -> Tensor:
-        """`(..., latent_dim)` -> the likelihood's parameters `(..., P * C, H, W)`, P of them for each pixel and channel."""
+        """`(..., latent_dim)` -> the likelihood's parameters `(..., P * C, H, W)`, P of them per pixel and channel."""
         return self.decoder(z.flatten(0, -2)).unflatten(0, z.shape[:-1])
 
     def forward(self, x: Tensor, noise: Tensor) -> tuple[Posterior, Tensor, Tensor]:
