@@ -182,6 +182,8 @@ def test_what_cannot_be_compressed_is_refused():
     for images in (noise(2).float(), noise(2, (1, 3, 4)), noise(2)[0], noise(0)):
         with refused("uint8 of shape"):
             compress(vae, images)
+    with refused("lanes=0"):
+        compress(vae, noise(2), lanes=0)
     with refused("names"):
         compress(vae, noise(2), names=["one"])
     vae.decoder[-2].bias[0] = math.nan

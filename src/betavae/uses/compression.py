@@ -163,6 +163,8 @@ def compress(vae: VAE, images: Tensor, lanes: int = 512, names: list[str] | None
             f"images to compress must be uint8 of shape (N, C, H, W), with the model's (C, H, W) = {vae.image_shape}: "
             f"these are {images.dtype} of shape {shape}"
         )
+    if lanes < 1:
+        raise UserError(f"lanes={lanes} cannot be: at least 1 image is compressed at a time")
     if names is not None and len(names) != len(images):
         raise UserError(f"there are {len(names)} names for {len(images)} images: give one name for each, or none")
     data = np.ascontiguousarray(images.cpu().numpy())
