@@ -16,12 +16,12 @@ LOWEST = 2**32  # a head is never below it, nor above 2^64: what a push moves to
 SLOTS = 2**PRECISION
 
 Floats = NDArray[np.float64]
-# Symbols (m, n), whole numbers between 0 and the size of the alphabet -> their distribution function, P(less), (m, n).
+# Symbols (m, n), whole numbers between 0 and the size of the alphabet -> their c, (m, n).
 Cumulative = Callable[[Floats], Floats]
 
 
 def slots(below: Floats, symbols: Floats, size: int) -> Floats:
-    """c(symbol) from the distribution function: two slots for every symbol, the others by probability.
+    """c(symbol) from the distribution function: two slots for each of `size` symbols, the others by probability.
 
     With one slot kept, a distribution function that falls by its last bit, as one with rounding errors may, could leave
     a symbol without any; with two, c increases all the same.
@@ -31,9 +31,8 @@ def slots(below: Floats, symbols: Floats, size: int) -> Floats:
 
 def interval(cumulative: Cumulative, symbols: Floats, bits: int) -> tuple[Floats, Floats]:
     """The first slot of each symbol `(n,)`, and that after its last."""
-    size, pair = 2**bits, np.stack((symbols, symbols + 1))
-    start, end = slots(cumulative(pair), pair, size)
-    return np.where(symbols == 0, 0, start), np.where(symbols == size - 1, SLOTS, end)
+    start, end = cumulative(np.stack((symbols, symbols + 1)))
+    return np.where(symbols == 0, 0, start), np.where(symbols == 2**bits - 1, SLOTS, end)
 
 
 class Stack:
@@ -99,7 +98,7 @@ class Stack:
             ways = 4 if step > 2 else 2
             step //= ways
             candidates = symbols + step * np.arange(1, ways)[:, None]
-            symbols += step * np.count_nonzero(slots(cumulative(candidates), candidates, 2**bits) <= slot, axis=0)
+            symbols += step * np.count_nonzero(cumulative(candidates) <= slot, axis=0)
         start, end = interval(cumulative, symbols, bits)
         self._pop(start.astype(np.uint64), (end - start).astype(np.uint64))
         return symbols
