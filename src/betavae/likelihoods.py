@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from betavae.logistic_mixture import LogisticMixture
+
 IMAGE_DIMS = (-3, -2, -1)
 
 
@@ -37,6 +39,10 @@ class Likelihood(nn.Module):
 
     def surrogate(self, binarize: str) -> bool:
         """Whether the loss is no log-likelihood of such images at all."""
+        return False
+
+    def exact(self, binarize: str) -> bool:
+        """Whether it is a probability of just what such images are, so that it has a number of bits."""
         return False
 
 
@@ -74,6 +80,9 @@ class Bernoulli(Likelihood):
     def surrogate(self, binarize: str) -> bool:
         return binarize == "none"
 
+    def exact(self, binarize: str) -> bool:
+        return binarize != "none"
+
 
 class ContinuousBernoulli(Bernoulli):
     """The Bernoulli's shape made a density on [0, 1] (Loaiza-Ganem & Cunningham 2019), `params` are logits.
@@ -81,7 +90,7 @@ class ContinuousBernoulli(Bernoulli):
     With l the logit its normaliser is C = l / tanh(l / 2), which is even, smooth, and 2 at l = 0.
     """
 
-    meaning, surrogate = Likelihood.meaning, Likelihood.surrogate
+    meaning, surrogate, exact = Likelihood.meaning, Likelihood.surrogate, Likelihood.exact
 
     def log_prob(self, x: Tensor, params: Tensor) -> Tensor:
         size = params.abs()
@@ -130,8 +139,9 @@ class Gaussian(Likelihood):
         return params + self.log_scale.exp() * noise
 
 
-LIKELIHOODS: dict[str, type[Likelihood]] = {
+LIKELIHOODS: dict[str, type[nn.Module]] = {
     "bernoulli": Bernoulli,
     "continuous_bernoulli": ContinuousBernoulli,
     "gaussian": Gaussian,
+    "logistic_mixture": LogisticMixture,
 }

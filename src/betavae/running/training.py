@@ -184,6 +184,8 @@ class Training:
         test = {name.removeprefix("test/"): value for name, value in metrics.items() if name.startswith("test/")}
         if not all(math.isfinite(value) for value in test.values()):
             raise Diverged(f"the test numbers of {self.chosen} are not finite", {})
+        if self.module.vae.likelihood.exact(self.cfg.data.binarize):
+            test["bits_per_dimension"] = test["neg_elbo"] / math.log(2) / math.prod(self.module.vae.image_shape)
         scalars = {name: round(value, 4) for name, value in test.items()}
         if self.trainer.is_global_zero:
             for logger in self.trainer.loggers:
@@ -208,12 +210,15 @@ class Training:
         if likelihood.surrogate(binarize):
             self.record["note"] = likelihood.meaning(binarize)
         self.folder.write_record(self.record)
-        main = {name: scalars[name] for name in scalars if name not in ("active_units", "neg_elbo")}
+        apart = ("active_units", "neg_elbo", "bits_per_dimension")
+        main = {name: scalars[name] for name in scalars if name not in apart}
         terms = "  ".join(f"{NAMES.get(name, name)} {value:.2f}" for name, value in main.items())
         log.info(
             "test  %s  neg. ELBO %.2f nats per image (%d active units, %s, trained in %.0f s)",
             *(terms, scalars["neg_elbo"], scalars["active_units"], self.chosen.name, self.seconds.before),
         )
+        if "bits_per_dimension" in scalars:
+            log.info("      %.4f bits per dimension", scalars["bits_per_dimension"])
         if "note" in self.record:
             log.info("note  %s", self.record["note"])
         if not self.sweep:

@@ -1,0 +1,252 @@
+"""Lossless compression of images by a trained VAE: bits-back coding with ANS (Townsend, Bird & Barber 2019, BB-ANS).
+
+The expected length of a file is the model's negative ELBO of its images, see docs/compression.md. Networks compute in
+double precision on one thread, in batches of the same shape at both ends, and their outputs are rounded to `GRID`: the
+same on one machine, and almost surely on another too.
+"""
+
+import contextlib
+import copy
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from betavae.errors import UserError
+from betavae.likelihoods import Bernoulli
+from betavae.logistic_mixture import LogisticMixture, split
+from betavae.uses.ans import LOWEST, SLOTS, Cumulative, Floats, Stack, slots
+from betavae.uses.compressed_file import Compressed
+from betavae.vae import VAE
+
+LATENT_BITS = 14  # 2^14 bins of equal prior mass for each latent dimension
+GRID = 2.0**-12
+
+
+class Codec:
+    """The distributions of a VAE as the coder takes them, for n images at once."""
+
+    def __init__(self, vae: VAE):
+        likelihood = vae.likelihood
+        if type(likelihood) is not Bernoulli and not isinstance(likelihood, LogisticMixture):
+            raise UserError(
+                f"a {type(likelihood).__name__} likelihood is not a probability of images, so it cannot compress them: "
+                "train with model.likelihood=logistic_mixture for bytes, or with bernoulli on binarised images"
+            )
+        if any(parameter.device.type != "cpu" for parameter in vae.parameters()):
+            raise UserError("compression computes on the CPU, where sums are the same each time: pass vae.cpu()")
+        self.bits = 8 if isinstance(likelihood, LogisticMixture) else 1
+        self.vae = copy.deepcopy(vae).double().eval()
+        # Where a prior's bins end, and the middle of each in between.
+        mass = torch.linspace(0, 1, 2 * 2**LATENT_BITS + 1, dtype=torch.float64)
+        self.edges, self.medians = torch.special.ndtri(mass)[::2].numpy(), torch.special.ndtri(mass)[1::2].numpy()
+
+    def _outputs(self, *outputs: Tensor) -> list[Tensor]:
+        if not all(output.isfinite().all() for output in outputs):
+            raise UserError("the model's outputs are not finite for these images: it cannot compress them")
+        return [(output / GRID).round() * GRID for output in outputs]
+
+    def posterior(self, symbols: Floats) -> Callable[[int], Cumulative]:
+        """`symbols` `(n, pixels)` -> for each latent dimension the distribution over its bins.
+
+        No slots are kept for bins that have none: what is pushed here has been popped before. Kept ones would draw one
+        z in 500 from the prior, which costs far more than they do.
+        """
+        x = torch.from_numpy(symbols / (2**self.bits - 1)).view(-1, *self.vae.image_shape)
+        mean, logvar = (output.T.contiguous() for output in self._outputs(*self.vae.encode(x)))
+        deviation = torch.exp(logvar.clamp(-60, 60) / 2)
+
+        def dimension(d: int) -> Cumulative:
+            def below(bins: Floats) -> Floats:
+                edges = torch.from_numpy(self.edges[bins.astype(np.int64)])
+                return np.floor(torch.special.ndtr((edges - mean[d]) / deviation[d]).numpy() * SLOTS)
+
+            return below
+
+        return dimension
+
+    def pixels(self, bins: Floats) -> Callable[[int], Cumulative]:
+        """`bins` `(latent_dim, n)` -> for each pixel the distribution over its symbols, a mixture of logistics."""
+        z = torch.from_numpy(self.medians[bins.astype(np.int64)].T.copy())
+        (params,) = self._outputs(self.vae.decode(z))
+        if isinstance(self.vae.likelihood, LogisticMixture):
+            logits, means, log_scales = split(params, self.vae.likelihood.components)
+            weights, slopes = logits.softmax(1), torch.exp(-log_scales) / 255
+            offsets = 255 * means * slopes + slopes / 2
+        else:  # P(0) = sigmoid(-logit)
+            offsets = params.unsqueeze(1)
+            weights, slopes = torch.ones_like(offsets), torch.zeros_like(offsets)
+        # (n, components, C, H, W) -> (pixels, components, 1, n), so that a pixel's lanes lie side by side
+        mixtures = [
+            np.ascontiguousarray(value.flatten(2).permute(2, 1, 0).unsqueeze(2).numpy())
+            for value in (weights, slopes, offsets)
+        ]
+
+        def pixel(i: int) -> Cumulative:
+            weight, slope, offset = (value[i] for value in mixtures)
+
+            def below(symbols: Floats) -> Floats:
+                parts = np.exp(offset - slope * symbols)
+                parts += 1
+                return slots(np.divide(weight, parts, out=parts).sum(0), symbols, 2**self.bits)
+
+            return below
+
+        return pixel
+
+    def fingerprint(self) -> str:
+        """Of what this machine makes of 8 fixed images and latents."""
+        dimensions = int(np.prod(self.vae.image_shape))
+        symbols = np.arange(8.0 * dimensions).reshape(8, -1) * 37 % 2**self.bits
+        bins = np.arange(8.0 * self.vae.latent_dim).reshape(-1, 8) * 4099 % 2**LATENT_BITS
+        posterior, pixels = self.posterior(symbols), self.pixels(bins)
+        middle, half = np.full((1, 8), 2.0 ** (LATENT_BITS - 1)), np.full((1, 8), 2.0 ** (self.bits - 1))
+        rows = [posterior(d)(middle) for d in range(self.vae.latent_dim)]
+        rows += [pixels(i)(half) for i in range(dimensions)]
+        return hashlib.sha256(np.concatenate(rows).astype("<i8").tobytes()).hexdigest()
+
+
+@contextlib.contextmanager
+def same_everywhere() -> Iterator[None]:
+    """One thread, since a sum may depend on their number; no autocast; and NumPy does not warn of e^1000."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.no_grad(), torch.autocast("cpu", enabled=False), np.errstate(over="ignore", divide="ignore"):
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def model_hash(vae: VAE) -> str:
+    """SHA-256 over settings and weights."""
+    settings = [vae.image_shape, vae.latent_dim, [type(module).__name__ for module in vae.modules()]]
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    for name, value in sorted(vae.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def batches(count: int, lanes: int) -> list[slice]:
+    """`lanes` images at once in the end, but first as many as those before them left bits for.
+
+    An image needs initial bits, some hundred, and leaves more behind. A first batch of a 500th of all borrows less than
+    a thousandth of the file, and each next may have twice as many images as there were before it.
+    """
+    ends = [0]
+    while (done := ends[-1]) < count:
+        ends.append(min(count, done + min(lanes, max(1, count // 500, 2 * done))))
+    return [slice(first, end) for first, end in pairwise(ends)]
+
+
+def masks(first: int, latent_dim: int, n: int) -> NDArray[np.uint64]:
+    """Random bits `(latent_dim, n)` for the batch that begins with image number `first`, with which to flip the heads.
+
+    The bits from which a posterior is drawn are the last image's latents. These are distributed as all posteriors are
+    together, which is not quite the prior; flipped at random, any bits are random bits.
+    """
+    return np.random.PCG64(first).random_raw(latent_dim * n).reshape(latent_dim, n) % LOWEST
+
+
+def compress(vae: VAE, images: Tensor, lanes: int = 512, names: list[str] | None = None) -> Compressed:
+    """Images `(N, C, H, W)` uint8, `lanes` of them side by side; binarised ones are 0 and 255.
+
+    Memory is about 100 bytes per lane, pixel and component. Raises UserError for a likelihood that is not a probability
+    of images (see `Codec`), and for images that are not of its kind.
+    """
+    codec = Codec(vae)
+    shape = tuple(images.shape)
+    if images.dtype != torch.uint8 or shape[1:] != vae.image_shape or not shape[0]:
+        raise UserError(
+            f"images to compress must be uint8 of shape (N, C, H, W), with the model's (C, H, W) = {vae.image_shape}: "
+            f"these are {images.dtype} of shape {shape}"
+        )
+    if lanes < 1:
+        raise UserError(f"lanes={lanes} cannot be: at least 1 image is compressed at a time")
+    if names is not None and len(names) != len(images):
+        raise UserError(f"there are {len(names)} names for {len(images)} images: give one name for each, or none")
+    data = np.ascontiguousarray(images.cpu().numpy())
+    if codec.bits == 1 and not ((data == 0) | (data == 255)).all():
+        raise UserError(
+            "a Bernoulli model compresses binarised images only, of bytes 0 and 255: binarise them as it was trained, "
+            "or train with model.likelihood=logistic_mixture for grey values"
+        )
+    levels, stack = data.reshape(len(data), -1) // (255 // (2**codec.bits - 1)), Stack()
+    with same_everywhere():
+        fingerprint = codec.fingerprint()
+        for batch in batches(len(data), lanes):
+            symbols = levels[batch].astype(np.float64)
+            n = len(symbols)
+            stack.grow(n)
+            posterior = codec.posterior(symbols)
+            bins = np.empty((vae.latent_dim, n))
+            for d, mask in enumerate(masks(batch.start, *bins.shape)):
+                stack.flip(mask)
+                bins[d] = stack.pop(posterior(d), n, LATENT_BITS)
+            pixels = codec.pixels(bins)
+            columns = np.ascontiguousarray(symbols.T)
+            for i in reversed(range(len(columns))):
+                stack.push(pixels(i), columns[i], codec.bits)
+            for d in reversed(range(vae.latent_dim)):
+                stack.push_uniform(bins[d], LATENT_BITS)
+    heads, words = stack.content()
+    return Compressed(
+        payload=words.astype("<u4").tobytes() + heads.astype("<u8").tobytes(),
+        count=len(data),
+        image_shape=list(vae.image_shape),
+        lanes=lanes,
+        heads=len(heads),
+        initial_bits=32 * stack.borrowed,
+        model=model_hash(vae),
+        probabilities=fingerprint,
+        images=hashlib.sha256(data.tobytes()).hexdigest(),
+        names=names,
+    )
+
+
+def decompress(vae: VAE, compressed: Compressed) -> Tensor:
+    """The images, `(N, C, H, W)` uint8, bit for bit.
+
+    Raises UserError for another model than that which compressed them, and on a machine that does not compute the same
+    probabilities: what it would give is compared with a checksum, and never returned as images.
+    """
+    codec = Codec(vae)
+    if model_hash(vae) != compressed.model:
+        raise UserError("these images were compressed by another model: load the checkpoint that compressed them")
+    elsewhere = UserError(
+        "this machine, or its version of torch, computes other probabilities than that which compressed these images: "
+        "decompress them there"
+    )
+    dimensions, at = int(np.prod(vae.image_shape)), len(compressed.payload) - 8 * compressed.heads
+    levels = np.empty((compressed.count, dimensions), np.uint8)
+    heads = np.frombuffer(compressed.payload[at:], "<u8")
+    stack = Stack(heads, np.frombuffer(compressed.payload[:at], "<u4"))
+    with same_everywhere():
+        if codec.fingerprint() != compressed.probabilities:
+            raise elsewhere
+        parts = batches(compressed.count, compressed.lanes)
+        before = np.maximum.accumulate([0, *(part.stop - part.start for part in parts)])
+        for batch, heads_before in zip(reversed(parts), reversed(before[:-1]), strict=True):
+            n = batch.stop - batch.start
+            try:
+                bins = np.stack([stack.pop_uniform(n, LATENT_BITS) for _ in range(vae.latent_dim)])
+                pixels = codec.pixels(bins)
+                symbols = np.stack([stack.pop(pixels(i), n, codec.bits) for i in range(dimensions)], axis=1)
+                posterior, flips = codec.posterior(symbols), masks(batch.start, *bins.shape)
+                for d in reversed(range(vae.latent_dim)):
+                    stack.push(posterior(d), bins[d], LATENT_BITS)
+                    stack.flip(flips[d])
+            except EOFError:
+                raise elsewhere from None
+            stack.shrink(heads_before)
+            levels[batch] = symbols
+    levels *= 255 // (2**codec.bits - 1)
+    if hashlib.sha256(levels.tobytes()).hexdigest() != compressed.images:
+        raise elsewhere
+    return torch.from_numpy(levels).view(-1, *vae.image_shape)

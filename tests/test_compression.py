@@ -1,0 +1,319 @@
+import math
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from betavae.errors import UserError
+from betavae.objectives import elbo
+from betavae.uses import compressed_file
+from betavae.uses.ans import Stack, slots
+from betavae.uses.compressed_file import MAGIC, read_file, write_file
+from betavae.uses.compression import Codec, batches, compress, decompress, same_everywhere
+from betavae.vae import VAE
+
+
+def small(likelihood="logistic_mixture", shape=(1, 4, 3), latent_dim=2, seed=0, network="mlp"):
+    """An untrained VAE whose posteriors are nevertheless far from the prior."""
+    torch.manual_seed(seed)
+    vae = VAE(network, [6], latent_dim, "silu", likelihood, shape)
+    vae.requires_grad_(False)
+    for parameter in vae.parameters():
+        parameter.mul_(3)
+    return vae
+
+
+def noise(count, shape=(1, 4, 3), seed=0):
+    return torch.randint(256, (count, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+@given(
+    count=st.integers(1, 30),
+    lanes=st.integers(1, 9),
+    shape=st.tuples(st.sampled_from([1, 3]), st.integers(1, 4), st.integers(1, 4)),
+    likelihood=st.sampled_from(["logistic_mixture", "bernoulli"]),
+    kind=st.sampled_from(["noise", "black", "white", "flat"]),
+    seed=st.integers(0, 5),
+)
+@settings(max_examples=40, deadline=None)
+def test_images_come_back_as_they_were(count, lanes, shape, likelihood, kind, seed):
+    images = noise(count, shape, seed)
+    if kind != "noise":
+        images = torch.full_like(images, {"black": 0, "white": 255, "flat": 255 * (seed % 2)}[kind])
+    if likelihood == "bernoulli":
+        images = (images > 127).to(torch.uint8) * 255
+    vae = small(likelihood, shape, latent_dim=1 + seed, seed=seed)
+    compressed = compress(vae, images, lanes)
+    assert torch.equal(decompress(vae, compressed), images)
+    assert compressed.count == count and compressed.heads == max(b.stop - b.start for b in batches(count, lanes))
+
+
+def test_convolutions_and_hundreds_of_lanes():
+    vae, images = small(shape=(3, 8, 8), network="conv"), noise(700, (3, 8, 8))
+    assert torch.equal(decompress(vae, compress(vae, images)), images)
+
+
+@pytest.mark.parametrize("bits", [1, 8])
+def test_coder_takes_the_entropy_within_a_thousandth(bits):
+    size, lanes, count = 2**bits, 16, 2048
+    p = np.array([0.98, 0.02]) if bits == 1 else np.random.default_rng(0).dirichlet(np.full(size, 0.2))
+    table = np.concatenate(([0], p.cumsum()))
+    # Each symbol as often as it is expected, in any order: what is measured is then the entropy itself.
+    symbols = np.searchsorted(table, (np.arange(lanes * count) + 0.5) / (lanes * count), "right") - 1.0
+    symbols = np.random.default_rng(1).permutation(symbols).reshape(count, lanes)
+    stack = Stack()
+    stack.grow(lanes)
+    before = np.log2(stack.heads.astype(float)).sum()
+
+    def cumulative(symbols):
+        return slots(table[symbols.astype(int)], symbols, size)
+
+    for row in symbols:
+        stack.push(cumulative, row, bits)
+    heads, words = stack.content()
+    used = 32 * len(words) + np.log2(heads.astype(float)).sum() - before
+    entropy = -(p[p > 0] * np.log2(p[p > 0])).sum()
+    assert used / symbols.size == pytest.approx(entropy, rel=1e-3)
+    again = Stack(heads, words)
+    for row in symbols[::-1]:
+        assert np.array_equal(again.pop(cumulative, lanes, bits), row)
+    with pytest.raises(EOFError):  # nothing is made up for what was never pushed
+        again.pop_words(1)
+
+
+def test_popping_random_bits_draws_from_the_distribution():
+    p = np.array([0.5, 0.25, 0.2, 0.05])
+    table = np.concatenate(([0], p.cumsum()))
+    stack = Stack()
+    stack.grow(2000)
+    counts = np.zeros(4)
+    for _ in range(50):
+        drawn = stack.pop(lambda symbols: slots(table[symbols.astype(int)], symbols, 4), 2000, 2)
+        counts += np.bincount(drawn.astype(int), minlength=4)
+    assert counts / counts.sum() == pytest.approx(p, abs=0.006)  # four standard errors
+    assert stack.borrowed >= 2000
+
+
+def test_shares_are_the_likelihood_s_and_the_posterior_s_probabilities():
+    vae = small()
+    codec = Codec(vae)
+    bins = np.full((2, 1), 5000.0)
+    z = torch.special.ndtri(torch.tensor(5000.5 / 2**14)).float().repeat(1, 2)
+    expected = vae.likelihood.probabilities(vae.decode(z).double()).view(12, 256).numpy()
+    symbols = np.arange(257.0)[:, None]
+    for i, row in enumerate(expected):
+        below = codec.pixels(bins)(i)(symbols).ravel()
+        assert np.diff(np.concatenate(([0], below[1:256] / 2**24, [1]))) == pytest.approx(row, abs=2e-3)
+    image = noise(1)
+    posterior = vae.encode(image.float() / 255)
+    below = codec.posterior(image.view(1, -1).numpy().astype(float))(1)(np.array([[4096.0]]))  # the prior's quartile
+    normal = torch.distributions.Normal(posterior.mean[0, 1], (0.5 * posterior.logvar[0, 1]).exp())
+    assert below.item() / 2**24 == pytest.approx(normal.cdf(torch.tensor(-0.6744898)).item(), abs=1e-3)
+
+
+@pytest.mark.parametrize("likelihood", ["logistic_mixture", "bernoulli"])
+def test_length_is_the_negative_elbo_within_a_hundredth(likelihood):
+    shape = (1, 3, 3)
+    vae, images = small(likelihood, shape, latent_dim=4, seed=3), noise(2000, shape) // 3
+    if likelihood == "bernoulli":
+        images = (images > 40).to(torch.uint8) * 255
+    with torch.no_grad():
+        terms = elbo(vae, images.float() / 255, torch.randn(100, len(images), 4), 1.0)
+    # A coder that got no bits back would be far off; so would one that drew its latents from bits as they come, since
+    # these posteriors together are nothing like the prior.
+    assert terms.kl.sum(1).mean() > 1
+    compressed = compress(vae, images, lanes=8)
+    bits = 8 * len(compressed.payload) - compressed.initial_bits
+    expected = (terms.recon + terms.kl.sum(1)).sum().item() / math.log(2)
+    assert bits == pytest.approx(expected, rel=0.01)
+    assert compressed.initial_bits < 0.02 * bits
+    assert compressed.bits_per_dimension() == pytest.approx((bits + compressed.initial_bits) / (2000 * 9))
+
+
+def test_threads_autocast_and_matmul_precision_change_nothing():
+    vae, images = small(), noise(20)
+    expected = compress(vae, images)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        torch.set_float32_matmul_precision("medium")
+        with torch.autocast("cpu", torch.bfloat16):
+            assert compress(vae, images) == expected
+            assert torch.equal(decompress(vae, expected), images)
+        assert torch.get_num_threads() == threads + 1  # as the caller had it
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_another_process_with_other_vector_instructions_gives_the_same_images(tmp_path):
+    vae, images = small(), noise(40)
+    write_file(tmp_path / "images", compress(vae, images))
+    torch.save({"state": vae.state_dict(), "images": images}, tmp_path / "expected.pt")
+    program = f"""
+import torch
+from pathlib import Path
+from tests.test_compression import *
+vae, expected = small(seed=7), torch.load({str(tmp_path / "expected.pt")!r})
+vae.load_state_dict(expected["state"])
+assert torch.equal(decompress(vae, read_file(Path({str(tmp_path / "images")!r}))), expected["images"])
+"""
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": "default", "OMP_NUM_THREADS": "3"}
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment, cwd=os.path.dirname(__file__) + "/..")
+
+
+def refused(message):
+    return pytest.raises(UserError, match=message)
+
+
+def test_what_cannot_be_compressed_is_refused():
+    vae = small()
+    with refused("logistic_mixture"):
+        compress(small("gaussian"), noise(2))
+    with refused("logistic_mixture"):
+        compress(small("continuous_bernoulli"), noise(2))
+    with refused("binarised"):
+        compress(small("bernoulli"), noise(2))
+    for images in (noise(2).float(), noise(2, (1, 3, 4)), noise(2)[0], noise(0)):
+        with refused("uint8 of shape"):
+            compress(vae, images)
+    with refused("lanes=0"):
+        compress(vae, noise(2), lanes=0)
+    with refused("names"):
+        compress(vae, noise(2), names=["one"])
+    vae.decoder[-2].bias[0] = math.nan
+    with refused("not finite"):
+        compress(vae, noise(2))
+
+
+def test_another_model_is_refused():
+    vae = small()
+    compressed = compress(vae, noise(3))
+    other = small()
+    next(other.parameters()).view(-1)[0].add_(1e-6)
+    with refused("another model"):
+        decompress(other, compressed)
+    relu = VAE("mlp", [6], 2, "relu", "logistic_mixture", (1, 4, 3))
+    relu.load_state_dict(vae.state_dict())
+    with refused("another model"):
+        decompress(relu, compressed)
+
+
+def test_a_machine_with_other_probabilities_gives_an_error_and_no_noise(monkeypatch):
+    vae, images = small(), noise(50)
+    compressed = compress(vae, images)
+    decode = VAE.decode
+    monkeypatch.setattr(VAE, "decode", lambda self, z: decode(self, z) + 0.001)
+    with refused("other probabilities"):  # at once, by the probabilities of fixed images
+        decompress(vae, compressed)
+    with same_everywhere():
+        other = Codec(vae).fingerprint()
+    reached = []
+    monkeypatch.setattr(Codec, "posterior", lambda self, x, real=Codec.posterior: reached.append(1) or real(self, x))
+    with refused("other probabilities"):  # and if those were alike, by the images' checksum
+        decompress(vae, replace(compressed, probabilities=other))
+    assert len(reached) > 1
+
+
+def test_a_payload_that_is_not_the_one_written_gives_an_error():
+    vae = small()
+    compressed = compress(vae, noise(30))
+    first = compressed.initial_bits // 8  # below lie the borrowed bits, which no image depends on
+    for at in range(first, len(compressed.payload), 97):
+        payload = bytearray(compressed.payload)
+        payload[at] ^= 1
+        with refused("other probabilities"):
+            decompress(vae, replace(compressed, payload=bytes(payload)))
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "images.bv"
+    write_file(path, compress(small(), noise(12), names=[f"{i}.png" for i in range(12)]))
+    return path
+
+
+def test_a_file_holds_everything(file):
+    compressed = read_file(file)
+    assert compressed == compress(small(), noise(12), names=[f"{i}.png" for i in range(12)])
+    assert torch.equal(decompress(small(), compressed), noise(12))
+    assert [path.name for path in file.parent.iterdir()] == ["images.bv"]
+
+
+def test_a_faulty_file_is_refused_wherever_the_fault_is(file):
+    whole, random = file.read_bytes(), np.random.default_rng(0)
+    for at in random.integers(len(whole), size=300):
+        faulty = bytearray(whole)
+        faulty[at] ^= 1 << random.integers(8)
+        file.write_bytes(faulty)
+        with refused("damaged|holds no images"):
+            read_file(file)
+    for at in random.integers(len(whole), size=50):
+        for faulty in (whole[:at], whole[:at] + whole[at + 1 :], whole + whole[:1]):
+            file.write_bytes(faulty)
+            with refused("damaged|holds no images"):
+                read_file(file)
+    with refused("cannot read"):
+        read_file(file.with_name("nothing"))
+    with refused("cannot read"):
+        read_file(file.parent)
+
+
+def test_a_newer_format_is_named(file, monkeypatch):
+    monkeypatch.setattr(compressed_file, "FORMAT", 2)
+    write_file(file, read_only := compress(small(), noise(2)))
+    monkeypatch.undo()
+    with refused("has format 2"):
+        read_file(file)
+    write_file(file, read_only)  # it is a file of this project all the same
+    assert read_file(file) == read_only
+
+
+def test_a_foreign_file_is_left_alone(tmp_path):
+    foreign = tmp_path / "thesis.pdf"
+    for content in (b"", b"%PDF", MAGIC[:-1]):
+        foreign.write_bytes(content)
+        with refused("name another file"):
+            write_file(foreign, compress(small(), noise(1)))
+        assert foreign.read_bytes() == content
+    with refused("cannot write"):
+        write_file(tmp_path / "no folder" / "file", compress(small(), noise(1)))
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_process_killed_while_it_writes_leaves_the_file_as_it_was(file, call, monkeypatch):
+    before, compressed = file.read_bytes(), compress(small(), noise(20))
+    child = os.fork()
+    if not child:
+        monkeypatch.setattr(os, call, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        write_file(file, compressed)
+        os._exit(0)
+    assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    assert file.read_bytes() == before
+    assert all(path.suffix == ".part" for path in file.parent.iterdir() if path != file)
+
+
+def test_an_interrupted_process_leaves_no_part(file, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_file(file, compress(small(), noise(2)))
+    assert len(list(file.parent.iterdir())) == 1
+
+
+@pytest.mark.parametrize("count, lanes", [(1, 512), (7, 2), (10_000, 512), (3, 1)])
+def test_batches_cover_the_images_and_grow(count, lanes):
+    parts = batches(count, lanes)
+    sizes = [part.stop - part.start for part in parts]
+    assert [part.start for part in parts] == [sum(sizes[:i]) for i in range(len(sizes))]
+    assert sum(sizes) == count and max(sizes) <= lanes and min(sizes) >= 1
+    assert sizes[0] == max(1, min(lanes, count // 500))
