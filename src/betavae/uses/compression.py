@@ -73,7 +73,7 @@ class Codec:
     def pixels(self, bins: Floats) -> Callable[[int], Cumulative]:
         """`bins` `(latent_dim, n)` -> for each pixel the distribution over its symbols, a mixture of logistics."""
         z = torch.from_numpy(self.medians[bins.astype(np.int64)].T.copy())
-        (params,) = self._outputs(self.vae.decode(z))
+        (params,) = self._outputs(self.vae.decode_params(z))
         if isinstance(self.vae.likelihood, LogisticMixture):
             logits, means, log_scales = split(params, self.vae.likelihood.components)
             weights, slopes = logits.softmax(1), torch.exp(-log_scales) / 255
@@ -154,8 +154,15 @@ def masks(first: int, latent_dim: int, n: int) -> NDArray[np.uint64]:
     return np.random.PCG64(first).random_raw(latent_dim * n).reshape(latent_dim, n) % LOWEST
 
 
-def compress(vae: VAE, images: Tensor, lanes: int = 512, names: list[str] | None = None) -> Compressed:
-    """Images `(N, C, H, W)` uint8, `lanes` of them side by side; binarised ones are 0 and 255.
+def compress(
+    vae: VAE,
+    images: Tensor,
+    lanes: int = 512,
+    names: list[str] | None = None,
+    done: Callable[[int], object] = lambda images: None,
+) -> Compressed:
+    """Images `(N, C, H, W)` uint8, `lanes` of them side by side; binarised ones are 0 and 255. `done` hears how many images
+    each batch had.
 
     Memory is about 100 bytes per lane, pixel and component. Raises UserError for a likelihood that is not a probability
     of images (see `Codec`), and for images that are not of its kind.
@@ -195,6 +202,7 @@ def compress(vae: VAE, images: Tensor, lanes: int = 512, names: list[str] | None
                 stack.push(pixels(i), columns[i], codec.bits)
             for d in reversed(range(vae.latent_dim)):
                 stack.push_uniform(bins[d], LATENT_BITS)
+            done(n)
     heads, words = stack.content()
     return Compressed(
         payload=words.astype("<u4").tobytes() + heads.astype("<u8").tobytes(),
@@ -210,8 +218,8 @@ def compress(vae: VAE, images: Tensor, lanes: int = 512, names: list[str] | None
     )
 
 
-def decompress(vae: VAE, compressed: Compressed) -> Tensor:
-    """The images, `(N, C, H, W)` uint8, bit for bit.
+def decompress(vae: VAE, compressed: Compressed, done: Callable[[int], object] = lambda images: None) -> Tensor:
+    """The images, `(N, C, H, W)` uint8, bit for bit. `done` hears how many each batch had.
 
     Raises UserError for another model than that which compressed them, and on a machine that does not compute the same
     probabilities: what it would give is compared with a checksum, and never returned as images.
@@ -246,6 +254,7 @@ def decompress(vae: VAE, compressed: Compressed) -> Tensor:
                 raise elsewhere from None
             stack.shrink(heads_before)
             levels[batch] = symbols
+            done(n)
     levels *= 255 // (2**codec.bits - 1)
     if hashlib.sha256(levels.tobytes()).hexdigest() != compressed.images:
         raise elsewhere
