@@ -75,7 +75,7 @@ def test_statistics_one_by_one():
     noise = scoring.draws(vae, 4)
     torch.testing.assert_close(noise.square().mean(0), torch.ones(1, 3))
     torch.testing.assert_close(noise.sum(0), torch.zeros(1, 3))
-    logits = vae.decode(mean + (logvar / 2).exp() * noise)
+    logits = vae.decode_params(mean + (logvar / 2).exp() * noise)
     recon = -D.Bernoulli(logits=logits, validate_args=False).log_prob(x).sum((2, 3, 4)).mean(0)
     kl = D.kl_divergence(D.Normal(mean, (logvar / 2).exp()), D.Normal(torch.zeros(3), torch.ones(3))).sum(1)
     picture = vae.reconstruct(x)
@@ -123,7 +123,7 @@ def test_mixture_log_density_equals_scipy():
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 def test_pixel_surprises_sum_to_the_distortion_and_stay_in_their_pixel(likelihood):
     vae, x = small_vae(likelihood, (3, 4, 5)), torch.rand(2, 3, 4, 5)
-    params = vae.decode(vae.encode(x).mean)
+    params = vae.decode_params(vae.encode(x).mean)
     surprise = scoring.pixel_surprise(vae, x)
     assert surprise.shape == (2, 4, 5)
     torch.testing.assert_close(surprise.sum((1, 2)), -vae.likelihood.log_prob(x, params))

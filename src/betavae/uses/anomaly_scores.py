@@ -48,7 +48,7 @@ def regret(vae: VAE, x: Tensor, steps: int = 50, lr: float = 0.1) -> Tensor:
         optimizer = torch.optim.Adam([mean, logvar], lr)
         for _ in range(steps + 1):
             posterior = Posterior(mean, logvar)
-            log_px = vae.likelihood.log_prob(x, vae.decode(posterior.rsample(noise))).mean(0)
+            log_px = vae.likelihood.log_prob(x, vae.decode_params(posterior.rsample(noise))).mean(0)
             bound = log_px - gaussian_kl(posterior).sum(1)
             bounds.append(bound.detach())
             mean.grad, logvar.grad = torch.autograd.grad(-bound.sum(), [mean, logvar])
@@ -74,7 +74,7 @@ def statistics(vae: VAE, x: Tensor) -> Tensor:
     error and `excess` of the reconstruction.
     """
     mean, logvar = vae.encode(x)
-    reconstruction = vae.likelihood.mean(vae.decode(mean))
+    reconstruction = vae.decode(mean)
     kl = gaussian_kl(Posterior(mean, logvar)).sum(1)
     bound = neg_elbo(vae, x)
     squares = (x - reconstruction).square().sum((1, 2, 3))
@@ -110,7 +110,7 @@ def latent_and_unexplained(vae: VAE, x: Tensor, background: float) -> tuple[Tens
     from `background`, the most frequent grey level of training images."""
     mean = vae.encode(x).mean
     ink = (x - background).abs().sum((1, 2, 3)).clamp(min=1)
-    return mean.double(), (excess(x, vae.likelihood.mean(vae.decode(mean))) / ink).double()
+    return mean.double(), (excess(x, vae.decode(mean)) / ink).double()
 
 
 def pixel_surprise(vae: VAE, x: Tensor) -> Tensor:
@@ -122,5 +122,5 @@ def pixel_surprise(vae: VAE, x: Tensor) -> Tensor:
     def alone(images: Tensor) -> Tensor:
         return images.movedim(1, 3).flatten(0, 2)[..., None, None]
 
-    params = vae.decode(vae.encode(x).mean)
+    params = vae.decode_params(vae.encode(x).mean)
     return -vae.likelihood.log_prob(alone(x), alone(params)).view(len(x), *x.shape[2:])
