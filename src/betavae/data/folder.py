@@ -23,13 +23,10 @@ FORMAT = 1  # of what is kept, and of how pictures are read: with another number
 SPLITS = ("train", "validation", "test")
 
 
-def split_files(root: Path, test_size: float) -> list[tuple[str, File, str]]:
-    """All pictures as `(split, file, label)`, split by split.
+def split_folders(root: Path) -> dict[str, str]:
+    """The splits that are folders of their own, and which; {"train": "."} where there is no folder `train`.
 
-    Where there is a folder `train/`, it, `val/` (or `validation/`) and `test/` are the splits, and all else is left
-    alone. Where there is no `test/`, those pictures are for testing whose names have the lowest hashes: a fixed choice,
-    which a few more pictures hardly change. Raises UserError if a split is not clear or empty.
-    """
+    Raises UserError if it is not clear which are."""
     if not root.is_dir():
         raise UserError(f"data.root={root} cannot be: there is no such folder of pictures")
     there = [name for name in ("train", "val", "validation", "test") if (root / name).is_dir()]
@@ -37,63 +34,72 @@ def split_files(root: Path, test_size: float) -> list[tuple[str, File, str]]:
         raise UserError(f"data.root={root} has a folder {' and '.join(there)}, but none that is called train")
     if {"val", "validation"} <= set(there):
         raise UserError(f"data.root={root} has a folder val and one validation; it can have one of them")
-    found = []
-    for name in there or [""]:
-        split = {"val": "validation", "": "train"}.get(name, name)
-        files = picture_files(root / name)
-        if not files:
-            raise UserError(
-                f"data.root={root} has no pictures ({', '.join(SUFFIXES)}) {'in ' + name if name else 'in it'}"
-            )
-        prefix = name and name + "/"
-        found += [(split, file._replace(name=prefix + file.name), label_of(file.name)) for file in files]
-    if "test" not in there:
-        train = [file.name for split, file, _ in found if split == "train"]
+    return {"validation" if name == "val" else name: name for name in there} or {"train": "."}
+
+
+def in_splits(folders: dict[str, str], files: dict[str, list[File]], test_size: float) -> list[tuple[str, str, str]]:
+    """`(split, name, label)` of all pictures, split by split and there in natural order.
+
+    Where there is no folder `test`, those of the training pictures are for testing whose names have the lowest hashes:
+    a fixed choice, which a few more pictures hardly change.
+    """
+    listed = []
+    for split in folders:
+        prefix = "" if folders[split] == "." else folders[split] + "/"
+        listed += [
+            (split, prefix + name, label_of(name)) for name in sorted((file[0] for file in files[split]), key=natural)
+        ]
+    if "test" not in folders:
+        train = [name for split, name, _ in listed if split == "train"]
         train.sort(key=lambda name: hashlib.sha256(os.fsencode(name)).digest())
         test = set(train[: count_of(test_size, len(train), "data.test_size")])
-        found = [("test" if file.name in test else split, file, label) for split, file, label in found]
-    return sorted(found, key=lambda item: SPLITS.index(item[0]))
+        listed = [("test" if name in test else split, name, label) for split, name, label in listed]
+    return sorted(listed, key=lambda picture: SPLITS.index(picture[0]))
 
 
 def decode(
-    root: Path, found: list[tuple[str, File, str]], shape: Sequence[int], fit: str, background: str, to: Path
+    root: Path, listed: list[tuple[str, str, str]], shape: Sequence[int], fit: str, background: str, to: Path
 ) -> None:
-    """Write `to/pixels.npy`, the pictures that can be read in the order of `found`, and `to/index.json`, all else that
-    is known of them. Raises UserError if a split would be empty."""
+    """Write `to/pixels.npy`, the pictures that can be read in the order they are `listed` in, and `to/index.json`, all
+    else that is known of them. Raises UserError if a split would be empty."""
     header = {"descr": "|u1", "fortran_order": False}
     kept, skipped = [], []
+    counts: Counter[str] = Counter()
+    notes: Counter[str] = Counter()
     with open(to / "pixels.npy", "wb") as out:
-        np.lib.format.write_array_header_1_0(out, header | {"shape": (len(found), *shape)})
-        results = read_each([root / file.name for _, file, _ in found], shape, fit, background)
-        for (split, file, label), result in zip(found, results, strict=True):
+        np.lib.format.write_array_header_1_0(out, header | {"shape": (len(listed), *shape)})
+        results = read_each([root / name for _, name, _ in listed], shape, fit, background)
+        for (split, name, label), result in zip(listed, results, strict=True):
             if isinstance(result, UnreadablePicture):
-                skipped.append((file.name, str(result)))
+                skipped.append((name, str(result)))
             else:
                 out.write(result[0].numpy().tobytes())
-                kept.append((split, file.name, label, result[1]))
+                kept.append((name, label))
+                counts[split] += 1
+                notes.update(result[1])
         # NumPy leaves room in a header for any number of rows.
         out.seek(0)
         np.lib.format.write_array_header_1_0(out, header | {"shape": (len(kept), *shape)})
         out.flush()
         os.fsync(out.fileno())
-    counts = Counter(split for split, *_ in kept)
-    for split in dict.fromkeys(split for split, *_ in found):
+    for split in {split for split, _, _ in listed}:
         if not counts[split]:
             raise UserError(f"data.root={root} has no picture for {split} that can be read: {left_out(skipped)}")
-    classes = sorted({label for *_, label, _ in kept}, key=natural)
+    classes = sorted({label for _, label in kept}, key=natural)
+    number = {label: i for i, label in enumerate(classes)}
     index = {
         "counts": counts,
-        "names": [name for _, name, _, _ in kept],
-        "labels": [classes.index(label) for *_, label, _ in kept],
+        "names": [name for name, _ in kept],
+        "labels": [number[label] for _, label in kept],
         "classes": None if classes == ["."] else classes,
-        "notes": Counter(note for *_, notes in kept for note in notes),
+        "notes": notes,
         "skipped": skipped,
     }
     (to / "index.json").write_text(json.dumps(index))
 
 
 def make(
-    kept: Path, root: Path, found: list[tuple[str, File, str]], shape: Sequence[int], fit: str, background: str
+    kept: Path, root: Path, listed: list[tuple[str, str, str]], shape: Sequence[int], fit: str, background: str
 ) -> None:
     """Make the folder `kept`, whole or not at all, by one process at a time."""
     part = kept.with_name(f"{kept.name}.part")
@@ -111,7 +117,7 @@ def make(
             shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
             part.mkdir()
             try:
-                decode(root, found, shape, fit, background, part)
+                decode(root, listed, shape, fit, background, part)
                 part.rename(kept)
             finally:
                 shutil.rmtree(part, ignore_errors=True)
@@ -139,17 +145,21 @@ def folder(
     sizes and times of the files. It may be deleted at any time, and is made anew. Pictures that cannot be read are
     left out, with a warning. Raises UserError if there are none.
     """
-    root, place = Path(root).expanduser(), Path(cache).expanduser()
+    root, at = Path(root).expanduser(), Path(cache).expanduser()
     shape = [channels, image_size, image_size] if isinstance(image_size, int) else [channels, *image_size]
     check_fit(shape, fit, background)
-    if place.resolve().is_relative_to(root.resolve()):
+    if at.resolve().is_relative_to(root.resolve()):
         raise UserError(f"data.cache={cache} cannot be: it lies in the pictures' own folder, {root}")
-    found = split_files(root, test_size)
-    recipe = json.dumps([FORMAT, shape, fit, background, found])
+    folders = split_folders(root)
+    files = {name: picture_files(root / place) for name, place in folders.items()}
+    for name in folders:
+        if not files[name]:
+            raise UserError(f"data.root={root} has no pictures in {folders[name]} ({', '.join(SUFFIXES)})")
+    recipe = json.dumps([FORMAT, shape, fit, background, test_size, folders, files])
     digest = hashlib.sha256(recipe.encode()).hexdigest()[:16]
-    kept = place / f"{root.resolve().name}-{'x'.join(map(str, shape))}-{digest}"
+    kept = at / f"{root.resolve().name}-{'x'.join(map(str, shape))}-{digest}"
     if not kept.is_dir():
-        make(kept, root, found, shape, fit, background)
+        make(kept, root, in_splits(folders, files, test_size), shape, fit, background)
     try:
         index = json.loads((kept / "index.json").read_text())
         pixels = as_tensor(np.load(kept / "pixels.npy", mmap_mode="r"))

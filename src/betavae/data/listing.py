@@ -3,28 +3,23 @@
 import os
 import re
 from pathlib import Path
-from typing import NamedTuple
 
 from betavae.errors import UserError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
-class File(NamedTuple):
-    name: str  # relative to the folder, with "/"
-    size: int
-    mtime_ns: int
+File = tuple[str, int, int]  # the name relative to the folder, with "/"; bytes; time of the last change in ns
 
 
 def natural(name: str) -> tuple[list[str | int], str]:
-    """The key that sorts picture 9 before picture 10."""
+    """The key that sorts picture 9 before picture 10, for people."""
     parts = enumerate(re.split(r"(\d+)", name))
     return [int(part) if i % 2 else part.casefold() for i, part in parts], name
 
 
 def picture_files(root: Path) -> list[File]:
-    """All pictures below `root`, told by their suffix, in natural order; not those whose path has a part with a
-    leading dot.
+    """All pictures below `root`, told by their suffix, sorted; not those below a name with a leading dot.
 
     Symbolic links are followed, but each picture is listed once, by its own name where it lies below `root`: aliases
     would come to lie on both sides of a split. Raises UserError if a folder cannot be listed.
@@ -49,7 +44,8 @@ def picture_files(root: Path) -> list[File]:
                             folders.append((entry.path, name + "/"))
                         elif entry.path not in seen and entry.name.lower().endswith(SUFFIXES):
                             seen.add(entry.path)
-                            found.append(File(name, entry.stat().st_size, entry.stat().st_mtime_ns))
+                            status = entry.stat()
+                            found.append((name, status.st_size, status.st_mtime_ns))
             except OSError as error:
                 raise UserError(f"{folder} cannot be listed ({error.strerror})") from error
         for name, real in sorted(links, key=lambda link: natural(link[0])):
@@ -59,10 +55,10 @@ def picture_files(root: Path) -> list[File]:
                 folders.append((real, name + "/"))
             elif name.lower().endswith(SUFFIXES):
                 # A link to nothing is a picture that cannot be read.
-                status = os.stat(real) if os.path.exists(real) else None
-                found.append(File(name, status.st_size if status else 0, status.st_mtime_ns if status else 0))
+                there = os.path.exists(real)
+                found.append((name, os.path.getsize(real) if there else 0, os.stat(real).st_mtime_ns if there else 0))
             seen.add(real)
-    return sorted(found, key=lambda file: natural(file.name))
+    return sorted(found)
 
 
 def label_of(name: str) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from betavae.data.arrays import labels_of, open_arrays, pixels_of
-from betavae.data.listing import SUFFIXES, label_of, picture_files
+from betavae.data.listing import SUFFIXES, label_of, natural, picture_files
 from betavae.errors import UserError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
@@ -189,7 +189,7 @@ def read_pictures(
         paths: list[Path] = []
         names = []
         for entry in entries:
-            inside = [file.name for file in picture_files(entry)] if entry.is_dir() else [""]
+            inside = sorted((name for name, *_ in picture_files(entry)), key=natural) if entry.is_dir() else [""]
             paths += [entry / name for name in inside]
             names += [name or entry.name for name in inside]
         if len(entries) == 1 and any("/" in name for name in names):
