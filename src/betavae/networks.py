@@ -10,21 +10,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-
-class Tanh(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return (2 * x).sigmoid_().mul(2).sub_(1)  # torch.tanh takes five times as long on a CPU
-
-
-# By name, so that a config (and a checkpoint) can hold them as plain strings.
-ACTIVATIONS: dict[str, type[nn.Module]] = {
-    "relu": nn.ReLU,
-    "tanh": Tanh,
-    "gelu": nn.GELU,
-    "silu": nn.SiLU,
-    "elu": nn.ELU,
-    "softplus": nn.Softplus,
-}
+from betavae.activations import ACTIVATIONS
+from betavae.resnet import ResNetDecoder, ResNetEncoder
 
 
 class MLPEncoder(nn.Sequential):
@@ -99,4 +86,5 @@ class ConvDecoder(nn.Sequential):
 NETWORKS: dict[str, tuple[type[nn.Module], type[nn.Module]]] = {
     "mlp": (MLPEncoder, MLPDecoder),
     "conv": (ConvEncoder, ConvDecoder),
+    "resnet": (ResNetEncoder, ResNetDecoder),
 }
