@@ -22,6 +22,7 @@ class Residual(nn.Module):
         super().__init__()
         last = nn.Conv2d(channels, channels, 3, padding=1)
         nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)  # type: ignore[arg-type]
         self.f = nn.Sequential(
             *normed(channels, activation),
             nn.Conv2d(channels, channels, 3, padding=1),

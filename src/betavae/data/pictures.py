@@ -70,7 +70,8 @@ def fit_picture(image: Image.Image, image_shape: Sequence[int], fit: str, backgr
         if scale != 1:
             notes.append("made smaller" if scale > 1 else "made larger")
         if fit == "pad":
-            image = ImageOps.contain(image, (width, height))
+            within = max(1, round(image.width / scale)), max(1, round(image.height / scale))
+            image = image.resize(within, Image.Resampling.BICUBIC)
             if image.size != (width, height):
                 notes.append(f"padded with {background}")
                 image = ImageOps.pad(image, (width, height), color=ImageColor.getcolor(background, mode))
@@ -108,14 +109,18 @@ def read_picture(
             if limit and image.width * image.height > limit:
                 raise UnreadablePicture(f"{image.width} x {image.height} pixels are above the limit of {limit:,}")
             notes = ["first of several frames"] if getattr(image, "is_animated", False) else []
-            # A JPEG can be decoded at 1/8, 1/4 or 1/2 of its size, in a quarter of the time. From twice the model's size
-            # or more it changes the result by about 1 of 255 (root mean square, on noisy detail).
-            image.draft(None, (side, side))
+            # A JPEG can be decoded at 1/8, 1/4 or 1/2 of its size, in a quarter of the time; from twice the model's
+            # size or more this changes the result by about 1 of 255 (root mean square, on noisy detail).
+            drafted = image.draft(None, (side, side))
             # Asked for here, since Pillow turns a TIFF itself when it loads it.
             if image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9):
                 notes.append("turned by its EXIF orientation")
             image.load()
-            pixels, more = fit_picture(ImageOps.exif_transpose(image), image_shape, fit, background)
+            picture: Image.Image = image
+            if drafted and drafted[1][2:] != image.size:  # it ends within the last of the larger pixels
+                size = round(drafted[1][2]), round(drafted[1][3])
+                picture = image.resize(size, Image.Resampling.BICUBIC, box=drafted[1])
+            pixels, more = fit_picture(ImageOps.exif_transpose(picture), image_shape, fit, background)
             return pixels, notes + more
     except UnreadablePicture:
         raise
