@@ -55,7 +55,6 @@ def fit_picture(image: Image.Image, image_shape: Sequence[int], fit: str, backgr
     if image.has_transparency_data:
         image = image.convert("RGBA")
         if image.getchannel("A").getextrema() != (255, 255):
-            # Before it is resized, lest the colours of transparent pixels bleed into the visible ones.
             colour = ImageColor.getcolor(background, "RGB")
             image = Image.alpha_composite(Image.new("RGBA", image.size, colour), image)
             notes.append(f"transparent parts laid on {background}")
