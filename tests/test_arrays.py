@@ -105,6 +105,7 @@ def test_a_file_larger_than_memory_is_mapped(tmp_path):
     [
         ("a.npy", GREY / 255, r"floats in \[0, 1\].*\(images \* 255\)\.round\(\).*astype\('uint8'\)"),
         ("a.npy", GREY.astype(np.int64), r"int64.*\(images\)\.round\(\)"),
+        ("a.npy", GREY * np.uint16(257), r"uint16.*\(images / 257\)\.round\(\)"),
         ("a.npy", GREY > 9, r"bool.*\* 255"),
         ("a.npy", GREY[0], r"images is \(5, 7\); it must be \(N, H, W\)"),
         ("a.npy", np.zeros((9, 8, 8, 4), np.uint8), r"\(9, 8, 8, 4\).*C 1 or 3"),

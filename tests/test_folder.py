@@ -1,6 +1,8 @@
 import json
 import multiprocessing
 import os
+import re
+import resource
 import shutil
 import signal
 import warnings
@@ -259,6 +261,32 @@ def test_a_killed_run_leaves_nothing_that_looks_whole(root, load, tmp_path, monk
     assert sorted(values(load()) + values(load("test"))) == list(range(1, 51))
     (whole,) = kept(tmp_path)
     assert whole.suffix != ".part"
+
+
+def test_a_full_disk_is_a_sentence(root, load, tmp_path):
+    fill(root, [f"{i}.png" for i in range(50)])
+    sentence = fork.Queue()
+
+    def run():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (400, 400))  # bytes a file may have
+        try:
+            load()
+        except UserError as error:
+            sentence.put(str(error))
+
+    process = fork.Process(target=run)
+    process.start()
+    assert re.search(r"data.cache=.*\.part cannot be written \(File too large\)", sentence.get(timeout=30))
+    process.join(30)
+    assert not kept(tmp_path)
+
+
+def test_names_that_are_not_text(root, load):
+    fill(root, ["a.png", "b.png", "grün/猫 1.png"])
+    with open(os.path.join(os.fsencode(root), b"\xff\xfe.png"), "wb") as file:  # of another code page
+        Image.new("L", (4, 4), 4).save(file, "PNG")
+    assert sorted(values(load()) + values(load("test"))) == [1, 2, 3, 4]
+    assert load().classes == [".", "grün"]
 
 
 def test_a_damaged_file_is_not_read(root, load, tmp_path):

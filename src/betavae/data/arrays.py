@@ -50,7 +50,7 @@ def pixels_of(held: Mapping[str, np.ndarray], path: Path, key: str | None = None
         key = "images" if "images" in held else pictures[0]
     array = array_of(held, key, path)
     if array.dtype != np.uint8:
-        scale = " * 255" if array.dtype.kind in "fb" else ""
+        scale = " * 255" if array.dtype.kind in "fb" else " / 257" if array.dtype == np.uint16 else ""
         meant = "floats in [0, 1]" if array.dtype.kind == "f" else str(array.dtype)
         raise UserError(
             f"{path}: {key} holds {meant} and must hold bytes (uint8, 0 to 255); convert it once, by "

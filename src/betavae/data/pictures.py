@@ -83,8 +83,8 @@ def fit_picture(image: Image.Image, image_shape: Sequence[int], fit: str, backgr
                 left, top = left // 1, top // 1  # half a pixel's shift would blur
             box = left, top, min(image.width, left + part[0]), min(image.height, top + part[1])
             image = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
-    pixels = torch.from_numpy(np.array(image)).view(height, width, channels)
-    return pixels.permute(2, 0, 1).contiguous(), notes
+    pixels = np.asarray(image).reshape(height, width, channels).transpose(2, 0, 1)
+    return torch.from_numpy(pixels.copy()), notes
 
 
 def read_picture(
@@ -96,7 +96,7 @@ def read_picture(
     "#rrggbb"), grey is made colour or colour grey (ITU-R 601 luma) as `image_shape` `(C, H, W)` asks for, and it is
     resized, antialiased, by a bicubic filter: with `fit="crop"` until it fills the model's frame, of which it keeps
     the middle, with "pad" until all of it is within, on `background`. A picture of that very size keeps its bytes. 16
-    bits become 8 by rounding (colour: by Pillow, which keeps the upper 8).
+    bits become 8 by rounding (colour: by Pillow, which keeps the upper 8). Colour profiles are not looked at.
 
     Raises UnreadablePicture if it cannot be read, or has more pixels than Pillow's `Image.MAX_IMAGE_PIXELS`
     (89,478,485), above which a small file may be meant to fill the memory; UserError if nothing could be read so.
