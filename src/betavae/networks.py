@@ -11,15 +11,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-# By name, so that a config (and a checkpoint) can hold them as plain strings.
-ACTIVATIONS: dict[str, type[nn.Module]] = {
-    "relu": nn.ReLU,
-    "tanh": nn.Tanh,
-    "gelu": nn.GELU,
-    "silu": nn.SiLU,
-    "elu": nn.ELU,
-    "softplus": nn.Softplus,
-}
+from betavae.activations import ACTIVATIONS
+from betavae.resnet import ResNetDecoder, ResNetEncoder
 
 
 class MLPEncoder(nn.Sequential):
@@ -91,4 +84,5 @@ class ConvDecoder(nn.Sequential):
 NETWORKS: dict[str, tuple[type[nn.Module], type[nn.Module]]] = {
     "mlp": (MLPEncoder, MLPDecoder),
     "conv": (ConvEncoder, ConvDecoder),
+    "resnet": (ResNetEncoder, ResNetDecoder),
 }

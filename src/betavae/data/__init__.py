@@ -7,11 +7,24 @@ else its signature names is a setting of the `data` group by that name.
 
 from collections.abc import Callable
 
+from betavae.data.arrays import arrays
 from betavae.data.dsprites import dsprites
+from betavae.data.folder import folder
 from betavae.data.images import Images, Subset
 from betavae.data.mnist import mnist
 from betavae.data.sprites import sprites
+from betavae.data.torchvision_sets import cifar10, fashion_mnist, kmnist, svhn
 
-SOURCES: dict[str, Callable[..., Images | None]] = {"mnist": mnist, "sprites": sprites, "dsprites": dsprites}
+SOURCES: dict[str, Callable[..., Images | None]] = {
+    "mnist": mnist,
+    "fashion_mnist": fashion_mnist,
+    "kmnist": kmnist,
+    "cifar10": cifar10,
+    "svhn": svhn,
+    "folder": folder,
+    "arrays": arrays,
+    "sprites": sprites,
+    "dsprites": dsprites,
+}
 
 __all__ = ["SOURCES", "Images", "Subset", "mnist"]

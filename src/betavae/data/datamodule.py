@@ -1,6 +1,7 @@
 """`ImageDataModule`: a source's images as training, validation and test batches."""
 
 import inspect
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,13 @@ import torch
 
 from betavae.data import SOURCES
 from betavae.data.batches import Batches, binarized
-from betavae.data.images import Images
+from betavae.data.images import Images, count_of
 from betavae.errors import UserError
 
 # One validation split and one binarised test set for everybody, whatever the seed of the run.
 SPLIT_SEED = 0
 BINARIZE_SEED = 0
+LARGEST_ON_DEVICE = 2**32  # bytes; of more images than that, Lightning moves a batch at a time
 
 
 class ImageDataModule(L.LightningDataModule):
@@ -72,13 +74,7 @@ class ImageDataModule(L.LightningDataModule):
 
     def split(self, images: Images) -> tuple[Images, Images]:
         n, size = len(images), self.validation_size
-        count = round(size * n) if size < 1 else int(size)
-        if count >= n or (size and not count):
-            lacking = "train on" if count else "validate"
-            raise UserError(
-                f"data.validation_size={size} leaves nothing to {lacking}: {self.name} has {n} training images; "
-                "a share such as 0.1 will do"
-            )
+        count = count_of(size, n, "data.validation_size") if size else 0
         order = torch.randperm(n, generator=torch.Generator().manual_seed(SPLIT_SEED))
         return images.take(order[count:].sort().values), images.take(order[:count].sort().values)
 
@@ -110,7 +106,9 @@ class ImageDataModule(L.LightningDataModule):
     def batches(self, split: str, batch_size: int, *training: Any) -> Batches:
         images, shard, trainer = self.sets[split], (0, 1), self.trainer
         if trainer is not None:
-            images, shard = images.to(trainer.strategy.root_device), (trainer.global_rank, trainer.world_size)
+            shard = trainer.global_rank, trainer.world_size
+            if math.prod(images.pixels.shape) <= LARGEST_ON_DEVICE:
+                images = images.to(trainer.strategy.root_device)
         batches = Batches(images, batch_size, *training)
         batches.share(*shard)
         return batches

@@ -1,10 +1,16 @@
 """What a source of images gives: bytes, and what is known of each image."""
 
+import warnings
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from betavae.errors import UserError
+
+LARGEST_COPY = 2**28  # bytes; of more images than that, a part is looked up, not copied
 
 
 @dataclass(frozen=True)
@@ -24,9 +30,9 @@ class Images:
         return self.pixels.shape[0]
 
     def take(self, index: Tensor) -> "Images":
-        """Those at `index`: copied where they lie in a tensor, looked up when asked for where not."""
-        held = isinstance(self.pixels, Tensor)
-        pixels = self.pixels.index_select(0, index) if held else Subset(self.pixels, index)
+        """Those at `index`: copied where they are few and lie in a tensor, else looked up when they are asked for."""
+        few = isinstance(self.pixels, Tensor) and self.pixels.numel() <= LARGEST_COPY
+        pixels = self.pixels.index_select(0, index) if few else Subset(self.pixels, index)
         return replace(self, pixels=pixels, labels=self.labels[index])
 
     def to(self, device: torch.device) -> "Images":
@@ -45,8 +51,35 @@ class Subset:
         self.pixels, self.index = pixels, index
         self.shape = (len(index), *pixels.shape[1:])
 
+    def __len__(self) -> int:
+        return len(self.index)
+
     def index_select(self, dim: int, index: Tensor) -> Tensor:
-        return self.pixels.index_select(dim, self.index[index])
+        return self.pixels.index_select(dim, self.index.index_select(0, index))
 
     def to(self, device: torch.device) -> "Subset":
         return Subset(self.pixels.to(device), self.index.to(device))
+
+
+def as_tensor(array: np.ndarray) -> Tensor:
+    """A tensor on the array's own memory, which may be a file mapped for reading.
+
+    Mapped copy-on-write instead, torch would have nothing to warn of; but Linux counts such a mapping as memory that
+    may be wanted, and refuses one of a file larger than memory.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(array)
+
+
+def count_of(size: float, n: int, key: str) -> int:
+    """How many of `n` images `size` means: a count, or, below 1, a share (of at least one image).
+
+    Raises UserError, naming `key`, unless some are taken and some are left.
+    """
+    count = max(1, round(size * n)) if 0 < size < 1 else int(size)
+    if not 0 < count < n:
+        raise UserError(
+            f"{key}={size} cannot be: it must be a share, such as 0.1, or a count of the {n} images there are"
+        )
+    return count

@@ -1,0 +1,66 @@
+"""Which pictures a folder holds, under which names."""
+
+import os
+import re
+from pathlib import Path
+
+from betavae.errors import UserError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+File = tuple[str, int, int]  # the name relative to the folder, with "/"; bytes; time of the last change in ns
+
+
+def natural(name: str) -> tuple[list[str | int], str]:
+    """The key that sorts picture 9 before picture 10, for people."""
+    parts = enumerate(re.split(r"(\d+)", name))
+    return [int(part) if i % 2 else part.casefold() for i, part in parts], name
+
+
+def picture_files(root: Path) -> list[File]:
+    """All pictures below `root`, told by their suffix, sorted; not those below a name with a leading dot.
+
+    Symbolic links are followed, but each picture is listed once, by its own name where it lies below `root`: aliases
+    would come to lie on both sides of a split. Raises UserError if a folder cannot be listed.
+    """
+    found: list[File] = []
+    seen: set[str] = set()  # real paths of pictures and folders
+    folders = [(os.path.realpath(root), "")]
+    while folders:
+        links: list[tuple[str, str]] = []  # looked at when all that is really there is known
+        while folders:
+            folder, prefix = folders.pop()
+            seen.add(folder)
+            try:
+                with os.scandir(folder) as entries:
+                    for entry in entries:
+                        name = prefix + entry.name
+                        if entry.name.startswith("."):
+                            continue
+                        if entry.is_symlink():
+                            links.append((name, os.path.realpath(entry.path)))
+                        elif entry.path not in seen and entry.is_dir():
+                            folders.append((entry.path, name + "/"))
+                        elif entry.path not in seen and entry.name.lower().endswith(SUFFIXES):
+                            seen.add(entry.path)
+                            status = entry.stat()
+                            found.append((name, status.st_size, status.st_mtime_ns))
+            except OSError as error:
+                raise UserError(f"{folder} cannot be listed ({error.strerror})") from error
+        for name, real in sorted(links, key=lambda link: natural(link[0])):
+            if real in seen:
+                continue
+            if os.path.isdir(real):
+                folders.append((real, name + "/"))
+            elif name.lower().endswith(SUFFIXES):
+                # A link to nothing is a picture that cannot be read.
+                there = os.path.exists(real)
+                found.append((name, os.path.getsize(real) if there else 0, os.stat(real).st_mtime_ns if there else 0))
+            seen.add(real)
+    return sorted(found)
+
+
+def label_of(name: str) -> str:
+    """The first folder of a picture's name, "." where there is none."""
+    return name.split("/")[0] if "/" in name else "."

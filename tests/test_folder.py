@@ -1,0 +1,314 @@
+import json
+import multiprocessing
+import os
+import re
+import resource
+import shutil
+import signal
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import betavae.data.folder as module
+from betavae.data.folder import folder
+from betavae.errors import UserError
+
+fork = multiprocessing.get_context("fork")
+
+
+@pytest.fixture
+def root(tmp_path):
+    return tmp_path / "pictures"
+
+
+@pytest.fixture
+def load(root, tmp_path):
+    return lambda split="train", **settings: folder(
+        root, split, **{"image_size": 4, "channels": 1, "cache": str(tmp_path / "cache")} | settings
+    )
+
+
+def fill(root, names):
+    """Pictures each of one grey value, in turn from 1."""
+    for value, name in enumerate(names, 1):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (4, 4), value).save(root / name)
+
+
+def values(images):
+    return images.pixels[:, 0, 0, 0].tolist()
+
+
+def kept(tmp_path):
+    return sorted(path for path in (tmp_path / "cache").iterdir() if path.is_dir())
+
+
+def test_labels_are_the_first_folders(root, load):
+    fill(root, ["b/1.png", "b/deep/2.png", "b10/3.png", "b9/4.png", "a/5.png", "b/6.png"])
+    train, test = load(test_size=2), load("test", test_size=2)
+    assert load("validation") is None and train.classes == test.classes == ["a", "b", "b9", "b10"]
+    label = dict(zip([1, 2, 3, 4, 5, 6], [1, 1, 3, 2, 0, 1], strict=True))
+    found = values(train) + values(test)
+    assert len(train.pixels) == 4 and sorted(found) == [1, 2, 3, 4, 5, 6]
+    assert train.labels.tolist() + test.labels.tolist() == [label[value] for value in found]
+    assert train.pixels.dtype == torch.uint8 and train.labels.dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("names", "classes"),
+    [(["1.png", "2.png"], None), (["cat/1.png", "cat/2.png"], ["cat"]), (["1.png", "cat/2.png"], [".", "cat"])],
+)
+def test_few_classes(root, load, names, classes):
+    fill(root, names)
+    images = [load(split, test_size=1) for split in ("train", "test")]
+    assert [i.classes for i in images] == [classes] * 2
+    assert sorted(int(i.labels) for i in images) == ([0, 1] if classes == [".", "cat"] else [0, 0])
+
+
+def test_the_splits_of_a_folder_are_kept(root, load):
+    fill(root, ["train/x/1.png", "train/y/2.png", "val/y/3.png", "test/z/4.png", "test/x/5.png", "else/6.png", "7.png"])
+    train, validation, test = (load(split) for split in ("train", "validation", "test"))
+    assert (values(train), values(validation), values(test)) == ([1, 2], [3], [5, 4])
+    assert train.classes == ["x", "y", "z"] and test.labels.tolist() == [0, 2] and validation.labels.tolist() == [1]
+    (root / "val").rename(root / "validation")
+    assert values(load("validation")) == [3]
+    shutil.rmtree(root / "test")  # then some of the training pictures
+    assert sorted(values(load()) + values(load("test"))) == [1, 2] and values(load("validation")) == [3]
+    (root / "val").mkdir()
+    with pytest.raises(UserError, match="a folder val and one validation"):
+        load()
+    (root / "val").rmdir()
+    (root / "train").rename(root / "training")
+    with pytest.raises(UserError, match="has a folder validation, but none that is called train"):
+        load()
+
+
+def test_the_test_set_does_not_depend_on_the_seed_and_hardly_on_more_pictures(root, load):
+    fill(root, [f"{i}.png" for i in range(100)])
+    torch.manual_seed(1)
+    before = values(load("test", test_size=0.2))
+    torch.manual_seed(2)
+    assert values(load("test", test_size=20)) == before and len(before) == 20
+    assert before not in (list(range(1, 21)), list(range(81, 101)))
+    fill(root / "more", [f"{i}.png" for i in range(5)])
+    shutil.move(root / "more" / "3.png", root / "new.png")
+    shutil.rmtree(root / "more")
+    after = values(load("test", test_size=20))
+    assert len(set(before) & set(after)) >= 19
+    with pytest.raises(UserError, match=r"data.test_size=0 .*101 images"):
+        load(test_size=0)
+
+
+def test_settings_of_reading(root, load):
+    root.mkdir()
+    Image.new("RGBA", (8, 4), (0, 0, 0, 0)).save(root / "a.png")
+    Image.new("RGB", (8, 4), "red").save(root / "b.png")
+    images = [
+        load(s, channels=3, image_size=[4, 6], fit="pad", background="#010203", test_size=1) for s in ("train", "test")
+    ]
+    both = torch.cat([i.pixels for i in images])
+    assert both.shape == (2, 3, 4, 6)
+    clear, red = sorted(both, key=lambda picture: picture[0, 1, 3].item())
+    assert clear[:, 1, 3].tolist() == [1, 2, 3] == red[:, 3, 0].tolist() and red[:, 1, 3].tolist() == [255, 0, 0]
+    for wrong, sentence in (
+        ({"fit": "fill"}, "fit=fill"),
+        ({"channels": 2}, "C 1 or 3"),
+        ({"background": "-"}, "no colour"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            load(**wrong)
+
+
+def test_pictures_are_decoded_once_and_mapped(root, load, tmp_path, monkeypatch):
+    fill(root, [f"{i}.png" for i in range(10)])
+    first = [load(split) for split in ("train", "test")]
+    (place,) = kept(tmp_path)
+    assert sorted(p.name for p in place.iterdir()) == ["index.json", "pixels.npy"] and place.name.startswith(
+        "pictures-"
+    )
+    monkeypatch.setattr(module, "decode", None)
+    assert all(map(torch.equal, [load(split).pixels for split in ("train", "test")], [i.pixels for i in first]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch warns of memory it may not write to
+        train = load()
+    with open(place / "pixels.npy", "r+b") as file:
+        file.seek(-10 * 16, 2)
+        file.write(bytes([77]))
+    assert train.pixels[0, 0, 0, 0] == 77  # the file itself, and no copy
+    assert json.loads((place / "index.json").read_text())["notes"] == {}
+
+
+@pytest.mark.parametrize("change", ["add", "remove", "rename", "rewrite", "touch", "relabel"])
+def test_a_changed_folder_is_noticed(root, load, tmp_path, change):
+    fill(root, [f"a/{i}.png" for i in range(10)])
+    load()
+    picture = root / "a" / "3.png"
+    status = picture.stat()
+    {
+        "add": lambda: fill(root, ["a/x.png"]),
+        "remove": picture.unlink,
+        "rename": lambda: picture.rename(root / "a" / "y.png"),
+        "rewrite": lambda: Image.new("L", (40, 40), 99).save(picture),
+        "touch": lambda: os.utime(picture, ns=(status.st_atime_ns, status.st_mtime_ns + 1)),
+        "relabel": lambda: [(root / "b").mkdir(), picture.rename(root / "b" / "3.png")],
+    }[change]()
+    if change == "rewrite":
+        os.utime(picture, ns=(status.st_atime_ns, status.st_mtime_ns))
+    found = values(load()) + values(load("test"))
+    assert len(kept(tmp_path)) == 2
+    assert len(found) == {"add": 11, "remove": 9}.get(change, 10) and (99 in found) == (change == "rewrite")
+
+
+def test_other_settings_have_a_file_of_their_own(root, load, tmp_path):
+    fill(root, [f"{i}.png" for i in range(10)])
+    changes = [
+        {},
+        {"image_size": 5},
+        {"image_size": [4, 5]},
+        {"channels": 3},
+        {"fit": "pad"},
+        {"background": "red"},
+        {"test_size": 3},
+    ]
+    for number, settings in enumerate(changes, 1):
+        load(**settings)
+        load("test", **settings)
+        assert len(kept(tmp_path)) == number
+
+
+def test_what_cannot_be_read_is_left_out_and_named(root, load):
+    fill(root, [f"{i}.png" for i in range(10)])
+    (root / "broken.jpg").write_bytes(b"no")
+    (root / "notes.txt").write_text("no picture")
+    for _ in range(2):  # later as well
+        with pytest.warns(UserWarning, match=r"pictures, 1 could not be read: broken.jpg \(not a PNG"):
+            found = values(load()) + values(load("test"))
+        assert sorted(found) == list(range(1, 11))
+
+
+def test_nothing_to_read_is_a_sentence(root, load, tmp_path):
+    with pytest.raises(UserError, match=r"data.root=.*pictures cannot be: there is no such folder"):
+        load()
+    root.mkdir()
+    (root / "a.txt").write_text("")
+    with pytest.raises(UserError, match=r"has no pictures in . \(.png, .jpg"):
+        load()
+    for name in ("a.png", "b.png"):
+        (root / name).write_bytes(b"")
+    with pytest.raises(UserError, match=r"no picture for (train|test) that can be read: 2 could not be read: [ab].png"):
+        load(test_size=1)
+    assert not kept(tmp_path)
+    fill(root, ["train/a.png"])
+    (root / "test").mkdir()
+    with pytest.raises(UserError, match=r"has no pictures in test"):
+        load()
+    with pytest.raises(UserError, match=r"data.cache=.* lies in the pictures' own folder"):
+        load(cache=str(root / "cache"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"data.cache=.*cannot be written"):
+        shutil.rmtree(root / "test")
+        fill(root, ["train/b.png"])
+        load(cache=str(tmp_path / "file" / "below"))
+
+
+def test_two_first_runs_at_once_decode_once(root, load, tmp_path, monkeypatch):
+    fill(root, [f"{i}.png" for i in range(50)])
+    decode, barrier, results = module.decode, fork.Barrier(2), fork.Queue()
+
+    def noted(*arguments):
+        results.put("decoded")
+        decode(*arguments)
+
+    monkeypatch.setattr(module, "decode", noted)
+
+    def run():
+        barrier.wait(30)
+        results.put(sorted(values(load()) + values(load("test"))))
+
+    processes = [fork.Process(target=run) for _ in range(2)]
+    for process in processes:
+        process.start()
+    found = [results.get(timeout=30) for _ in range(3)]
+    for process in processes:
+        process.join(30)
+    assert found.count("decoded") == 1 and found.count(list(range(1, 51))) == 2
+    assert len(kept(tmp_path)) == 1
+
+
+def test_a_killed_run_leaves_nothing_that_looks_whole(root, load, tmp_path, monkeypatch):
+    fill(root, [f"{i}.png" for i in range(50)])
+
+    def run():
+        def killed(*arguments):
+            for number, result in enumerate(read_each(*arguments)):
+                if number == 30:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                yield result
+
+        read_each = module.read_each
+        module.read_each = killed
+        load()
+
+    process = fork.Process(target=run)
+    process.start()
+    process.join(30)
+    assert process.exitcode == -signal.SIGKILL
+    (part,) = kept(tmp_path)
+    assert part.suffix == ".part" and (part / "pixels.npy").exists()
+    assert sorted(values(load()) + values(load("test"))) == list(range(1, 51))
+    (whole,) = kept(tmp_path)
+    assert whole.suffix != ".part"
+
+
+def test_a_full_disk_is_a_sentence(root, load, tmp_path):
+    fill(root, [f"{i}.png" for i in range(50)])
+    sentence = fork.Queue()
+
+    def run():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (400, 400))  # bytes a file may have
+        try:
+            load()
+        except UserError as error:
+            sentence.put(str(error))
+
+    process = fork.Process(target=run)
+    process.start()
+    assert re.search(r"data.cache=.*\.part cannot be written \(File too large\)", sentence.get(timeout=30))
+    process.join(30)
+    assert not kept(tmp_path)
+
+
+def test_names_that_are_not_text(root, load):
+    fill(root, ["a.png", "b.png", "grün/猫 1.png"])
+    with open(os.path.join(os.fsencode(root), b"\xff\xfe.png"), "wb") as file:  # of another code page
+        Image.new("L", (4, 4), 4).save(file, "PNG")
+    assert sorted(values(load()) + values(load("test"))) == [1, 2, 3, 4]
+    assert load().classes == [".", "grün"]
+
+
+def test_a_damaged_file_is_not_read(root, load, tmp_path):
+    fill(root, [f"{i}.png" for i in range(10)])
+    load()
+    (place,) = kept(tmp_path)
+    pixels = (place / "pixels.npy").read_bytes()
+    (place / "pixels.npy").write_bytes(pixels[:-1])
+    with pytest.raises(UserError, match=f"{place} is damaged; delete it"):
+        load()
+    shutil.rmtree(place)
+    assert sorted(values(load()) + values(load("test"))) == list(range(1, 11))
+    assert (place / "pixels.npy").read_bytes() == pixels
+    (place / "index.json").write_text("")
+    with pytest.raises(UserError, match=f"{place} is damaged; delete it"):
+        load()
+
+
+def test_the_file_is_a_plain_npy(root, load, tmp_path):
+    fill(root, [f"{i}.png" for i in range(10)])
+    (root / "x.png").write_bytes(b"")
+    with pytest.warns(UserWarning):
+        load()
+    array = np.load(kept(tmp_path)[0] / "pixels.npy")
+    assert array.shape == (10, 1, 4, 4) and sorted(array[:, 0, 0, 0].tolist()) == list(range(1, 11))
