@@ -15,7 +15,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from betavae.data import DATASETS
+from betavae.data import SOURCES
 from betavae.objectives import elbo
 from betavae.optimizers import MuonAdam
 from betavae.uses.anomalies import DEFAULT, QUICK, SLOW, Detector, false_alarm_rate
@@ -77,7 +77,10 @@ def main() -> None:
     arguments = parser.parse_args()
 
     roots = {"mnist": arguments.mnist, "fashion_mnist": arguments.fashion}
-    images = {name: [DATASETS[name](root, part) for part in (True, False)] for name, root in roots.items()}
+    images = {}
+    for name, root in roots.items():
+        sets = [SOURCES[name](root, split) for split in ("train", "test")]
+        images[name] = [(part.pixels, part.labels) for part in sets if part is not None]
     order = torch.randperm(60_000, generator=torch.Generator().manual_seed(0))
     rows: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     alarms: dict[str, list[float]] = defaultdict(list)

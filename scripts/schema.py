@@ -1,7 +1,7 @@
 """What each setting may be, for editors that know JSON schema: `python scripts/schema.py [out=configs/schema.json]`.
 
-With the line `# yaml-language-server: $schema=../schema.json#/$defs/Model` at its top, a YAML file is completed and checked
-as it is typed; an experiment's line ends in `schema.json`.
+With the line `# yaml-language-server: $schema=../schema.json#/$defs/Model` at its top, a YAML file is completed and
+checked as it is typed; an experiment's line ends in `schema.json`.
 """
 
 # mypy: disable-error-code="valid-type"

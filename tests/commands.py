@@ -32,10 +32,6 @@ with warnings.catch_warnings():  # pytest's; what libraries change as they are i
     warnings.resetwarnings()
     for category in (ResourceWarning, ImportWarning, PendingDeprecationWarning, DeprecationWarning):
         warnings.simplefilter("ignore", category)
-    import matplotlib.backends.backend_agg
-    import sklearn.linear_model
-    import sklearn.neighbors
-    import tensorboard.compat.tensorflow_stub
     import torch
     import torch.utils.tensorboard.summary
     from hydra.core.plugins import Plugins

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from betavae.cli import safe_name
 
 from betavae import checkpoint, sweep_report, sweeps
-from betavae.cli import safe_name
 from betavae.data import Batches
 from betavae.errors import UserError
 

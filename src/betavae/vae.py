@@ -51,8 +51,9 @@ class VAE(nn.Module):
         self.image_shape = tuple(image_shape)
         channels, *size = image_shape
         self.encoder = encoder(image_shape, hidden_dims, latent_dim, activation, **_own(encoder, settings))
-        self.likelihood: Any = parts[2](**_own(parts[2], settings))
-        params_shape = (self.likelihood.params_per_channel * channels, *size)
+        likelihood_: Any = parts[2](**_own(parts[2], settings))
+        self.likelihood: Any = likelihood_
+        params_shape = (likelihood_.params_per_channel * channels, *size)
         self.decoder = decoder(params_shape, hidden_dims, latent_dim, activation, **_own(decoder, settings))
 
     def centre(self, mean: Tensor) -> None:

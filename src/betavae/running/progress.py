@@ -31,8 +31,8 @@ class Pictures(Callback):
     def draw(self, trainer: L.Trainer, vae: Any) -> tuple[dict[str, Tensor], Tensor]:
         """`name -> (C, H, W)` in [0, 1], and the KL per latent dimension in nats."""
         device = next(vae.parameters()).device
-        chosen = trainer.datamodule.sets["test"].pixels.index_select(0, torch.arange(1000))  # type: ignore[attr-defined]
-        images = chosen.to(device).float() / 255
+        test = trainer.datamodule.sets["test"]  # type: ignore[attr-defined]
+        images = test.pixels.index_select(0, torch.arange(min(1000, len(test)))).to(device).float() / 255
         z = torch.randn(64, vae.latent_dim, generator=torch.Generator().manual_seed(0)).to(device)
         kl = gaussian_kl(vae.encode(images)).mean(0).cpu()
         span = torch.linspace(-3, 3, 11, device=device)

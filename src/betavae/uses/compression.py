@@ -161,8 +161,8 @@ def compress(
     names: list[str] | None = None,
     done: Callable[[int], object] = lambda images: None,
 ) -> Compressed:
-    """Images `(N, C, H, W)` uint8, `lanes` of them side by side; binarised ones are 0 and 255. `done` hears how many images
-    each batch had.
+    """Images `(N, C, H, W)` uint8, `lanes` of them side by side; binarised ones are 0 and 255. `done` hears how many
+    images each batch had.
 
     Memory is about 100 bytes per lane, pixel and component. Raises UserError for a likelihood that is not a probability
     of images (see `Codec`), and for images that are not of its kind.
