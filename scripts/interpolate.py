@@ -1,16 +1,16 @@
-"""From one test image to another through the latent space: `python scripts/interpolate.py digits=[3,8]`."""
+"""From one image to another through the latent space: `python scripts/interpolate.py [digits=[3,8] images=[a.png,b.png]]`."""
 
 # mypy: disable-error-code="valid-type"
 
 from pydantic import Field
 
 from betavae.running.cli import DataSettings, importing, script
-from betavae.running.settings import Count, Pair, PairOrNull, Several, Text
+from betavae.running.settings import Count, ImagesOrNull, Pair, Several, Text
 
 
 class Settings(DataSettings):
     digits: Pair = Field([3, 8], title="from a test image of the first label to one of the second, chosen by the seed")
-    images: PairOrNull = Field(None, title="two test images by their number, such as [0,7], instead of digits")
+    images: ImagesOrNull = Field(None, title="two test images by number, [0,7], or two pictures, instead of digits")
     steps: Several = Field(11, title="pictures from one end to the other")
     rows: Count = Field(6, title="different pairs of images of these digits")
     out: Text = Field("interpolation.png", title="the picture")
@@ -24,14 +24,22 @@ def main(settings: Settings) -> None:
         from betavae import pictures
         from betavae.errors import UserError
         from betavae.running import checkpoint
+        from betavae.running.inputs import named_images
 
     run = checkpoint.load(settings.ckpt, settings.runs)
-    x, labels = run.images("test", settings.data_root)
-    if settings.images is not None:
-        if max(settings.images) >= len(x):
-            raise UserError(f"images={settings.images} cannot be: the test images are numbered 0 to {len(x) - 1}")
-        pairs = [tuple(settings.images)]
+    chosen = settings.images
+    if chosen is not None and not all(isinstance(image, int) for image in chosen):
+        x = named_images(run, chosen).pixels.float() / 255
+        if len(x) != 2:
+            raise UserError(f"images={chosen} cannot be: it must be two pictures, and is {len(x)}")
+        pairs = [(0, 1)]
+    elif chosen is not None:
+        x, _ = run.images("test", settings.data_root)
+        if len(chosen) != 2 or max(chosen) >= len(x):
+            raise UserError(f"images={chosen} cannot be: it must be two of the test images, 0 to {len(x) - 1}")
+        pairs = [tuple(chosen)]
     else:
+        x, labels = run.images("test", settings.data_root)
         generator = torch.Generator().manual_seed(settings.seed)
         ends = []
         for digit in settings.digits:

@@ -59,17 +59,20 @@ def writing(out: str | Path, key: str = "out") -> Iterator[Path]:
 
 
 def made_here(path: Path) -> bool:
-    """Whether a file bears our stamp: a PNG's text, a zip file's comment (tensors), a JSON file's key `made_by`."""
+    """Whether a file bears our stamp: a PNG's text, a zip file's comment (tensors), a JSON file's key
+    `made_by`, a table's last column."""
     try:
         with open(path, "rb") as file:
-            start = file.read(1000)
+            start = file.read(2**16)
         if start.startswith(b"\x89PNG"):
             return b"Software\0" + STAMP.encode() in start
         if start.startswith(b"PK"):
             with zipfile.ZipFile(path) as archive:
                 return archive.comment == STAMP.encode()
+        if path.suffix == ".csv":
+            return f"made by {STAMP}".encode() in start.splitlines()[0]
         content = json.loads(path.read_text()) if path.suffix == ".json" else {}
         # Evaluations of older versions have no stamp.
         return content.get("made_by") == STAMP or {"aggregate", "kl_per_dimension"} <= set(content)
-    except (OSError, ValueError, AttributeError, zipfile.BadZipFile):
+    except (OSError, ValueError, AttributeError, IndexError, zipfile.BadZipFile):
         return False

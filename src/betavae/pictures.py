@@ -113,6 +113,19 @@ def bounds_figure(ks: Sequence[int], bounds: Sequence[dict[str, float]], kl: Seq
     return figure
 
 
+def bits_figure(rows: dict[str, tuple[float | None, float]]) -> Any:
+    """Bits per pixel by name, of each image alone where that is known, and of all in one."""
+    figure = new_figure(6, 0.35 * len(rows) + 0.8)
+    axes = figure.add_subplot()
+    names = list(rows)[::-1]
+    axes.barh(names, [rows[name][1] for name in names], height=0.4, align="edge", label="all in one")
+    alone = [rows[name][0] or 0.0 for name in names]
+    axes.barh(names, alone, height=-0.4, align="edge", label="each image alone")
+    axes.set_xlabel("bits per pixel and channel")
+    axes.legend(fontsize=8)
+    return figure
+
+
 def coloured(x: Tensor, labels: Tensor) -> Tensor:
     """`(N, 3, H, W)`: grey images as strokes on white in the colour of their (first) label; colour images as they
     are."""

@@ -62,6 +62,16 @@ Pair = kind(list[Annotated[int, Field(ge=0)]], "two whole numbers", min_length=2
 PairOrNull = kind(
     Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)] | None, "null or two whole numbers"
 )
+Images = kind(
+    Annotated[str, Field(min_length=1)] | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)],
+    "a folder, a file, a list of them, or the name of a data set",
+)
+ImagesOrNull = kind(
+    Annotated[str, Field(min_length=1)]
+    | Annotated[list[Annotated[str, Field(min_length=1)] | CountOrZero], Field(min_length=1)]
+    | None,
+    "null, a folder, a file, or a list",
+)
 Keys = kind(
     Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=2)] | None,
     "null, or one or two names of settings, such as [model.latent_dim,beta]",

@@ -8,13 +8,18 @@ The payload is the coder's stack: words of 32 bits, then its heads of 64, least 
 import hashlib
 import json
 import math
-import os
 import struct
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
 from betavae.errors import UserError
+from betavae.files import STAMP, write_whole, writing
 
 MAGIC = b"betavae images\r\n\x1a\n"  # its line ends show a file that was transferred as text
 FORMAT = 1
@@ -47,21 +52,14 @@ def write_file(path: Path, compressed: Compressed) -> None:
     payload = fields.pop("payload")
     header = zlib.compress(json.dumps(fields).encode(), 9)
     content = MAGIC + struct.pack("<II", FORMAT, len(header)) + header + payload
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         if path.exists():
             with path.open("rb") as file:
                 if file.read(len(MAGIC)) != MAGIC:
                     raise UserError(f"{path} is there already and holds no compressed images: name another file")
-        with part.open("wb") as file:
-            file.write(content + hashlib.sha256(content).digest())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        write_whole(path, content + hashlib.sha256(content).digest())
     except OSError as error:
         raise UserError(f"cannot write {path} ({error.strerror}): name one in a folder that can be written") from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def read_file(path: Path) -> Compressed:
@@ -80,3 +78,26 @@ def read_file(path: Path) -> Compressed:
         raise UserError(f"{path} has format {version}, and this version reads {FORMAT}: use the one that wrote it")
     header = json.loads(zlib.decompress(body[START : START + size]))
     return Compressed(payload=body[START + size :], **header)
+
+
+def write_images(images: Tensor, names: list[str] | None, out: Path) -> None:
+    """`images` `(N, C, H, W)` uint8 as FILE.npy, or as PNGs in a folder, each by its name.
+
+    Raises UserError for names that lead out of the folder, and where something lies that is not of this project.
+    """
+    if out.suffix == ".npy":
+        if out.exists():
+            raise UserError(f"out: {out} is there already; delete it or name another")
+        with writing(out) as path, open(path, "wb") as file:
+            np.save(file, images.numpy())
+        return
+    names = names or [f"{i:0{len(str(len(images) - 1))}d}" for i in range(len(images))]
+    stamp = PngInfo()
+    stamp.add_text("Software", STAMP)
+    for name, image in zip(names, images, strict=True):
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise UserError(f"{name} is a name that leads out of {out}: these images can go into FILE.npy only")
+        pixels = image.permute(1, 2, 0).numpy()
+        # Whatever it was: 7.jpg and 7.png are two.
+        with writing(out / (name if name.endswith(".png") else f"{name}.png")) as path:
+            Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(path, pnginfo=stamp)

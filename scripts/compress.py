@@ -1,0 +1,69 @@
+"""Images into a file that gives them back bit for bit: `python scripts/compress.py images=PATH|test out=FILE.bvae`.
+
+Bits-back coding by a model whose likelihood is a probability of what the images are; see docs/compression.md.
+"""
+
+# mypy: disable-error-code="valid-type"
+
+from pathlib import Path
+
+from pydantic import Field
+
+from betavae.running.cli import DataSettings, importing, script
+from betavae.running.settings import Count, Flag, Images, Text
+
+
+class Settings(DataSettings):
+    images: Images = Field("test", title="pictures (folder, file, list); .npy, .npz; test, train, ...; a data set")
+    out: Text = Field("images.bvae", title="the file")
+    verify: Flag = Field(True, title="decode what was written, and compare, before success is claimed")
+    report: Flag = Field(True, title="what other compressors make of the same images, and a picture of it")
+    lanes: Count = Field(512, title="images side by side; more are faster, and take more memory")
+
+
+@script(Settings)
+def main(settings: Settings) -> None:
+    with importing():
+        import torch
+        from tqdm import tqdm
+
+        from betavae import pictures
+        from betavae.errors import UserError
+        from betavae.running import checkpoint
+        from betavae.running.inputs import named_images
+        from betavae.uses.compressed_file import read_file, write_file
+        from betavae.uses.compression import compress, decompress
+        from betavae.uses.compression_report import neg_elbo_bits, others
+
+    run = checkpoint.load(settings.ckpt, settings.runs)
+    found = named_images(run, settings.images, settings.data_root)
+    out, n = Path(settings.out), len(found.pixels)
+    with tqdm(total=n, desc="compressing", unit=" images", disable=None) as bar:
+        compressed = compress(run.vae, found.pixels, settings.lanes, found.names, bar.update)
+    write_file(out, compressed)
+    if settings.verify:
+        with tqdm(total=n, desc="verifying", unit=" images", disable=None) as bar:
+            again = decompress(run.vae, read_file(out), bar.update)
+        if not torch.equal(again, found.pixels):
+            raise UserError(f"{out} does not give the images back; do not use it")
+    for note in found.notes:
+        print(note)
+    size = found.pixels.numel()
+    rows: dict[str, tuple[float | None, float]] = {
+        "this file": (None, 8 * out.stat().st_size / size),
+        "without its initial bits": (None, (8 * out.stat().st_size - compressed.initial_bits) / size),
+        "neg. ELBO": (None, neg_elbo_bits(run.vae, found.pixels)),
+    }
+    if settings.report:
+        rows |= others(found.pixels)
+        figure = pictures.bits_figure(rows)
+        pictures.save_figure(figure, out.with_suffix(".png"))
+    print(f"{'bits per pixel':28}{'each alone':>12}{'all in one':>12}")
+    for name, (alone, together) in rows.items():
+        print(f"{name:28}{'' if alone is None else format(alone, '.4f'):>12}{together:12.4f}")
+    print(f"{n:,} images in {out}, {out.stat().st_size:,} bytes{', decoded and compared' if settings.verify else ''}")
+    print(f"next  python scripts/decompress.py file={out} out=FOLDER ckpt={run.path}")
+
+
+if __name__ == "__main__":
+    main()

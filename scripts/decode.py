@@ -1,0 +1,39 @@
+"""Latents to pictures: `python scripts/decode.py latents=latents.npz out=FOLDER [ckpt=PATH]`."""
+
+# mypy: disable-error-code="valid-type"
+
+from pathlib import Path
+
+from pydantic import Field
+
+from betavae.running.cli import ModelSettings, importing, script
+from betavae.running.settings import Text
+
+
+class Settings(ModelSettings):
+    latents: Text = Field("latents.npz", title="FILE.npz or .csv of encode.py, or FILE.npy of latents (N, latent_dim)")
+    out: Text = Field("decoded", title="a folder, for a PNG of each")
+
+
+@script(Settings)
+def main(settings: Settings) -> None:
+    with importing():
+        from tqdm import tqdm
+
+        from betavae import pictures
+        from betavae.running import checkpoint
+        from betavae.uses import latents
+
+    run = checkpoint.load(settings.ckpt, settings.runs)
+    names, z = latents.read(Path(settings.latents), run.vae.latent_dim)
+    done = tqdm(total=len(z), desc="decoding", unit="", disable=None)
+    for part_names, part in zip(latents.chunks(names), z.split(latents.CHUNK), strict=True):
+        for name, image in zip(part_names, run.vae.decode(part), strict=True):
+            pictures.save_picture(image, (Path(settings.out) / name).with_suffix(".png"), scale=1)
+        done.update(len(part))
+    done.close()
+    print(f"{len(z):,} pictures by {run.path} in {settings.out}/")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""The images of a compressed file, bit for bit: `python scripts/decompress.py file=FILE.bvae out=FOLDER|FILE.npy`."""
+
+# mypy: disable-error-code="valid-type"
+
+from pathlib import Path
+
+from pydantic import Field
+
+from betavae.running.cli import ModelSettings, importing, script
+from betavae.running.settings import Text
+
+
+class Settings(ModelSettings):
+    file: Text = Field("images.bvae", title="what compress.py wrote; ckpt must be the checkpoint that it used")
+    out: Text = Field("decompressed", title="a folder, for a PNG of each by its name; or FILE.npy")
+
+
+@script(Settings)
+def main(settings: Settings) -> None:
+    with importing():
+        from tqdm import tqdm
+
+        from betavae.running import checkpoint
+        from betavae.uses.compressed_file import read_file, write_images
+        from betavae.uses.compression import decompress
+
+    run = checkpoint.load(settings.ckpt, settings.runs)
+    compressed = read_file(Path(settings.file))
+    with tqdm(total=compressed.count, desc="decompressing", unit=" images", disable=None) as bar:
+        images = decompress(run.vae, compressed, bar.update)
+    write_images(images, compressed.names, Path(settings.out))
+    print(f"{len(images):,} images, as they were, in {settings.out}")
+
+
+if __name__ == "__main__":
+    main()

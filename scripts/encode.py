@@ -1,0 +1,36 @@
+"""Pictures to latents: `python scripts/encode.py images=PATH out=latents.npz [ckpt=PATH]`.
+
+For each picture its name, posterior mean and log-variance, label (where there are labels), KL and neg. ELBO in nats.
+"""
+
+# mypy: disable-error-code="valid-type"
+
+from pydantic import Field
+
+from betavae.running.cli import DataSettings, importing, script
+from betavae.running.settings import Images, Text
+
+
+class Settings(DataSettings):
+    images: Images = Field("test", title="pictures (folder, file, list); .npy, .npz; test, train, ...; a data set")
+    out: Text = Field("latents.npz", title="FILE.npz, or FILE.csv")
+
+
+@script(Settings)
+def main(settings: Settings) -> None:
+    with importing():
+        from betavae.running import checkpoint
+        from betavae.running.inputs import named_images
+        from betavae.uses import latents
+
+    run = checkpoint.load(settings.ckpt, settings.runs)
+    found = named_images(run, settings.images, settings.data_root)
+    table = latents.encode(run.vae, found.pixels, settings.seed)
+    latents.write(table, found.names, found.labels, settings.out)
+    for note in found.notes:
+        print(note)
+    print(f"{len(found.names):,} images by {run.path}, {run.vae.latent_dim} latent dimensions each, in {settings.out}")
+
+
+if __name__ == "__main__":
+    main()

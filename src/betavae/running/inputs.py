@@ -1,0 +1,50 @@
+"""Images that a person names, as a model sees them."""
+
+from pathlib import Path
+
+import torch
+
+from betavae.data import SOURCES
+from betavae.data.images import Images
+from betavae.data.pictures import Pictures, read_pictures
+from betavae.errors import UserError
+from betavae.running.checkpoint import Run
+
+SPLITS = ("test", "validation", "train")
+
+
+def named_images(run: Run, where: str | list[str], data_root: str | None = None) -> Pictures:
+    """`test`, `validation` or `train` of the model's own data; the name of a data set, for its test images; a folder, a
+    file, or several: pictures, or FILE.npy or .npz. Pixels are uint8 of the model's shape, for a model of binarised
+    images 0 and 255; `notes` say what was done to them.
+
+    Raises UserError if there are none.
+    """
+    if where in SPLITS:
+        x, labels = run.images(str(where), data_root)
+        return Pictures((x * 255).round().byte(), numbers(len(x)), labels.tolist(), [])
+    if isinstance(where, str) and where in SOURCES and not Path(where).exists():
+        images = SOURCES[where](Path(data_root or "data"), "test")
+        found = of_set(images, run) if images else None
+    else:
+        look = {key: run.data[key] for key in ("fit", "background") if key in run.data}
+        found = read_pictures(where, run.vae.image_shape, **look)
+    if found is None:
+        raise UserError(f"images={where}: it has no test images")
+    if run.data.get("binarize", "none") == "none":
+        return found
+    pixels = (found.pixels > 127).to(torch.uint8) * 255
+    return found._replace(pixels=pixels, notes=[*found.notes, "binarised: above 127 is 1"])
+
+
+def of_set(images: Images, run: Run) -> Pictures:
+    if tuple(images.pixels.shape[1:]) != run.vae.image_shape:
+        raise UserError(
+            f"its images are {tuple(images.pixels.shape[1:])}, and this model's {run.vae.image_shape}: name a folder "
+            "of pictures, which are resized"
+        )
+    return Pictures(images.tensor(), numbers(len(images)), images.labels.tolist(), [])
+
+
+def numbers(n: int) -> list[str]:
+    return [f"{i:0{len(str(n - 1))}d}" for i in range(n)]
