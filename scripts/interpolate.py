@@ -1,4 +1,4 @@
-"""From one image to another through the latent space: `python scripts/interpolate.py [digits=[3,8] images=[a.png,b.png]]`."""
+"""From one image to another through the latent space: `python scripts/interpolate.py digits=[3,8]|images=[A,B]`."""
 
 # mypy: disable-error-code="valid-type"
 

@@ -74,9 +74,7 @@ class Bernoulli(Likelihood):
 
     def meaning(self, binarize: str) -> str:
         if self.surrogate(binarize):
-            return (
-                "a Bernoulli likelihood of pixels that are not binary: the tutorial's surrogate, not a log-likelihood"
-            )
+            return "a Bernoulli likelihood of pixels that are not binary: the tutorial's surrogate, no log-likelihood"
         return "a log-likelihood of binarised images: compare it with others on images binarised the same way only"
 
     def surrogate(self, binarize: str) -> bool:

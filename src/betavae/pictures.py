@@ -154,7 +154,7 @@ def save_figure(figure: Any, out: str | Path) -> None:
         figure.savefig(path, dpi=150, bbox_inches="tight", **stamp)
 
 
-def save_tensor(tensor: Tensor, out: str | Path) -> Path:
+def save_tensor(tensor: Any, out: str | Path) -> Path:
     with writing(out) as path:
         torch.save(tensor, path)
         with zipfile.ZipFile(path, "a") as archive:

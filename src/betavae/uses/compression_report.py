@@ -32,8 +32,8 @@ def others(images: Tensor) -> dict[str, tuple[float | None, float]]:
         coders["zstd"] = zstandard.ZstdCompressor(22).compress
     sizes: dict[str, tuple[float | None, int]] = {}
     for name, coder in coders.items():
-        alone = None if name == "xz" else sum(len(coder(raw.tobytes())) for raw in flat)  # xz: 60 ms an image
-        sizes[name] = (alone, len(coder(b"".join(raw.tobytes() for raw in flat))))
+        each = None if name == "xz" else sum(len(coder(raw.tobytes())) for raw in flat)  # xz: 60 ms an image
+        sizes[name] = (each, len(coder(b"".join(raw.tobytes() for raw in flat))))
     for name, options in {
         "PNG": {"format": "PNG", "optimize": True},
         "WebP": {"format": "WEBP", "lossless": True, "quality": 100, "method": 6},

@@ -1,0 +1,66 @@
+"""Images that are not of the model's kind: `python scripts/detect.py images=PATH|DATASET [ckpt=PATH alarm=0.01]`.
+
+Scores, p-values and flags of each in scores.csv, and pictures. What is needed for that is fitted to training images and
+calibrated by validation images when it is first asked for, and kept beside the checkpoint. See docs/anomalies.md.
+"""
+
+# mypy: disable-error-code="valid-type"
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from betavae.running.cli import DataSettings, importing, script
+from betavae.running.settings import Images, Text, kind
+
+
+class Settings(DataSettings):
+    images: Images = Field("test", title="pictures (folder, file, list); .npy, .npz; test, train, ...; a data set")
+    alarm: kind(float, "a number above 0 and below 1", gt=0, lt=1) = Field(
+        0.01, title="flags at most this share of images of the training kind"
+    )
+    score: Text = Field("combined", title="combined, dose_svm, dose, neg_elbo")
+    inliers: kind(list[int], "a list of labels") = Field([], title="labels that are of the training kind: a ROC curve")
+    out: Text = Field("anomalies", title="a folder")
+
+
+@script(Settings)
+def main(settings: Settings) -> None:
+    with importing():
+        from betavae import pictures
+        from betavae.running import checkpoint
+        from betavae.running.inputs import named_images
+        from betavae.running.run_folder import REPORT, put_mark
+        from betavae.uses import anomaly_report
+        from betavae.uses.anomalies import false_alarm_rate
+
+    run = checkpoint.load(settings.ckpt, settings.runs)
+    found = named_images(run, settings.images, settings.data_root)
+    detector = anomaly_report.detector(run, settings.data_root)
+    result = anomaly_report.scored(detector, found.pixels, settings.score, settings.alarm)
+    out = Path(settings.out)
+    put_mark(out, REPORT, "out")
+    anomaly_report.write_table(result, found.names, found.labels, out / "scores.csv")
+    inside: Any = None
+    if settings.inliers and found.labels is not None:
+        inside = [label in settings.inliers for label in found.labels]
+    for name, figure in anomaly_report.figures(detector, found.pixels, result, inside).items():
+        pictures.save_figure(figure, out / f"{name}.png")
+    for note in found.notes:
+        print(note)
+    calibration = len(detector.state["calibration"][settings.score])
+    rate = false_alarm_rate(settings.alarm, calibration)
+    print(f"flagged {int(result.flagged.sum()):,} of {len(found.names):,} images at alarm={settings.alarm}")
+    print(
+        f"of images like those of training {rate.mean:.2%} are flagged, by luck of {calibration:,} calibration images "
+        f"{rate.low:.2%} to {rate.high:.2%}"
+    )
+    if inside is not None:
+        for name, value in anomaly_report.against_labels(result, inside).items():
+            print(f"{name:32}{value:.4f}")
+    print(f"scores.csv and pictures in {out}/")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""What `anomalies.Detector` says of a set of images, as a table and pictures; and detectors kept beside checkpoints."""
+
+import csv
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from betavae.errors import UserError
+from betavae.files import STAMP, writing
+from betavae.pictures import grid, new_figure, save_tensor, show
+from betavae.uses.anomalies import QUICK, Detector, p_values
+
+
+class Scored(NamedTuple):
+    scores: dict[str, Tensor]  # (N,) each
+    p_values: Tensor  # (N,) of the chosen score
+    flagged: Tensor  # (N,) bool
+    score: str
+
+
+def detector(run: Any, data_root: str | None = None) -> Detector:
+    """That of a `Run`: from `anomalies-HASH.pt` in its folder, else fitted to its training images, calibrated by its
+    validation images, and kept there. Raises UserError if no validation images were set aside."""
+    digest = hashlib.sha256(run.path.read_bytes()).hexdigest()[:16]
+    kept = run.folder / f"anomalies-{digest}.pt"
+    try:
+        return Detector(run.vae, torch.load(kept, weights_only=True))
+    except FileNotFoundError:
+        pass
+    except Exception as error:
+        raise UserError(f"{kept} is damaged; delete it, and it is made anew") from error
+    datamodule = run.datamodule(data_root)
+    datamodule.setup()
+    sets = datamodule.sets
+    if not len(sets["validation"]):
+        raise UserError(
+            "images are told apart by what validation images look like, and this model was trained with "
+            "data.validation_size=0: train one that has some"
+        )
+    print("fitting to training images, once ...", flush=True)
+    train = sets["train"].take(torch.arange(0, len(sets["train"]), max(1, len(sets["train"]) // 20_000)))
+    found = Detector.fit(run.vae, train.tensor(), sets["validation"].tensor())
+    save_tensor(found.state, kept)
+    return found
+
+
+def scored(detector: Detector, pixels: Tensor, score: str, alarm: float) -> Scored:
+    if score not in detector.state["calibration"]:
+        raise UserError(f"score={score} cannot be: it must be one of {', '.join(detector.state['calibration'])}")
+    scores = detector.scores(pixels, QUICK)
+    found = p_values(scores[score], detector.state["calibration"][score])
+    return Scored(scores, found, found <= alarm, score)
+
+
+def write_table(result: Scored, names: Sequence[str], labels: Sequence[Any] | None, out: Path) -> None:
+    with writing(out) as path, open(path, "w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["name", "label", *result.scores, "p_value", "flagged", f"made by {STAMP}"])
+        for i, name in enumerate(names):
+            numbers = [f"{values[i].item():.6g}" for values in result.scores.values()]
+            label = "" if labels is None else labels[i]
+            rows.writerow([name, label, *numbers, f"{result.p_values[i].item():.6g}", bool(result.flagged[i])])
+
+
+def figures(detector: Detector, pixels: Tensor, result: Scored, inside: Sequence[bool] | None) -> dict[str, Any]:
+    """A histogram against the training kind, the most and least ordinary images, where the strangest are strange, and
+    (where it is known which are of the training kind) the ROC curve."""
+    values = result.scores[result.score]
+    order = values.argsort(descending=True)
+    figure = new_figure(6, 3)
+    axes = figure.add_subplot()
+    kinds = {"training kind": detector.state["calibration"][result.score], "these images": values}
+    for name, part in kinds.items():
+        axes.hist(part.tolist(), bins=60, density=True, histtype="step", label=name)
+    axes.set_xlabel(f"{result.score} score, higher is stranger")
+    axes.legend(fontsize=8)
+    drawn = {"histogram": figure}
+    figure = new_figure(6, 3)
+    for place, (title, chosen) in enumerate({"strangest": order[:32], "most ordinary": order.flip(0)[:32]}.items(), 1):
+        axes = figure.add_subplot(1, 2, place)
+        show(axes, grid(pixels[chosen].float() / 255, 8))
+        axes.set_title(title, fontsize=9)
+    drawn["extremes"] = figure
+    strange = order[:8]
+    x = pixels[strange].float() / 255
+    maps = detector.heat_map(x)
+    figure = new_figure(1.2 * len(x), 3.6)
+    rows = (x, detector.vae.reconstruct(x), None)
+    for column in range(len(x)):
+        for row, images in enumerate(rows):
+            axes = figure.add_subplot(3, len(x), row * len(x) + column + 1)
+            if images is not None:
+                show(axes, images[column])
+            else:
+                axes.imshow(maps[column].numpy(), cmap="coolwarm", vmin=-5, vmax=5)
+                axes.set_axis_off()
+    drawn["where"] = figure
+    if inside is not None:
+        from sklearn.metrics import roc_curve
+
+        false, true, _ = roc_curve([not i for i in inside], values.numpy())
+        figure = new_figure(3.5, 3.5)
+        axes = figure.add_subplot()
+        axes.plot(false, true)
+        axes.set_xlabel("false alarms")
+        axes.set_ylabel("detected")
+        drawn["roc"] = figure
+    return drawn
+
+
+def against_labels(result: Scored, inside: Sequence[bool]) -> dict[str, float]:
+    """Raises UserError unless there are images of both kinds."""
+    from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
+
+    truth, values = [not i for i in inside], result.scores[result.score].numpy()
+    if len(set(truth)) < 2:
+        raise UserError("inliers: there must be images of labels in the list, and of others")
+    false, true, _ = roc_curve(truth, values)
+    return {
+        "AUROC": float(roc_auc_score(truth, values)),
+        "average precision": float(average_precision_score(truth, values)),
+        "false alarms at 95 % detection": float(false[(true >= 0.95).argmax()]),
+    }
