@@ -111,6 +111,7 @@ class EpochLines(Callback):
     def __init__(self) -> None:
         self.epochs: list[float] = []
         self.before = 0.0  # seconds of earlier sessions, up to the checkpoint that this one goes on from
+        self.began = time.perf_counter()  # where a run goes on after its last epoch, no training starts
 
     @property
     def seconds(self) -> float:
