@@ -179,7 +179,6 @@ def test_the_commands(tmp_path, data_root):
 
     for experiment, seed in (("burda_vae", 0), ("burda_iwae5", 0), ("burda_iwae5", 1)):
         train(f"experiment={experiment}", f"seed={seed}", "runs=burda")
-    assert "neg. ELBO" in train("experiment=burda_iwae50", "trainer.steps_per_batch=1", "runs=fifty")
     runs = sorted((tmp_path / "burda").glob("*_burda_iwae5"))
     for folder, probes in zip(runs, ("probes=false", "probes=true"), strict=True):
         output = evaluate(f"ckpt={folder.relative_to(tmp_path)}", "k=20", "first=70", "memory_mb=1", probes)

@@ -18,7 +18,7 @@ import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
-from tests.conftest import REPO
+from tests.commands import REPO
 
 
 class Two(L.LightningModule):

@@ -1,70 +1,107 @@
-"""The README tells the truth: its commands run, in their order, and its additions work as it says."""
+"""The README and its pages tell the truth: their commands run, in their order, and additions work as they say."""
 
 import re
 import shlex
 
 import pytest
 
-from tests.conftest import REPO
+from tests.commands import REPO, run
 
-README = (REPO / "README.md").read_text()
-BLOCKS = re.findall(r"(?:`([\w/.]+)`[^`]*)?```(\w+)\n(.*?)```", README, re.DOTALL)
-SHELL = "\n".join(text for _, kind, text in BLOCKS if kind == "bash")
-INLINE = "\n".join(re.findall(r"`([^`\n]+)`", README))
-ADDITIONS = README.split("## Make it yours")[1].split("\n## ")[0]
+PAGES = {path.name: path.read_text() for path in (REPO / "README.md", *sorted((REPO / "docs").glob("*.md")))}
+README = PAGES["README.md"]
+BLOCK = re.compile(r"(?:`([\w/.]+)`:\n\n)?```(\w+)\n(.*?)```", re.DOTALL)
+
+
+def commands(text: str) -> list[str]:
+    """Every `python train.py ...`, in the text or in a block of shell lines."""
+    shell = "\n".join(code for _, kind, code in BLOCK.findall(text) if kind == "bash")
+    inline = "\n".join(re.findall(r"`([^`\n]+)`", BLOCK.sub("", text)))
+    found = re.findall(r"^python (?:train|scripts/\w+)\.py[^#&\n]*", f"{inline}\n{shell}", re.MULTILINE)
+    return [command.strip() for command in found]
+
+
+# Those that need a folder of one's own, or a launcher (test_sweeps.py), are not for here.
+ELSEWHERE = ("RUN_FOLDER", "hydra/launcher", "sweep=optuna", "trainer=ddp", "schema.py")
 COMMANDS = [
-    line for line in dict.fromkeys(re.findall(r"^python [^#&\n]+", INLINE, re.MULTILINE)) if "RUN_FOLDER" not in line
+    command
+    for name, text in PAGES.items()
+    if name != "extending.md"
+    for command in commands(text)
+    if not any(word in command for word in ELSEWHERE)
 ]
+COMMANDS = list(dict.fromkeys(COMMANDS))
 
 
-def smoke(command: str) -> list[str]:
-    """The command as it stands, with training cut to seconds."""
-    words = shlex.split(command.removeprefix("python "))
-    if words[0] == "train.py" and not {"--help", "--cfg"} & set(words):
-        words += ["trainer=smoke", "trainer.max_epochs=1"]
-        words = [word for word in words if word != "trainer=fast"]  # test_optimizers.py compiles a step
-    if words[0] == "scripts/benchmark.py":
+def small(command: str) -> tuple[str, list[str]]:
+    """The script and the arguments of a command as it stands, with training cut to a few steps."""
+    script, *words = shlex.split(command.removeprefix("python "))
+    if script == "train.py" and not {"--help", "--cfg"} & set(words):
+        limits = (f"train_batches={10 if 'step_counter' in command else 2}", "val_batches=1", "test_batches=1")
+        words += ["trainer.max_epochs=1", "trainer.log_every_n_steps=1", *(f"trainer.limit_{limit}" for limit in limits)]
+        words += ["trainer.compile=false", "callbacks.figures_every=0"]  # test_optimizers.py compiles a step
+        words += ["trainer.steps_per_batch=1"] * ("burda" in command)  # or it is ten times as many steps
+        # Two values of each sweep show what more would.
+        words = [re.sub(r"^([\w.]+=[^,\[]+,[^,]+),.*", r"\1", word) for word in words]
+    if script == "scripts/benchmark.py":
         words += ["rounds=1", "epochs=1", "quality=false", "presets=[default]"]
-    return words
+    if script == "scripts/evaluate.py":
+        words += ["first=40", "k=20", "probes=false"]
+    return script, words
 
 
 @pytest.fixture(scope="module")
-def readme_clone(new_clone):
-    clone = new_clone()
-    clone.run(*smoke("python train.py"))
-    return clone
+def place(tmp_path_factory, data_root):
+    """A working folder with one finished run."""
+    folder = tmp_path_factory.mktemp("place")
+    (folder / "data").symlink_to(data_root)
+    run(*small("python train.py")[1], cwd=folder)
+    return folder
 
 
-def test_the_two_commands_are_there():
-    assert "pip install -e . && python train.py" in SHELL and 'pip install -e ".[dev]" && pytest' in SHELL
-    assert len(COMMANDS) > 12
+def test_the_first_commands_are_there():
+    blocks = "".join(code for _, kind, code in BLOCK.findall(README) if kind == "bash")
+    assert "pip install -e . && python train.py" in blocks and 'pip install -e ".[dev]" && pytest' in blocks
+    assert len(COMMANDS) > 20
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_command(readme_clone, command):
-    output = readme_clone.run(*smoke(command))
+def test_command(place, command):
+    script, words = small(command)
+    output = run(*words, cwd=place, script=script)
     assert "Warning" not in output and "Traceback" not in output
-    if command.startswith("python scripts/"):
-        picture = re.search(r"in (\w+\.png)", output)
-        assert picture and (readme_clone.folder / picture[1]).stat().st_size > 1000
+    picture = re.search(r"(?:in|and) (\S+\.png)", output)
+    assert picture or script in ("train.py", "scripts/results.py", "scripts/sweep_report.py")
+    assert not picture or (place / picture[1]).stat().st_size > 1000
 
 
-def test_the_python_lines(readme_clone):
-    run = max((readme_clone.folder / "runs").glob("*_mlp_*"))
-    code = next(text for _, kind, text in BLOCKS if kind == "python" and "load_from_checkpoint" in text)
-    code = code.replace("runs/RUN_FOLDER", str(run)) + "assert images.shape == (64, 1, 28, 28)"
-    readme_clone.run("-c", code)
+@pytest.mark.parametrize("page", [name for name, text in PAGES.items() if "```python" in text and name != "extending.md"])
+def test_the_python_lines(place, page, monkeypatch):
+    folder = max((place / "runs").glob("*_mlp_*"))
+    monkeypatch.chdir(place)
+    for _, kind, code in BLOCK.findall(PAGES[page]):
+        if kind == "python":
+            names: dict = {}
+            exec(code.replace("runs/RUN_FOLDER", str(folder)), names)
+            assert names["images"].shape == (64, 1, 28, 28) and 0 <= names["images"].min() <= names["images"].max() <= 1
+            if "posterior" in names:
+                assert names["posterior"].mean.shape == names["posterior"].logvar.shape == (8, names["run"].vae.latent_dim)
 
 
 def test_every_addition_works_as_written(new_clone):
     clone = new_clone()
-    commands = []
-    for file, kind, text in re.findall(r"(?:`([\w/.]+)`:\n\n)?```(\w+)\n(.*?)```", ADDITIONS, re.DOTALL):
+    typed = []
+    for file, kind, text in BLOCK.findall(PAGES["extending.md"]):
         if kind == "bash":
-            commands.append(text.strip())
+            typed += commands(f"```bash\n{text}```")
         else:
             with open(clone.folder / file, "a") as target:
                 target.write(("\n\n" if kind == "python" else "") + text)
-    assert len(commands) == 5
-    for command in commands:
-        assert "neg. ELBO" in clone.run(*smoke(command))
+    assert len(typed) == PAGES["extending.md"].count("```bash") > 5
+    for command in typed:
+        script, words = small(command)
+        output = clone.run(script, *words)
+        assert "neg. ELBO" in output and "Warning" not in output, output
+        if "sparse" in command:
+            assert re.search(r"epoch +1/1 .* price \d", output) and re.search(r"test .* price \d", output)
+        if "step_counter" in command:
+            assert "step 10\n" in output

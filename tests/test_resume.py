@@ -1,9 +1,9 @@
 """A run stopped at any moment and resumed is, bit for bit, the run that was never stopped."""
 
-import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -15,14 +15,14 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from betavae import checkpoint, training
 from betavae.module import VAEModule
-from tests.faults import TINY, Child
+from betavae.running.progress import Pictures
+from tests.commands import TINY, Child, run
 
 # Random numbers in the data and the model, schedules of both kinds, pictures, early stopping's memory.
 RICH = [
     *TINY,
-    "trainer.max_epochs=9",
+    "trainer.max_epochs=5",
     "data.binarize=dynamic",
     "beta_schedule=linear",
     "lr_schedule=cosine",
@@ -37,22 +37,16 @@ def outcome(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in (path.stem for path in (folder / "checkpoints").glob("*.ckpt")):
         content = torch.load(folder / "checkpoints" / f"{name}.ckpt", weights_only=True)
-        for key in (
-            "state_dict",
-            "optimizer_states",
-            "lr_schedulers",
-            "random_state",
-            "running_sums",
-            "batches",
-            "epoch",
-        ):
+        for key in ("state_dict", "optimizer_states", "lr_schedulers", "random_state", "batches", "epoch"):
             found[f"{name} {key}"] = content[key]
-        scores = [
-            (k.split("{")[0], v.get("best_model_score"), v.get("wait_count")) for k, v in content["callbacks"].items()
-        ]
+        states = content["callbacks"]
+        found[f"{name} sums"] = states["Curves"]
+        found[f"{name} epochs"] = len(states["EpochLines"]["epochs"])  # each with its seconds
+        scores = [(k.split("{")[0], v.get("best_model_score"), v.get("wait_count")) for k, v in states.items()]
         found[f"{name} scores"] = sorted(scores, key=str)
     record = json.loads((folder / "metrics.json").read_text())
-    found["record"] = {key: record[key] for key in ("status", "epochs", "steps", "checkpoint", "test")}
+    found["record"] = {key: record.get(key) for key in ("status", "epochs", "steps", "checkpoint", "test", "validation")}
+    found["epoch lines"] = len(record["epoch_seconds"])
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0}).Reload()
     for tag in events.Tags()["scalars"]:
         found[tag] = [(event.step, event.value) for event in events.Scalars(tag)]
@@ -80,7 +74,7 @@ def assert_same(folder: Path, expected: dict[str, Any]) -> None:
 
 
 def whole(tmp: Path, args: list[str]) -> tuple[dict[str, Any], float]:
-    child = Child([*args, "hydra.run.dir=whole"], tmp)
+    child = Child(*args, "hydra.run.dir=whole", cwd=tmp)
     assert child.wait() == 0, child.text
     return outcome(tmp / "whole"), time.perf_counter() - child.started
 
@@ -91,18 +85,17 @@ def go_on(tmp: Path, args: list[str], **kwargs: Any) -> Child:
     while list((tmp / "run").glob(f"events.out.tfevents.{int(time.time())}.*")):
         time.sleep(0.05)
     if (tmp / "run" / "config.yaml").exists():
-        return Child(["resume=run"], tmp, **kwargs)
-    return Child([*args, "hydra.run.dir=run"], tmp, **kwargs)
+        return Child("resume=run", cwd=tmp, **kwargs)
+    return Child(*args, "hydra.run.dir=run", cwd=tmp, **kwargs)
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return f"data.root={tmp_path_factory.mktemp('data')}"
+def root(data_root: str) -> str:
+    return f"data.root={data_root}"
 
 
 @pytest.fixture(scope="module")
 def rich(tmp_path_factory: pytest.TempPathFactory, root: str) -> tuple[dict[str, Any], float]:
-    whole(tmp_path_factory.mktemp("warm"), [*TINY, root])  # unpacks the data
     return whole(tmp_path_factory.mktemp("whole"), [*RICH, root])
 
 
@@ -128,36 +121,36 @@ def test_killed_at_twenty_random_moments(tmp_path: Path, root: str, rich: tuple[
 
 def test_killed_while_it_writes_a_checkpoint(tmp_path: Path, root: str, rich: tuple[dict[str, Any], float]) -> None:
     def die_in_the_middle() -> None:
+        """Of the file after the second `last.ckpt`."""
         real, count = os.replace, 0
 
-        class Dying(io.FileIO):
-            def write(self, data: Any) -> int:
-                super().write(bytes(data)[: len(data) // 2])
-                os.kill(os.getpid(), signal.SIGKILL)
-                raise AssertionError
+        def dying(file: int) -> None:
+            os.ftruncate(file, os.fstat(file).st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
 
         def replace(source: Any, target: Any) -> None:
             nonlocal count
             real(source, target)
             if str(target).endswith("last.ckpt") and (count := count + 1) == 2:
-                checkpoint.open = lambda path, mode: Dying(path, mode)  # type: ignore[attr-defined]
+                os.fsync = dying  # type: ignore[assignment]
 
         os.replace = replace
 
     child = go_on(tmp_path, [*RICH, root], prepare=die_in_the_middle)
     assert child.wait() == -signal.SIGKILL
-    half = [path.name for path in (tmp_path / "run" / "checkpoints").glob("*.part")]
-    assert half == ["best.ckpt.part"]
+    (half,) = (tmp_path / "run" / "checkpoints").glob("*.part")
+    assert re.fullmatch(r"best\.ckpt\.\w+\.part", half.name) and half.stat().st_size > 1000
     assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 16
     assert go_on(tmp_path, [*RICH, root]).wait() == 0
     assert_same(tmp_path / "run", rich[0])
+    assert not list(tmp_path.rglob("*.part"))
 
 
 def test_killed_after_the_test_its_points_are_not_there_twice(
     tmp_path: Path, root: str, rich: tuple[dict[str, Any], float]
 ) -> None:
     def die_late() -> None:
-        training.save_pictures = lambda *args: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+        Pictures.on_test_end = lambda *args: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
 
     assert go_on(tmp_path, [*RICH, root], prepare=die_late).wait() == -signal.SIGKILL
     assert go_on(tmp_path, [*RICH, root]).wait() == 0
@@ -188,7 +181,10 @@ def ask_at(step: int, number: int) -> Callable[[], None]:
         [],
         ["trainer.accumulate_grad_batches=3", "trainer.val_check_interval=0.5", "optimizer=muon", "init=data"],
         ["trainer.max_steps=21", "trainer.max_epochs=99", "trainer.check_val_every_n_epoch=2"],
-        ["data.validation_size=0", "model.likelihood=gaussian", "optimizer=sgd", "trainer.gradient_clip_val=1.0"],
+        [
+            *("data.validation_size=0", "callbacks.early_stopping_patience=null"),
+            *("model.likelihood=gaussian", "optimizer=sgd", "trainer.gradient_clip_val=1.0"),
+        ],
         ["callbacks.early_stopping_patience=0", "optimizer.lr=0.3", "model=conv", "model.hidden_dims=[2]"],
         ["trainer.steps_per_batch=2", "optimizer=muon"],
     ],
@@ -197,7 +193,7 @@ def ask_at(step: int, number: int) -> Callable[[], None]:
 def test_asked_to_stop_it_saves_and_says_how_to_go_on(tmp_path: Path, root: str, args: list[str]) -> None:
     args = [*RICH, root, "trainer.max_epochs=4", *args]
     expected, _ = whole(tmp_path, args)
-    steps = []
+    steps: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM) * 20:
         at = steps[-1] + (0, 4, 6, 9)[len(steps) % 4] if steps else 2
         child = go_on(tmp_path, args, prepare=ask_at(at, number))
@@ -211,4 +207,18 @@ def test_asked_to_stop_it_saves_and_says_how_to_go_on(tmp_path: Path, root: str,
         assert f"interrupted at step {steps[-1]};" in child.text
     assert len(steps) >= 2 and steps == sorted(steps)
     assert_same(tmp_path / "run", expected)
-    shutil.rmtree(tmp_path / "run")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_asked_to_stop_in_the_test(tmp_path: Path, root: str, number: int) -> None:
+    def prepare() -> None:
+        VAEModule.test_step = lambda *args: os.kill(os.getpid(), number)  # type: ignore[assignment,method-assign]
+
+    args = [*TINY, root, "callbacks.figures_every=0", "trainer.max_epochs=1"]
+    expected, _ = whole(tmp_path, args)
+    child = go_on(tmp_path, args, prepare=prepare)
+    assert child.wait() == 128 + number, child.text
+    assert "python train.py resume=run" in child.text and "Traceback" not in child.text
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["status"] == "interrupted"
+    assert "epoch " not in run("resume=run", cwd=tmp_path)
+    assert_same(tmp_path / "run", expected)

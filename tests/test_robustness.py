@@ -1,7 +1,6 @@
 """Divergence, full disks, several runs at once, signals: faults made for real, on whole commands."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -12,11 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from betavae import checkpoint
-from betavae.data import mnist
 from betavae.module import VAEModule
-from tests.conftest import REPO
-from tests.faults import TINY, Child
+from betavae.running import checkpoint
+from tests.commands import ENVIRONMENT, REPO, TINY, Child, fresh, run, started, wait_for
 
 CAN_MOUNT = (
     subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode == 0
@@ -34,17 +31,17 @@ def poison(step: int, what: str):
     """In the child: at `step` the loss, or after it a weight, is not finite."""
 
     def prepare() -> None:
-        real, real_end = VAEModule.training_step, VAEModule.on_train_batch_end
+        real = VAEModule.training_step
 
         def training_step(self, batch, batch_idx):
-            loss = real(self, batch, batch_idx)
+            output = real(self, batch, batch_idx)
             if self.global_step == step and what == "loss":
-                self.interval[-1][0] = float("inf")
-                return loss * float("nan")
-            return loss
+                [(sums, _)] = output["sums"]
+                sums["loss"] = torch.tensor(float("inf"))
+                output["loss"] = output["loss"] * float("nan")
+            return output
 
         def on_train_batch_end(self, *args):
-            real_end(self, *args)
             if self.global_step == step and what == "weight":
                 next(self.parameters()).data[0, 0] = float("nan")
 
@@ -65,7 +62,8 @@ def poison(step: int, what: str):
     ],
 )
 def test_divergence_stops_the_run_and_spoils_nothing(tmp_path, data_root, what, step, said, kept):
-    child = Child([*TINY, f"data.root={data_root}", "hydra.run.dir=run"], tmp_path, prepare=poison(step, what))
+    arguments = [*TINY, f"data.root={data_root}", "hydra.run.dir=run"]
+    child = Child(*arguments, cwd=tmp_path, prepare=poison(step, what))
     assert child.wait() == 1
     assert said in child.text and "try a smaller optimizer.lr" in child.text and "Traceback" not in child.text
     found = record(tmp_path / "run")
@@ -79,9 +77,9 @@ def test_divergence_stops_the_run_and_spoils_nothing(tmp_path, data_root, what, 
 
 
 def test_a_learning_rate_that_is_too_large(tmp_path, data_root):
-    child = Child([*TINY, f"data.root={data_root}", "hydra.run.dir=run", "optimizer.lr=1e30"], tmp_path)
-    assert child.wait() == 1
-    assert "training diverged: the loss of step 2 is not finite (the last finite loss was" in child.text
+    arguments = [*TINY, f"data.root={data_root}", "hydra.run.dir=run", "optimizer.lr=1e30"]
+    text = run(*arguments, cwd=tmp_path, code=1)
+    assert "training diverged: the loss of step 2 is not finite (the last finite loss was" in text
     assert record(tmp_path / "run")["status"] == "diverged"
 
 
@@ -101,7 +99,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, data_root):
         rm {small}/neighbour
         cp -r {small}/run {kept}
         exit $code"""
-    done = subprocess.run(["unshare", "-rm", "sh", "-c", script], timeout=120)
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", script], timeout=120, env=ENVIRONMENT)
     output = (tmp_path / "out").read_text()
     assert done.returncode == 1, output
     errors = [line for line in output.splitlines() if line.startswith("error: ")]
@@ -109,9 +107,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, data_root):
     content = checkpoint.read(kept / "checkpoints" / "last.ckpt")
     assert content["global_step"] > 0 and not list(kept.rglob("*.part"))
     # With room again, it goes on.
-    args = [f"resume={kept}", "trainer.max_epochs=" + str(content["epoch"] + 2)]
-    child = Child(args, tmp_path)
-    assert child.wait() == 0, child.text
+    run(f"resume={kept}", "trainer.max_epochs=" + str(content["epoch"] + 2), cwd=tmp_path)
     assert record(kept)["status"] == "finished"
 
 
@@ -121,7 +117,7 @@ def test_a_full_disk_while_the_data_are_unpacked(tmp_path):
         mkdir {tmp_path}/small && mount -t tmpfs -o size=8m tmpfs {tmp_path}/small && cd {tmp_path}
         {sys.executable} {REPO / "train.py"} data.root=small/data runs=runs
         code=$?; find small/data -type f; exit $code"""
-    done = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, timeout=60, env=ENVIRONMENT)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith("error: data.root: cannot write small/data") and done.stderr.count("\n") == 1
     assert not (tmp_path / "runs").exists()
@@ -131,12 +127,11 @@ def test_a_full_disk_while_the_data_are_unpacked(tmp_path):
 def test_a_read_only_installation_from_any_folder(tmp_path, data_root):
     """Code and data that nobody can write to, and a working folder elsewhere."""
     train = f"{sys.executable} {REPO / 'train.py'} {' '.join(TINY)} trainer.max_epochs=1 data.root={data_root}"
-    mnist(Path(data_root), True)
     script = f"""
         for folder in {REPO} {data_root}; do mount --bind $folder $folder; mount -o remount,ro,bind $folder; done
         touch {REPO}/x {data_root}/x 2> /dev/null && exit 9
         cd {tmp_path} && {train}"""
-    done = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, timeout=100)
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, timeout=100, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     assert [record(folder)["status"] for folder in (tmp_path / "runs").iterdir()] == ["finished"]
 
@@ -148,7 +143,7 @@ def test_two_first_runs_in_the_same_second(tmp_path):
         folder.mkdir()
     time.sleep(1 - time.time() % 1)
     same = [*TINY, "trainer.max_epochs=1", f"data.root={tmp_path}/data", f"runs={tmp_path}/runs"]
-    children = [Child(same, folder) for folder in folders]
+    children = [Child(*same, cwd=folder) for folder in folders]
     for child in children:
         assert child.wait() == 0, child.text
     runs = sorted((tmp_path / "runs").iterdir())
@@ -158,61 +153,52 @@ def test_two_first_runs_in_the_same_second(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_whole_commands_stopped_and_resumed(tmp_path, data_root, number):
-    """As a shell sees it: stopped in its first epochs, gone on with by the line that it printed."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+def test_stopped_and_resumed(tmp_path, data_root, number):
+    """Stopped in its first epochs, gone on with by the line that it printed; the first of them as a shell sees it."""
     settings = [*TINY, "trainer.max_epochs=300", "callbacks.figures_every=0", f"data.root={data_root}"]
-    start = [sys.executable, str(REPO / "train.py"), *settings, "hydra.run.dir=run"]
-    process = subprocess.Popen(
-        start, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    settings.append("hydra.run.dir=run")
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
-    while not last.exists():
-        assert process.poll() is None
-        time.sleep(0.02)
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
+    if number == signal.SIGINT:
+        process = started(str(REPO / "train.py"), *settings, cwd=tmp_path)
+        wait_for(tmp_path, "run/checkpoints/last.ckpt", process)
+        process.send_signal(number)
+        output, code = process.communicate(timeout=60)[0], process.returncode
+    else:
+        child = Child(*settings, cwd=tmp_path)
+        wait_for(tmp_path, "run/checkpoints/last.ckpt", child)
+        child.send(number)
+        code, output = child.wait(), child.text
     assert "Traceback" not in output
     if number == signal.SIGKILL:
-        assert process.returncode == -number
+        assert code == -number
     else:
-        assert process.returncode == 128 + number
+        assert code == 128 + number
         assert output.splitlines()[-1].strip() == "python train.py resume=run"
-    step = torch.load(last, weights_only=True)["global_step"]
-    epochs = step // 8 + 2
-    child = Child(["resume=run", f"trainer.max_epochs={epochs}"], tmp_path)
-    assert child.wait() == 0, child.text
+    epochs = torch.load(last, weights_only=True)["global_step"] // 8 + 2
+    run("resume=run", f"trainer.max_epochs={epochs}", cwd=tmp_path)
     found = record(tmp_path / "run")
     assert found["status"] == "finished" and found["steps"] == 8 * epochs
     # Finished is finished: again, and nothing is done.
-    child = Child(["resume=run"], tmp_path)
-    assert child.wait() == 0 and record(tmp_path / "run") == found
+    assert run("resume=run", cwd=tmp_path).startswith("run is finished") and record(tmp_path / "run") == found
 
 
 def test_a_run_folder_can_move(tmp_path, data_root):
     settings = [*TINY, f"data.root={data_root}", "hydra.run.dir=old", "optimizer.lr=0.01"]
-    child = Child([*settings, "trainer.max_epochs=2"], tmp_path)
-    assert child.wait() == 0
+    run(*settings, "trainer.max_epochs=2", cwd=tmp_path)
     (tmp_path / "old").rename(tmp_path / "new")
-    assert Child(["resume=new", "trainer.max_epochs=3"], tmp_path).wait() == 0
+    run("resume=new", "trainer.max_epochs=3", cwd=tmp_path)
     assert not (tmp_path / "old").exists()
     [best] = [v for k, v in checkpoint.read(tmp_path / "new/checkpoints/last.ckpt")["callbacks"].items() if "val/" in k]
     assert list(best["best_k_models"]) == [str(tmp_path / "new" / "checkpoints" / "best.ckpt")]
 
 
-def test_with_the_package_installed_elsewhere(tmp_path, data_root):
+def test_with_the_package_installed_elsewhere(tmp_path):
     """`pip install .`, then the scripts of a clone from any folder; and the package's MNIST without any clone."""
     site = tmp_path / "site"
     shutil.copytree(REPO / "src" / "betavae", site / "betavae", ignore=shutil.ignore_patterns("__pycache__"))
-    environment = os.environ | {"PYTHONPATH": str(site)}
-
-    def run(*args: str) -> str:
-        done = subprocess.run([sys.executable, *args], cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    assert "latent_dim: 9" in run(str(REPO / "train.py"), "--cfg", "job", "model.latent_dim=9")
-    assert "temperature" in run(str(REPO / "scripts" / "sample.py"), "--cfg", "job")
+    elsewhere = {"cwd": tmp_path, "PYTHONPATH": str(site)}
+    assert "latent_dim: 9" in fresh(str(REPO / "train.py"), "--cfg", "job", "model.latent_dim=9", **elsewhere)
+    assert "temperature" in fresh(str(REPO / "scripts" / "sample.py"), "--cfg", "job", **elsewhere)
     code = "import betavae; from betavae.data import mnist; from pathlib import Path; "
-    code += "print(betavae.__file__, mnist(Path('data'), False)[0].shape)"
-    assert str(site) in (printed := run("-c", code)) and "[10000, 1, 28, 28]" in printed
+    code += "print(betavae.__file__, mnist(Path('data'), 'test').pixels.shape)"
+    assert str(site) in (printed := fresh("-c", code, **elsewhere)) and "[10000, 1, 28, 28]" in printed

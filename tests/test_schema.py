@@ -1,13 +1,10 @@
-import importlib.util
 import json
 
-from tests.conftest import REPO
+from tests.commands import REPO, module_of
 
 
 def test_the_schema_of_the_settings_is_up_to_date():
-    spec = importlib.util.spec_from_file_location("schema", REPO / "scripts" / "schema.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = module_of(REPO / "scripts" / "schema.py")
     kept = json.loads((REPO / "configs" / "schema.json").read_text())
     assert kept == json.loads(json.dumps(module.schema())), "run `python scripts/schema.py`"
     assert kept["$defs"]["Model"]["properties"]["activation"]["enum"][0] == "relu"

@@ -3,15 +3,13 @@
 import nbformat
 from nbclient import NotebookClient
 
-from tests.conftest import REPO
+from tests.commands import REPO, TINY, run
 
 PATH = REPO / "docs" / "tour.ipynb"
 
 
 def test_the_tour_runs(tmp_path, data_root):
-    from tests.commands import TINY, run
-
-    run("train.py", *TINY, f"data.root={data_root}", cwd=tmp_path)
+    run(*TINY, f"data.root={data_root}", cwd=tmp_path)
     notebook = nbformat.read(PATH, 4)
     for cell in notebook.cells:
         cell.source = cell.source.replace("limit_train_batches=200", "limit_train_batches=5")
