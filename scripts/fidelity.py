@@ -22,6 +22,7 @@ class Settings(DataSettings):
     sampler: one_of(samplers) = Field(None, title="prior, gaussian, mixture, knn; null: all of them")
     n: Several = Field(2000, title="images in each repeat; fewer, if there are not so many test images")
     repeats: Several = Field(5, title="repeats, of which the standard error is, no image in two of them")
+    reference: Several = Field(60_000, title="training images at most, that samples are compared with")
     folder: TextOrNull = Field(None, title="for fidelity.json and figures/fidelity.png; null: the run's")
 
 
@@ -45,7 +46,7 @@ def main(settings: Settings) -> None:
     shown = run._replace(data=run.data | {"binarize": "none"}) if run.data.get("binarize") == "dynamic" else run
     datamodule = shown.datamodule(settings.data_root)
     datamodule.setup()
-    x, labels = shown.images("train", settings.data_root, MOST_IMAGES)
+    x, labels = shown.images("train", settings.data_root, settings.reference)
     x_test, _ = shown.images("test", settings.data_root)
     n = min(settings.n, len(x_test) // settings.repeats)
     if n < 10:

@@ -131,6 +131,7 @@ def pt2(graph: nn.Module, path: Path) -> Run:
 def torchscript(graph: nn.Module, path: Path) -> Run:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch would rather have pt2
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # of checks of shapes inside torch
         torch.jit.save(torch.jit.trace(graph, inputs_of(graph, 2)), path)
         return torch.jit.load(path)
 
