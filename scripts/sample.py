@@ -1,4 +1,4 @@
-"""New images from a trained VAE: `python scripts/sample.py [ckpt=PATH n=64 seed=0 temperature=1.0 out=samples.png]`."""
+"""New images from a trained VAE: `python scripts/sample.py [ckpt=PATH sampler=mixture digit=7 n=64 out=PNG]`."""
 
 # mypy: disable-error-code="valid-type"
 
@@ -6,12 +6,16 @@ from pathlib import Path
 
 from pydantic import Field
 
-from betavae.running.cli import ModelSettings, importing, script
-from betavae.running.settings import Count, Flag, NotNegative, Text
+from betavae.running.cli import DataSettings, importing, script
+from betavae.running.settings import Count, Flag, NotNegative, NumberOrNull, Text, one_of
 
 
-class Settings(ModelSettings):
+class Settings(DataSettings):
     n: Count = Field(64, title="images")
+    sampler: one_of(lambda: ["prior", "gaussian", "mixture", "knn"]) = Field(
+        "prior", title="or one fitted to the training images: gaussian, mixture, knn"
+    )
+    digit: NumberOrNull = Field(None, title="images of one label; not with sampler=prior")
     temperature: NotNegative = Field(1.0, title="times the prior's standard deviation")
     columns: Count = Field(8, title="images in a row")
     out: Text = Field("samples.png", title="the picture")
@@ -25,13 +29,29 @@ def main(settings: Settings) -> None:
         import torch
 
         from betavae import pictures
+        from betavae.errors import UserError
         from betavae.running import checkpoint
+        from betavae.uses.sampling import MOST_IMAGES, fitted
 
     run = checkpoint.load(settings.ckpt, settings.runs)
-    images = run.vae.sample(settings.n, settings.temperature, torch.Generator().manual_seed(settings.seed))
+    generator = torch.Generator().manual_seed(settings.seed)
+    if settings.sampler == "prior" and settings.digit is None:
+        images = run.vae.sample(settings.n, settings.temperature, generator)
+    elif settings.temperature != 1:
+        raise UserError(f"temperature={settings.temperature:g} goes with sampler=prior and no digit")
+    else:
+        latents = fitted(
+            settings.sampler,
+            run.vae,
+            lambda: run.images("train", settings.data_root, MOST_IMAGES),
+            run.path,
+            run.folder,
+            settings.digit,
+        )
+        images = run.vae.decode(latents.sample(settings.n, generator))
     out = Path(settings.out)
     pictures.save_picture(pictures.grid(images, settings.columns), out)
-    print(f"{settings.n} samples of {run.path} in {out}")
+    print(f"{settings.n} samples of {run.path} by sampler={settings.sampler} in {out}")
     if settings.save_images:
         folder = out.with_suffix("")
         for number, image in enumerate(images):

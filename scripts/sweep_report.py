@@ -13,7 +13,7 @@ from betavae.running.settings import Keys, LongSeed, Text, TextOrNull
 class Settings(ScriptSettings):
     sweep: TextOrNull = Field(None, title="the sweep's folder; null: the newest under runs/sweeps")
     over: Keys = Field(None, title="one or two swept settings to draw `metric` over; null: the first two")
-    metric: Text = Field("neg_elbo", title="any name under `test` in the jobs' metrics.json, or seconds")
+    metric: Text = Field("neg_elbo", title="a test number of the jobs, seconds, or once measured fid, nll_5000, ...")
     seed: LongSeed = Field(0, title="of the samples")
     out: Text = Field("sweep_report", title="a folder")
 

@@ -11,7 +11,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from betavae.data.batches import binarized
-from betavae.data.datamodule import BINARIZE_SEED, ImageDataModule
+from betavae.data.datamodule import BINARIZE_SEED, SPLIT_SEED, ImageDataModule
 from betavae.data.images import Images
 from betavae.errors import UserError
 from betavae.fast import accelerate
@@ -48,15 +48,18 @@ class Run(NamedTuple):
         known = self.data["root"] if Path(self.data["root"]).expanduser().exists() else os.devnull
         return ImageDataModule(**(self.data | {"root": root or known}))
 
-    def images(self, split: str = "test", root: str | None = None) -> tuple[Tensor, Tensor]:
+    def images(self, split: str = "test", root: str | None = None, most: int | None = None) -> tuple[Tensor, Tensor]:
         """Images `(N, C, H, W)` in [0, 1] of "train", "validation" or "test", as the model sees them, and their labels;
-        of dynamically binarised training images one draw, from a fixed seed."""
+        of dynamically binarised training images one draw, and of more than `most` that many, from a fixed seed."""
         datamodule = self.datamodule(root)
         if split == "test":
             images: Images = datamodule.test_set()
         else:
             datamodule.setup()
             images = datamodule.sets[split]
+        if most is not None and len(images) > most:
+            chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(SPLIT_SEED))[:most]
+            images = images.take(chosen.sort().values)
         pixels = images.tensor()
         if split == "train" and datamodule.binarize != "none":
             pixels = binarized(pixels, datamodule.binarize, torch.Generator().manual_seed(BINARIZE_SEED)) * 255

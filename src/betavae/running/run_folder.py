@@ -15,7 +15,7 @@ from betavae.errors import UserError
 from betavae.files import PART, write_whole
 
 MARK = ".betavae"  # a file in every folder of ours, that says what it is
-RUN, SWEEP, REPORT = ("a run of betavae\n", "a sweep of betavae\n", "a report of betavae\n")
+RUN, SWEEP, REPORT, EXPORT = (f"{kind} of betavae\n" for kind in ("a run", "a sweep", "a report", "an export"))
 # All that a run writes: what is cleared away is on this list, and nothing else ever is.
 FILES = ("config.yaml", "overrides.yaml", "metrics.json", "train.log", "projector_config.pbtxt", "metrics.csv")
 FOLDERS = (
@@ -23,6 +23,8 @@ FOLDERS = (
     "figures/*.png",
     "projector/posterior_means/*",
     "evaluation.*",
+    "fidelity.json",
+    f"sampler_*_{'[0-9a-f]' * 16}.pt",
     "events.out.tfevents.*",
 )
 UNFINISHED = ("running", "interrupted")

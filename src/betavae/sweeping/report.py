@@ -13,12 +13,16 @@ from omegaconf import DictConfig, OmegaConf
 from betavae import pictures
 from betavae.errors import UserError
 from betavae.running import checkpoint
-from betavae.running.run_folder import REPORT, put_mark
+from betavae.running.run_folder import REPORT, put_mark, read_json
 from betavae.sweeping.jobs import Job, read_jobs, sort_key
 
 REPLICATE = "seed"  # the key whose values are repetitions of one setting
 SCALES = ("neg_elbo", "kl", "recon")
-NAMES = {"neg_elbo": "neg. ELBO", "kl": "rate", "recon": "distortion", "active_units": "active units"}
+NAMES = {
+    **{"neg_elbo": "neg. ELBO", "kl": "rate", "recon": "distortion", "active_units": "active units"},
+    "fid": "Fréchet distance",
+}
+MEASURED = ("evaluation.json", "fidelity.json")  # what scripts leave in a job's folder
 
 
 class Setting(NamedTuple):
@@ -37,9 +41,26 @@ class Setting(NamedTuple):
 
     def mean_sd(self, metric: str) -> tuple[float, float]:
         """Mean and sample standard deviation over the finished seeds; nan where there are none, or only one."""
-        numbers = [{**job.test, "seconds": job.record["seconds"]} for job in self.finished]
-        results = [row[metric] for row in numbers if metric in row]
+        results = [row[metric] for row in map(numbers, self.finished) if metric in row]
         return fmean(results) if results else math.nan, stdev(results) if len(results) > 1 else math.nan
+
+
+def numbers(job: Job) -> dict[str, float]:
+    """Of a finished job: the test numbers of its training, its seconds, and what was measured afterwards, by name:
+    `fid`, or below a key of that file `mixture.fid`. Where two have one name it is the training's."""
+    found: dict[str, float] = {}
+
+    def add(prefix: str, content: dict[str, Any]) -> None:
+        for key, value in content.items():
+            mean = value.get("mean") if isinstance(value, dict) else value
+            if isinstance(mean, float):  # whole numbers say how it was measured
+                found[prefix + key] = mean
+            elif isinstance(value, dict) and not prefix:
+                add(f"{key}.", value)
+
+    for file in MEASURED:
+        add("", read_json(job.folder / file))
+    return {**found, **job.test, "seconds": job.record["seconds"]}
 
 
 def newest(sweeps: Path) -> Path:
@@ -80,8 +101,9 @@ def short(key: str) -> str:
 
 
 def metrics(found: Sequence[Setting]) -> list[str]:
-    names = dict.fromkeys(name for setting in found for job in setting.finished for name in job.test)
-    return [*sorted(names, key=lambda name: list(NAMES).index(name) if name in NAMES else len(NAMES)), "seconds"]
+    names = dict.fromkeys(name for setting in found for job in setting.finished for name in numbers(job))
+    known = [*NAMES, *(name for name in names if name not in (*NAMES, "seconds")), "seconds"]
+    return sorted(names | {"seconds": None}, key=known.index)
 
 
 def states(setting: Setting) -> str:
@@ -100,10 +122,8 @@ def write_csv(found: Sequence[Setting], path: Path) -> None:
         writer.writerow([*found[0].values, *statuses, *(f"{name}_{part}" for name in names for part in ("mean", "sd"))])
         for setting in found:
             counts = [sum(job.status == status for job in setting.jobs) for status in statuses]
-            numbers = [number for name in names for number in setting.mean_sd(name)]
-            writer.writerow(
-                [*setting.values.values(), *counts, *("" if math.isnan(x) else f"{x:.6g}" for x in numbers)]
-            )
+            cells = [cell for name in names for cell in setting.mean_sd(name)]
+            writer.writerow([*setting.values.values(), *counts, *("" if math.isnan(x) else f"{x:.6g}" for x in cells)])
 
 
 def markdown(found: Sequence[Setting]) -> str:
@@ -251,7 +271,8 @@ def chart(found: Sequence[Setting], keys: Sequence[str] | None, metric: str) -> 
             raise UserError(f"over: {key} was not swept here; swept: {', '.join(swept) or 'nothing but seeds'}")
     if metric not in metrics(found):
         raise UserError(
-            f"metric={metric} is not in the jobs' metrics.json; it must be one of {', '.join(metrics(found))}"
+            f"metric={metric} is not in the jobs' metrics.json, {' or '.join(MEASURED)}; it must be one of "
+            f"{', '.join(metrics(found))}"
         )
     keys = list(keys or swept[:2])
     if not keys:

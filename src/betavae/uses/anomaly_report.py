@@ -1,7 +1,6 @@
 """What `anomalies.Detector` says of a set of images, as a table and pictures; and detectors kept beside checkpoints."""
 
 import csv
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +10,8 @@ from torch import Tensor
 
 from betavae.errors import UserError
 from betavae.files import STAMP, writing
-from betavae.pictures import grid, new_figure, save_tensor, show
+from betavae.kept import digest, kept
+from betavae.pictures import grid, new_figure, show
 from betavae.uses.anomalies import QUICK, Detector, p_values
 
 
@@ -25,27 +25,22 @@ class Scored(NamedTuple):
 def detector(run: Any, data_root: str | None = None) -> Detector:
     """That of a `Run`: from `anomalies-HASH.pt` in its folder, else fitted to its training images, calibrated by its
     validation images, and kept there. Raises UserError if no validation images were set aside."""
-    digest = hashlib.sha256(run.path.read_bytes()).hexdigest()[:16]
-    kept = run.folder / f"anomalies-{digest}.pt"
-    try:
-        return Detector(run.vae, torch.load(kept, weights_only=True))
-    except FileNotFoundError:
-        pass
-    except Exception as error:
-        raise UserError(f"{kept} is damaged; delete it, and it is made anew") from error
-    datamodule = run.datamodule(data_root)
-    datamodule.setup()
-    sets = datamodule.sets
-    if not len(sets["validation"]):
-        raise UserError(
-            "images are told apart by what validation images look like, and this model was trained with "
-            "data.validation_size=0: train one that has some"
-        )
-    print("fitting to training images, once ...", flush=True)
-    train = sets["train"].take(torch.arange(0, len(sets["train"]), max(1, len(sets["train"]) // 20_000)))
-    found = Detector.fit(run.vae, train.tensor(), sets["validation"].tensor())
-    save_tensor(found.state, kept)
-    return found
+
+    def fit() -> dict[str, Any]:
+        datamodule = run.datamodule(data_root)
+        datamodule.setup()
+        sets = datamodule.sets
+        if not len(sets["validation"]):
+            raise UserError(
+                "images are told apart by what validation images look like, and this model was trained with "
+                "data.validation_size=0: train one that has some"
+            )
+        print("fitting to training images, once ...", flush=True)
+        train = sets["train"].take(torch.arange(0, len(sets["train"]), max(1, len(sets["train"]) // 20_000)))
+        return Detector.fit(run.vae, train.tensor(), sets["validation"].tensor()).state
+
+    name = f"anomalies-{digest(run.path)}.pt"
+    return Detector(run.vae, kept(run.folder / name, {"data_root": data_root}, fit))
 
 
 def scored(detector: Detector, pixels: Tensor, score: str, alarm: float) -> Scored:

@@ -1,0 +1,63 @@
+"""A trained VAE for others: `python scripts/export.py [ckpt=PATH format=onnx out=export]`."""
+
+# mypy: disable-error-code="valid-type"
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from betavae.running.cli import ModelSettings, importing, script
+from betavae.running.settings import Text, one_of
+
+FORMATS = ["onnx", "torchscript", "pt2", "safetensors", "folder"]
+
+
+class Settings(ModelSettings):
+    format: one_of(lambda: FORMATS) = Field(
+        "onnx", title="onnx, torchscript, pt2, safetensors; folder: for betavae.load"
+    )
+    out: Text = Field("export", title="a folder")
+
+
+@script(Settings)
+def main(settings: Settings) -> None:
+    with importing():
+        import torch
+
+        from betavae import pictures
+        from betavae.running import checkpoint
+        from betavae.running.run_folder import EXPORT, put_mark, read_json
+        from betavae.uses import export
+
+    run = checkpoint.load(settings.ckpt, settings.runs)
+    out = Path(settings.out).expanduser()
+    put_mark(out, EXPORT, "out")
+    result: dict[str, Any]
+    if settings.format == "folder":
+        # The root of the data is of this machine alone.
+        data = run.data | {"root": "data"} if run.data else {}
+        state = {f"vae.{key}": value for key, value in run.vae.state_dict().items()}
+        content = {"betavae_format": checkpoint.FORMAT, "hyper_parameters": run.settings, "state_dict": state}
+        checkpoint.save(content | {"datamodule_hyper_parameters": data}, out / "checkpoints" / "best.ckpt")
+        numbers = {name: read_json(run.folder / f"{name}.json") for name in ("metrics", "evaluation", "fidelity")}
+        card = export.card(run.folder.resolve().name, run.settings, data, numbers)
+        (out / "README.md").write_text(card)
+        images = run.vae.sample(64, 1.0, torch.Generator().manual_seed(settings.seed))
+        pictures.save_picture(pictures.grid(images, 8), out / "samples.png")
+        theirs = checkpoint.load(out).vae.state_dict()
+        if not all(torch.equal(theirs[key], value) for key, value in run.vae.state_dict().items()):
+            raise RuntimeError(f"{out} does not hold the model that was written to it")
+        print(f'{out}/ is a model of its own, with a card in {out / "README.md"}: betavae.load("{out}")')
+    elif settings.format == "safetensors":
+        result = export.weights(run.vae, run.settings["model"], out)
+        print(f"{len(result['tensors'])} tensors in {out / result['file']}, what they are in {out / 'model.json'}")
+    else:
+        result = export.graphs(run.vae, run.settings["model"], settings.format, out)
+        for name, graph in result["graphs"].items():
+            print(f"{out / graph['file']}  differs from torch by at most {result['difference'][name]:.1e}")
+        print(f"shapes, ranges and units in {out / 'model.json'}")
+
+
+if __name__ == "__main__":
+    main()

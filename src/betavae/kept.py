@@ -1,0 +1,44 @@
+"""What takes a while to make from a checkpoint or a data set is made once, and kept in a file of ours."""
+
+import hashlib
+import io
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from betavae.errors import UserError
+from betavae.files import STAMP, made_here, write_whole, writing
+
+
+def kept(path: Path, asked: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `make()` gives, tensors and plain values; if `path` holds what it once gave for the same `asked`, that.
+
+    A file of ours that is harmed, or was made for something else, is made anew. Anybody else's is left alone, and where
+    nothing can be kept that is said, and the answer is the same.
+    """
+    if path.is_file() and made_here(path):
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            if content["asked"] == asked:
+                return content["made"]
+        except Exception:  # harmed
+            pass
+    made = make()
+    buffer = io.BytesIO()
+    torch.save({"asked": asked, "made": made}, buffer)
+    with zipfile.ZipFile(buffer, "a") as archive:
+        archive.comment = STAMP.encode()
+    try:
+        with writing(path, "not kept"):
+            write_whole(path, buffer.getvalue())
+    except UserError as error:
+        print(error)
+    return made
+
+
+def digest(path: Path) -> str:
+    """Which file it is, whatever its name."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]

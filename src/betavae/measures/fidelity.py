@@ -1,0 +1,103 @@
+"""How near generated images come to real ones: pure functions of features `(N, D)`, one row an image.
+
+All depend on the features, and the Fréchet distance and the four shares on how many images there are: compare numbers
+of the same features and the same N, and with the bounds that real images give.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Moments(NamedTuple):
+    mean: Tensor  # (D,)
+    covariance: Tensor  # (D, D)
+
+
+def moments(features: Tensor) -> Moments:
+    """In double precision."""
+    features = features.double()
+    return Moments(features.mean(0), torch.cov(features.T).view(features.shape[1], -1))
+
+
+def frechet(one: Moments, two: Moments) -> float:
+    """The squared 2-Wasserstein distance |m_1 - m_2|^2 + tr(C_1 + C_2 - 2 (C_1 C_2)^(1/2)) of two normal distributions
+    (Dowson & Landau 1982), in squared units of the features; of Inception's features, the FID (Heusel et al. 2017).
+
+    Estimated moments make it too large, by a term in 1 / N.
+    """
+    # tr (C_1 C_2)^(1/2) by symmetric matrices only: the root of C_1 on both sides of C_2 has the same eigenvalues.
+    values, vectors = torch.linalg.eigh(one.covariance)
+    root = vectors * values.clamp(min=0).sqrt()
+    overlap = torch.linalg.eigvalsh(root.T @ two.covariance @ root).clamp(min=0).sqrt().sum()
+    distance = (one.mean - two.mean).square().sum() + one.covariance.trace() + two.covariance.trace() - 2 * overlap
+    return max(0.0, distance.item())
+
+
+def kernel_distance(one: Tensor, two: Tensor) -> float:
+    """The squared maximum mean discrepancy under the kernel (a . b / D + 1)^3 (KID, Binkowski et al. 2018).
+
+    Unbiased, so that it does not depend on N and is about 0, of either sign, for samples of one distribution.
+    """
+    one, two = one.double(), two.double()
+
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        return (a @ b.T / a.shape[1] + 1) ** 3
+
+    def within(a: Tensor) -> Tensor:
+        pairs = kernel(a, a)
+        return (pairs.sum() - pairs.trace()) / (len(a) * (len(a) - 1))
+
+    return (within(one) + within(two) - 2 * kernel(one, two).mean()).item()
+
+
+class Shares(NamedTuple):
+    precision: float
+    recall: float
+    density: float
+    coverage: float
+
+
+def shares(real: Tensor, fake: Tensor, k: int = 3, k_density: int = 5) -> Shares:
+    """How the k-nearest-neighbour balls of two sets of images hold each other's points.
+
+    A ball around an image reaches its k-th nearest neighbour in its own set. Precision is the share of fakes in a ball
+    of any real, recall that of reals in a ball of any fake (Kynkäänniemi et al. 2019, k = 3); one far outlier's large
+    ball holds much, so both forgive it. Density is the number of reals' balls that a fake lies in over k, averaged (it
+    may exceed 1), coverage the share of reals with a fake in their ball (Naeem et al. 2020, k = 5).
+    """
+    between = torch.cdist(real, fake)  # (N, M)
+
+    def radius(points: Tensor, neighbours: int) -> Tensor:
+        return torch.cdist(points, points).kthvalue(neighbours + 1, dim=1).values  # the nearest is the point itself
+
+    inside = between <= radius(real, k_density)[:, None]
+    return Shares(
+        precision=(between <= radius(real, k)[:, None]).any(0).float().mean().item(),
+        recall=(between <= radius(fake, k)).any(1).float().mean().item(),
+        density=inside.float().sum(0).mean().item() / k_density,
+        coverage=inside.any(1).float().mean().item(),
+    )
+
+
+def nearest(points: Tensor, among: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
+    """Of each of `points` (N, D) the distances to the nearest k of `among` (M, D), and their places there: (N, k)."""
+    found = [torch.cdist(part, among).topk(k, largest=False) for part in points.split(1000)]
+    return torch.cat([part.values for part in found]), torch.cat([part.indices for part in found])
+
+
+def imbalance(found: Tensor, wanted: Tensor) -> float:
+    """The total variation distance between the frequencies of labels `(N,)` and `(M,)`: the share of images that would
+    have to change their label, in [0, 1]."""
+    classes = int(max(found.max(), wanted.max())) + 1
+    one, two = (torch.bincount(labels, minlength=classes) / len(labels) for labels in (found, wanted))
+    return 0.5 * (one - two).abs().sum().item()
+
+
+def summary(values: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
+    """The mean over repeats of each number, with its standard error."""
+    rows = {name: torch.tensor([value[name] for value in values], dtype=torch.float64) for name in values[0]}
+    return {name: {"mean": r.mean().item(), "se": r.std().item() / math.sqrt(len(r))} for name, r in rows.items()}

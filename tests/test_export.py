@@ -1,0 +1,175 @@
+"""Exported models, read by the programs that they are for."""
+
+import json
+import re
+import runpy
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import betavae
+from betavae.errors import UserError
+from betavae.fast import accelerate
+from betavae.likelihoods import LIKELIHOODS, Likelihood
+from betavae.objectives import elbo
+from betavae.running import checkpoint
+from betavae.uses import export
+from betavae.vae import VAE
+from tests.conftest import DATA, MODEL, MODULE, REPO
+
+MODELS = {
+    "mlp": MODEL | {"hidden_dims": [16], "latent_dim": 3, "activation": "tanh"},
+    "conv": MODEL
+    | {"network": "conv", "hidden_dims": [4, 6], "latent_dim": 2, "image_shape": [3, 10, 7], "likelihood": "gaussian"},
+    "continuous": MODEL | {"hidden_dims": [8], "latent_dim": 4, "likelihood": "continuous_bernoulli"},
+}
+
+
+def made(name):
+    vae = VAE(**MODELS[name]).requires_grad_(False)
+    for parameter in vae.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))  # no bias, and no scale, at its first value
+    return accelerate(vae.eval())
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """Each model as ONNX, once."""
+    known = {}
+
+    def get(name):
+        if name not in known:
+            vae, folder = made(name), tmp_path_factory.mktemp(name)
+            known[name] = vae, folder, export.graphs(vae, MODELS[name], "onnx", folder)
+        return known[name]
+
+    return get
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv"])
+def test_onnxruntime_gives_the_models_numbers_at_any_batch(exported, name):
+    import onnxruntime
+
+    vae, folder, about = exported(name)
+    assert json.loads((folder / "model.json").read_text()) == about
+    sessions = {key: onnxruntime.InferenceSession(folder / graph["file"]) for key, graph in about["graphs"].items()}
+    for batch in (1, 5, 33):
+        x, noise = torch.rand(batch, *vae.image_shape), torch.randn(batch, vae.latent_dim)
+        mean, logvar = sessions["encoder"].run(None, {"image": x.numpy()})
+        posterior = vae.encode(x)
+        np.testing.assert_allclose(mean, posterior.mean, atol=2e-6)
+        np.testing.assert_allclose(logvar, posterior.logvar, atol=2e-6)
+        (image,) = sessions["decoder"].run(None, {"z": noise.numpy()})
+        np.testing.assert_allclose(image, vae.decode(noise).clamp(0, 1), atol=2e-6)
+        distortion, rate = sessions["score"].run(None, {"image": x.numpy(), "noise": noise.numpy()})
+        terms = elbo(vae, x, noise[None], 1.0)
+        assert distortion.shape == rate.shape == (batch,)
+        assert (distortion + rate).mean() == pytest.approx(terms.loss.item(), rel=1e-5)
+        for key, values in (("distortion", distortion), ("rate", rate)):
+            assert values.shape == tuple(batch if n == "batch" else n for n in shape_of(about, "score", key))
+    assert shape_of(about, "decoder", "image") == ["batch", *vae.image_shape]
+
+
+def shape_of(about, graph, output):
+    return about["graphs"][graph]["outputs"][output]["shape"]
+
+
+@pytest.mark.parametrize(("form", "name"), [("torchscript", "mlp"), ("pt2", "continuous")])
+@pytest.mark.filterwarnings("ignore:`torch.jit.load`")
+def test_torchs_own_formats(tmp_path, form, name):
+    vae = made(name)
+    about = export.graphs(vae, MODELS[name], form, tmp_path)
+    path = tmp_path / about["graphs"]["score"]["file"]
+    score = torch.jit.load(path) if form == "torchscript" else torch.export.load(path).module()
+    x, noise = torch.rand(9, 1, 28, 28), torch.randn(9, vae.latent_dim)
+    wanted = elbo(vae, x, noise[None], 1.0)
+    distortion, rate = score(x, noise)
+    torch.testing.assert_close((distortion + rate).mean(), wanted.loss)
+
+
+def test_safetensors_hold_the_weights_and_the_recipe(tmp_path):
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    vae = made("conv")
+    export.weights(vae, MODELS["conv"], tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        again = VAE(**json.loads(file.metadata()["model"]))
+    again.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    z = torch.randn(2, 2)
+    assert torch.equal(again.decode(z), vae.decode(z))
+
+
+def test_a_graph_that_is_off_is_refused(tmp_path, monkeypatch):
+    def wrong(graph, path):
+        run = export.FORMATS["pt2"][1](graph, path)
+        return lambda *inputs: [value + 1e-3 for value in run(*inputs)]
+
+    monkeypatch.setitem(export.FORMATS, "wrong", (".pt2", wrong))
+    with pytest.raises(UserError, match=r"exported encoder is off by 1.0e-03"):
+        export.graphs(made("mlp"), MODELS["mlp"], "wrong", tmp_path)
+
+    class Choosy(Likelihood):
+        def log_prob(self, x, params):
+            return params.sum((-3, -2, -1)) if params.sum() > 0 else x.sum((-3, -2, -1))
+
+        def mean(self, params):
+            return params.sigmoid()
+
+    monkeypatch.setitem(LIKELIHOODS, "choosy", Choosy)
+    model = MODELS["mlp"] | {"likelihood": "choosy"}
+    with pytest.raises(UserError, match="format=pt2 cannot hold the score"):
+        export.graphs(VAE(**model).requires_grad_(False), model, "pt2", tmp_path)
+
+
+@pytest.fixture
+def lone(tmp_path):
+    path = tmp_path / "theirs" / "lone.ckpt"
+    content = {"betavae_format": 2, "hyper_parameters": MODULE | {"model": MODELS["mlp"]}}
+    content["state_dict"] = {f"vae.{key}": value for key, value in made("mlp").state_dict().items()}
+    checkpoint.save(content | {"datamodule_hyper_parameters": DATA | {"root": "/home/me/secret"}}, path)
+    (path.parent / "metrics.json").write_text(json.dumps({"test": {"neg_elbo": 123.456}, "note": "a surrogate"}))
+    return path
+
+
+def command(lone, **settings):
+    script = runpy.run_path(str(REPO / "scripts" / "export.py"))
+    script["main"].task({"ckpt": str(lone), **{key: str(value) for key, value in settings.items()}})
+
+
+def test_the_folder_is_a_model_of_its_own(lone, tmp_path):
+    out = tmp_path / "mine"
+    command(lone, format="folder", out=out)
+    theirs = betavae.load(lone)
+    lone.unlink()
+    run = betavae.load(out)
+    x = torch.rand(2, 1, 28, 28)
+    assert torch.equal(run.vae.reconstruct(x), theirs.vae.reconstruct(x)) and run.settings == theirs.settings
+    card = (out / "README.md").read_text()
+    for words in ("CC BY-SA 3.0", "| model.latent_dim | 3 |", "test neg_elbo: 123.5", "a surrogate", "samples.png"):
+        assert words in card
+    assert "secret" not in card and run.data["root"] == "data"
+    assert (out / "samples.png").stat().st_size > 1000
+
+
+def test_nothing_of_others_is_written_over(lone, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"thesis\.txt"):
+        command(lone, format="safetensors", out=tmp_path / "full")
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.txt"]
+
+
+def test_the_page_samples_and_scores_where_there_is_no_torch(exported):
+    """The Python of docs/export.md as it stands."""
+    _, folder, _ = exported("mlp")
+    code = re.search(r"```python\n(import json.*?)```", (REPO / "docs" / "export.md").read_text(), re.DOTALL)[1]
+    blocked = "import sys\nsys.modules.update(torch=None, betavae=None, lightning=None)\n"
+    checks = "\nassert images.shape == (16, 1, 28, 28) and images.min() >= 0 and images.max() <= 1\n"
+    checks += "assert negative_elbo(images).shape == (16,) and sys.modules['torch'] is None\n"
+    done = subprocess.run([sys.executable, "-c", blocked + code + checks], capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"samples \d+\.\d+ shuffled \d+\.\d+", done.stdout.strip())
