@@ -38,7 +38,9 @@ def test_cross_entropy_and_its_gradient_at_any_logit_and_precision(of_images, of
         assert value.shape == (2, 5) and value.dtype == torch.promote_types(of_images, torch.float32)
         assert gradient.dtype == of_logits
         double = of_images == torch.float64
-        torch.testing.assert_close(value.double(), expected, rtol=1e-12 if double else 2e-6, atol=1e-10 if double else 1e-4)
+        torch.testing.assert_close(
+            value.double(), expected, rtol=1e-12 if double else 2e-6, atol=1e-10 if double else 1e-4
+        )
         # A gradient is rounded to the precision of what it is the gradient of.
         exact = {"rtol": 1e-12, "atol": 1e-13} if double and of_logits == torch.float64 else {}
         torch.testing.assert_close(gradient, slope, **exact)
@@ -96,7 +98,9 @@ def test_accelerate_leaves_names_and_numbers(network, likelihood):
 
     before, state = numbers(), {name: value.clone() for name, value in vae.state_dict().items()}
     assert accelerate(vae) is vae
-    assert not any(type(part) is torch.nn.Tanh for part in vae.modules()) and any(type(p) is Tanh for p in vae.modules())
+    assert not any(type(part) is torch.nn.Tanh for part in vae.modules()) and any(
+        type(p) is Tanh for p in vae.modules()
+    )
     if isinstance(vae.likelihood, Bernoulli):
         assert vae.likelihood.cross_entropy == CrossEntropy.apply
     assert list(vae.state_dict()) == list(state)
