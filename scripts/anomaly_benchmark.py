@@ -1,28 +1,39 @@
-"""How well each score tells strange images from ordinary ones: `python scripts/anomaly_benchmark.py --fashion FOLDER`.
+"""How well each score tells strange images from ordinary ones: `python scripts/anomaly_benchmark.py [data_root=data]`.
 
 Trains the tutorial's net (784-400-20, six epochs, Muon, grey Bernoulli) on MNIST, on FashionMNIST, and on MNIST without
 each of its ten digits, for each seed, and prints the AUROC of every score for every kind of outlier, from test images.
 The default score and its constants were chosen by seed 0; the tables are of other seeds.
 """
 
-import argparse
+# mypy: disable-error-code="valid-type"
+
 import json
 import time
 from collections import defaultdict
 from pathlib import Path
 
 import torch
+from pydantic import Field
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from betavae.data import SOURCES
 from betavae.objectives import elbo
 from betavae.optimizers import MuonAdam
+from betavae.running.cli import ScriptSettings, script
+from betavae.running.settings import CountOrZero, Text, kind
 from betavae.uses.anomalies import DEFAULT, QUICK, SLOW, Detector, false_alarm_rate
 from betavae.vae import VAE
 
 VALIDATION = 5_000
 ALARM = 0.01
+
+
+class Settings(ScriptSettings):
+    seeds: kind(list[int], "a list of seeds", min_length=1) = Field([1, 2, 3], title="of the models")
+    data_root: Text = Field("data", title="where MNIST and FashionMNIST are")
+    keep: Text = Field("runs/anomaly_benchmark", title="for models, which are not trained twice, and results")
+    slow: CountOrZero = Field(0, title="so many images of a kind for nll and regret too")
 
 
 def train(x: Tensor, seed: int, epochs: int = 6, batch_size: int = 512) -> VAE:
@@ -67,19 +78,12 @@ def made(x: Tensor) -> dict[str, Tensor]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--mnist", type=Path, default=Path("data"), help="where MNIST is or is unpacked to")
-    parser.add_argument("--fashion", type=Path, default=Path("data"), help="where FashionMNIST is or is downloaded to")
-    parser.add_argument("--keep", type=Path, default=Path("runs/anomaly_benchmark"), help="for models and results")
-    parser.add_argument("--slow", type=int, default=0, help="so many images of a kind for nll and regret too")
-    arguments = parser.parse_args()
-
-    roots = {"mnist": arguments.mnist, "fashion_mnist": arguments.fashion}
+@script(Settings)
+def main(settings: Settings) -> None:
+    keep = Path(settings.keep)
     images = {}
-    for name, root in roots.items():
-        sets = [SOURCES[name](root, split) for split in ("train", "test")]
+    for name in ("mnist", "fashion_mnist"):
+        sets = [SOURCES[name](Path(settings.data_root), split) for split in ("train", "test")]
         images[name] = [(part.pixels, part.labels) for part in sets if part is not None]
     order = torch.randperm(60_000, generator=torch.Generator().manual_seed(0))
     rows: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
@@ -90,13 +94,13 @@ def main() -> None:
         ("fashion_mnist", None),
         *(("mnist", d) for d in range(10)),
     ]
-    for seed in arguments.seeds:
+    for seed in settings.seeds:
         for name, held in models:
             (x, labels), (test, test_labels) = images[name]
             ordinary = test if held is None else test[test_labels != held]
             parts = [part if held is None else part[labels[part] != held] for part in order.split([VALIDATION, 55_000])]
             validation, fitted = (x[part] for part in parts)
-            vae = trained(arguments.keep / f"{name}_{held}_{seed}.pt", fitted, seed)
+            vae = trained(keep / f"{name}_{held}_{seed}.pt", fitted, seed)
             detector = Detector.fit(vae, fitted, validation)
             if held is None:
                 other = "mnist" if name == "fashion_mnist" else "fashion_mnist"
@@ -106,8 +110,8 @@ def main() -> None:
             started = time.perf_counter()
             detector.scores(ordinary, (DEFAULT,))
             rate = max(rate, len(ordinary) / (time.perf_counter() - started))
-            for names in (QUICK, SLOW) if arguments.slow else (QUICK,):
-                first = arguments.slow if names == SLOW else None
+            for names in (QUICK, SLOW) if settings.slow else (QUICK,):
+                first = settings.slow if names == SLOW else None
                 inside = detector.scores(ordinary[:first], names)
                 for kind, strange in outliers.items():
                     for score, values in detector.scores(strange[:first], names).items():
@@ -122,8 +126,8 @@ def main() -> None:
             )
             print(f"seed {seed} {name} {held}", flush=True)
 
-    scores = [*QUICK, *(SLOW if arguments.slow else ())]
-    print(f"\nAUROC, mean over {len(arguments.seeds)} seeds\n| outliers | {' | '.join(scores)} |")
+    scores = [*QUICK, *(SLOW if settings.slow else ())]
+    print(f"\nAUROC, mean over {len(settings.seeds)} seeds\n| outliers | {' | '.join(scores)} |")
     print("|---" * (1 + len(scores)) + "|")
     for row, found in rows.items():
         print(f"| {row} | {' | '.join(f'{sum(found[s]) / len(found[s]):.4f}' for s in scores)} |")
@@ -133,7 +137,7 @@ def main() -> None:
     for name, shares in alarms.items():
         print(f"{name}: {' '.join(f'{share:.4f}' for share in shares)}")
     print(f"\n{DEFAULT}: {rate:,.0f} images/s")
-    (arguments.keep / "results.json").write_text(json.dumps({"auroc": rows, "false_alarms": alarms}, indent=2) + "\n")
+    (keep / "results.json").write_text(json.dumps({"auroc": rows, "false_alarms": alarms}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -184,7 +184,7 @@ def fashion(train):
 
 
 IMAGES = {
-    "mnist": lambda root: (mnist(root, True)[0][::20], mnist(root, False)[0][::10]),
+    "mnist": lambda root: (mnist(root, "train").pixels[::20], mnist(root, "test").pixels[::10]),
     "fashion": lambda root: (fashion(True)[::20], fashion(False)[::10]),
     "blobs": lambda root: (blobs(3000, 0), blobs(1000, 1)),
 }

@@ -1,3 +1,4 @@
+import importlib
 import json
 import multiprocessing
 import os
@@ -12,10 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-import betavae.data.folder as module
-from betavae.data.folder import folder
+from betavae.data import folder
 from betavae.errors import UserError
 
+module = importlib.import_module("betavae.data.folder")  # whose name in the package is the function's
 fork = multiprocessing.get_context("fork")
 
 
@@ -179,13 +180,14 @@ def test_other_settings_have_a_file_of_their_own(root, load, tmp_path):
         assert len(kept(tmp_path)) == number
 
 
-def test_what_cannot_be_read_is_left_out_and_named(root, load):
+def test_what_cannot_be_read_is_left_out_and_named(root, load, caplog):
     fill(root, [f"{i}.png" for i in range(10)])
     (root / "broken.jpg").write_bytes(b"no")
     (root / "notes.txt").write_text("no picture")
     for _ in range(2):  # later as well
-        with pytest.warns(UserWarning, match=r"pictures, 1 could not be read: broken.jpg \(not a PNG"):
-            found = values(load()) + values(load("test"))
+        caplog.clear()
+        found = values(load()) + values(load("test"))
+        assert caplog.text.count("pictures, 1 could not be read: broken.jpg (not a PNG") == 1
         assert sorted(found) == list(range(1, 11))
 
 
@@ -308,7 +310,6 @@ def test_a_damaged_file_is_not_read(root, load, tmp_path):
 def test_the_file_is_a_plain_npy(root, load, tmp_path):
     fill(root, [f"{i}.png" for i in range(10)])
     (root / "x.png").write_bytes(b"")
-    with pytest.warns(UserWarning):
-        load()
+    load()
     array = np.load(kept(tmp_path)[0] / "pixels.npy")
     assert array.shape == (10, 1, 4, 4) and sorted(array[:, 0, 0, 0].tolist()) == list(range(1, 11))

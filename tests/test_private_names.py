@@ -230,6 +230,14 @@ def test_optuna_gives_a_trial_its_number_in_the_storage():
     assert isinstance(study.trials[0]._trial_id, int)
 
 
+def test_scikit_learn_keeps_what_gamma_came_to():
+    """uses/anomalies.py: Detector.fit."""
+    from sklearn.svm import OneClassSVM
+
+    rows = torch.randn(50, 3, generator=torch.Generator().manual_seed(0)).numpy()
+    assert OneClassSVM(gamma="scale").fit(rows)._gamma == pytest.approx(1 / (3 * rows.var()))
+
+
 def test_nothing_else_of_others_is_used():
     """Attributes with an underscore of anything but this project's own objects, in all of its code."""
     used = set()
@@ -242,6 +250,6 @@ def test_nothing_else_of_others_is_used():
                 used.add(node.module)
     used -= {"_asdict", "_replace"}  # a named tuple's, which are documented
     assert used == {
-        *("_signal_connector", "_iteration_based_training", "_get_file_writer", "_trial_id"),
+        *("_signal_connector", "_iteration_based_training", "_get_file_writer", "_trial_id", "_gamma"),
         "hydra._internal.core_plugins.basic_sweeper",
     }

@@ -57,8 +57,13 @@ class Subset:
     def index_select(self, dim: int, index: Tensor) -> Tensor:
         return self.pixels.index_select(dim, self.index.index_select(0, index))
 
-    def to(self, device: torch.device) -> "Subset":
-        return Subset(self.pixels.to(device), self.index.to(device))
+    def to(self, device: torch.device | str) -> Any:
+        """On the CPU itself; elsewhere a copy of its rows, or (of images that are drawn) of what draws them."""
+        if torch.device(device).type == "cpu":
+            return self
+        if not isinstance(self.pixels, Tensor):
+            return Subset(self.pixels.to(device), self.index.to(device))
+        return self.pixels.index_select(0, self.index).to(device)
 
 
 def as_tensor(array: np.ndarray) -> Tensor:
