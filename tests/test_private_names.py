@@ -148,8 +148,10 @@ def test_lightning_knows_slurm_by_these_variables(monkeypatch):
 def test_torchrun_sets_these_variables_and_serves_a_store(tmp_path):
     """running/processes.py."""
     script = tmp_path / "s.py"
-    script.write_text("import os; print(*(os.environ[n] for n in ('TORCHELASTIC_RUN_ID', 'TORCHELASTIC_RESTART_COUNT',"
-                      "'TORCHELASTIC_USE_AGENT_STORE', 'RANK', 'MASTER_PORT')))")
+    script.write_text(
+        "import os; print(*(os.environ[n] for n in ('TORCHELASTIC_RUN_ID', 'TORCHELASTIC_RESTART_COUNT',"
+        "'TORCHELASTIC_USE_AGENT_STORE', 'RANK', 'MASTER_PORT')))"
+    )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", str(script)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.stdout.split()[1:4] == ["0", "True", "0"], done.stderr

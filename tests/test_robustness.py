@@ -117,7 +117,9 @@ def test_a_full_disk_while_the_data_are_unpacked(tmp_path):
         mkdir {tmp_path}/small && mount -t tmpfs -o size=8m tmpfs {tmp_path}/small && cd {tmp_path}
         {sys.executable} {REPO / "train.py"} data.root=small/data runs=runs
         code=$?; find small/data -type f; exit $code"""
-    done = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, timeout=60, env=ENVIRONMENT)
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, timeout=60, env=ENVIRONMENT
+    )
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith("error: data.root: cannot write small/data") and done.stderr.count("\n") == 1
     assert not (tmp_path / "runs").exists()
@@ -131,7 +133,9 @@ def test_a_read_only_installation_from_any_folder(tmp_path, data_root):
         for folder in {REPO} {data_root}; do mount --bind $folder $folder; mount -o remount,ro,bind $folder; done
         touch {REPO}/x {data_root}/x 2> /dev/null && exit 9
         cd {tmp_path} && {train}"""
-    done = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, timeout=100, env=ENVIRONMENT)
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, timeout=100, env=ENVIRONMENT
+    )
     assert done.returncode == 0, done.stderr
     assert [record(folder)["status"] for folder in (tmp_path / "runs").iterdir()] == ["finished"]
 
