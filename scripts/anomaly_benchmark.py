@@ -113,11 +113,11 @@ def main(settings: Settings) -> None:
             for names in (QUICK, SLOW) if settings.slow else (QUICK,):
                 first = settings.slow if names == SLOW else None
                 inside = detector.scores(ordinary[:first], names)
-                for kind, strange in outliers.items():
+                for sort, strange in outliers.items():
                     for score, values in detector.scores(strange[:first], names).items():
                         both = torch.cat((inside[score], values))
                         truth = [0] * len(inside[score]) + [1] * len(values)
-                        row = f"{name}: {kind}" if held is None else "digits held out"
+                        row = f"{name}: {sort}" if held is None else "digits held out"
                         rows[row][score].append(roc_auc_score(truth, both.numpy()))
                         if held is not None:
                             rows[f"mnist without {held}"][score].append(rows[row][score][-1])
