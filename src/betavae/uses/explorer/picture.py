@@ -60,11 +60,12 @@ def centred(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
         (max(1, round(scale * figure.width)), max(1, round(scale * figure.height))), Image.Resampling.BILINEAR
     )
     mass = np.asarray(figure.convert("L"), dtype=float)
+    # MNIST's are at the middle of pixel 14 of 0 to 27.
     x, y = (
         np.average(np.arange(n) + 0.5, weights=mass.sum(axis)) for n, axis in ((figure.width, 0), (figure.height, 1))
     )
     canvas = Image.new(picture.mode, size)
-    canvas.paste(figure, (round(size[0] / 2 - x), round(size[1] / 2 - y)))
+    canvas.paste(figure, (round((size[0] + 1) / 2 - x), round((size[1] + 1) / 2 - y)))
     return canvas
 
 

@@ -212,11 +212,12 @@ def encoded(explorer: Explorer, x: Tensor) -> Response:
 def listen(host: str, port: int) -> socket.socket:
     """A socket at that address; port 0: at a free one. Raises UserError if it cannot be had."""
     try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except OSError as error:
-        raise UserError(
-            f"host={host} port={port} cannot be had ({error.strerror}); port=0 takes any that is free"
-        ) from error
+        listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except (OSError, ValueError) as error:  # ValueError: what cannot be a name
+        raise UserError(f"host={host} port={port} cannot be had ({error}); port=0 takes any that is free") from error
+    # asyncio sets this for sockets of its own making only; without it, answers wait 40 ms for an acknowledgement.
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+    return listening
 
 
 def reach(listening: socket.socket) -> tuple[str, str | None]:

@@ -84,6 +84,7 @@ function choose({ image, runs }, what, caption) {
   chosen = what;
   $("chosen").textContent = caption;
   draw($("input").querySelector("canvas"), image);
+  $("meanings").textContent = runs[0].scores.map(({ name, meaning }) => `${name}: ${meaning}`).join("; ");
   runs.forEach(({ mean, scores: rows }, run) => {
     page.z[run] = mean;
     scores[run].replaceChildren(...rows.flatMap(({ name, value, unit, meaning }) => [
@@ -141,7 +142,8 @@ function makeRuns() {
     canvases.push(sized(make("canvas", { role: "img", ariaLabel: `decoded by ${run.name}` })));
     scores.push(make("dl"));
     const nats = run.kl.reduce((a, b) => a + b, 0).toFixed(1);
-    const words = `β ${run.beta} · ${run.order.length} dimensions · KL ${nats} nats`;
+    const beta = run.name.includes("beta=") ? "" : `β ${run.beta} · `;
+    const words = `${beta}${run.order.length} dimensions · KL ${nats} nats`;
     $("pictures").append(make("figure", { className: "card", title: run.path }, canvases.at(-1),
       make("figcaption", {}, make("b", { textContent: run.name }), make("small", { textContent: words }), scores.at(-1))));
     $("lead").append(make("option", { textContent: run.name }));
