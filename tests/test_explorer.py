@@ -132,7 +132,7 @@ def test_a_test_image_is_at_its_own_place_among_the_test_images(explorer):
     places = [explored.encode(run, image)[1][3].value for image in x[::30]]
     elbos = [explored.encode(run, image)[1][0].value for image in x[::30]]
     assert sorted(range(10), key=places.__getitem__) == sorted(range(10), key=elbos.__getitem__)
-    assert 0 < min(places) and max(places) < 100 and max(places) - min(places) > 40
+    assert min(places) > 0 and max(places) < 100 and max(places) - min(places) > 40
 
 
 def test_state_and_page(client, explorer):

@@ -20,8 +20,8 @@ function toScreen([x, y]) {
 
 export const loadMap = latest(async () => {
   const axes = $("axes").value;
-  map = await ask(`api/map?run=${page.lead}&axes=${axes}`);
-  const { order } = page.state.runs[page.lead];
+  const run = page.lead, { order } = page.state.runs[run];
+  map = { run, ...await ask(`api/map?run=${run}&axes=${axes}`) };
   const names = axes === "pca" ? ["1st", "2nd"] : order.slice(0, 2).map((d) => `z${d}`);
   const shares = names.map((name, axis) => `${name} ${Math.round(100 * map.share[axis])} %`);
   $("share").textContent = `Variance of the posterior means: ${shares.join(", ")}`;
@@ -54,7 +54,7 @@ export function drawMap() {
 }
 
 export function drawMarks() {
-  if (!map?.scale) return;
+  if (map?.run !== page.lead || !map.scale) return; // that of another run is still shown
   const context = $("map").children[1].getContext("2d"), ratio = devicePixelRatio || 1;
   const style = getComputedStyle(document.body), { start, end } = page.ends;
   context.setTransform(ratio, 0, 0, ratio, 0, 0);
