@@ -41,10 +41,14 @@ def main(settings: Settings) -> None:
     if missing := [name for name in ("starlette", "uvicorn") if find_spec(name) is None]:
         raise UserError(f'the explorer needs {" and ".join(missing)}: `pip install -e ".[explore]"`')
     with importing():
+        import torch
+
         from betavae.running import checkpoint
         from betavae.uses.explorer import server
         from betavae.uses.explorer.explored import explore
 
+    # One image at a time gains nothing by more; and beside a training they wait for each other, fifty times as long.
+    torch.set_num_threads(1)
     listening = server.listen(settings.host, settings.port)
     named = settings.ckpt if isinstance(settings.ckpt, list) else [settings.ckpt]
     runs = [checkpoint.load(path, settings.runs) for name in named for path in members(name)]
@@ -57,7 +61,8 @@ def main(settings: Settings) -> None:
     # Without a display, it could only be a browser of the terminal, in whose way this is.
     if settings.browser and (sys.platform in ("darwin", "win32") or {"DISPLAY", "WAYLAND_DISPLAY"} & set(os.environ)):
         webbrowser.open(url)
-    with contextlib.suppress(KeyboardInterrupt):  # uvicorn's, once it has ended
+    # uvicorn hands the signal on, once it has ended.
+    with contextlib.suppress(KeyboardInterrupt, SystemExit):
         server.serve(explorer, listening, settings.host)
     print("the page is closed")
 

@@ -335,7 +335,7 @@ def test_where_the_page_is_and_who_reaches_it():
     with server.listen("127.0.0.1", 0) as one:
         url, warning = server.reach(one)
         assert re.fullmatch(r"http://127\.0\.0\.1:\d+", url) and warning is None
-        with pytest.raises(UserError, match="port=0 takes any"):
+        with pytest.raises(UserError, match=r"\(Address already in use\); port=0 takes any"):
             server.listen("127.0.0.1", one.getsockname()[1])
     with server.listen("0.0.0.0", 0) as everywhere:
         url, warning = server.reach(everywhere)

@@ -18,7 +18,7 @@ from betavae.objectives import gaussian_kl
 from betavae.vae import VAE, Posterior
 
 IMAGES = 10_000  # test images on the map; of a larger test set the first
-REFERENCE = 1_000  # test images that an image's neg. ELBO is compared with
+REFERENCE = 500  # test images that an image's neg. ELBO is compared with
 SAMPLES = 32  # of an image's posterior, for its neg. ELBO
 SEED = 0
 MOST_RUNS = 8  # side by side

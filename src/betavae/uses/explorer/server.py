@@ -214,7 +214,8 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, ValueError) as error:  # ValueError: what cannot be a name
-        raise UserError(f"host={host} port={port} cannot be had ({error}); port=0 takes any that is free") from error
+        reason = str(getattr(error, "strerror", None) or error).partition(" (")[0]
+        raise UserError(f"host={host} port={port} cannot be had ({reason}); port=0 takes any that is free") from error
     # asyncio sets this for sockets of its own making only; without it, answers wait 40 ms for an acknowledgement.
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
     return listening

@@ -39,7 +39,7 @@ export function makeDrawing(read, cleared) {
   canvas.addEventListener("pointerdown", (event) => {
     canvas.setPointerCapture(event.pointerId);
     const strokeStyle = channels === 3 ? $("ink").value : "#fff";
-    Object.assign(context, { lineWidth: 0.085 * canvas.width, lineCap: "round", lineJoin: "round", strokeStyle });
+    Object.assign(context, { lineWidth: 0.075 * canvas.width, lineCap: "round", lineJoin: "round", strokeStyle });
     $("hint").hidden = true;
     last = at(event);
     stroke(event);

@@ -84,7 +84,7 @@ function choose({ image, runs }, what, caption) {
   chosen = what;
   $("chosen").textContent = caption;
   draw($("input").querySelector("canvas"), image);
-  $("meanings").textContent = runs[0].scores.map(({ name, meaning }) => `${name}: ${meaning}`).join("; ");
+  $("meanings").textContent = runs[0].scores.map(({ name, meaning }) => `${name}: ${meaning}`).join("; ") + ".";
   runs.forEach(({ mean, scores: rows }, run) => {
     page.z[run] = mean;
     scores[run].replaceChildren(...rows.flatMap(({ name, value, unit, meaning }) => [
