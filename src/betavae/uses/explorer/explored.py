@@ -35,7 +35,7 @@ class Explored:
     run: Any  # as `betavae.load` gives it
     means: Tensor  # (N, latent_dim), of the posteriors
     kl: Tensor  # (latent_dim,) in nats, the mean over the images
-    reference: Tensor  # (R,) in nats: neg. ELBO of the first images, ascending
+    reference: Tensor  # (R,) in nats: neg. ELBO of some of the images, ascending
 
     @property
     def vae(self) -> VAE:
@@ -102,8 +102,9 @@ def explored(name: str, run: Any, images: Images) -> Explored:
     posterior = Posterior(*(torch.cat(rows) for rows in zip(*chunks, strict=True)))
     if not all(part.isfinite().all() for part in posterior):
         raise UserError(f"ckpt: {run.path} gives numbers that are not finite, so there is nothing to explore")
-    first = pixels_at(images, torch.arange(min(REFERENCE, len(images))))
-    reference = torch.cat([part.distortion + part.kl.sum(1) for part in importance_sample(run.vae, first, [SAMPLES])])
+    # From all over: a test set may be sorted.
+    some = pixels_at(images, torch.linspace(0, len(images) - 1, min(REFERENCE, len(images))).round().long())
+    reference = torch.cat([part.distortion + part.kl.sum(1) for part in importance_sample(run.vae, some, [SAMPLES])])
     return Explored(name, run, posterior.mean, gaussian_kl(posterior).mean(0), reference.sort().values)
 
 
@@ -176,7 +177,7 @@ def encode(explored: Explored, x: Tensor) -> tuple[Tensor, list[Score]]:
             "anomaly",
             percentile(explored, distortion + rate),
             "%",
-            f"so many of the first {len(explored.reference):,} test images have a lower neg. ELBO",
+            f"so many of {len(explored.reference):,} test images have a lower neg. ELBO",
         ),
     ]
 
