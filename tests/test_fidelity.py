@@ -160,7 +160,7 @@ def test_the_command(tmp_path, data_root, capsys):
     # Untrained, it draws nothing like a digit.
     assert rows["test images"]["pixel_fid"]["mean"] < rows["gaussian"]["pixel_fid"]["mean"]
     assert rows["test images"]["precision"]["mean"] > 0.5 > rows["gaussian"]["recall"]["mean"]
-    assert f"{result['fid']['mean']:.4f} ± {result['fid']['se']:.4f}" in output
+    assert f"{result['fid']['mean']:.4g} ± {result['fid']['se']:.1g}" in output
     assert (tmp_path / "figures" / "fidelity.png").stat().st_size > 1000
     assert len(list(tmp_path.glob("sampler_gaussian_*.pt"))) == 1
 

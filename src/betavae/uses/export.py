@@ -35,35 +35,34 @@ LICENCES = {
 }
 
 
-class Encoder(nn.Module):
-    inputs, outputs = ("image",), ("mean", "logvar")
+class Graph(nn.Module):
+    """A function of tensors with names."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
 
     def __init__(self, vae: VAE):
         super().__init__()
-        self.vae = vae
+        self.vae: VAE = vae
+
+
+class Encoder(Graph):
+    inputs, outputs = ("image",), ("mean", "logvar")
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         posterior = self.vae.encode(image)
         return posterior.mean, posterior.logvar
 
 
-class Decoder(nn.Module):
+class Decoder(Graph):
     inputs, outputs = ("z",), ("image",)
-
-    def __init__(self, vae: VAE):
-        super().__init__()
-        self.vae = vae
 
     def forward(self, z: Tensor) -> tuple[Tensor]:
         return (self.vae.decode(z).clamp(0, 1),)
 
 
-class Score(nn.Module):
+class Score(Graph):
     inputs, outputs = ("image", "noise"), ("distortion", "rate")
-
-    def __init__(self, vae: VAE):
-        super().__init__()
-        self.vae = vae
 
     def forward(self, image: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         posterior = self.vae.encode(image)
@@ -71,8 +70,8 @@ class Score(nn.Module):
         return -self.vae.likelihood.log_prob(image, params), gaussian_kl(posterior).sum(1)
 
 
-GRAPHS: dict[str, Any] = {"encoder": Encoder, "decoder": Decoder, "score": Score}
-SAYS = {
+GRAPHS: dict[str, type[Graph]] = {"encoder": Encoder, "decoder": Decoder, "score": Score}
+SAYS: dict[str, dict[str, Any]] = {
     "image": {"shape": "C, H, W", "range": [0, 1], "unit": "grey value or colour, byte / 255"},
     "mean": {"shape": "D", "unit": "latent space, in which the prior is N(0, I)"},
     "logvar": {"shape": "D", "unit": "log of the variance in latent space"},
@@ -83,20 +82,21 @@ SAYS = {
 }
 
 
-def inputs_of(graph: nn.Module, batch: int, seed: int = 0) -> tuple[Tensor, ...]:
+def inputs_of(graph: Graph, batch: int, seed: int = 0) -> tuple[Tensor, ...]:
     """Random images or latents, as `graph` takes them."""
     generator, vae = torch.Generator().manual_seed(seed), graph.vae
-    draws = {
-        "image": lambda: torch.rand(batch, *vae.image_shape, generator=generator),  # type: ignore[misc]
-        "z": lambda: torch.randn(batch, vae.latent_dim, generator=generator),  # type: ignore[call-overload]
-    }
-    return tuple(draws["image" if name == "image" else "z"]() for name in graph.inputs)  # type: ignore[union-attr]
+    return tuple(
+        torch.rand(batch, *vae.image_shape, generator=generator)
+        if name == "image"
+        else torch.randn(batch, vae.latent_dim, generator=generator)
+        for name in graph.inputs
+    )
 
 
 Run = Callable[..., Any]  # tensors in, a list of tensors out
 
 
-def onnx(graph: nn.Module, path: Path) -> Run:
+def onnx(graph: Graph, path: Path) -> Run:
     try:
         import onnxruntime
         import onnxscript  # noqa: F401  torch asks for it
@@ -117,18 +117,18 @@ def onnx(graph: nn.Module, path: Path) -> Run:
     return run
 
 
-def exported(graph: nn.Module) -> torch.export.ExportedProgram:
+def exported(graph: Graph) -> torch.export.ExportedProgram:
     batch = torch.export.Dim("batch", min=1)
     # Two of everything: with one, torch would take the batch for fixed.
     return torch.export.export(graph, inputs_of(graph, 2), dynamic_shapes={name: {0: batch} for name in graph.inputs})
 
 
-def pt2(graph: nn.Module, path: Path) -> Run:
+def pt2(graph: Graph, path: Path) -> Run:
     torch.export.save(exported(graph), path)
     return torch.export.load(path).module()
 
 
-def torchscript(graph: nn.Module, path: Path) -> Run:
+def torchscript(graph: Graph, path: Path) -> Run:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch would rather have pt2
         warnings.simplefilter("ignore", torch.jit.TracerWarning)  # of checks of shapes inside torch
@@ -136,7 +136,7 @@ def torchscript(graph: nn.Module, path: Path) -> Run:
         return torch.jit.load(path)
 
 
-FORMATS: dict[str, tuple[str, Callable[[nn.Module, Path], Run]]] = {
+FORMATS: dict[str, tuple[str, Callable[[Graph, Path], Run]]] = {
     "onnx": (".onnx", onnx),
     "torchscript": (".ts", torchscript),
     "pt2": (".pt2", pt2),
@@ -150,7 +150,7 @@ def plain(vae: VAE, settings: dict[str, Any]) -> VAE:
     return fresh.eval().requires_grad_(False)
 
 
-def difference(graph: nn.Module, run: Run) -> float:
+def difference(graph: Graph, run: Run) -> float:
     """The largest difference of any output from what `graph` gives, in parts of 1 or of the output, if that is larger.
 
     Raises UserError where it is above `TOLERANCE`.
