@@ -3,6 +3,7 @@
 # mypy: disable-error-code="valid-type"
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,6 @@ class Settings(DataSettings):
 def main(settings: Settings) -> None:
     with importing():
         import torch
-        from torch.nn import functional as F
 
         from betavae import pictures
         from betavae.errors import UserError
@@ -57,13 +57,8 @@ def main(settings: Settings) -> None:
     order = torch.randperm(len(x), generator=generator)
     x, labels = x[order], labels[order]
 
-    def pixels(images: torch.Tensor) -> torch.Tensor:
-        """Pictures of at most 1024 numbers: a Fréchet distance takes the cube of that."""
-        while images[0].numel() > 1024:
-            images = F.avg_pool2d(images, 2)
-        return images.flatten(1)
-
-    classifier, space = None, pixels
+    classifier: features.Classifier | None = None
+    space: Callable[[torch.Tensor], torch.Tensor] = fidelity.pixels
     result: dict[str, Any] = {
         "made_by": STAMP,
         "checkpoint": str(run.path.relative_to(run.folder)),
@@ -79,29 +74,20 @@ def main(settings: Settings) -> None:
         print(f"features of a classifier with test accuracy {accuracy:.2%}, {path}")
     else:
         print("no labels, one for each image, to learn features from: all numbers are of pixels")
-    reference, reference_pixels = space(x), pixels(x)
-    wanted, wanted_pixels = fidelity.moments(reference), fidelity.moments(reference_pixels)
-    # Repeats of the shares are beside different training images, where these suffice.
-    parts = [reference.roll(-n * i, 0)[:n] for i in range(settings.repeats)]
+    reference, wanted = space(x), fidelity.moments(fidelity.pixels(x))
 
     def scores(images: torch.Tensor) -> tuple[dict[str, Any], torch.Tensor]:
-        found, rows = space(images), []
-        for real, fake, fake_pixels in zip(parts, found.split(n), pixels(images).split(n), strict=True):
-            row = {
-                "fid": fidelity.frechet(wanted, fidelity.moments(fake)),
-                "kid": fidelity.kernel_distance(real, fake),
-                **fidelity.shares(real, fake)._asdict(),
-                "nearest": fidelity.nearest(fake, reference)[0].median().item(),
-                "pixel_fid": fidelity.frechet(wanted_pixels, fidelity.moments(fake_pixels)),
-            }
+        found = space(images)
+        rows = fidelity.scores(reference, found, n)
+        for row, own, own_pixels in zip(rows, found.split(n), fidelity.pixels(images).split(n), strict=True):
+            row["pixel_fid"] = fidelity.frechet(wanted, fidelity.moments(own_pixels))
             if classifier:
-                row["imbalance"] = fidelity.imbalance(classifier.classify(fake), labels)
-            rows.append(row)
+                row["imbalance"] = fidelity.imbalance(classifier.classify(own), labels)
         return fidelity.summary(rows), found
 
     names = [settings.sampler] if settings.sampler else list(SAMPLERS)
     training = lambda: run.images("train", settings.data_root, MOST_IMAGES)  # noqa: E731
-    width = 15
+    width = 14
     with writing(folder / "fidelity.json", "folder") as path:
         images, found = {}, {}
         for name in [*names, "reconstructions", "test images"]:
@@ -117,21 +103,23 @@ def main(settings: Settings) -> None:
             result[name], found[name] = scores(images[name])
             if name == names[0]:
                 print(f"{n:,} images, {settings.repeats} times, beside {len(x):,} training images; ± standard error")
-                print(" " * width + "  ".join(f"{key:>15}" for key in result[name]))
-            cells = (f"{cell['mean']:.4f} ± {cell['se']:.4f}" for cell in result[name].values())
-            print(f"{name:<{width}}" + "  ".join(f"{cell:>15}" for cell in cells), flush=True)
+                print(" " * width + "".join(f"{key:>17}" for key in result[name]))
+            cells = (f"{cell['mean']:.4g} ± {cell['se']:.1g}" for cell in result[name].values())
+            print(f"{name:<{width}}" + "".join(f"{cell:>17}" for cell in cells), flush=True)
         result["best"] = best = min(names, key=lambda name: result[name]["fid"]["mean"])
         result["fid"] = result[best]["fid"]
         path.write_text(json.dumps(result, indent=2) + "\n")
-    # Those samples that come nearest to a training image: were there copies, they would be among them.
+    # Those samples that come nearest to a training image, beside how near that image has another: were there copies,
+    # they would be among them.
     distance, place = fidelity.nearest(found[best], reference, 7)
-    closest = distance[:, 0].argsort()[:12]
+    usual = fidelity.nearest(reference[place[:, 0]], reference, 2)[0][:, 1]
+    closest = (distance[:, 0] / usual).argsort()[:12]
     rows = torch.cat([torch.cat((images[best][[i]], x[place[i]])) for i in closest.tolist()])
     pictures.save_picture(pictures.grid(rows, 8), folder / "figures" / "fidelity.png")
     print(
-        f"in {folder / 'fidelity.json'}; {folder / 'figures' / 'fidelity.png'} has the samples of sampler={best} that"
+        f"in {folder / 'fidelity.json'}; in {folder / 'figures' / 'fidelity.png'} samples of sampler={best}, those that"
     )
-    print("come nearest to a training image, one a row, each before the seven nearest")
+    print("come nearest to a training image for how near others are, one a row, each before its seven nearest")
 
 
 if __name__ == "__main__":

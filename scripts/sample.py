@@ -10,11 +10,15 @@ from betavae.running.cli import DataSettings, importing, script
 from betavae.running.settings import Count, Flag, NotNegative, NumberOrNull, Text, one_of
 
 
+def samplers() -> list[str]:
+    from betavae.uses.sampling import SAMPLERS
+
+    return list(SAMPLERS)
+
+
 class Settings(DataSettings):
     n: Count = Field(64, title="images")
-    sampler: one_of(lambda: ["prior", "gaussian", "mixture", "knn"]) = Field(
-        "prior", title="or one fitted to the training images: gaussian, mixture, knn"
-    )
+    sampler: one_of(samplers) = Field("prior", title="or one fitted to the training images: gaussian, mixture, knn")
     digit: NumberOrNull = Field(None, title="images of one label; not with sampler=prior")
     temperature: NotNegative = Field(1.0, title="times the prior's standard deviation")
     columns: Count = Field(8, title="images in a row")

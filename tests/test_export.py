@@ -22,9 +22,11 @@ from tests.conftest import DATA, MODEL, MODULE, REPO
 
 MODELS = {
     "mlp": MODEL | {"hidden_dims": [16], "latent_dim": 3, "activation": "tanh"},
+    # The continuous one has the Bernoulli's cross-entropy in it.
     "conv": MODEL
-    | {"network": "conv", "hidden_dims": [4, 6], "latent_dim": 2, "image_shape": [3, 10, 7], "likelihood": "gaussian"},
-    "continuous": MODEL | {"hidden_dims": [8], "latent_dim": 4, "likelihood": "continuous_bernoulli"},
+    | {"network": "conv", "hidden_dims": [4, 6], "latent_dim": 2, "image_shape": [3, 10, 7]}
+    | {"likelihood": "continuous_bernoulli"},
+    "gaussian": MODEL | {"hidden_dims": [8], "latent_dim": 4, "likelihood": "gaussian"},
 }
 
 
@@ -32,28 +34,22 @@ def made(name):
     vae = VAE(**MODELS[name]).requires_grad_(False)
     for parameter in vae.parameters():
         parameter.add_(0.1 * torch.randn_like(parameter))  # no bias, and no scale, at its first value
+    if name == "conv":
+        vae.decoder[-1].bias[0] -= 150  # logits as far out as a trained model's, where log(sigmoid(x)) is -inf
     return accelerate(vae.eval())
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """Each model as ONNX, once."""
-    known = {}
-
-    def get(name):
-        if name not in known:
-            vae, folder = made(name), tmp_path_factory.mktemp(name)
-            known[name] = vae, folder, export.graphs(vae, MODELS[name], "onnx", folder)
-        return known[name]
-
-    return get
+    """A model as ONNX, once, since it takes seconds."""
+    vae, folder = made("conv"), tmp_path_factory.mktemp("onnx")
+    return vae, folder, export.graphs(vae, MODELS["conv"], "onnx", folder)
 
 
-@pytest.mark.parametrize("name", ["mlp", "conv"])
-def test_onnxruntime_gives_the_models_numbers_at_any_batch(exported, name):
+def test_onnxruntime_gives_the_models_numbers_at_any_batch(exported):
     import onnxruntime
 
-    vae, folder, about = exported(name)
+    vae, folder, about = exported
     assert json.loads((folder / "model.json").read_text()) == about
     sessions = {key: onnxruntime.InferenceSession(folder / graph["file"]) for key, graph in about["graphs"].items()}
     for batch in (1, 5, 33):
@@ -63,11 +59,11 @@ def test_onnxruntime_gives_the_models_numbers_at_any_batch(exported, name):
         np.testing.assert_allclose(mean, posterior.mean, atol=2e-6)
         np.testing.assert_allclose(logvar, posterior.logvar, atol=2e-6)
         (image,) = sessions["decoder"].run(None, {"z": noise.numpy()})
-        np.testing.assert_allclose(image, vae.decode(noise).clamp(0, 1), atol=2e-6)
+        np.testing.assert_allclose(image, vae.decode(noise).clamp(0, 1), atol=1e-5)  # 1/2 + 1/2 coth(l/2) - 1/l
         distortion, rate = sessions["score"].run(None, {"image": x.numpy(), "noise": noise.numpy()})
         terms = elbo(vae, x, noise[None], 1.0)
         assert distortion.shape == rate.shape == (batch,)
-        assert (distortion + rate).mean() == pytest.approx(terms.loss.item(), rel=1e-5)
+        assert (distortion + rate).mean() == pytest.approx(terms.loss.item(), rel=1e-5, abs=1e-4)
         for key, values in (("distortion", distortion), ("rate", rate)):
             assert values.shape == tuple(batch if n == "batch" else n for n in shape_of(about, "score", key))
     assert shape_of(about, "decoder", "image") == ["batch", *vae.image_shape]
@@ -77,7 +73,7 @@ def shape_of(about, graph, output):
     return about["graphs"][graph]["outputs"][output]["shape"]
 
 
-@pytest.mark.parametrize(("form", "name"), [("torchscript", "mlp"), ("pt2", "continuous")])
+@pytest.mark.parametrize(("form", "name"), [("torchscript", "mlp"), ("pt2", "gaussian")])
 @pytest.mark.filterwarnings("ignore:`torch.jit.load`")
 def test_torchs_own_formats(tmp_path, form, name):
     vae = made(name)
@@ -108,6 +104,12 @@ def test_a_graph_that_is_off_is_refused(tmp_path, monkeypatch):
         run = export.FORMATS["pt2"][1](graph, path)
         return lambda *inputs: [value + 1e-3 for value in run(*inputs)]
 
+    def nothing(graph, path):
+        return lambda *inputs: [value * torch.nan for value in graph(*inputs)]
+
+    monkeypatch.setitem(export.FORMATS, "wrong", (".pt2", nothing))
+    with pytest.raises(UserError, match="exported encoder is off by inf"):
+        export.graphs(made("mlp"), MODELS["mlp"], "wrong", tmp_path)
     monkeypatch.setitem(export.FORMATS, "wrong", (".pt2", wrong))
     with pytest.raises(UserError, match=r"exported encoder is off by 1.0e-03"):
         export.graphs(made("mlp"), MODELS["mlp"], "wrong", tmp_path)
@@ -165,11 +167,11 @@ def test_nothing_of_others_is_written_over(lone, tmp_path):
 
 def test_the_page_samples_and_scores_where_there_is_no_torch(exported):
     """The Python of docs/export.md as it stands."""
-    _, folder, _ = exported("mlp")
+    _, folder, _ = exported
     code = re.search(r"```python\n(import json.*?)```", (REPO / "docs" / "export.md").read_text(), re.DOTALL)[1]
     blocked = "import sys\nsys.modules.update(torch=None, betavae=None, lightning=None)\n"
-    checks = "\nassert images.shape == (16, 1, 28, 28) and images.min() >= 0 and images.max() <= 1\n"
+    checks = "\nassert images.shape == (16, 3, 10, 7) and images.min() >= 0 and images.max() <= 1\n"
     checks += "assert negative_elbo(images).shape == (16,) and sys.modules['torch'] is None\n"
     done = subprocess.run([sys.executable, "-c", blocked + code + checks], capture_output=True, text=True, cwd=folder)
     assert done.returncode == 0, done.stderr
-    assert re.fullmatch(r"samples \d+\.\d+ shuffled \d+\.\d+", done.stdout.strip())
+    assert re.fullmatch(r"samples -?\d+\.\d+ shuffled -?\d+\.\d+", done.stdout.strip())

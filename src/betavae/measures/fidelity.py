@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 class Moments(NamedTuple):
@@ -95,6 +96,31 @@ def imbalance(found: Tensor, wanted: Tensor) -> float:
     classes = int(max(found.max(), wanted.max())) + 1
     one, two = (torch.bincount(labels, minlength=classes) / len(labels) for labels in (found, wanted))
     return 0.5 * (one - two).abs().sum().item()
+
+
+def scores(real: Tensor, fake: Tensor, n: int) -> list[dict[str, float]]:
+    """Of each `n` of `fake` the Fréchet distance to all of `real` and the median distance to the nearest of them; and
+    the kernel distance and the shares beside `n` of `real`, others each time where there are enough."""
+    wanted, rows = moments(real), []
+    for number, part in enumerate(fake.split(n)):
+        some = real.roll(-n * number, 0)[:n]
+        rows.append(
+            {
+                "fid": frechet(wanted, moments(part)),
+                "kid": kernel_distance(some, part),
+                **shares(some, part)._asdict(),
+                "nearest": nearest(part, real)[0].median().item(),
+            }
+        )
+    return rows
+
+
+def pixels(images: Tensor) -> Tensor:
+    """Images `(N, C, H, W)` as features: `(N, at most 1024)`, halved as often as it takes, since a Fréchet distance
+    takes the cube of that."""
+    while images[0].numel() > 1024:
+        images = F.avg_pool2d(images, 2)
+    return images.flatten(1)
 
 
 def summary(values: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:

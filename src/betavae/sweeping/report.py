@@ -100,8 +100,13 @@ def short(key: str) -> str:
     return key.rsplit(".")[-1]
 
 
+def measured(found: Sequence[Setting]) -> list[str]:
+    return [name for setting in found for job in setting.finished for name in numbers(job)]
+
+
 def metrics(found: Sequence[Setting]) -> list[str]:
-    names = dict.fromkeys(name for setting in found for job in setting.finished for name in numbers(job))
+    """Those of the tables: none below a key."""
+    names = dict.fromkeys(name for name in measured(found) if "." not in name)
     known = [*NAMES, *(name for name in names if name not in (*NAMES, "seconds")), "seconds"]
     return sorted(names | {"seconds": None}, key=known.index)
 
@@ -269,7 +274,7 @@ def chart(found: Sequence[Setting], keys: Sequence[str] | None, metric: str) -> 
     for key in keys or []:
         if key not in swept:
             raise UserError(f"over: {key} was not swept here; swept: {', '.join(swept) or 'nothing but seeds'}")
-    if metric not in metrics(found):
+    if metric not in measured(found):
         raise UserError(
             f"metric={metric} is not in the jobs' metrics.json, {' or '.join(MEASURED)}; it must be one of "
             f"{', '.join(metrics(found))}"
