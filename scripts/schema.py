@@ -42,7 +42,7 @@ def main(settings: Settings) -> None:
 
     with writing(settings.out) as path:
         path.write_text(json.dumps(schema(), indent=1) + "\n")
-    print(f"the schema of all settings in {path}")
+    print(f"the schema of all settings in {settings.out}")
 
 
 if __name__ == "__main__":

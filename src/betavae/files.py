@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import secrets
 import tempfile
 import zipfile
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from betavae.errors import UserError
 
 STAMP = "betavae"  # in every file that a script writes where its user says
 PART = ".part"  # the end of the name of a file that is being written
+PART_START = "betavae-part-"  # its start, where its end must be that of the whole file
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -44,18 +46,24 @@ UMASK = _umask()
 
 @contextlib.contextmanager
 def writing(out: str | Path, key: str = "out") -> Iterator[Path]:
-    """The path that a user named by the setting `key`, its folder made.
+    """A path to write to, with the ending of the path that a user named by the setting `key`, and beside it; it becomes
+    that path when the block ends, so that a process that is killed leaves no half of a file there.
 
     Raises UserError where something lies there that this project did not make, and for a failure in the block.
     """
     path = Path(out).expanduser()
     if os.path.lexists(path) and not made_here(path):
         raise UserError(f"{key}: {path} is there already and was not made by betavae; delete it or name another")
+    part = path.with_name(f"{PART_START}{secrets.token_hex(4)}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield path
+        yield part
+        os.replace(part, path)
     except (OSError, ValueError, KeyError) as error:  # KeyError: an ending that Pillow does not know
         raise UserError(f"{key}: cannot write {path} ({error})") from error
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 def made_here(path: Path) -> bool:

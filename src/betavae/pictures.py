@@ -159,4 +159,4 @@ def save_tensor(tensor: Any, out: str | Path) -> Path:
         torch.save(tensor, path)
         with zipfile.ZipFile(path, "a") as archive:
             archive.comment = STAMP.encode()
-        return path
+    return Path(out)

@@ -12,20 +12,15 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from betavae.errors import UserError
-from betavae.files import PART, write_whole
+from betavae.files import PART, PART_START, made_here, write_whole
 
 MARK = ".betavae"  # a file in every folder of ours, that says what it is
 RUN, SWEEP, REPORT, EXPORT = (f"{kind} of betavae\n" for kind in ("a run", "a sweep", "a report", "an export"))
 # All that a run writes: what is cleared away is on this list, and nothing else ever is.
 FILES = ("config.yaml", "overrides.yaml", "metrics.json", "train.log", "projector_config.pbtxt", "metrics.csv")
 FOLDERS = (
-    "checkpoints/*.ckpt",
-    "figures/*.png",
-    "projector/posterior_means/*",
-    "evaluation.*",
-    "fidelity.json",
-    f"sampler_*_{'[0-9a-f]' * 16}.pt",
-    "events.out.tfevents.*",
+    *("checkpoints/best.ckpt", "checkpoints/last.ckpt", "evaluation.json", "evaluation.part", "fidelity.json"),
+    *("figures/*.png", "projector/posterior_means/*", "events.out.tfevents.*", f"sampler_*_{'[0-9a-f]' * 16}.pt"),
 )
 UNFINISHED = ("running", "interrupted")
 
@@ -154,7 +149,7 @@ class RunFolder:
             (self.path / name).unlink(missing_ok=True)
         for pattern in FOLDERS:
             for path in self.path.glob(pattern):
-                if path.is_file():
+                if path.is_file() and (path.parent.name != "figures" or made_here(path)):
                     path.unlink()
         self.clear_parts()
         for name in ("checkpoints", "figures", "projector/posterior_means", "projector"):
@@ -163,8 +158,10 @@ class RunFolder:
 
     def clear_parts(self) -> None:
         """Half-written files of a process that was killed."""
-        for path in [*self.path.glob(f"*.*{PART}"), *self.path.glob(f"checkpoints/*.ckpt.*{PART}")]:
-            path.unlink()
+        patterns = [f"{name}.*{PART}" for name in (*FILES, "checkpoints/*.ckpt", "evaluation.part")]
+        for pattern in (*patterns, f"{PART_START}*", f"figures/{PART_START}*"):
+            for path in self.path.glob(pattern):
+                path.unlink()
 
     def discard(self) -> None:
         """Take back a run that could not even begin."""
@@ -183,6 +180,9 @@ class RunFolder:
                 path.unlink()
         for path in self.path.glob("projector/posterior_means/*"):
             path.unlink()
+        if mark_of(self.path) is None:  # of a version whose pictures have no stamp
+            for name in ("reconstructions", "samples", "traversal", "manifold"):
+                (self.path / "figures" / f"{name}.png").unlink(missing_ok=True)
         self.clear_parts()
 
 
