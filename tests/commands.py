@@ -66,7 +66,7 @@ class Child:
         terminal: int | None = None,
         environment: dict[str, str] | None = None,
     ):
-        self.output = tempfile.TemporaryFile()
+        self.output = tempfile.TemporaryFile()  # noqa: SIM115 - as long as it is asked for
         sys.stdout.flush()
         self.started = time.perf_counter()
         self.pid = os.fork()
@@ -107,7 +107,7 @@ class Child:
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(output, 1)
         os.dup2(output, 2)
-        sys.stdin, sys.stdout, sys.stderr = open(0), os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
+        sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
         sys.excepthook = sys.__excepthook__
         for handler in logging.root.handlers[:]:
             logging.root.removeHandler(handler)

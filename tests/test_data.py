@@ -151,7 +151,7 @@ def test_binarisation(data_root):
     grey, threshold, dynamic = (module(data_root, binarize=b) for b in ("none", "threshold", "dynamic"))
     pixels = grey.sets["test"].pixels
     assert torch.equal(threshold.sets["test"].pixels == 255, pixels > 127)
-    x, y = next(iter(threshold.train_dataloader()))
+    x, _ = next(iter(threshold.train_dataloader()))
     assert torch.equal(x, next(iter(grey.train_dataloader()))[0].gt(0.5).float())
     once = dynamic.sets["test"].pixels
     again = module(data_root, binarize="dynamic", seed=8).sets["test"].pixels

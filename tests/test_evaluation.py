@@ -180,8 +180,8 @@ def test_the_commands(tmp_path, data_root):
     for experiment, seed in (("burda_vae", 0), ("burda_iwae5", 0), ("burda_iwae5", 1)):
         train(f"experiment={experiment}", f"seed={seed}", "runs=burda")
     runs = sorted((tmp_path / "burda").glob("*_burda_iwae5"))
-    for folder, probes in zip(runs, ("probes=false", "probes=true"), strict=True):
-        output = evaluate(f"ckpt={folder.relative_to(tmp_path)}", "k=20", "first=70", "memory_mb=1", probes)
+    for folder, labels in zip(runs, ("probes=false", "probes=true"), strict=True):
+        output = evaluate(f"ckpt={folder.relative_to(tmp_path)}", "k=20", "first=70", "memory_mb=1", labels)
     result = json.loads((runs[1] / "evaluation.json").read_text())
     assert result["k"] == [1, 10, 20] and result["images"] == 70 and result["checkpoint"] == "checkpoints/last.ckpt"
     assert (runs[1] / "figures" / "evaluation.png").stat().st_size > 5000

@@ -38,9 +38,8 @@ def test_cross_entropy_and_its_gradient_at_any_logit_and_precision(of_images, of
         assert value.shape == (2, 5) and value.dtype == torch.promote_types(of_images, torch.float32)
         assert gradient.dtype == of_logits
         double = of_images == torch.float64
-        torch.testing.assert_close(
-            value.double(), expected, rtol=1e-12 if double else 2e-6, atol=1e-10 if double else 1e-4
-        )
+        close = {"rtol": 1e-12, "atol": 1e-10} if double else {"rtol": 2e-6, "atol": 1e-4}
+        torch.testing.assert_close(value.double(), expected, **close)
         # A gradient is rounded to the precision of what it is the gradient of.
         exact = {"rtol": 1e-12, "atol": 1e-13} if double and of_logits == torch.float64 else {}
         torch.testing.assert_close(gradient, slope, **exact)
@@ -66,7 +65,7 @@ def test_cross_entropy_broadcasts_images_over_samples():
     assert value.shape == (2, 3, 4)
     for i, j, n in ((0, 0, 0), (1, 2, 3), (0, 2, 1)):
         torch.testing.assert_close(value[i, j, n], plain(x[[n]], logits[i, j, [n]])[0])
-    assert torch.autograd.gradcheck(lambda l: CrossEntropy.apply(x, l), logits.requires_grad_())
+    assert torch.autograd.gradcheck(lambda logits: CrossEntropy.apply(x, logits), logits.requires_grad_())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -98,9 +97,8 @@ def test_accelerate_leaves_names_and_numbers(network, likelihood):
 
     before, state = numbers(), {name: value.clone() for name, value in vae.state_dict().items()}
     assert accelerate(vae) is vae
-    assert not any(type(part) is torch.nn.Tanh for part in vae.modules()) and any(
-        type(p) is Tanh for p in vae.modules()
-    )
+    kinds = {type(part) for part in vae.modules()}
+    assert Tanh in kinds and torch.nn.Tanh not in kinds
     if isinstance(vae.likelihood, Bernoulli):
         assert vae.likelihood.cross_entropy == CrossEntropy.apply
     assert list(vae.state_dict()) == list(state)

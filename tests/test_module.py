@@ -84,9 +84,7 @@ def test_a_test_draws_several_z_of_each_image(fitted, monkeypatch):
     module, data, trainer = fitted
     data.eval_batch_size = 1000
     seen = []
-    monkeypatch.setattr(
-        module, "objective", lambda vae, x, noise, beta: seen.append(noise) or elbo(vae, x, noise, beta)
-    )
+    monkeypatch.setattr(module, "objective", lambda vae, x, noise, b: seen.append(noise) or elbo(vae, x, noise, b))
     trainer.test(module, data, verbose=False)
     assert len(seen) == TEST_DRAWS * 10 and not any(torch.equal(seen[0], other) for other in seen[1:])
     x = data.sets["test"].pixels.float() / 255

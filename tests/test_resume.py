@@ -45,9 +45,8 @@ def outcome(folder: Path) -> dict[str, Any]:
         scores = [(k.split("{")[0], v.get("best_model_score"), v.get("wait_count")) for k, v in states.items()]
         found[f"{name} scores"] = sorted(scores, key=str)
     record = json.loads((folder / "metrics.json").read_text())
-    found["record"] = {
-        key: record.get(key) for key in ("status", "epochs", "steps", "checkpoint", "test", "validation")
-    }
+    said = ("status", "epochs", "steps", "checkpoint", "test", "validation")
+    found["record"] = {key: record.get(key) for key in said}
     found["epoch lines"] = len(record["epoch_seconds"])
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0}).Reload()
     for tag in events.Tags()["scalars"]:

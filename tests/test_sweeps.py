@@ -9,25 +9,27 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from betavae.cli import safe_name
+from omegaconf import OmegaConf
 
-from betavae import checkpoint, sweep_report, sweeps
-from betavae.data import Batches
 from betavae.errors import UserError
+from betavae.running import checkpoint
+from betavae.running.cli import safe_name
+from betavae.running.run_folder import RUN, SWEEP, RunFolder, put_mark
+from betavae.sweeping import jobs, report
+from tests.commands import REPO, Child, fresh, run, started, wait_for
 
-ROOT = Path(__file__).parents[1]
+TRAIN = str(REPO / "train.py")
 SMALL = ["trainer=smoke", "model=mlp_small", "trainer.limit_train_batches=2", "callbacks.figures_every=0"]
 SMALL += ["data.validation_size=200"]
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return f"data.root={tmp_path_factory.mktemp('data')}"
+def data(data_root: str) -> str:
+    return f"data.root={data_root}"
 
 
 def needs(module: str) -> pytest.MarkDecorator:
@@ -36,30 +38,10 @@ def needs(module: str) -> pytest.MarkDecorator:
 
 
 def readme(part: str) -> list[str]:
-    """The arguments of the README's command with this in it."""
-    section = (ROOT / "README.md").read_text().split("## Sweeps")[1].split("\n## ")[0]
-    (line,) = [line for line in section.splitlines() if line.startswith(("python ", "optuna ")) and part in line]
+    """The arguments of the command with this in it, of the page on sweeps."""
+    lines = (REPO / "docs" / "sweeps.md").read_text().splitlines()
+    (line,) = [line for line in lines if line.startswith(("python ", "optuna ")) and part in line]
     return shlex.split(line)[2 if line.startswith("python") else 1 :]
-
-
-def start(cwd: Path, *args: str, script: str = "train.py", **environment: str) -> subprocess.Popen:
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")} | environment
-    env = {key: value for key, value in env.items() if value}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen([sys.executable, str(ROOT / script), *args], cwd=cwd, env=env, **pipes)  # type: ignore
-
-
-def run(cwd: Path, *args: str, code: int = 0, script: str = "train.py", **environment: str) -> str:
-    process = start(cwd, *args, script=script, **environment)
-    text = process.communicate(timeout=300)[0]
-    assert process.returncode == code, text
-    return text
-
-
-def wait_for(folder: Path, pattern: str, process: subprocess.Popen, count: int = 1) -> None:
-    while len(list(folder.glob(pattern))) < count:
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.02)
 
 
 def job(folder: Path, start: str) -> Path:
@@ -77,24 +59,29 @@ def killed_and_resumed(tmp_path_factory: pytest.TempPathFactory, data: str) -> t
     have not begun, but beta=4 failed in an earlier try. Then the same command again, to its end."""
     cwd = tmp_path_factory.mktemp("sweep")
     args = ["-m", *SMALL, data, "trainer.max_epochs=12", "beta=0.5,-1,2,3,4", "hydra.sweep.dir=sweep"]
-    earlier = cwd / "sweep" / safe_name(",".join(sorted([*SMALL, "trainer.max_epochs=12", "beta=4"])))
+    put_mark(cwd / "sweep", SWEEP, "")
+    earlier = cwd / "sweep" / safe_name(",".join(sorted([*SMALL, data, "trainer.max_epochs=12", "beta=4"])))
+    put_mark(earlier, RUN, "")
     (earlier / "checkpoints").mkdir(parents=True)
     (earlier / "metrics.json").write_text('{"status": "failed", "error": "OSError: disk full"}')
     (earlier / "checkpoints" / "last.ckpt").write_text("half a file")
-    process = start(cwd, *args)
-    wait_for(cwd, "sweep/beta_2,*/checkpoints/last.ckpt", process)
-    process.kill()
-    process.wait()
+    (earlier / "notes.txt").write_text("somebody's")
+    child = Child(*args, cwd=cwd)
+    wait_for(cwd, "sweep/beta_2,*/checkpoints/last.ckpt", child)
+    child.send(signal.SIGKILL)
+    child.wait()
     before = {str(path): path.stat().st_mtime for path in job(cwd / "sweep", "beta_0.5,").rglob("*") if path.is_file()}
     assert record(job(cwd / "sweep", "beta_2,"))["status"] == "running"
-    assert {job.overrides["beta"]: job.status for job in sweeps.read(cwd / "sweep")} == {
+    assert {job.overrides["beta"]: job.status for job in jobs.read_jobs(cwd / "sweep")} == {
         "-1": "failed",
         "0.5": "finished",
         "2": "interrupted",
         "3": "missing",
         "4": "missing",  # an earlier try's folder has no list of settings here
     }
-    return cwd, run(cwd, *args, code=1), before
+    text = run(*args, cwd=cwd, code=1)
+    assert earlier == job(cwd / "sweep", "beta_4,") and (earlier / "notes.txt").read_text() == "somebody's"
+    return cwd, text, before
 
 
 def test_the_same_command_keeps_resumes_and_retries(killed_and_resumed: tuple[Path, str, dict[str, float]]) -> None:
@@ -163,7 +150,7 @@ def test_tensorboard_compares_the_jobs(killed_and_resumed: tuple[Path, str, dict
 
 def test_the_report_of_a_sweep(killed_and_resumed: tuple[Path, str, dict[str, float]]) -> None:
     cwd = killed_and_resumed[0]
-    text = run(cwd, "sweep=sweep", "out=report", script="scripts/sweep_report.py")
+    text = run("sweep=sweep", "out=report", cwd=cwd, script="scripts/sweep_report.py")
     rows = list(csv.DictReader((cwd / "report" / "table.csv").read_text().splitlines()))
     assert [row["beta"] for row in rows] == ["-1", "0.5", "2", "3", "4"]
     expected = record(job(cwd / "sweep", "beta_3,"))["test"]
@@ -171,13 +158,13 @@ def test_the_report_of_a_sweep(killed_and_resumed: tuple[Path, str, dict[str, fl
     assert (cwd / "report" / "table.md").read_text() in text
     for name in ("rate_distortion", "neg_elbo", "samples"):
         assert (cwd / "report" / f"{name}.png").stat().st_size > 5000
-    error = run(cwd, "sweep=sweep", "over=[betaa]", code=1, script="scripts/sweep_report.py")
+    error = run("sweep=sweep", "over=[betaa]", cwd=cwd, code=1, script="scripts/sweep_report.py")
     assert error == "error: over: betaa was not swept here; swept: beta\n"
 
 
-def test_the_readmes_sweep(tmp_path: Path, data: str) -> None:
-    run(tmp_path, *readme("beta=0.25,1,4"), *SMALL, data, "trainer.max_epochs=1")
-    text = run(tmp_path, *readme("sweep_report"), script="scripts/sweep_report.py")
+def test_the_pages_sweep(tmp_path: Path, data: str) -> None:
+    run(*readme("beta=0.25,1,4"), *SMALL, data, "trainer.max_epochs=1", "model.latent_dim=2,10", cwd=tmp_path)
+    text = run(*readme("sweep_report"), cwd=tmp_path, script="scripts/sweep_report.py")
     assert "| 0.25 | 2 | 1/1 |" in text and (tmp_path / "sweep_report" / "neg_elbo.png").exists()
 
 
@@ -203,16 +190,16 @@ def made(tmp_path: Path) -> Path:
 
 
 def test_the_table_is_exact_and_marks_what_failed_or_is_missing(made: Path) -> None:
-    found = sweep_report.settings(made)
+    found = report.settings(made)
     assert [setting.values["beta"] for setting in found] == ["1", "2", "10"], "numbers by size"
     assert found[0].mean_sd("neg_elbo") == pytest.approx((3.0, 7.0**0.5))
-    lines = sweep_report.markdown(found).splitlines()
+    lines = report.markdown(found).splitlines()
     assert lines[0] == "| beta | finished | neg. ELBO | rate | distortion | seconds |"
     assert lines[2] == "| 1 | 3/3 | 3.00 ± 2.65 | 0.75 ± 0.66 | 2.25 ± 1.98 | 3.0 ± 0.0 |"
     assert lines[3] == "| 2 | 0/1 (1 missing) |  |  |  |  |"
     assert lines[4] == "| 10 | 1/2 (1 failed) | 4.00 | 1.00 | 3.00 | 3.0 |"
     assert "Failed: beta_10,seed_2: E: why" in lines
-    sweep_report.write_csv(found, made / "table.csv")
+    report.write_csv(found, made / "table.csv")
     rows = list(csv.DictReader((made / "table.csv").read_text().splitlines()))
     assert [[row[key] for key in ("finished", "failed", "missing")] for row in rows] == [
         ["3", "0", "0"],
@@ -223,36 +210,56 @@ def test_the_table_is_exact_and_marks_what_failed_or_is_missing(made: Path) -> N
 
 
 def test_charts_show_the_numbers(made: Path) -> None:
-    (axes,) = sweep_report.rate_distortion(sweep_report.settings(made)).axes
+    (axes,) = report.rate_distortion(report.settings(made)).axes
     assert axes.lines[0].get_xydata().tolist() == [[0.75, 2.25], [1.0, 3.0]]
     assert [text.get_text() for text in axes.texts] == ["β=1", "β=10"]
-    (axes,) = sweep_report.chart(sweep_report.settings(made), None, "neg_elbo").axes
+    (axes,) = report.chart(report.settings(made), None, "neg_elbo").axes
     assert axes.lines[0].get_xydata().tolist() == [[1.0, 3.0], [10.0, 4.0]]
     for beta, value in (("1", 5.0), ("2", 7.0)):
         write_job(made, [f"beta={beta}", "model.latent_dim=2", "seed=1"], "finished", neg_elbo=value, kl=1, recon=1)
-    found = sweep_report.settings(made)
-    (axes,) = sweep_report.chart(found, ["beta", "model.latent_dim"], "neg_elbo").axes
+    found = report.settings(made)
+    (axes,) = report.chart(found, ["beta", "model.latent_dim"], "neg_elbo").axes
     grid = axes.images[0].get_array()
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["1", "2", "10"]
     assert grid.filled(-1).tolist() == [[5.0, 7.0, -1.0], [3.0, -1.0, 4.0]]
 
 
-def test_two_long_names_stay_two_and_a_folder_is_for_one_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_long_names_stay_two() -> None:
     long = [safe_name("a" * 200 + end) for end in "xy"]
     assert long[0] != long[1] and max(map(len, long)) <= 200
     assert safe_name("beta=0.5,model.hidden_dims=[400,200],seed=1") == "beta_0.5,model.hidden_dims_400,200,seed_1"
-    monkeypatch.setattr(sweeps, "identity", sorted)
-    (tmp_path / "overrides.yaml").write_text("[beta=1]")
-    with pytest.raises(UserError, match="holds another job"):
-        sweeps.claim(tmp_path, ["beta=2"])
+
+
+@pytest.mark.parametrize("status", ["finished", "interrupted"])
+def test_a_folder_is_for_one_job(tmp_path: Path, status: str) -> None:
+    folder = RunFolder(tmp_path)
+    folder.write_record({"status": status})
+    folder.last.parent.mkdir()
+    folder.last.touch()
+    then = {"beta": 1.0, "runs": "a", "trainer": {"max_epochs": 3}, "model": {"hidden_dims": [4]}}
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(then)))
+
+    def earlier(**changes: object) -> str:
+        return jobs.earlier_try(folder, OmegaConf.merge(then, changes), ["beta=1"])
+
+    assert earlier() == earlier(runs="b") == status
+    assert earlier(trainer={"max_epochs": 3, "came_later": 1}) == status  # than the file was written
+    for changes, said in (
+        ({"beta": 2.0}, "holds a job with beta=1.0, and this one beta=2.0"),
+        ({"trainer": {"max_epochs": 4}}, "trainer.max_epochs=3, and this one trainer.max_epochs=4"),
+        ({"model": {"hidden_dims": [5]}}, r"model.hidden_dims=\[4\], and this one model.hidden_dims=\[5\]"),
+    ):
+        with pytest.raises(UserError, match=said):
+            earlier(**changes)
+    assert folder.last.exists()
 
 
 def test_what_a_sweep_cannot_do_is_refused_in_one_sentence(tmp_path: Path, data: str) -> None:
-    many = run(tmp_path, "-m", "trainer=ddp", "beta=1,2", data, code=1)
-    assert many == f"error: {sweeps.ONE_DEVICE}\n"
-    resume = run(tmp_path, "-m", "resume=a,b", data, code=1)
+    many = run("-m", "trainer=ddp", "beta=1,2", data, cwd=tmp_path, code=1)
+    assert many == f"error: {jobs.ONE_DEVICE}\n"
+    resume = run("-m", "resume=a,b", data, cwd=tmp_path, code=1)
     assert resume.startswith("error: resume") and "hydra.sweep.dir" in resume and resume.count("\n") == 1
-    typo = run(tmp_path, "-m", "betaa=1,2", data, code=1)
+    typo = run("-m", "betaa=1,2", data, cwd=tmp_path, code=1)
     assert typo == "error: betaa is not a setting; did you mean beta?\n"
     assert not any(path.is_file() for path in tmp_path.rglob("*")), "nothing is left behind"
 
@@ -260,7 +267,7 @@ def test_what_a_sweep_cannot_do_is_refused_in_one_sentence(tmp_path: Path, data:
 @needs("hydra_plugins.hydra_joblib_launcher")
 def test_joblib_divides_the_threads(tmp_path: Path, data: str) -> None:
     args = [*readme("joblib"), *SMALL, data, "beta=1,-1,2", "seed=1", "hydra.sweep.dir=sweep"]
-    text = run(tmp_path, *args, code=1, OMP_NUM_THREADS="")
+    text = fresh(TRAIN, *args, cwd=tmp_path, code=1, OMP_NUM_THREADS="")
     from joblib import cpu_count
 
     for beta in (1, 2):
@@ -275,11 +282,11 @@ def test_a_search_survives_divergence_and_being_killed(tmp_path: Path, data: str
 
     args = [*readme("sweep=optuna"), *SMALL, data, "trainer.max_epochs=12", "optimizer=sgd", "hydra.sweeper.n_trials=5"]
     args.append("hydra.sweeper.params={optimizer.lr: 'choice(1e-4,1e-5,1e30)', model.latent_dim: 'int(interval(2,9))'}")
-    process = start(tmp_path, *args)
-    wait_for(tmp_path, "runs/sweeps/optuna/*/checkpoints/last.ckpt", process, count=2)
-    process.kill()
-    process.wait()
-    text = run(tmp_path, *args)
+    child = Child(*args, cwd=tmp_path)
+    wait_for(tmp_path, "runs/sweeps/optuna/*/checkpoints/last.ckpt", child, count=2)
+    child.send(signal.SIGKILL)
+    child.wait()
+    text = run(*args, cwd=tmp_path)
     assert "Traceback" not in text and "Warning" not in text
     storage = f"sqlite:///{tmp_path}/runs/sweeps/optuna/study.db"
     trials = optuna.load_study(study_name="betavae", storage=storage).trials
@@ -301,7 +308,7 @@ def test_a_search_survives_divergence_and_being_killed(tmp_path: Path, data: str
 @needs("hydra_plugins.hydra_submitit_launcher")
 def test_a_preempted_job_resumes_when_it_is_queued_again(tmp_path: Path, data: str) -> None:
     args = ["-m", "hydra/launcher=submitit_local", *SMALL, data, "trainer.max_epochs=30", "beta=1"]
-    process = start(tmp_path, *args, "hydra.sweep.dir=sweep")
+    process = started(TRAIN, *args, "hydra.sweep.dir=sweep", cwd=tmp_path)
     wait_for(tmp_path, "sweep/beta_1,*/checkpoints/last.ckpt", process)
     os.kill(record(job(tmp_path / "sweep", "beta_1,"))["pid"], signal.SIGUSR2)  # as Slurm does to make room
     text = process.communicate(timeout=120)[0]
@@ -346,7 +353,7 @@ def test_the_slurm_preset_and_preemption(tmp_path: Path, data: str) -> None:
         (bin / name).write_text(code)
         (bin / name).chmod(0o755)
     args = [*readme("submitit_slurm"), *SMALL, data, "trainer.max_epochs=30", "beta=1,2", "seed=1"]
-    process = start(tmp_path, *args, "hydra.sweep.dir=sweep", PATH=f"{bin}:{os.environ['PATH']}")
+    process = started(TRAIN, *args, "hydra.sweep.dir=sweep", cwd=tmp_path, PATH=f"{bin}:{os.environ['PATH']}")
     wait_for(tmp_path, "sweep/beta_1,*/checkpoints/last.ckpt", process)
     os.kill(record(job(tmp_path / "sweep", "beta_1,"))["pid"], signal.SIGUSR2)
     text = process.communicate(timeout=120)[0]
@@ -360,39 +367,30 @@ def test_the_slurm_preset_and_preemption(tmp_path: Path, data: str) -> None:
 
 @needs("hydra_plugins.hydra_ray_launcher")
 def test_ray(tmp_path: Path, data: str) -> None:
-    run(tmp_path, *readme("ray"), *SMALL, data, "beta=1,-1", "seed=1", "hydra.sweep.dir=sweep", code=1)
+    args = [*readme("ray"), *SMALL, data, "beta=1,-1", "seed=1", "hydra.sweep.dir=sweep"]
+    fresh(TRAIN, *args, cwd=tmp_path, code=1)
     assert record(job(tmp_path / "sweep", "beta_1,"))["status"] == "finished"
     assert record(job(tmp_path / "sweep", "beta_-1,"))["status"] == "failed"
 
 
-def test_shards_are_disjoint_and_cover_what_they_should() -> None:
-    images = torch.arange(103).view(-1, 1, 1, 1).to(torch.uint8)
-    for epoch, expected in ((lambda: 3, 102), (None, 103)):
-        shards = [Batches(images, images[:, 0, 0, 0], 10, epoch, 0, False, (rank, 2)) for rank in (0, 1)]
-        seen = [[int(label) for _, labels in shard for label in labels] for shard in shards]
-        assert len(set(seen[0]) | set(seen[1])) == len(seen[0]) + len(seen[1]) == expected
-        assert [len(shard) for shard in shards] == [6, 6]
-    whole = next(iter(Batches(images, images[:, 0, 0, 0], 20, lambda: 3)))[1].tolist()
-    halves = [next(iter(Batches(images, images[:, 0, 0, 0], 10, lambda: 3, shard=(rank, 2))))[1] for rank in (0, 1)]
-    assert sorted(whole) == sorted(torch.cat(halves).tolist()), "the same images make a step"
-
-
-def test_two_processes_compute_what_one_computes(tmp_path: Path, data: str) -> None:
-    for processes in ("1", "2"):
-        run(tmp_path, processes, data.removeprefix("data.root="), script="tests/two_processes.py")
+def test_two_processes_compute_what_one_computes(tmp_path: Path, data_root: str) -> None:
+    run("1", data_root, cwd=tmp_path, script="tests/two_processes.py")
+    fresh(str(REPO / "tests" / "two_processes.py"), "2", data_root, cwd=tmp_path)
     one, two = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in ("1", "2"))
     for name, gradient in one["gradient"].items():
         torch.testing.assert_close(two["gradient"][name], gradient, rtol=1e-4, atol=1e-6)
     assert two["test"] == pytest.approx(one["test"], rel=1e-6)
+    assert two["train"] == pytest.approx(one["train"], rel=1e-5) and "train/kl" in two["train"]
     assert two["noise"][0] != two["noise"][1], "each process draws its own"
 
 
 def test_ddp_makes_one_run_whose_checkpoint_loads_anywhere(tmp_path: Path, data: str) -> None:
-    text = run(tmp_path, *readme("ddp"), *SMALL[1:], data, "trainer.max_epochs=1", "trainer.accelerator=cpu")
+    args = [*readme("ddp"), *SMALL[1:], data, "trainer.max_epochs=1", "trainer.accelerator=cpu"]
+    args += ["trainer.limit_val_batches=1", "trainer.limit_test_batches=1"]
+    text = fresh(TRAIN, *args, cwd=tmp_path)
     (folder,) = (tmp_path / "runs").iterdir()
     assert text.count("epoch   1/1") == 1 and "Warning" not in text
     assert len(list(folder.glob("events.*"))) == 1 and record(folder)["status"] == "finished"
     assert (folder / "train.log").read_text().count("test  loss") == 1
-    assert checkpoint.load(str(folder), "runs").vae.latent_dim == 20
-    script = run(tmp_path, "n=4", script="scripts/sample.py")
-    assert script.startswith("4 samples of")
+    assert checkpoint.load(folder).vae.latent_dim == 20
+    assert run("n=4", cwd=tmp_path, script="scripts/sample.py").startswith("4 samples of")

@@ -1,6 +1,7 @@
 """For test_sweeps.py: one SGD step on a fixed batch of 64 images and a test, in `sys.argv[1]` processes."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,31 +9,29 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from betavae.data import MNISTDataModule
+from betavae.data.datamodule import ImageDataModule
 from betavae.module import VAEModule
-
-processes, root = int(sys.argv[1]), sys.argv[2]
 
 
 class Fixed(VAEModule):
     """Noise that depends on the image alone."""
 
-    def _terms(self, x: Tensor, noise: Tensor, beta: float) -> Any:
+    def loss(self, x: Tensor, noise: Tensor, beta: Tensor) -> Any:
         self.drawn = float(noise[0, 0, 0])
-        if self.training:
-            noise = x.flatten(1)[:, 300 : 300 + self.vae.latent_dim].unsqueeze(0) * 2 - 1
-        return super()._terms(x, noise, beta)
+        noise = x.flatten(1)[:, 300 : 300 + self.vae.latent_dim].unsqueeze(0) * 2 - 1
+        return super().loss(x, noise, beta)
 
     def on_train_batch_end(self, *args: Any) -> None:
-        super().on_train_batch_end(*args)
         self.drawn_in_training = self.all_gather(torch.tensor(self.drawn)).view(-1).tolist()
 
 
 def main() -> None:
-    L.seed_everything(1)
-    data = MNISTDataModule("mnist", root, 0, 64 // processes, 300, "none", seed=0)
+    processes, root = int(sys.argv[1]), sys.argv[2]
+    L.seed_everything(1, verbose=False)
+    data = ImageDataModule("mnist", root, 0, 64 // processes, 300, "none", seed=0)
     data.setup()
-    data.sets["test"] = tuple(part[:1001] for part in data.sets["test"])  # no even share
+    test = data.sets["test"]
+    data.sets["test"] = replace(test, pixels=test.pixels[:1001], labels=test.labels[:1001])  # no even share
     model = {"network": "mlp", "hidden_dims": [32], "latent_dim": 5, "activation": "relu", "likelihood": "bernoulli"}
     module = Fixed(
         model | {"image_shape": [1, 28, 28]},
@@ -48,16 +47,18 @@ def main() -> None:
         devices=processes,
         strategy="ddp" if processes > 1 else "auto",
         max_steps=1,
+        log_every_n_steps=1,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
     )
     trainer.fit(module, data)
+    sums = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("train/")}
     gradient = {name: before[name] - value for name, value in module.vae.state_dict().items()}
     module.vae.load_state_dict(before)
     test = trainer.test(module, data, verbose=False)[0]
     if trainer.is_global_zero:
-        content = {"gradient": gradient, "test": test, "noise": module.drawn_in_training}
+        content = {"gradient": gradient, "test": test, "noise": module.drawn_in_training, "train": sums}
         torch.save(content, Path(f"{processes}.pt"))
 
 
