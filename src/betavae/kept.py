@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from betavae.errors import UserError
-from betavae.files import STAMP, made_here, write_whole, writing
+from betavae.files import STAMP, made_here, writing
 
 
 def kept(path: Path, asked: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -32,8 +32,8 @@ def kept(path: Path, asked: dict[str, Any], make: Callable[[], dict[str, Any]]) 
     with zipfile.ZipFile(buffer, "a") as archive:
         archive.comment = STAMP.encode()
     try:
-        with writing(path, "not kept"):
-            write_whole(path, buffer.getvalue())
+        with writing(path, "not kept") as part:
+            part.write_bytes(buffer.getvalue())
     except UserError as error:
         print(error)
     return made
