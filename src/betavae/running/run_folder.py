@@ -20,12 +20,8 @@ RUN, SWEEP, REPORT, EXPORT = (f"{kind} of betavae\n" for kind in ("a run", "a sw
 FILES = ("config.yaml", "overrides.yaml", "metrics.json", "train.log", "projector_config.pbtxt", "metrics.csv")
 FOLDERS = (
     *("checkpoints/best.ckpt", "checkpoints/last.ckpt", "evaluation.json", "evaluation.part", "fidelity.json"),
-<<<<<<< HEAD
     *("figures/*.png", "projector/posterior_means/*", "events.out.tfevents.*"),
     *(kind + "[0-9a-f]" * 16 + ".pt" for kind in ("sampler_*_", "anomalies-")),
-=======
-    *("figures/*.png", "projector/posterior_means/*", "events.out.tfevents.*", f"sampler_*_{'[0-9a-f]' * 16}.pt"),
->>>>>>> h5
 )
 UNFINISHED = ("running", "interrupted")
 
