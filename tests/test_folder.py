@@ -180,14 +180,13 @@ def test_other_settings_have_a_file_of_their_own(root, load, tmp_path):
         assert len(kept(tmp_path)) == number
 
 
-def test_what_cannot_be_read_is_left_out_and_named(root, load, caplog):
+def test_what_cannot_be_read_is_left_out_and_named(root, load, capsys):
     fill(root, [f"{i}.png" for i in range(10)])
     (root / "broken.jpg").write_bytes(b"no")
     (root / "notes.txt").write_text("no picture")
     for _ in range(2):  # later as well
-        caplog.clear()
         found = values(load()) + values(load("test"))
-        assert caplog.text.count("pictures, 1 could not be read: broken.jpg (not a PNG") == 1
+        assert capsys.readouterr().err.count("pictures, 1 could not be read: broken.jpg (not a PNG") == 1
         assert sorted(found) == list(range(1, 11))
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 import os
 import shutil
 import sys
@@ -18,8 +17,6 @@ from betavae.data.images import Images, as_tensor, count_of
 from betavae.data.listing import SUFFIXES, File, label_of, natural, picture_files
 from betavae.data.pictures import UnreadablePicture, check_fit, left_out, read_each
 from betavae.errors import UserError
-
-log = logging.getLogger(__name__)
 
 FORMAT = 1  # of what is kept, and of how pictures are read: with another number all are read anew
 SPLITS = ("train", "validation", "test")
@@ -169,7 +166,7 @@ def folder(
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{kept} is damaged; delete it, and it is made anew from {root}") from error
     if index["skipped"] and split == "train":
-        log.warning("of the pictures in %s, %s", root, left_out(index["skipped"]))
+        print(f"of the pictures in {root}, {left_out(index['skipped'])}", file=sys.stderr)
     start = sum(index["counts"].get(before, 0) for before in SPLITS[: SPLITS.index(split)])
     rows = slice(start, start + index["counts"].get(split, 0))
     return Images(pixels[rows], labels[rows], index["classes"]) if rows.stop > start else None

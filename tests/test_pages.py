@@ -1,0 +1,124 @@
+"""What a trained model is for, as the pages tell it: from a folder of pictures to a model and back to pictures."""
+
+import csv
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.commands import run
+from tests.test_readme import PAGES, commands, small
+
+BYTES = ["model.hidden_dims=[32]", "model.latent_dim=4"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, data_root):
+    """A folder with PICTURES: bright discs and dark squares, some with alpha, two that cannot be read."""
+    folder = tmp_path_factory.mktemp("place")
+    (folder / "data").symlink_to(data_root)
+    rng = np.random.default_rng(0)
+    grid = np.mgrid[:24, :24]
+    for number in range(1300):
+        kind = ("discs", "squares")[number % 2]
+        offset = np.abs(grid - rng.uniform(8, 16, (2, 1, 1)))
+        shape = (offset**2).sum(0) < 30 if kind == "discs" else offset.max(0) < 5
+        pixels = np.where(shape[..., None], rng.integers(150, 255, 3), rng.integers(0, 60, 3)).astype(np.uint8)
+        alpha = np.full((24, 24, 1), 255 if number % 10 else 128, np.uint8)
+        (folder / "PICTURES" / kind).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.concatenate((pixels, alpha), 2)).save(folder / "PICTURES" / kind / f"{number}.png")
+    for name in ("a", "b"):
+        Image.new("RGB", (30, 20), (200, 30, 30) if name == "a" else (30, 30, 200)).save(
+            folder / f"PICTURES/{name}.png"
+        )
+    (folder / "PICTURES" / "broken.jpg").write_bytes(b"not a picture")
+    (folder / "PICTURES" / "cut.png").write_bytes((folder / "PICTURES/a.png").read_bytes()[:60])
+    return folder
+
+
+def told(page: str, place, *changes: str) -> dict[str, str]:
+    """The page's commands, run in their order; what each printed."""
+    printed = {}
+    for command in commands(PAGES[page]):
+        if any(word in command for word in ("FILE.npy", "anomaly_benchmark")):
+            continue
+        script, words = small(command)
+        words = [re.sub("^images=test$", "images=PICTURES", word) for word in words]
+        if script == "train.py":
+            words += [*changes, *BYTES]
+        printed[command] = run(*words, cwd=place, script=script)
+        assert "Traceback" not in printed[command] and "Warning" not in printed[command]
+    return printed
+
+
+@pytest.fixture(scope="module")
+def pictures(place):
+    return told("pictures.md", place, "trainer.limit_train_batches=20", "trainer.max_epochs=2", "data.image_size=16")
+
+
+def test_from_pictures_to_a_model_and_back(place, pictures):
+    train, reconstruct, interpolate, encode, decode = pictures.values()
+    assert "2 could not be read: cut.png" in train and "broken.jpg" in train and "neg. ELBO" in train
+    assert "transparent parts laid on white" in reconstruct and "reconstructions.png" in reconstruct
+    assert "1 interpolations" in interpolate and "1,302 images" in encode and "1,302 pictures" in decode
+    held = np.load(place / "latents.npz")
+    assert held["mean"].shape == held["logvar"].shape == (1302, 4) and set(held["labels"]) == {".", "discs", "squares"}
+    assert (held["kl"] > 0).all() and held["names"][0] == "a.png"
+    decoded = Image.open(place / "decoded" / "discs" / "0.png")
+    assert decoded.size == (16, 16) and decoded.mode == "RGB"
+    # Again: what is ours is written over; what is not, never.
+    (place / "decoded" / "a.png").write_bytes(b"mine")
+    again = run("latents=latents.npz", "out=decoded", cwd=place, script="scripts/decode.py", code=1)
+    assert "a.png is there already" in again and (place / "decoded" / "a.png").read_bytes() == b"mine"
+
+
+def test_encoding_agrees_with_the_model(place, pictures):
+    import torch
+
+    import betavae
+    from betavae.data.pictures import read_pictures
+
+    run("images=PICTURES/discs", "out=discs.csv", cwd=place, script="scripts/encode.py")
+    rows = list(csv.DictReader((place / "discs.csv").read_text().splitlines()))
+    loaded = betavae.load(runs=str(place / "runs"))
+    found = read_pictures(place / "PICTURES" / "discs", loaded.vae.image_shape)
+    mean, logvar = loaded.vae.encode(found.pixels.float() / 255)
+    assert [row["name"] for row in rows] == found.names
+    ours = torch.tensor([[float(row[f"mean_{d}"]) for d in range(4)] for row in rows])
+    torch.testing.assert_close(ours, mean, rtol=1e-4, atol=1e-5)
+    kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).sum(1)
+    torch.testing.assert_close(torch.tensor([float(row["kl"]) for row in rows]), kl, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_strange(place, pictures):
+    (text,) = told("anomalies.md", place).values()
+    assert re.search(r"flagged \d+ of 1,302 images at alarm=0.01", text) and "calibration images" in text
+    rows = list(csv.DictReader((place / "anomalies" / "scores.csv").read_text().splitlines()))
+    assert len(rows) == 1302 and {"name", "label", "neg_elbo", "combined", "p_value", "flagged"} <= set(rows[0])
+    assert [row["flagged"] == "True" for row in rows] == [float(row["p_value"]) <= 0.01 for row in rows]
+    assert {path.name for path in (place / "anomalies").glob("*.png")} == {"histogram.png", "extremes.png", "where.png"}
+    assert "fitting" in text
+    again = run("images=PICTURES", "alarm=0.001", cwd=place, script="scripts/detect.py", code=1)
+    assert "fitting" not in again and "alarm=0.001 needs at least 999 validation images" in again
+
+
+def test_compressed_and_back(place, pictures):
+    printed = told("compression.md", place, "trainer.limit_train_batches=3")
+    train, compress, decompress = printed.values()
+    assert "bits per dimension" in train
+    assert "decoded and compared" in compress and "PNG" in compress and (place / "images.png").exists()
+    assert "1,302 images, as they were" in decompress
+    from betavae.data.pictures import read_pictures
+
+    found = read_pictures(place / "PICTURES", (1, 28, 28))
+    for name, pixels in list(zip(found.names, found.pixels, strict=True))[::100]:
+        assert np.array_equal(np.asarray(Image.open(place / "decompressed" / name)), pixels[0].numpy())
+    wrong = run(
+        "file=images.bvae", "out=x", f"ckpt={first_run(place)}", cwd=place, script="scripts/decompress.py", code=1
+    )
+    assert "compressed by another model" in wrong and not (place / "x").exists()
+
+
+def first_run(place):
+    return min(path for path in (place / "runs").iterdir() if path.is_dir())
