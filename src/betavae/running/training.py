@@ -82,7 +82,8 @@ def claimed(run: RunFolder, new: bool, sweep: bool) -> Iterator[None]:
 
     def claim() -> bool:
         made = put_mark(run.path, RUN, "hydra.run.dir")
-        if new and not made:
+        # One that was killed before it wrote its settings has left the mark alone.
+        if new and not made and (run.path / "config.yaml").exists():
             raise UserError(
                 f"{run.path} already holds a run; go on with it by resume={run.path}, or choose another folder"
             )
