@@ -140,12 +140,15 @@ def coloured(x: Tensor, labels: Tensor) -> Tensor:
 
 def save_picture(picture: Tensor, out: str | Path, scale: int = 2) -> None:
     """Write a `(C, H, W)` picture in [0, 1] to a file, each pixel `scale` by `scale`."""
-    from matplotlib.image import imsave
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
 
-    pixels = picture.clamp(0, 1).repeat_interleave(scale, 1).repeat_interleave(scale, 2).cpu().permute(1, 2, 0).numpy()
+    large = picture.clamp(0, 1).repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+    pixels = (255 * large).round().to(torch.uint8).cpu().permute(1, 2, 0).numpy()
+    stamp = PngInfo()
+    stamp.add_text("Software", STAMP)
     with writing(out) as path:
-        grey = pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels
-        imsave(path, grey, cmap="gray", vmin=0, vmax=1, metadata={"Software": STAMP})
+        Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(path, pnginfo=stamp)
 
 
 def save_figure(figure: Any, out: str | Path) -> None:
