@@ -18,6 +18,8 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from betavae.data import SOURCES
+from betavae.files import STAMP, writing
+from betavae.kept import kept
 from betavae.objectives import elbo
 from betavae.optimizers import MuonAdam
 from betavae.running.cli import ScriptSettings, script
@@ -55,13 +57,9 @@ def train(x: Tensor, seed: int, epochs: int = 6, batch_size: int = 512) -> VAE:
 
 def trained(path: Path, x: Tensor, seed: int) -> VAE:
     """The VAE that was kept in `path`, or a new one."""
-    if path.exists():
-        vae = VAE("mlp", [400], 20, "relu", "bernoulli", x.shape[1:]).requires_grad_(False)
-        vae.load_state_dict(torch.load(path, weights_only=True))
-        return vae
-    vae = train(x, seed)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(vae.state_dict(), path)
+    state = kept(path, {"seed": seed, "images": len(x)}, lambda: dict(train(x, seed).state_dict()))
+    vae = VAE("mlp", [400], 20, "relu", "bernoulli", x.shape[1:]).requires_grad_(False)
+    vae.load_state_dict(state)
     return vae
 
 
@@ -137,7 +135,9 @@ def main(settings: Settings) -> None:
     for name, shares in alarms.items():
         print(f"{name}: {' '.join(f'{share:.4f}' for share in shares)}")
     print(f"\n{DEFAULT}: {rate:,.0f} images/s")
-    (keep / "results.json").write_text(json.dumps({"auroc": rows, "false_alarms": alarms}, indent=2) + "\n")
+    with writing(keep / "results.json", "keep") as path:
+        content = {"made_by": STAMP, "auroc": rows, "false_alarms": alarms}
+        path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 if __name__ == "__main__":

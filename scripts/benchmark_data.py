@@ -16,6 +16,7 @@ from typing import Any
 
 from pydantic import Field
 
+from betavae.files import writing
 from betavae.running.cli import ScriptSettings, importing, script
 from betavae.running.settings import Count, Text, one_of
 
@@ -70,14 +71,12 @@ def make(path: Path, n: int) -> None:
     import numpy as np
     from tqdm import tqdm
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    out = np.lib.format.open_memmap(part, "w+", np.uint8, (n, 3, 64, 64))
-    rng = np.random.default_rng(0)
-    for start in tqdm(range(0, n, 4000), "making pictures", disable=None):
-        out[start : start + 4000] = rng.integers(0, 256, (min(4000, n - start), 3, 64, 64), np.uint8)
-    out.flush()
-    part.rename(path)
+    with writing(path, "folder") as part:
+        out = np.lib.format.open_memmap(part, "w+", np.uint8, (n, 3, 64, 64))
+        rng = np.random.default_rng(0)
+        for start in tqdm(range(0, n, 4000), "making pictures", disable=None):
+            out[start : start + 4000] = rng.integers(0, 256, (min(4000, n - start), 3, 64, 64), np.uint8)
+        out.flush()
 
 
 @script(Settings)

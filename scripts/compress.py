@@ -37,7 +37,7 @@ def main(settings: Settings) -> None:
 
     run = checkpoint.load(settings.ckpt, settings.runs)
     found = named_images(run, settings.images, settings.data_root)
-    out, n = Path(settings.out), len(found.pixels)
+    out, n = Path(settings.out).expanduser(), len(found.pixels)
     with tqdm(total=n, desc="compressing", unit=" images", disable=None) as bar:
         compressed = compress(run.vae, found.pixels, settings.lanes, found.names, bar.update)
     write_file(out, compressed)

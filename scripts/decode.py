@@ -29,7 +29,9 @@ def main(settings: Settings) -> None:
     done = tqdm(total=len(z), desc="decoding", unit="", disable=None)
     for part_names, part in zip(latents.chunks(names), z.split(latents.CHUNK), strict=True):
         for name, image in zip(part_names, run.vae.decode(part), strict=True):
-            pictures.save_picture(image, (Path(settings.out) / name).with_suffix(".png"), scale=1)
+            # Whatever it was: 7.jpg and 7.png are two.
+            file = name if name.endswith(".png") else f"{name}.png"
+            pictures.save_picture(image, Path(settings.out).expanduser() / file, scale=1)
         done.update(len(part))
     done.close()
     print(f"{len(z):,} pictures by {run.path} in {settings.out}/")

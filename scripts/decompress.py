@@ -28,7 +28,7 @@ def main(settings: Settings) -> None:
     compressed = read_file(Path(settings.file))
     with tqdm(total=compressed.count, desc="decompressing", unit=" images", disable=None) as bar:
         images = decompress(run.vae, compressed, bar.update)
-    write_images(images, compressed.names, Path(settings.out))
+    write_images(images, compressed.names, Path(settings.out).expanduser())
     print(f"{len(images):,} images, as they were, in {settings.out}")
 
 

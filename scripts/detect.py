@@ -29,6 +29,7 @@ class Settings(DataSettings):
 def main(settings: Settings) -> None:
     with importing():
         from betavae import pictures
+        from betavae.errors import UserError
         from betavae.running import checkpoint
         from betavae.running.inputs import named_images
         from betavae.running.run_folder import REPORT, put_mark
@@ -39,12 +40,14 @@ def main(settings: Settings) -> None:
     found = named_images(run, settings.images, settings.data_root)
     detector = anomaly_report.detector(run, settings.data_root)
     result = anomaly_report.scored(detector, found.pixels, settings.score, settings.alarm)
-    out = Path(settings.out)
+    out = Path(settings.out).expanduser()
     put_mark(out, REPORT, "out")
     anomaly_report.write_table(result, found.names, found.labels, out / "scores.csv")
     inside: Any = None
-    if settings.inliers and found.labels is not None:
-        inside = [label in settings.inliers for label in found.labels]
+    if settings.inliers and found.labels is None:
+        raise UserError(f"inliers={settings.inliers} cannot be: these images have no labels")
+    if settings.inliers:
+        inside = [label in settings.inliers for label in found.labels or []]
     for name, figure in anomaly_report.figures(detector, found.pixels, result, inside).items():
         pictures.save_figure(figure, out / f"{name}.png")
     for note in found.notes:

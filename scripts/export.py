@@ -26,13 +26,15 @@ def main(settings: Settings) -> None:
         import torch
 
         from betavae import pictures
+        from betavae.errors import UserError
         from betavae.running import checkpoint
         from betavae.running.run_folder import EXPORT, put_mark, read_json
         from betavae.uses import export
 
     run = checkpoint.load(settings.ckpt, settings.runs)
     out = Path(settings.out).expanduser()
-    put_mark(out, EXPORT, "out")
+    if not put_mark(out, EXPORT, "out") and (out / "README.md").exists():
+        raise UserError(f"out: {out} holds a model with its card already; delete it or name another")
     result: dict[str, Any]
     if settings.format == "folder":
         # The root of the data is of this machine alone.

@@ -29,6 +29,8 @@ def main(settings: Settings) -> None:
     run = checkpoint.load(settings.ckpt, settings.runs)
     chosen = settings.images
     if chosen is not None and not all(isinstance(image, int) for image in chosen):
+        if not isinstance(chosen, str) and any(isinstance(image, int) for image in chosen):
+            raise UserError(f"images={chosen} cannot be: it must be two numbers, or two pictures")
         x = named_images(run, chosen).pixels.float() / 255
         if len(x) != 2:
             raise UserError(f"images={chosen} cannot be: it must be two pictures, and is {len(x)}")

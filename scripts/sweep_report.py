@@ -23,7 +23,7 @@ def main(settings: Settings) -> None:
     from betavae.sweeping import report
 
     sweep = Path(settings.sweep) if settings.sweep else report.newest(Path(settings.runs) / "sweeps")
-    out = Path(settings.out)
+    out = Path(settings.out).expanduser()
     written = report.write(sweep, out, settings.over, settings.metric, settings.seed)
     print((out / "table.md").read_text())
     print(f"{', '.join(written)} in {out}/")

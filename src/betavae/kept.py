@@ -27,16 +27,21 @@ def kept(path: Path, asked: dict[str, Any], make: Callable[[], dict[str, Any]]) 
         except Exception:  # harmed
             pass
     made = make()
-    buffer = io.BytesIO()
-    torch.save({"asked": asked, "made": made}, buffer)
-    with zipfile.ZipFile(buffer, "a") as archive:
-        archive.comment = STAMP.encode()
     try:
         with writing(path, "not kept") as part:
-            part.write_bytes(buffer.getvalue())
+            part.write_bytes(stamped({"asked": asked, "made": made}))
     except UserError as error:
         print(error)
     return made
+
+
+def stamped(content: dict[str, Any]) -> bytes:
+    """As `torch.save` has it, with our stamp."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    with zipfile.ZipFile(buffer, "a") as archive:
+        archive.comment = STAMP.encode()
+    return buffer.getvalue()
 
 
 def digest(path: Path) -> str:

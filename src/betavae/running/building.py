@@ -84,7 +84,7 @@ def too_large(error: Exception) -> Exception:
     return error
 
 
-def build_callbacks(settings: dict[str, Any], run: RunFolder, signals: Signals) -> list[Callback]:
+def build_callbacks(settings: dict[str, Any], run: RunFolder, signals: Signals, validates: bool) -> list[Callback]:
     wanted, checkpoints = settings["callbacks"], {"dirpath": run.last.parent, "enable_version_counter": False}
     callbacks: list[Callback] = [
         StopAtDivergence(),
@@ -94,12 +94,14 @@ def build_callbacks(settings: dict[str, Any], run: RunFolder, signals: Signals) 
         GracefulStop(signals, run.last),
         RunCheckpoint(filename="last", save_on_train_epoch_end=True, **checkpoints),  # type: ignore[arg-type]
     ]
-    if settings["data"]["validation_size"]:
+    if validates:
         monitor = f"val/{wanted['monitor']}"
         # Saved when it is validated, so before `last`, which remembers it.
         callbacks.append(RunCheckpoint(filename="best", monitor=monitor, save_on_train_epoch_end=False, **checkpoints))  # type: ignore
         if (patience := wanted["early_stopping_patience"]) is not None:
             callbacks.append(Patience(monitor, patience=patience, check_on_train_epoch_end=False))
+    elif wanted["early_stopping_patience"] is not None:
+        raise UserError("callbacks.early_stopping_patience needs validation images: data.validation_size=0 leaves none")
     if settings["trainer"]["enable_progress_bar"] and sys.stdout.isatty():
         callbacks.append(Bar())
     for name, arguments in wanted["own"].items():
@@ -171,6 +173,6 @@ def build(
     """All three, to go on from `state`. Only the data folder is touched; raises UserError for what cannot be."""
     datamodule = build_data(settings["data"])
     module = build_module(settings, datamodule)
-    callbacks = build_callbacks(settings, run, signals)
+    callbacks = build_callbacks(settings, run, signals, len(datamodule.sets["validation"]) > 0)
     logger = TensorBoard(run.path, purge_step=state["global_step"] + 1 if state else None)
     return datamodule, module, build_trainer(settings, module, datamodule, callbacks, logger)

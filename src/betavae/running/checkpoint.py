@@ -46,7 +46,8 @@ class Run(NamedTuple):
             raise UserError(f"{self.path} does not say which data it was trained on, so it has no images")
         # A checkpoint may say where data are, but not where to put them.
         known = self.data["root"] if Path(self.data["root"]).expanduser().exists() else os.devnull
-        return ImageDataModule(**(self.data | {"root": root or known}))
+        cache = {"cache": "data"} if "cache" in self.data else {}
+        return ImageDataModule(**(self.data | cache | {"root": root or known}))
 
     def images(self, split: str = "test", root: str | None = None, most: int | None = None) -> tuple[Tensor, Tensor]:
         """Images `(N, C, H, W)` in [0, 1] of "train", "validation" or "test", as the model sees them, and their labels;

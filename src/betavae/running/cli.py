@@ -73,6 +73,7 @@ class RunDir:
     def __init__(self) -> None:
         self.known: dict[tuple[str | None, str], str] = {}
         self.made: list[Path] = []  # folders above the run's, the innermost first
+        self.there = {Path.cwd()}  # folders that were named, and were there before
 
     def __call__(self, resume: str | None, wanted: str) -> str:
         """`resume`, or `wanted`, where that is taken with a number, made here so that no other run gets it."""
@@ -101,11 +102,10 @@ class RunDir:
     def take_back(self) -> None:
         """Remove the run folder and what was made for it, where nothing lies there."""
         path = Path(HydraConfig.get().runtime.output_dir)
-        if path.resolve() == Path.cwd():
-            return
         for folder in (path, *self.made):
-            with contextlib.suppress(OSError):  # it holds something
-                folder.rmdir()
+            if folder.resolve() not in self.there:
+                with contextlib.suppress(OSError):  # it holds something
+                    folder.rmdir()
 
 
 run_dir = RunDir()
@@ -145,6 +145,9 @@ class Command:
         logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it tells of a cache of fonts that it makes
         self.failure, self.begun = None, False
         jobs.SweepCallback.folder = None
+        typed = (word.partition("=") for word in sys.argv[1:])
+        named = [Path(value) for key, _, value in typed if key in ("resume", "hydra.run.dir")]
+        run_dir.there = {Path.cwd(), *(path.resolve() for path in named if path.is_dir())}
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         try:

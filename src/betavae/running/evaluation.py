@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from betavae.errors import UserError
+from betavae.files import made_here, write_whole
+from betavae.kept import stamped
 from betavae.measures.likelihood import GROUP, PerImage, importance_sample
-from betavae.running import checkpoint
 from betavae.vae import VAE
 
 SAVE_EVERY = 5  # seconds
@@ -25,6 +27,10 @@ def resumable(
     vae: VAE, x: Tensor, ks: list[int], seed: int, memory_mb: int, kept: Path, asked: dict[str, Any]
 ) -> PerImage:
     """`importance_sample` of all of `x`, with a bar, and what is done kept in the file `kept` until it is deleted."""
+    if kept.exists() and not made_here(kept):
+        raise UserError(
+            f"folder: {kept} is there already and was not made by betavae; delete it or name another folder"
+        )
     parts = unfinished(kept, asked)
     if parts:
         print(f"going on after the {len(parts) * GROUP:,} images that are in {kept}")
@@ -33,7 +39,7 @@ def resumable(
     for part in tqdm(groups, "images / 32", -(-len(x) // GROUP), initial=len(parts), disable=None):
         parts.append(part)
         if time.monotonic() >= saved + SAVE_EVERY:
-            checkpoint.save({"asked": asked, "parts": [tuple(part) for part in parts]}, kept)
+            write_whole(kept, stamped({"asked": asked, "parts": [tuple(part) for part in parts]}))
             saved = time.monotonic()
     return PerImage.together(parts)
 

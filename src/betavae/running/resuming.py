@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
@@ -69,6 +70,7 @@ class GracefulStop(Callback):
 
     def __init__(self, signals: Signals, last: Path):
         self.signals, self.last = signals, last
+        self.mid_epoch, self.whole, self.together = False, True, True
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.signals.listen()
@@ -82,12 +84,15 @@ class GracefulStop(Callback):
         self.mid_epoch = True
         self.whole = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         due = trainer.is_last_batch or (batch_idx + 1) % trainer.val_check_batch == 0  # type: ignore[attr-defined,operator]
-        together = trainer.world_size == 1 or (batch_idx + 1) % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
-        if not due and together:
+        # Several processes: where no half-made sums are left, which a checkpoint holds of the first one only.
+        logged = (batch_idx + 1) % trainer.log_every_n_steps == 0 and module.automatic_optimization  # type: ignore[attr-defined]
+        self.together = trainer.world_size == 1 or logged or trainer.is_last_batch  # type: ignore[attr-defined]
+        if not due and self.together:
             self.stop_if_asked(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self.stop_if_asked(trainer)
+        if self.together:
+            self.stop_if_asked(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.mid_epoch, self.whole = False, True
@@ -120,7 +125,8 @@ class ExactResume(Callback):
         states: Any = trainer.strategy.all_gather(torch.get_rng_state().to(module.device))
         checkpoint_["random_state"] = states.view(trainer.world_size, -1).cpu()
         if module.device.type == "cuda":
-            checkpoint_["cuda_random_state"] = torch.cuda.get_rng_state(module.device)
+            states = trainer.strategy.all_gather(torch.cuda.get_rng_state(module.device).to(module.device))
+            checkpoint_["cuda_random_state"] = states.view(trainer.world_size, -1).cpu()
         if (state_dict := getattr(trainer.train_dataloader, "state_dict", None)) is not None:
             checkpoint_["batches"] = state_dict()  # a DataLoader of somebody's own has none
         if trainer.is_global_zero:
@@ -144,7 +150,10 @@ class ExactResume(Callback):
             # A copy: torch 2.15 reads past a row that does not begin its storage.
             torch.set_rng_state(states[trainer.global_rank].clone())
         if "cuda_random_state" in content and module.device.type == "cuda":
-            torch.cuda.set_rng_state(content["cuda_random_state"].cpu(), module.device)
+            states = content["cuda_random_state"].cpu()
+            states = states.view(-1, states.shape[-1])  # of older versions one for all
+            if len(states) == trainer.world_size:
+                torch.cuda.set_rng_state(states[trainer.global_rank].clone(), module.device)
 
 
 class StopAtDivergence(Callback):
@@ -160,9 +169,9 @@ class StopAtDivergence(Callback):
         for sums, images in outputs["sums"]:
             self.seen.add(sums, images)
         if len(self.seen) >= trainer.log_every_n_steps or trainer.is_last_batch:  # type: ignore[attr-defined]
-            self.look(trainer)
+            self.look(trainer, module)
 
-    def look(self, trainer: L.Trainer) -> None:
+    def look(self, trainer: L.Trainer, module: Any) -> None:
         if not len(self.seen):
             return
         names = list(self.seen.batches[0])
@@ -172,11 +181,13 @@ class StopAtDivergence(Callback):
         if good:
             self.last = dict(zip(names, (rows[good - 1, 1:] / rows[good - 1, 0]).tolist(), strict=True))
         if good < len(finite):
-            step = trainer.global_step - (len(finite) - 1 - good) // trainer.accumulate_grad_batches
+            step = trainer.global_step - (len(finite) - 1 - good) // (
+                trainer.accumulate_grad_batches * module.accumulate
+            )
             raise Diverged(f"the loss of step {step} is not finite", self.last)
 
     def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint_: dict[str, Any]) -> None:
-        self.look(trainer)
+        self.look(trainer, module)
         if not torch.stack([p.isfinite().all() for p in module.parameters()]).all():
             raise Diverged(f"the weights after step {trainer.global_step} are not finite", self.last)
 
@@ -233,7 +244,12 @@ def reopen(
                 f"resume: {item} cannot change when a run goes on (what can: trainer.* but "
                 "steps_per_batch, callbacks.*, data.root, data.eval_batch_size, debug); start a new run for it"
             )
-    cfg.merge_with_dotlist(changes)
+    if cfg.trainer.steps_per_batch > 1 and any(item.startswith("trainer.accumulate_grad_batches") for item in changes):
+        raise UserError(
+            "resume: trainer.accumulate_grad_batches cannot change where trainer.steps_per_batch is above 1"
+        )
+    for change in OverridesParser.create().parse_overrides(changes):
+        OmegaConf.update(cfg, change.key_or_group, change.value(), force_add=change.is_add())
     cfg.resume = str(run.path)
     if not run.last.exists():
         return cfg, None

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,10 +18,11 @@ from betavae.files import PART, PART_START, made_here, write_whole
 MARK = ".betavae"  # a file in every folder of ours, that says what it is
 RUN, SWEEP, REPORT, EXPORT = (f"{kind} of betavae\n" for kind in ("a run", "a sweep", "a report", "an export"))
 # All that a run writes: what is cleared away is on this list, and nothing else ever is.
-FILES = ("config.yaml", "overrides.yaml", "metrics.json", "train.log", "projector_config.pbtxt", "metrics.csv")
+FILES = ("config.yaml", "overrides.yaml", "metrics.json", "train.log", "projector_config.pbtxt")
 FOLDERS = (
     *("checkpoints/best.ckpt", "checkpoints/last.ckpt", "evaluation.json", "evaluation.part", "fidelity.json"),
-    *("figures/*.png", "projector/posterior_means/*", "events.out.tfevents.*"),
+    *(f"projector/posterior_means/{name}" for name in ("metadata.tsv", "sprite.png", "tensors.tsv")),
+    *("figures/*.png", "events.out.tfevents.*"),
     *(kind + "[0-9a-f]" * 16 + ".pt" for kind in ("sampler_*_", "anomalies-")),
 )
 UNFINISHED = ("running", "interrupted")
@@ -64,7 +66,9 @@ def put_mark(path: Path, mark: str, key: str) -> bool:
 def legacy(path: Path, mark: str) -> bool:
     """Whether a folder is of a version that left no mark."""
     if mark == SWEEP:
-        return any(legacy(config.parent, RUN) or mark_of(config.parent) == RUN for config in path.glob("*/config.yaml"))
+        jobs = {config.parent for config in path.glob("*/config.yaml")}
+        others = {item.name for item in path.iterdir() if item not in jobs} - {"multirun.yaml", "study.db", ".submitit"}
+        return bool(jobs) and not others and all(legacy(job, RUN) for job in jobs)
     record = read_json(path / "metrics.json")
     whole = all((path / name).is_file() for name in ("config.yaml", "overrides.yaml"))
     return mark == RUN and whole and {"status", "seed", "parameters", "git_commit", "versions"} <= set(record)
@@ -107,10 +111,13 @@ class RunFolder:
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not path.exists():
                 raise
-            # On a full disk: what fits into the blocks that the file has. A run must not seem to be running.
-            short = json.dumps({"status": record["status"], "error": record.get("error", "the disk is full")[:200]})
+            # On a full disk: what fits into the blocks that the file has. A run must not seem to be running, and one
+            # whose numbers are lost is not finished.
+            status = "failed" if record["status"] == "finished" else record["status"]
+            short = json.dumps({"status": status, "error": record.get("error", "OSError: the disk is full")[:200]})
             with open(path, "r+b", buffering=0) as file:
                 file.write(short.encode().ljust(path.stat().st_size))
+            raise
 
     def status(self) -> str:
         """finished, failed, diverged, pruned, interrupted, running; or "" for a run that never began."""
@@ -150,7 +157,7 @@ class RunFolder:
             (self.path / name).unlink(missing_ok=True)
         for pattern in FOLDERS:
             for path in self.path.glob(pattern):
-                if path.is_file() and (path.parent.name != "figures" or made_here(path)):
+                if path.is_file() and ours(path):
                     path.unlink()
         self.clear_parts()
         for name in ("checkpoints", "figures", "projector/posterior_means", "projector"):
@@ -169,22 +176,30 @@ class RunFolder:
         self.clear()
         for name in (".lock", MARK):
             (self.path / name).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            self.path.rmdir()
 
     def rewind(self, sizes: dict[str, int]) -> None:
         """TensorBoard's files as they were, in bytes, when a checkpoint was saved: what came later will come again."""
-        for path in self.path.glob("events.out.tfevents.*"):
+        for path in filter(ours, self.path.glob("events.out.tfevents.*")):
             if size := sizes.get(path.name):
                 os.truncate(path, min(size, path.stat().st_size))
             else:
                 path.unlink()
-        for path in self.path.glob("projector/posterior_means/*"):
-            path.unlink()
+        for name in ("metadata.tsv", "sprite.png", "tensors.tsv"):
+            (self.path / "projector" / "posterior_means" / name).unlink(missing_ok=True)
         if mark_of(self.path) is None:  # of a version whose pictures have no stamp
             for name in ("reconstructions", "samples", "traversal", "manifold"):
                 (self.path / "figures" / f"{name}.png").unlink(missing_ok=True)
         self.clear_parts()
+
+
+def ours(path: Path) -> bool:
+    """Whether a file with one of our names in a run folder was made by us, as far as it can be told."""
+    if path.name.startswith("events."):
+        return re.fullmatch(r"events\.out\.tfevents\.\d+\..+\.\d+\.\d+", path.name) is not None
+    stamped = (
+        path.parent.name == "figures" or path.suffix in (".pt",) or path.name in ("evaluation.json", "fidelity.json")
+    )
+    return not stamped or made_here(path)
 
 
 def git_commit() -> str | None:

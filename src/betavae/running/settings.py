@@ -293,10 +293,7 @@ def check_settings(cfg: DictConfig) -> None:
     """Raises UserError for a setting of a training run that is unknown, missing, or cannot be."""
     values = plain(cfg)
     validated(Train, values)
-    trainer, data = values["trainer"], values["data"]
-    validates = data["validation_size"] > 0
-    if values["callbacks"]["early_stopping_patience"] is not None and not validates:
-        raise UserError("callbacks.early_stopping_patience needs validation images: data.validation_size=0 leaves none")
+    trainer = values["trainer"]
     if trainer["gradient_clip_val"] == 0:
         raise UserError("trainer.gradient_clip_val=0 clips nothing: make it null, or a number above 0")
     if trainer["steps_per_batch"] > 1 and values["optimizer"]["name"] == "LBFGS":

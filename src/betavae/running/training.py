@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import signal
+import time
 import traceback
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -80,6 +81,8 @@ def claimed(run: RunFolder, new: bool, sweep: bool) -> Iterator[None]:
         yield
         return
 
+    held = contextlib.ExitStack()
+
     def claim() -> bool:
         made = put_mark(run.path, RUN, "hydra.run.dir")
         # One that was killed before it wrote its settings has left the mark alone.
@@ -87,13 +90,14 @@ def claimed(run: RunFolder, new: bool, sweep: bool) -> Iterator[None]:
             raise UserError(
                 f"{run.path} already holds a run; go on with it by resume={run.path}, or choose another folder"
             )
+        held.enter_context(run.held())
         return made
 
     made = from_rank_zero(claim)
     if rank():
         yield
         return
-    with run.held():
+    with held:
         try:
             yield
         except UserError:
@@ -174,6 +178,9 @@ class Training:
         last = str(self.folder.last) if self.state else None
         self.trainer.fit(self.module, self.datamodule, ckpt_path=last, weights_only=True)
         self.record |= {"epochs": self.trainer.current_epoch, "steps": self.trainer.global_step}
+        # Now, since Lightning winds callbacks back to the checkpoint that is tested.
+        self.record |= {"epoch_seconds": list(self.seconds.epochs), "fit_seconds": round(self.seconds.before, 2)}
+        self.fitted = time.perf_counter()
 
     def test(self) -> dict[str, float]:
         """The test numbers of the best checkpoint, or the last where no images were kept for validation."""
@@ -200,13 +207,12 @@ class Training:
             "status": "finished",
             "checkpoint": str(self.chosen.relative_to(self.folder.path)),
             "test": scalars,
-            "epoch_seconds": self.seconds.epochs,
             "threads": torch.get_num_threads(),
-            "fit_seconds": round(self.seconds.before, 2),
-            "seconds": round(self.seconds.seconds, 2),
+            "seconds": round(self.record["fit_seconds"] + time.perf_counter() - self.fitted, 2),
         }
         for callback in self.trainer.checkpoint_callbacks:
-            if (score := getattr(callback, "best_model_score", None)) is not None:
+            ours = getattr(callback, "filename", None) == "best"  # and none of the user's own
+            if ours and (score := callback.best_model_score) is not None:  # type: ignore[attr-defined]
                 self.record["validation"] = {self.cfg.callbacks.monitor: round(float(score), 4)}
         if likelihood.surrogate(binarize):
             self.record["note"] = likelihood.meaning(binarize)
@@ -216,7 +222,7 @@ class Training:
         terms = "  ".join(f"{NAMES.get(name, name)} {value:.2f}" for name, value in main.items())
         log.info(
             "test  %s  neg. ELBO %.2f nats per image (%d active units, %s, trained in %.0f s)",
-            *(terms, scalars["neg_elbo"], scalars["active_units"], self.chosen.name, self.seconds.before),
+            *(terms, scalars["neg_elbo"], scalars["active_units"], self.chosen.name, self.record["fit_seconds"]),
         )
         if "bits_per_dimension" in scalars:
             log.info("      %.4f bits per dimension", scalars["bits_per_dimension"])

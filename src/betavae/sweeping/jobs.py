@@ -139,13 +139,21 @@ def earlier_try(run: RunFolder, cfg: DictConfig, overrides: list[str]) -> str:
 def first_difference(path: Path, cfg: DictConfig) -> tuple[str, Any, Any] | None:
     """The first setting that differs between a config file and `cfg`, and its two values; what cannot change a result,
     and settings that the file is too old to have, aside."""
-    then = flat_settings(OmegaConf.to_container(OmegaConf.load(path)))
+    then = flat_settings(loaded(path))
     now = flat_settings(OmegaConf.to_container(cfg, resolve=True))
     for key in sorted({*then, *now} - set(INCIDENTAL)):
         newer = key not in then and key.startswith(("trainer.", "callbacks."))
         if not newer and then.get(key) != now.get(key):
             return key, then.get(key), now.get(key)
     return None
+
+
+def loaded(path: Path) -> Any:
+    """What a YAML file of a job holds. Raises UserError if it is damaged."""
+    try:
+        return OmegaConf.to_container(OmegaConf.load(path))
+    except Exception as error:
+        raise UserError(f"{path} is damaged; delete that job's folder, and the sweep makes it anew") from error
 
 
 def flat_settings(values: Any, prefix: str = "") -> dict[str, Any]:
@@ -181,7 +189,7 @@ def read_jobs(sweep: Path) -> list[Job]:
 
 def read_job(folder: Path) -> Job:
     run = RunFolder(folder)
-    listed: Any = OmegaConf.to_container(OmegaConf.load(folder / "overrides.yaml"))
+    listed = loaded(folder / "overrides.yaml")
     return Job(folder, run.status() or "running", as_settings(listed), run.record())
 
 
