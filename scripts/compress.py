@@ -62,6 +62,10 @@ def main(settings: Settings) -> None:
     for name, (alone, together) in rows.items():
         print(f"{name:28}{'' if alone is None else format(alone, '.4f'):>12}{together:12.4f}")
     print(f"{n:,} images in {out}, {out.stat().st_size:,} bytes{', decoded and compared' if settings.verify else ''}")
+    if found.notes:
+        print("what comes back, bit for bit, is these images as the lines above have changed them, not their files")
+    if settings.report:
+        print(f"a picture of this table in {out.with_suffix('.png')}")
     print(f"next  python scripts/decompress.py file={out} out=FOLDER ckpt={run.path}")
 
 

@@ -69,3 +69,13 @@ def test_reconstructions_stand_below_their_originals(vae):
     rows = pictures.reconstructions(vae, x)
     assert torch.equal(rows[:8], x[:8]) and torch.equal(rows[16:24], x[8:])
     torch.testing.assert_close(rows[24:], vae.reconstruct(x[8:]))
+
+
+@pytest.mark.parametrize("n", [1, 5, 8, 9, 20])
+def test_any_number_of_reconstructions(n):
+    vae, x = VAE(**MODEL), torch.rand(n, 1, 28, 28)
+    rows = pictures.reconstructions(vae, x)
+    columns = min(8, n)
+    assert len(rows) == 2 * columns * -(-n // columns)
+    assert torch.equal(rows[:columns], x[:columns])
+    torch.testing.assert_close(rows[columns], vae.reconstruct(x[:1])[0])

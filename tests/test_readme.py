@@ -21,7 +21,7 @@ def commands(text: str) -> list[str]:
 
 
 # Those that need a folder of one's own, or a launcher (test_sweeps.py), are not for here.
-ELSEWHERE = ("RUN_FOLDER", "hydra/launcher", "sweep=optuna", "trainer=ddp", "schema.py")
+ELSEWHERE = ("RUN_FOLDER", "PICTURES", "hydra/launcher", "sweep=optuna", "trainer=ddp", "schema.py")
 # Pages that are followed as a story in test_pages.py, and those of test_fidelity.py, test_export.py, test_explorer.py.
 STORIES = ("extending.md", "pictures.md", "anomalies.md", "compression.md", "generation.md", "export.md", "explorer.md")
 COMMANDS = [

@@ -24,9 +24,12 @@ def grid(images: Tensor, columns: int) -> Tensor:
 
 
 def reconstructions(vae: VAE, x: Tensor) -> Tensor:
-    """Rows of originals, each above the row of their reconstructions: `(2 * len(x), C, H, W)` in rows of 8."""
+    """Rows of originals, each above the row of their reconstructions, in rows of (at most) 8; the last is filled up
+    with black where `x` `(N, C, H, W)` does not fill it."""
     pairs = torch.stack((x, vae.reconstruct(x)))
-    return pairs.unflatten(1, (-1, min(8, len(x)))).transpose(0, 1).flatten(0, 2)
+    columns = min(8, len(x))
+    pairs = torch.cat((pairs, pairs.new_zeros(2, -len(x) % columns, *x.shape[1:])), 1)
+    return pairs.unflatten(1, (-1, columns)).transpose(0, 1).flatten(0, 2)
 
 
 @torch.no_grad()

@@ -59,7 +59,9 @@ class ImageDataModule(L.LightningDataModule):
         if validation is None:
             train, validation = self.split(train)
         if self.batch_size > len(train):
-            raise UserError(f"data.batch_size={self.batch_size} cannot be: {len(train)} images are left to train on")
+            raise UserError(
+                f"data.batch_size={self.batch_size} cannot be: {len(train)} images are left to train on; make it smaller"
+            )
         self.sets = {"train": train, "validation": self.fixed(validation), "test": self.test_set()}
 
     def load(self, split: str) -> Images:

@@ -148,7 +148,10 @@ def folder(
     shape = [channels, image_size, image_size] if isinstance(image_size, int) else [channels, *image_size]
     check_fit(shape, fit, background)
     if at.resolve().is_relative_to(root.resolve()):
-        raise UserError(f"data.cache={cache} cannot be: it lies in the pictures' own folder, {root}")
+        raise UserError(
+            f"data.cache={cache} cannot be: it lies in the pictures' own folder, data.root={root}; name another for "
+            "one of them"
+        )
     folders = split_folders(root)
     files = {name: picture_files(root / place) for name, place in folders.items()}
     for name in folders:

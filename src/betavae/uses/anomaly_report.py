@@ -58,7 +58,7 @@ def write_table(result: Scored, names: Sequence[str], labels: Sequence[Any] | No
         for i, name in enumerate(names):
             numbers = [f"{values[i].item():.6g}" for values in result.scores.values()]
             label = "" if labels is None else labels[i]
-            rows.writerow([name, label, *numbers, f"{result.p_values[i].item():.6g}", bool(result.flagged[i])])
+            rows.writerow([name, label, *numbers, f"{result.p_values[i].item():.6g}", bool(result.flagged[i]), ""])
 
 
 def figures(detector: Detector, pixels: Tensor, result: Scored, inside: Sequence[bool] | None) -> dict[str, Any]:

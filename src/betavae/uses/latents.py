@@ -58,7 +58,7 @@ def write(latents: Latents, names: list[str], labels: list[Any] | None, out: str
                 for i, name in enumerate(names):
                     numbers = [*latents.mean[i].tolist(), *latents.logvar[i].tolist()]
                     label = "" if labels is None else labels[i]
-                    rows.writerow([name, label, latents.kl[i].item(), latents.neg_elbo[i].item(), *numbers])
+                    rows.writerow([name, label, latents.kl[i].item(), latents.neg_elbo[i].item(), *numbers, ""])
         else:
             raise UserError(f"out={out} cannot be: it must end in .npz or .csv")
 
@@ -80,7 +80,7 @@ def read(path: Path, latent_dim: int) -> tuple[list[str], Tensor]:
             z = torch.from_numpy(np.asarray(array, dtype=np.float32))
             names = [str(n) for n in (range(len(z)) if isinstance(held, np.ndarray) else held["names"])]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"latents: {path} cannot be read ({error}); name a file of encode.py, or FILE.npy") from error
+        raise UserError(f"latents: {path} is no whole file of encode.py, nor a FILE.npy of numbers") from error
     if z.ndim != 2 or z.shape[1] != latent_dim or not len(z):
         raise UserError(f"latents: {path} holds {tuple(z.shape)}, and this model needs (N, {latent_dim})")
     if not z.isfinite().all():
