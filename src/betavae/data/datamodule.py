@@ -60,7 +60,7 @@ class ImageDataModule(L.LightningDataModule):
             train, validation = self.split(train)
         if self.batch_size > len(train):
             raise UserError(
-                f"data.batch_size={self.batch_size} cannot be: {len(train)} images are left to train on; make it smaller"
+                f"data.batch_size={self.batch_size} cannot be: {len(train)} images are left to train on; lower it"
             )
         self.sets = {"train": train, "validation": self.fixed(validation), "test": self.test_set()}
 
