@@ -43,7 +43,7 @@ def test_what_training_prints(smoke):
     assert "surrogate" in lines[3]
     assert lines[-2].startswith("next  tensorboard --logdir runs")
     assert lines[-1].split() == ["python", "scripts/sample.py", f"ckpt=runs/{folder.name}/checkpoints/best.ckpt"]
-    assert len(lines) == 7  # and nothing from anybody else
+    assert len(lines) == 8  # and nothing from anybody else
 
 
 def test_what_a_run_folder_holds(smoke):

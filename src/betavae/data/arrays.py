@@ -1,5 +1,6 @@
 """Images in a NumPy file, FILE.npy or FILE.npz, as `np.save` and `np.savez` write them. Nothing is ever unpickled."""
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -7,10 +8,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from betavae.data.images import Images, Subset, as_tensor, count_of
+from betavae.data.images import Images, Subset, count_of
 from betavae.errors import UserError
 
 SPLIT_SEED = 0  # one test set for everybody, whatever the seed of the run
+
+
+def as_tensor(array: np.ndarray) -> Tensor:
+    """A tensor on the array's own memory, which may be a file mapped for reading.
+
+    Mapped copy-on-write instead, torch would have nothing to warn of; but Linux counts such a mapping as memory that
+    may be wanted, and refuses one of a file larger than memory.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(array)
 
 
 def open_arrays(path: Path) -> Mapping[str, np.ndarray]:

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
-from betavae.data.images import Images, as_tensor, count_of
+from betavae.data.arrays import as_tensor
+from betavae.data.images import Images, count_of
 from betavae.data.listing import SUFFIXES, File, label_of, natural, picture_files
 from betavae.data.pictures import UnreadablePicture, check_fit, left_out, read_each
 from betavae.errors import UserError

@@ -1,10 +1,8 @@
 """What a source of images gives: bytes, and what is known of each image."""
 
-import warnings
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -64,17 +62,6 @@ class Subset:
         if not isinstance(self.pixels, Tensor):
             return Subset(self.pixels.to(device), self.index.to(device))
         return self.pixels.index_select(0, self.index).to(device)
-
-
-def as_tensor(array: np.ndarray) -> Tensor:
-    """A tensor on the array's own memory, which may be a file mapped for reading.
-
-    Mapped copy-on-write instead, torch would have nothing to warn of; but Linux counts such a mapping as memory that
-    may be wanted, and refuses one of a file larger than memory.
-    """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return torch.from_numpy(array)
 
 
 def count_of(size: float, n: int, key: str) -> int:

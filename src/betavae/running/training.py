@@ -229,6 +229,7 @@ class Training:
         if "note" in self.record:
             log.info("note  %s", self.record["note"])
         if not self.sweep:
+            log.info("      docs/numbers.md says what these numbers are")
             log.info("run   %s", self.folder.path)
             log.info("next  tensorboard --logdir %s", self.folder.path.parent)
             log.info("      python scripts/sample.py ckpt=%s", self.chosen)
