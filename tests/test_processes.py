@@ -6,15 +6,14 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from betavae.running import processes
+from tests.commands import ENVIRONMENT, REPO, Child, wait_for
 
-ROOT = Path(__file__).parents[1]
 SETTINGS = [
     *("trainer=[smoke,ddp]", "trainer.accelerator=cpu", "trainer.max_epochs=4", "trainer.limit_train_batches=8"),
     *("trainer.log_every_n_steps=3", "model.hidden_dims=[16]", "model.latent_dim=3", "callbacks.figures_every=0"),
@@ -30,30 +29,29 @@ def free_port() -> int:
 
 def torchrun(cwd: Path, *args: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
     return subprocess.Popen(
-        [*command, str(ROOT / "train.py"), *args],
+        [*command, str(REPO / "train.py"), *args],
         cwd=cwd,
-        env=environment,
+        env=ENVIRONMENT | {"PYTHONPATH": str(REPO / "src")},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,
     )
 
 
-def srun(cwd: Path, *args: str) -> list[subprocess.Popen]:
-    """Two tasks of a Slurm step, as far as the processes can tell."""
-    variables = {"JOB_ID": str(os.getpid()), "JOB_NAME": "train", "NTASKS": "2", "NODEID": "0", "JOB_NUM_NODES": "1"}
-    variables |= {"NTASKS_PER_NODE": "2", "JOB_NODELIST": "localhost"}
-    port = str(free_port())
-    started = []
-    for task in ("0", "1"):
-        own = {f"SLURM_{name}": value for name, value in (variables | {"PROCID": task, "LOCALID": task}).items()}
-        environment = os.environ | own | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src"), "MASTER_PORT": port}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        command = [sys.executable, str(ROOT / "train.py"), *args]
-        started.append(subprocess.Popen(command, cwd=cwd, env=environment, **pipes))  # type: ignore[call-overload]
+def two(cwd: Path, *args: str, slurm: bool = False) -> list[Child]:
+    """Two workers of torchrun, or tasks of a Slurm step, as far as the processes can tell."""
+    port, started = str(free_port()), []
+    shared = {"RUN_ID": "none", "USE_AGENT_STORE": "False", "RESTART_COUNT": "0"}
+    variables = {f"TORCHELASTIC_{name}": value for name, value in shared.items()}
+    variables |= {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0"}
+    if slurm:
+        shared = {"JOB_ID": str(os.getpid()), "JOB_NAME": "train", "NTASKS": "2", "NODEID": "0", "JOB_NUM_NODES": "1"}
+        shared |= {"NTASKS_PER_NODE": "2", "JOB_NODELIST": "localhost"}
+        variables = {f"SLURM_{name}": value for name, value in shared.items()}
+    for rank in ("0", "1"):
+        own = {"SLURM_PROCID": rank, "SLURM_LOCALID": rank} if slurm else {"RANK": rank, "LOCAL_RANK": rank}
+        started.append(Child(*args, cwd=cwd, environment=variables | own | {"MASTER_PORT": port}))
     return started
 
 
@@ -94,57 +92,60 @@ def test_torchrun_makes_one_run_in_one_folder(whole: tuple[Path, str]) -> None:
     assert state(folder)["random_state"].shape[0] == 2
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_stopped_under_torchrun_and_gone_on_with(
-    whole: tuple[Path, str], tmp_path: Path, data_root: str, number: int
-) -> None:
-    slow = ["trainer.limit_val_batches=1.0"] if number == signal.SIGTERM else []
-    process = torchrun(tmp_path, *SETTINGS, *slow, f"data.root={data_root}", "hydra.run.dir=run")
-    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
-    while not last.exists():
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.01)
-    if number == signal.SIGKILL:
-        os.killpg(process.pid, number)  # the agent and its workers
-    else:
-        process.send_signal(number)
-    text = process.communicate(timeout=100)[0]
-    if number == signal.SIGTERM:
-        assert text.count("python train.py resume=run") == 1
-        assert json.loads((tmp_path / "run" / "metrics.json").read_text())["status"] == "interrupted"
-    process = torchrun(tmp_path, "resume=run")
-    text = process.communicate(timeout=200)[0]
-    assert process.returncode == 0, text
-    (expected,) = (whole[0] / "runs").iterdir()
-    if not slow:
-        assert_same(state(tmp_path / "run"), state(expected))
+def go_on_and_compare(whole: tuple[Path, str], tmp_path: Path, exact: bool) -> None:
+    workers = two(tmp_path, "resume=run")
+    assert [worker.wait() for worker in workers] == [0, 0], [worker.text for worker in workers]
     assert state(tmp_path / "run")["global_step"] == 32
+    (expected,) = (whole[0] / "runs").iterdir()
+    if exact:
+        assert_same(state(tmp_path / "run"), state(expected))
+
+
+def test_asked_to_stop_under_torchrun_and_gone_on_with(
+    whole: tuple[Path, str], tmp_path: Path, data_root: str
+) -> None:
+    slow = "trainer.limit_val_batches=1.0"  # so that there is time to ask
+    process = torchrun(tmp_path, *SETTINGS, slow, f"data.root={data_root}", "hydra.run.dir=run")
+    wait_for(tmp_path, "run/checkpoints/last.ckpt", process)
+    process.send_signal(signal.SIGTERM)
+    text = process.communicate(timeout=100)[0]
+    assert text.count("python train.py resume=run") == 1
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["status"] == "interrupted"
+    go_on_and_compare(whole, tmp_path, exact=False)
+
+
+def test_killed_and_gone_on_with(whole: tuple[Path, str], tmp_path: Path, data_root: str) -> None:
+    workers = two(tmp_path, *SETTINGS, f"data.root={data_root}", "hydra.run.dir=run")
+    wait_for(tmp_path, "run/checkpoints/last.ckpt", workers[0])
+    for worker in workers:
+        worker.send(signal.SIGKILL)
+    for worker in workers:
+        worker.wait()
+    go_on_and_compare(whole, tmp_path, exact=True)
 
 
 def test_a_mistake_that_only_the_first_process_sees_ends_all(tmp_path: Path, data_root: str) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes").write_text("of the user")
-    process = torchrun(tmp_path, *SETTINGS, f"data.root={data_root}", "hydra.run.dir=mine")
-    text = process.communicate(timeout=100)[0]
-    assert process.returncode != 0
-    assert "error: hydra.run.dir: mine is not empty and not a run of betavae" in text, text
-    assert "Signal 9" not in text, "nobody is left waiting"
+    workers = two(tmp_path, *SETTINGS, f"data.root={data_root}", "hydra.run.dir=mine")
+    assert [worker.wait() for worker in workers] == [1, 1], "nobody is left waiting"
+    assert workers[0].text.startswith("error: hydra.run.dir: mine is not empty and not a run of betavae")
+    assert workers[1].text.startswith("[rank 1] error: ")
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes"]
 
 
 def test_srun_makes_one_run_in_one_folder(tmp_path: Path, data_root: str) -> None:
-    tasks = srun(tmp_path, *SETTINGS, "trainer.max_epochs=1", f"data.root={data_root}")
-    texts = [task.communicate(timeout=200)[0] for task in tasks]
-    assert [task.returncode for task in tasks] == [0, 0], texts
+    tasks = two(tmp_path, *SETTINGS, "trainer.max_epochs=1", f"data.root={data_root}", slurm=True)
+    assert [task.wait() for task in tasks] == [0, 0], [task.text for task in tasks]
     (folder,) = (tmp_path / "runs").iterdir()
-    assert "test  loss" in texts[0] and not texts[1], texts
+    assert "test  loss" in tasks[0].text and not tasks[1].text
     assert json.loads((folder / "metrics.json").read_text())["status"] == "finished"
 
 
 def test_a_sweep_under_torchrun_is_refused(tmp_path: Path) -> None:
-    process = torchrun(tmp_path, "-m", "beta=1,2")
-    text = process.communicate(timeout=100)[0]
-    assert "error: a sweep trains each job on one device" in text and not list(tmp_path.iterdir())
+    for worker in two(tmp_path, "-m", "beta=1,2"):
+        assert worker.wait() == 1 and "error: a sweep trains each job on one device" in worker.text
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from betavae.data.datamodule import ImageDataModule
 from betavae.module import VAEModule
+from betavae.running.resuming import ExactResume
 
 
 class Fixed(VAEModule):
@@ -51,6 +52,7 @@ def main() -> None:
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
+        callbacks=[ExactResume()],
     )
     trainer.fit(module, data)
     sums = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("train/")}
