@@ -101,9 +101,7 @@ def go_on_and_compare(whole: tuple[Path, str], tmp_path: Path, exact: bool) -> N
         assert_same(state(tmp_path / "run"), state(expected))
 
 
-def test_asked_to_stop_under_torchrun_and_gone_on_with(
-    whole: tuple[Path, str], tmp_path: Path, data_root: str
-) -> None:
+def test_asked_to_stop_under_torchrun_and_gone_on_with(whole: tuple[Path, str], tmp_path: Path, data_root: str) -> None:
     slow = "trainer.limit_val_batches=1.0"  # so that there is time to ask
     process = torchrun(tmp_path, *SETTINGS, slow, f"data.root={data_root}", "hydra.run.dir=run")
     wait_for(tmp_path, "run/checkpoints/last.ckpt", process)
