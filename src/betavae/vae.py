@@ -75,7 +75,8 @@ class VAE(nn.Module):
 
     def decode_params(self, z: Tensor) -> Tensor:
         """`(..., latent_dim)` -> the likelihood's parameters (logits, of the Bernoulli) `(..., P * C, H, W)`."""
-        return self.decoder(z.flatten(0, -2)).unflatten(0, z.shape[:-1])
+        weights = next(self.decoder.parameters()).dtype  # bfloat16, say, where z is kept in single precision
+        return self.decoder(z.to(weights).flatten(0, -2)).unflatten(0, z.shape[:-1])
 
     def decode(self, z: Tensor) -> Tensor:
         """`(..., latent_dim)` -> the means of p(x|z), `(..., C, H, W)` in [0, 1]."""

@@ -44,8 +44,9 @@ class Steps(VAEModule):
         for first in batch:
             optimizer.zero_grad()
             for one in itertools.chain([first], itertools.islice(batch, self.accumulate - 1)):
-                if one[0].device != self.device:  # Lightning moves a batch, and this was one of several
-                    one = self.trainer.strategy.batch_to_device(one)
+                if (one[0].device, one[0].dtype) != (self.device, self.dtype):
+                    # Lightning does this for a batch, and this was one of several.
+                    one = self.trainer.strategy.batch_to_device(self.trainer.precision_plugin.convert_input(one))
                 output = super().training_step(one, batch_idx)
                 self.manual_backward(output["loss"] / self.accumulate)
                 sums += output["sums"]
