@@ -258,6 +258,27 @@ def test_a_config_that_is_hostile(place, tmp_path):
         assert not victim.exists()
 
 
+@pytest.mark.parametrize("damage", ["", "model: [", "- 1", "model: {}\ntrainer: {}\nresume: null\n", "a: 1\n"])
+def test_a_damaged_config_is_said_to_be(place, tmp_path, damage):
+    copy = tmp_path / "run"
+    shutil.copytree(place / "run", copy)
+    interrupt(copy)
+    (copy / "config.yaml").write_text(damage)
+    assert "config.yaml" in refused(place, "train.py", f"resume={copy}")
+
+
+def test_without_asserts_a_damaged_config_is_said_to_be_all_the_same(place, tmp_path):
+    """`python -O`."""
+    copy = tmp_path / "run"
+    shutil.copytree(place / "run", copy)
+    interrupt(copy)
+    (copy / "config.yaml").write_text("- 1\n")
+    before = contents(copy)
+    text = fresh("-O", str(REPO / "train.py"), f"resume={copy}", cwd=place, code=1)
+    assert text == refused(place, "train.py", f"resume={copy}") and "is damaged" in text
+    assert contents(copy) == before
+
+
 def interrupt(run_folder: Path) -> None:
     """As if it had been killed before its end."""
     metrics = run_folder / "metrics.json"

@@ -175,7 +175,8 @@ def test_the_commands(tmp_path, data_root):
     def train(*args):
         # A tenth of an epoch: ten steps of 1,024 images, and without the minute that compiling takes.
         short = ["trainer=smoke", "trainer.max_epochs=1", "trainer.limit_train_batches=1", "trainer.compile=false"]
-        return run(*args, *short, "trainer.limit_test_batches=1", f"data.root={data_root}", cwd=tmp_path)
+        short += ["trainer.limit_test_batches=1", "model.latent_dim=10"]
+        return run(*args, *short, f"data.root={data_root}", cwd=tmp_path)
 
     for experiment, seed in (("burda_vae", 0), ("burda_iwae5", 0), ("burda_iwae5", 1)):
         train(f"experiment={experiment}", f"seed={seed}", "runs=burda")

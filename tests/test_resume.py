@@ -28,7 +28,7 @@ RICH = [
     "lr_schedule=cosine",
     "lr_schedule.warmup=0.1",
     "callbacks.early_stopping_patience=9",
-    "callbacks.figures_every=1",
+    "callbacks.figures_every=2",
 ]
 
 
