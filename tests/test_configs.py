@@ -57,9 +57,9 @@ def test_presets_of_the_trainer_go_over_experiments_and_combine():
     smoke = composed("experiment=burda_vae", "trainer=smoke").trainer
     assert smoke.precision == "bf16-mixed" and not smoke.compile  # what would take longer than the run
     assert (smoke.max_epochs, smoke.limit_train_batches, smoke.steps_per_batch) == (2, 20, 1)
-    both = composed("trainer=[fast,smoke]").trainer
+    both = composed("trainer=[smoke,fast]").trainer  # of two, the later has the last word
     assert (both.max_epochs, both.precision, both.compile) == (2, "bf16-mixed", True)
-    assert composed("trainer=[fast,smoke]", "trainer.max_epochs=7").trainer.max_epochs == 7  # typed, it wins
+    assert composed("trainer=[smoke,fast]", "trainer.max_epochs=7").trainer.max_epochs == 7  # typed, it wins
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -28,7 +28,7 @@ REFUSED = ["16-mixed needs a GPU", "cannot be with LBFGS", "needs validation ima
 
 
 def quick() -> None:
-    """Without what takes time and is tested elsewhere: compiling (test_optimizers.py) and pictures (test_commands.py)."""
+    """Without what takes time and is tested elsewhere: compiling (test_optimizers.py), pictures (test_commands.py)."""
     torch.compile = lambda function, **settings: function  # type: ignore[assignment]
     Pictures.on_test_end = lambda *args: None  # type: ignore[assignment,method-assign]
 
