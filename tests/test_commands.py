@@ -140,6 +140,29 @@ def test_a_longer_run_is_the_same_as_one_that_was_that_long_from_the_start(tmp_p
     assert one == other
 
 
+def test_an_epoch_that_is_cut_short_has_numbers_of_its_own(tmp_path, data_root):
+    """By max_steps or by early stopping: its line is of its own steps, and those are in the curves."""
+    tiny = [*TINY, f"data.root={data_root}", "callbacks.figures_every=0"]
+    whole = run(*tiny, "trainer.max_epochs=1", "trainer.log_every_n_steps=1", "hydra.run.dir=whole", cwd=tmp_path)
+    means = lambda text: re.findall(r"epoch +\d+/\d+  loss ([\d.]+)", text)  # noqa: E731
+    losses = [event.value for event in scalars(tmp_path / "whole", "train/loss")]
+    assert float(means(whole)[0]) == pytest.approx(sum(losses) / 8, abs=0.01)
+    short = run(*tiny, "trainer.max_steps=5", "hydra.run.dir=short", cwd=tmp_path)
+    assert float(means(short)[0]) == pytest.approx(sum(losses[:5]) / 5, abs=0.01)
+    assert [event.step for event in scalars(tmp_path / "short", "train/loss")] == [3, 5]
+    later = run(*tiny, "trainer.max_steps=12", "hydra.run.dir=later", cwd=tmp_path)
+    assert len(set(means(later))) == 2
+    stop = ["callbacks.early_stopping_patience=1", "trainer.val_check_interval=0.5", "optimizer.lr=1e-9"]
+    stopped = run(*tiny, *stop, "optimizer=sgd", "hydra.run.dir=stopped", cwd=tmp_path)
+    assert len(means(stopped)) == 2 and len(set(means(stopped))) == 2
+
+
+def scalars(folder, tag):
+    board = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    board.Reload()
+    return board.Scalars(tag)
+
+
 def test_a_sweep(tmp_path, data_root):
     swept = ("model.hidden_dims=[8],[8,4]", "beta=0.5,4", "trainer=smoke")
     short = ("trainer.max_epochs=1", "trainer.limit_train_batches=2", f"data.root={data_root}")

@@ -47,8 +47,8 @@ class Sums:
 class Curves(Callback):
     """The terms of training for every logger, `train/NAME`: means over the images of `log_every_n_steps` steps.
 
-    `trainer.callback_metrics` has them too, and once an epoch has ended its means as `epoch/NAME`. A training step
-    hands the sums of its batches over as `outputs["sums"]`.
+    `trainer.callback_metrics` has them too, and beside them the means of the epoch so far as `epoch/NAME`. A training
+    step hands the sums of its batches over as `outputs["sums"]`.
     """
 
     def __init__(self) -> None:
@@ -61,23 +61,35 @@ class Curves(Callback):
     ) -> None:
         for sums, images in outputs["sums"]:
             self.interval.add(sums, images)
-        last = trainer.is_last_batch  # type: ignore[attr-defined]
-        if not last and len(self.interval) < trainer.log_every_n_steps:  # type: ignore[attr-defined]
-            return
+        if trainer.is_last_batch or len(self.interval) >= trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            self.end_interval(trainer, module)
+
+    def end_interval(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         sums, images = self.interval.take(trainer)
         self.epoch = {name: self.epoch.get(name, 0) + value for name, value in sums.items()}
         self.epoch_images += images
         means = {f"train/{name}": value / images for name, value in sums.items()}
         trainer.callback_metrics.update(means)
-        if last:
-            epoch_means = {f"epoch/{name}": value / self.epoch_images for name, value in self.epoch.items()}
-            trainer.callback_metrics.update(epoch_means)
-            self.epoch, self.epoch_images = {}, 0
+        self.tell_epoch(trainer)
         scalars = {name: value.item() for name, value in means.items()}
         scalars["train/beta"] = module.current_beta()  # type: ignore[operator]
         scalars["train/learning_rate"] = trainer.optimizers[0].param_groups[0]["lr"]
         for logger in trainer.loggers:
             logger.log_metrics(scalars, trainer.global_step)
+
+    def tell_epoch(self, trainer: L.Trainer) -> None:
+        means = {f"epoch/{name}": value / self.epoch_images for name, value in self.epoch.items()}
+        trainer.callback_metrics.update(means)
+
+    def end_epoch(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Also where `max_steps` or early stopping ends it before its last batch; for callbacks that come earlier."""
+        if len(self.interval):
+            self.end_interval(trainer, module)
+        self.tell_epoch(trainer)
+        self.epoch, self.epoch_images = {}, 0
+
+    def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.end_epoch(trainer, module)
 
     def state_dict(self) -> dict[str, Any]:
         interval = [self.interval.batches, self.interval.images]

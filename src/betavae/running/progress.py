@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from torch import Tensor
 
 from betavae import pictures
+from betavae.curves import Curves
 from betavae.objectives import gaussian_kl
 
 log = logging.getLogger(__name__)
@@ -124,6 +125,7 @@ class EpochLines(Callback):
         self.started = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        next(c for c in trainer.callbacks if isinstance(c, Curves)).end_epoch(trainer, module)  # type: ignore[attr-defined]
         line = f"epoch {trainer.current_epoch + 1:>3}/{trainer.max_epochs}"
         for name, value in shown(trainer.callback_metrics, "epoch").items():
             line += f"  {NAMES.get(name, name)} {value:.2f}"
