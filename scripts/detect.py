@@ -42,7 +42,7 @@ def main(settings: Settings) -> None:
     result = anomaly_report.scored(detector, found.pixels, settings.score, settings.alarm)
     out = Path(settings.out).expanduser()
     put_mark(out, REPORT, "out")
-    anomaly_report.write_table(result, found.names, found.labels, out / "scores.csv")
+    anomaly_report.write_table(result, found.names, found.labels, found.unread, out / "scores.csv")
     inside: Any = None
     if settings.inliers and found.labels is None:
         raise UserError(f"inliers={settings.inliers} cannot be: these images have no labels")

@@ -13,7 +13,7 @@ from betavae.running.settings import Images, Text
 
 class Settings(DataSettings):
     images: Images = Field("test", title="pictures (folder, file, list); .npy, .npz; test, train, ...; a data set")
-    out: Text = Field("latents.npz", title="FILE.npz, or FILE.csv")
+    out: Text = Field("latents.npz", title="FILE.npz, FILE.csv or FILE.parquet")
 
 
 @script(Settings)

@@ -44,6 +44,7 @@ def main(settings: Settings) -> None:
         import torch
 
         from betavae.running import checkpoint
+        from betavae.uses import anomaly_report
         from betavae.uses.explorer import server
         from betavae.uses.explorer.explored import explore
 
@@ -52,7 +53,8 @@ def main(settings: Settings) -> None:
     listening = server.listen(settings.host, settings.port)
     named = settings.ckpt if isinstance(settings.ckpt, list) else [settings.ckpt]
     runs = [checkpoint.load(path, settings.runs) for name in named for path in members(name)]
-    explorer = explore(runs, settings.data_root)
+    detectors = [anomaly_report.detector_if_kept(run, settings.data_root) for run in runs]
+    explorer = explore(runs, settings.data_root, [detector and detector.p_values for detector in detectors])
     url, warning = server.reach(listening)
     print("\n".join(str(run.path) for run in runs))
     print(f"the page is at {url} until Ctrl-C", flush=True)

@@ -29,6 +29,9 @@ pytest.importorskip("starlette", reason='the explorer needs pip install -e ".[ex
 
 from starlette.testclient import TestClient
 
+from betavae.kept import kept
+from betavae.uses import anomaly_report
+from betavae.uses.anomalies import Detector
 from betavae.uses.explorer import explored, picture, server
 
 
@@ -119,6 +122,23 @@ def test_scores_of_a_posterior_that_is_a_point(data_root):
     assert values["neg. ELBO"] == pytest.approx(distortion + rate, rel=1e-3)
     everyone = torch.stack([explored.encode(under, other)[0] for other in run.images("test")[0][:3]])
     torch.testing.assert_close(everyone, under.means[:3])
+
+
+def test_the_anomaly_detectors_p_value_is_there_once_it_was_fitted(data_root, tmp_path):
+    run = a_run(3, 1.0, data_root)
+    x = run.images("test")[0][7]
+    assert "p-value" not in {score.name for score in explored.encode(explored.explore([run]).runs[0], x)[1]}
+    fresh = run._replace(path=tmp_path / "checkpoints" / "last.ckpt")
+    fresh.path.parent.mkdir()
+    fresh.path.write_bytes(b"weights")
+    assert anomaly_report.detector_if_kept(fresh) is None
+    images = run.datamodule().test_set().pixels
+    detector = Detector.fit(run.vae, images[:600], images[600:800])
+    kept(anomaly_report.place(fresh), {"data_root": None}, lambda: detector.state)
+    found = anomaly_report.detector_if_kept(fresh)
+    under = explored.explore([fresh], None, [found.p_values]).runs[0]
+    (score,) = [score for score in explored.encode(under, x)[1] if score.name == "p-value"]
+    assert score.value == pytest.approx(100 * detector.p_values(x[None]).item())
 
 
 def test_the_percentile_counts_those_below_and_half_of_its_equals():

@@ -68,7 +68,7 @@ def writing(out: str | Path, key: str = "out") -> Iterator[Path]:
 
 def made_here(path: Path) -> bool:
     """Whether a file bears our stamp: a PNG's text, a zip file's comment (tensors), a JSON file's key
-    `made_by`, a table's last column."""
+    `made_by`, a Parquet file's metadata, a table's last column."""
     try:
         with open(path, "rb") as file:
             start = file.read(2**16)
@@ -77,6 +77,9 @@ def made_here(path: Path) -> bool:
         if start.startswith(b"PK"):
             with zipfile.ZipFile(path) as archive:
                 return archive.comment == STAMP.encode()
+        if start.startswith(b"PAR1"):  # what is said of a Parquet file is at its end
+            end = path.read_bytes()[-(2**20) :]
+            return b"made_by" in end and STAMP.encode() in end
         if path.suffix == ".csv":
             return f"made by {STAMP}".encode() in start.splitlines()[0]
         content = json.loads(path.read_text()) if path.suffix == ".json" else {}

@@ -157,12 +157,14 @@ def left_out(skipped: Sequence[tuple[str, str]]) -> str:
 
 
 class Pictures(NamedTuple):
-    """Pictures in memory: `pixels` uint8 `(N, C, H, W)`, their names and labels, and sentences on what was done."""
+    """Pictures in memory: `pixels` uint8 `(N, C, H, W)`, their names and labels, sentences on what was done, and those
+    that could not be read, `(name, reason)`."""
 
     pixels: Tensor
     names: list[str]
     labels: list | None
     notes: list[str]
+    unread: Sequence[tuple[str, str]] = ()
 
 
 def read_pictures(
@@ -220,4 +222,5 @@ def read_pictures(
         [names[i] for i in kept],
         [labels[i] for i in kept] if labels is not None else None,
         notes + ([left_out(skipped)] if skipped else []),
+        skipped,
     )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from betavae.errors import UserError
-from betavae.files import STAMP, writing
+from betavae.files import STAMP, made_here, writing
 from betavae.kept import digest, kept
 from betavae.pictures import grid, new_figure, show
 from betavae.uses.anomalies import QUICK, Detector, p_values
@@ -39,8 +39,17 @@ def detector(run: Any, data_root: str | None = None) -> Detector:
         train = sets["train"].take(torch.arange(0, len(sets["train"]), max(1, len(sets["train"]) // 20_000)))
         return Detector.fit(run.vae, train.tensor(), sets["validation"].tensor()).state
 
-    name = f"anomalies-{digest(run.path)}.pt"
-    return Detector(run.vae, kept(run.folder / name, {"data_root": data_root}, fit))
+    return Detector(run.vae, kept(place(run), {"data_root": data_root}, fit))
+
+
+def place(run: Any) -> Path:
+    """Where the detector of a `Run` is kept."""
+    return run.folder / f"anomalies-{digest(run.path)}.pt"
+
+
+def detector_if_kept(run: Any, data_root: str | None = None) -> Detector | None:
+    """That of a `Run` if `detector` was asked for it before, which takes a while the first time."""
+    return detector(run, data_root) if place(run).is_file() and made_here(place(run)) else None
 
 
 def scored(detector: Detector, pixels: Tensor, score: str, alarm: float) -> Scored:
@@ -51,7 +60,10 @@ def scored(detector: Detector, pixels: Tensor, score: str, alarm: float) -> Scor
     return Scored(scores, found, found <= alarm, score)
 
 
-def write_table(result: Scored, names: Sequence[str], labels: Sequence[Any] | None, out: Path) -> None:
+def write_table(
+    result: Scored, names: Sequence[str], labels: Sequence[Any] | None, unread: Sequence[tuple[str, str]], out: Path
+) -> None:
+    """A row for each image; that of one that could not be read says why in the place of its flag."""
     with writing(out) as path, open(path, "w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["name", "label", *result.scores, "p_value", "flagged", f"made by {STAMP}"])
@@ -59,6 +71,8 @@ def write_table(result: Scored, names: Sequence[str], labels: Sequence[Any] | No
             numbers = [f"{values[i].item():.6g}" for values in result.scores.values()]
             label = "" if labels is None else labels[i]
             rows.writerow([name, label, *numbers, f"{result.p_values[i].item():.6g}", bool(result.flagged[i]), ""])
+        for name, reason in unread:
+            rows.writerow([name, *[""] * (2 + len(result.scores)), f"not read: {reason}", ""])
 
 
 def figures(detector: Detector, pixels: Tensor, result: Scored, inside: Sequence[bool] | None) -> dict[str, Any]:

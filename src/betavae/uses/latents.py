@@ -3,6 +3,7 @@
 import csv
 import zipfile
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,28 +40,37 @@ def encode(vae: VAE, pixels: Tensor, seed: int = 0) -> Latents:
 
 
 def write(latents: Latents, names: list[str], labels: list[Any] | None, out: str | Path) -> None:
-    """As FILE.npz (`names`, `mean`, `logvar`, `kl`, `neg_elbo`, and `labels` if there are any), or as FILE.csv with a
-    column for each number. Raises UserError for another ending, or a file that is there and not of this project."""
-    with writing(out) as path:
-        if path.suffix == ".npz":
-            columns: dict[str, Any] = {name: value.numpy() for name, value in latents._asdict().items()}
-            columns |= {"names": np.array(names)} | ({} if labels is None else {"labels": np.array(labels)})
-            with open(path, "wb") as file:
-                np.savez(file, **columns)
+    """As FILE.npz (`names`, `mean`, `logvar`, `kl`, `neg_elbo`, and `labels` if there are any), or as FILE.csv or
+    FILE.parquet (which needs pyarrow) with a column for each number.
+
+    Raises UserError for another ending, or a file that is there and not of this project.
+    """
+    if Path(out).suffix not in (".npz", ".csv", ".parquet"):
+        raise UserError(f"out={out} cannot be: it must end in .npz, .csv or .parquet")
+    if Path(out).suffix == ".parquet":
+        check_pyarrow(Path(out))
+    if Path(out).suffix == ".npz":
+        columns: dict[str, Any] = {name: value.numpy() for name, value in latents._asdict().items()}
+        columns |= {"names": np.array(names)} | ({} if labels is None else {"labels": np.array(labels)})
+        with writing(out) as path:
+            np.savez(path, **columns)
             with zipfile.ZipFile(path, "a") as archive:
                 archive.comment = STAMP.encode()
-        elif path.suffix == ".csv":
-            dims = range(latents.mean.shape[1])
-            header = ["name", "label", "kl", "neg_elbo", *(f"mean_{d}" for d in dims), *(f"logvar_{d}" for d in dims)]
-            with open(path, "w", newline="") as file:
-                rows = csv.writer(file)
-                rows.writerow([*header, f"made by {STAMP}"])
-                for i, name in enumerate(names):
-                    numbers = [*latents.mean[i].tolist(), *latents.logvar[i].tolist()]
-                    label = "" if labels is None else labels[i]
-                    rows.writerow([name, label, latents.kl[i].item(), latents.neg_elbo[i].item(), *numbers, ""])
-        else:
-            raise UserError(f"out={out} cannot be: it must end in .npz or .csv")
+        return
+    columns = {"name": names, "label": labels if labels is not None else [""] * len(names)}
+    columns |= {"kl": latents.kl.tolist(), "neg_elbo": latents.neg_elbo.tolist()}
+    for part, numbers in (("mean", latents.mean), ("logvar", latents.logvar)):
+        columns |= {f"{part}_{d}": column.tolist() for d, column in enumerate(numbers.T)}
+    with writing(out) as path:
+        if path.suffix == ".parquet":
+            from pyarrow import parquet, table
+
+            parquet.write_table(table(columns).replace_schema_metadata({"made_by": STAMP}), path)
+            return
+        with open(path, "w", newline="") as file:
+            rows = csv.writer(file)
+            rows.writerow([*columns, f"made by {STAMP}"])
+            rows.writerows([*row, ""] for row in zip(*columns.values(), strict=True))
 
 
 def read(path: Path, latent_dim: int) -> tuple[list[str], Tensor]:
@@ -69,9 +79,8 @@ def read(path: Path, latent_dim: int) -> tuple[list[str], Tensor]:
     Raises UserError for any other file, and for latents of another number of dimensions.
     """
     try:
-        if path.suffix == ".csv":
-            with open(path, newline="") as file:
-                rows = list(csv.DictReader(file))
+        if path.suffix in (".csv", ".parquet"):
+            rows = rows_of(path)
             names = [row["name"] for row in rows]
             z = torch.tensor([[float(row[f"mean_{d}"]) for d in range(count_means(rows))] for row in rows])
         else:
@@ -90,7 +99,22 @@ def read(path: Path, latent_dim: int) -> tuple[list[str], Tensor]:
     return names, z
 
 
-def count_means(rows: list[dict[str, str]]) -> int:
+def check_pyarrow(path: Path) -> None:
+    if find_spec("pyarrow") is None:
+        raise UserError(f'{path} needs pyarrow: `pip install -e ".[parquet]"`; or take .csv or .npz')
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    if path.suffix == ".parquet":
+        check_pyarrow(path)
+        from pyarrow import parquet
+
+        return parquet.read_table(path).to_pylist()
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def count_means(rows: list[dict[str, Any]]) -> int:
     return sum(key.startswith("mean_") for key in (rows[0] if rows else {}))
 
 

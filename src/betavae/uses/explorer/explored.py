@@ -4,7 +4,7 @@ Latent vectors have the model's own order of dimensions; `state` says which dime
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -27,6 +27,9 @@ INCIDENTAL = ("root", "validation_size", "batch_size", "eval_batch_size", "seed"
 CHUNK = 1000  # images that are encoded at once
 
 
+PValue = Callable[[Tensor], Tensor]
+
+
 @dataclass(frozen=True)
 class Explored:
     """A run, and what is known beforehand of the test images under it."""
@@ -36,6 +39,7 @@ class Explored:
     means: Tensor  # (N, latent_dim), of the posteriors
     kl: Tensor  # (latent_dim,) in nats, the mean over the images
     reference: Tensor  # (R,) in nats: neg. ELBO of some of the images, ascending
+    p_value: PValue | None  # of images (N, C, H, W) being of the training kind, (N,)
 
     @property
     def vae(self) -> VAE:
@@ -73,9 +77,9 @@ class Score(NamedTuple):
     meaning: str
 
 
-def explore(runs: Sequence[Any], root: str | None = None) -> Explorer:
+def explore(runs: Sequence[Any], root: str | None = None, p_values: Sequence[PValue | None] | None = None) -> Explorer:
     """Runs, as `betavae.load` gives them, and the first test images of their data, in `root` (None: where they were
-    in training).
+    in training); `p_values`, where a run has one, tell how ordinary an image is.
 
     Raises UserError for too many runs, for runs of different data, and for a model whose numbers are not finite.
     """
@@ -89,7 +93,8 @@ def explore(runs: Sequence[Any], root: str | None = None) -> Explorer:
                 f"ckpt: {runs[0].path} and {run.path} were trained on different data ({seen(runs[0])}, {seen(run)}); "
                 "side by side, runs must be of the same"
             )
-    return Explorer([explored(name, run, images) for name, run in zip(names(runs), runs, strict=True)], images)
+    each = zip(names(runs), runs, p_values or [None] * len(runs), strict=True)
+    return Explorer([explored(name, run, images, p_value) for name, run, p_value in each], images)
 
 
 def seen(run: Any) -> dict[str, Any]:
@@ -97,7 +102,7 @@ def seen(run: Any) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def explored(name: str, run: Any, images: Images) -> Explored:
+def explored(name: str, run: Any, images: Images, p_value: PValue | None = None) -> Explored:
     chunks = [run.vae.encode(pixels_at(images, part)) for part in torch.arange(len(images)).split(CHUNK)]
     posterior = Posterior(*(torch.cat(rows) for rows in zip(*chunks, strict=True)))
     if not all(part.isfinite().all() for part in posterior):
@@ -105,7 +110,7 @@ def explored(name: str, run: Any, images: Images) -> Explored:
     # From all over: a test set may be sorted.
     some = pixels_at(images, torch.linspace(0, len(images) - 1, min(REFERENCE, len(images))).round().long())
     reference = torch.cat([part.distortion + part.kl.sum(1) for part in importance_sample(run.vae, some, [SAMPLES])])
-    return Explored(name, run, posterior.mean, gaussian_kl(posterior).mean(0), reference.sort().values)
+    return Explored(name, run, posterior.mean, gaussian_kl(posterior).mean(0), reference.sort().values, p_value)
 
 
 def pixels_at(images: Images, index: Tensor) -> Tensor:
@@ -169,7 +174,7 @@ def encode(explored: Explored, x: Tensor) -> tuple[Tensor, list[Score]]:
     """The posterior mean `(latent_dim,)` of an image `(C, H, W)` in [0, 1], and its scores."""
     (per_image,) = importance_sample(explored.vae, x[None], [SAMPLES], SEED)
     distortion, rate = per_image.distortion.item(), per_image.kl.sum().item()
-    return explored.vae.encode(x[None]).mean[0], [
+    scores = [
         Score("neg. ELBO", distortion + rate, "nats", f"distortion + rate, by {SAMPLES} posterior samples"),
         Score("distortion", distortion, "nats", "-E log p(x|z)"),
         Score("rate", rate, "nats", "KL(q(z|x) || N(0, I))"),
@@ -180,6 +185,10 @@ def encode(explored: Explored, x: Tensor) -> tuple[Tensor, list[Score]]:
             f"so many of {len(explored.reference):,} test images have a lower neg. ELBO",
         ),
     ]
+    if explored.p_value:
+        meaning = "the anomaly score's: so many ordinary images are at least as strange (docs/anomalies.md)"
+        scores.append(Score("p-value", 100 * explored.p_value(x[None]).item(), "%", meaning))
+    return explored.vae.encode(x[None]).mean[0], scores
 
 
 def percentile(explored: Explored, neg_elbo: float) -> float:
