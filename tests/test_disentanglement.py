@@ -4,8 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from betavae.errors import UserError
-from betavae.measures import disentanglement
 from betavae.measures.disentanglement import (
     beta_vae_score,
     dci,
@@ -16,8 +14,10 @@ from betavae.measures.disentanglement import (
     pair_differences,
     sap,
     scores,
-    scores_with_errors,
 )
+from betavae.running import evaluation
+from betavae.sweeping import report
+from tests.commands import run
 
 SIZES = (4, 6, 10)
 
@@ -222,32 +222,23 @@ def test_against_disent():
 
 
 def test_standard_errors_are_those_of_new_rows(monkeypatch):
-    monkeypatch.setattr(disentanglement, "scores", lambda z, v, seed: {"mig": mig(z, v)})  # the others take long
+    def stub(z, v, seed):
+        measured.append(z.shape)
+        return {"mig": {"value": 0.75, "se": 0.1}}
 
-    def draw(seed):
-        generator = torch.Generator().manual_seed(seed)
-        factors = torch.stack([torch.randint(size, (2000,), generator=generator) for size in SIZES], 1)
-        return factors / torch.tensor(SIZES) + 0.2 * torch.randn(2000, 3, generator=generator), factors
+    monkeypatch.setattr(evaluation, "scores_with_errors", stub)
+    report.write(sweep, tmp_path / "report", None, "mig", 0)
+    assert measured == [(10_000, 3)]
+    table = (tmp_path / "report" / "table.md").read_text()
+    assert "MIG" in table and "0.75" in table and f"{kept['mig']['value']:.2f}" in table
+    assert (tmp_path / "report" / "mig.png").exists()
+    report.write(sweep, tmp_path / "report", None, "mig", 0)
+    assert len(measured) == 1
 
-    deviation = np.std([mig(*draw(seed)) for seed in range(100)], ddof=1)
-    results = [scores_with_errors(*draw(seed), parts=8)["mig"] for seed in range(20)]
-    assert results[0]["value"] == mig(*draw(0))
-    assert math.sqrt(np.mean([result["se"] ** 2 for result in results])) == pytest.approx(deviation, rel=0.25)
 
-
-def test_wrong_input(factors):
-    latents = factors.double()
-    for wrong in [
-        (latents[0], factors),
-        (latents, factors[:, 0]),
-        (latents[1:], factors),
-        (latents, factors.float()),
-        (latents.where(factors > 0, torch.nan), factors),
-        (latents, factors[:, :1]),
-        (latents, factors * torch.tensor([1, 0, 0])),
-        (latents[:0], factors[:0]),
-    ]:
-        with pytest.raises(UserError, match="cannot be"):
-            mig(*wrong)
-    with pytest.raises(UserError, match="no two share a value"):
-        beta_vae_score(latents[:4], torch.arange(8).view(4, 2))
+def test_data_without_factors_are_a_sentence(tmp_path, data_root):
+    train = ["trainer=smoke", "trainer.limit_train_batches=2", f"data.root={data_root}", "model=mlp_small"]
+    run(*train, "hydra.run.dir=mnist", cwd=tmp_path)
+    output = run("ckpt=mnist", cwd=tmp_path, script="scripts/disentanglement.py", code=1)
+    assert "mnist has no factors" in output and "data=sprites" in output
+    assert not (tmp_path / "mnist" / "disentanglement.json").exists()
