@@ -1,9 +1,12 @@
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
 
+from betavae.errors import UserError
+from betavae.measures import disentanglement
 from betavae.measures.disentanglement import (
     beta_vae_score,
     dci,
@@ -14,8 +17,9 @@ from betavae.measures.disentanglement import (
     pair_differences,
     sap,
     scores,
+    scores_with_errors,
 )
-from betavae.running import evaluation
+from betavae.running import checkpoint, evaluation
 from betavae.sweeping import report
 from tests.commands import run
 
@@ -222,6 +226,61 @@ def test_against_disent():
 
 
 def test_standard_errors_are_those_of_new_rows(monkeypatch):
+    monkeypatch.setattr(disentanglement, "scores", lambda z, v, seed: {"mig": mig(z, v)})  # the others take long
+
+    def draw(seed):
+        generator = torch.Generator().manual_seed(seed)
+        factors = torch.stack([torch.randint(size, (2000,), generator=generator) for size in SIZES], 1)
+        return factors / torch.tensor(SIZES) + 0.2 * torch.randn(2000, 3, generator=generator), factors
+
+    deviation = np.std([mig(*draw(seed)) for seed in range(100)], ddof=1)
+    results = [scores_with_errors(*draw(seed), parts=8)["mig"] for seed in range(20)]
+    assert results[0]["value"] == mig(*draw(0))
+    assert math.sqrt(np.mean([result["se"] ** 2 for result in results])) == pytest.approx(deviation, rel=0.25)
+
+
+def test_wrong_input(factors):
+    latents = factors.double()
+    for wrong in [
+        (latents[0], factors),
+        (latents, factors[:, 0]),
+        (latents[1:], factors),
+        (latents, factors.float()),
+        (latents.where(factors > 0, torch.nan), factors),
+        (latents, factors[:, :1]),
+        (latents, factors * torch.tensor([1, 0, 0])),
+        (latents[:0], factors[:0]),
+    ]:
+        with pytest.raises(UserError, match="cannot be"):
+            mig(*wrong)
+    with pytest.raises(UserError, match="no two share a value"):
+        beta_vae_score(latents[:4], torch.arange(8).view(4, 2))
+
+
+def test_the_script_scores_a_run_and_a_report_scores_what_was_not(tmp_path, monkeypatch):
+    """Whole commands, but for the number of images; the report measures only the run that was not measured yet."""
+    sweep, small = tmp_path / "sweep", ["data=sprites", "data.image_size=32", "data.root=none"]
+    run(
+        *("-m", *small, "trainer=smoke", "trainer.limit_train_batches=2", "callbacks.figures_every=0"),
+        *("model.hidden_dims=[16]", "model.latent_dim=3", "objective=tc,capacity", f"hydra.sweep.dir={sweep}"),
+        cwd=tmp_path,
+    )
+    first, _ = sorted(path for path in sweep.iterdir() if path.is_dir())
+    output = run(f"ckpt={first}", "images=600", "latents=sample", cwd=tmp_path, script="scripts/disentanglement.py")
+    kept = json.loads((first / "disentanglement.json").read_text())
+    assert kept["images"] == 600 and kept["latents"] == "sample"
+    for name in disentanglement.SCORES:
+        assert f"{name:<22}{kept[name]['value']:7.3f} ± {kept[name]['se']:.3f}" in output
+    found = checkpoint.load(str(first), "")
+    x, values = found.images("test")
+    assert values.shape == (10_000, 5)
+    noise = torch.randn(600, 3, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        latents = found.vae.encode(x[:600]).rsample(noise)
+    assert kept["mig"]["value"] == pytest.approx(mig(latents, values[:600]), rel=1e-6)
+
+    measured = []
+
     def stub(z, v, seed):
         measured.append(z.shape)
         return {"mig": {"value": 0.75, "se": 0.1}}
