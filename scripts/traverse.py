@@ -23,8 +23,8 @@ def main(settings: Settings) -> None:
 
         from betavae import pictures
         from betavae.errors import UserError
-        from betavae.objectives import gaussian_kl
         from betavae.running import checkpoint
+        from betavae.terms import gaussian_kl
 
     run = checkpoint.load(settings.ckpt, settings.runs)
     x, _ = run.images("test", settings.data_root)

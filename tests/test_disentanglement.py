@@ -1,3 +1,4 @@
+import json
 import math
 
 import numpy as np
@@ -18,6 +19,9 @@ from betavae.measures.disentanglement import (
     scores,
     scores_with_errors,
 )
+from betavae.running import checkpoint, evaluation
+from betavae.sweeping import report
+from tests.commands import run
 
 SIZES = (4, 6, 10)
 
@@ -251,3 +255,49 @@ def test_wrong_input(factors):
             mig(*wrong)
     with pytest.raises(UserError, match="no two share a value"):
         beta_vae_score(latents[:4], torch.arange(8).view(4, 2))
+
+
+def test_the_script_scores_a_run_and_a_report_scores_what_was_not(tmp_path, monkeypatch):
+    """Whole commands, but for the number of images; the report measures only the run that was not measured yet."""
+    sweep, small = tmp_path / "sweep", ["data=sprites", "data.image_size=32", "data.root=none"]
+    run(
+        *("-m", *small, "trainer=smoke", "trainer.limit_train_batches=2", "callbacks.figures_every=0"),
+        *("model.hidden_dims=[16]", "model.latent_dim=3", "objective=tc,capacity", f"hydra.sweep.dir={sweep}"),
+        cwd=tmp_path,
+    )
+    first, _ = sorted(path for path in sweep.iterdir() if path.is_dir())
+    output = run(f"ckpt={first}", "images=600", "latents=sample", cwd=tmp_path, script="scripts/disentanglement.py")
+    kept = json.loads((first / "disentanglement.json").read_text())
+    assert kept["images"] == 600 and kept["latents"] == "sample"
+    for name in disentanglement.SCORES:
+        assert f"{name:<22}{kept[name]['value']:7.3f} ± {kept[name]['se']:.3f}" in output
+    found = checkpoint.load(str(first), "")
+    x, values = found.images("test")
+    assert values.shape == (10_000, 5)
+    noise = torch.randn(600, 3, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        latents = found.vae.encode(x[:600]).rsample(noise)
+    assert kept["mig"]["value"] == pytest.approx(mig(latents, values[:600]), rel=1e-6)
+
+    measured = []
+
+    def stub(z, v, seed):
+        measured.append(z.shape)
+        return {"mig": {"value": 0.75, "se": 0.1}}
+
+    monkeypatch.setattr(evaluation, "scores_with_errors", stub)
+    report.write(sweep, tmp_path / "report", None, "mig", 0)
+    assert measured == [(10_000, 3)]
+    table = (tmp_path / "report" / "table.md").read_text()
+    assert "MIG" in table and "0.75" in table and f"{kept['mig']['value']:.2f}" in table
+    assert (tmp_path / "report" / "mig.png").exists()
+    report.write(sweep, tmp_path / "report", None, "mig", 0)
+    assert len(measured) == 1
+
+
+def test_data_without_factors_are_a_sentence(tmp_path, data_root):
+    train = ["trainer=smoke", "trainer.limit_train_batches=2", f"data.root={data_root}", "model=mlp_small"]
+    run(*train, "hydra.run.dir=mnist", cwd=tmp_path)
+    output = run("ckpt=mnist", cwd=tmp_path, script="scripts/disentanglement.py", code=1)
+    assert "mnist has no factors" in output and "data=sprites" in output
+    assert not (tmp_path / "mnist" / "disentanglement.json").exists()

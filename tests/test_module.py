@@ -75,7 +75,7 @@ def test_the_test_is_over_all_images_in_nats_and_for_any_batch_size(fitted):
     assert results[0]["test/neg_elbo"] == pytest.approx(per_image.mean().item(), abs=0.3)
     assert results[0]["test/kl"] == pytest.approx(terms.kl.sum(1).mean().item(), rel=1e-5)
     assert results[0]["test/loss"] == pytest.approx(results[0]["test/neg_elbo"], rel=1e-6)
-    active = (terms.posterior_mean.var(0, correction=0) > 0.01).sum().item()
+    active = (terms.posterior.mean.var(0, correction=0) > 0.01).sum().item()
     assert results[0]["test/active_units"] == active
 
 

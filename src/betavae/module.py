@@ -9,9 +9,10 @@ from torch import Tensor
 
 from betavae.curves import Curves, Sums
 from betavae.errors import UserError
-from betavae.objectives import ACTIVE_UNIT_VARIANCE, OBJECTIVES
+from betavae.objectives import chosen
 from betavae.optimizers import optimizer_class
 from betavae.schedules import BETA_SCHEDULES, lr_factor
+from betavae.terms import ACTIVE_UNIT_VARIANCE
 from betavae.vae import VAE
 
 EVALUATION_SEED = 0
@@ -21,9 +22,9 @@ TEST_DRAWS = 4  # of z per image in a test: one draw alone moves the mean over 1
 class VAEModule(L.LightningModule):
     """A VAE, its objective, its optimiser. All arguments are plain values: a checkpoint holds them, and is the recipe.
 
-    `model` is what `VAE` takes. `objective` is a name in `OBJECTIVES`, the number `k` of posterior samples, and that
-    function's own settings; `beta_schedule` and `lr_schedule` are names with settings likewise, and `optimizer` is the
-    name of a class in torch.optim with its arguments.
+    `model` is what `VAE` takes. `objective` is a name in `OBJECTIVES`, the number `k` of posterior samples, and what
+    else `objectives.chosen` takes; `beta_schedule` and `lr_schedule` are names with their settings, and `optimizer` is
+    the name of a class in torch.optim with its arguments.
     """
 
     def __init__(
@@ -38,8 +39,7 @@ class VAEModule(L.LightningModule):
         super().__init__()
         self.save_hyperparameters(logger=False)
         self.vae = VAE(**model)
-        self.k = objective["k"]
-        self.objective = partial(OBJECTIVES[objective["name"]], **without(objective, "name", "k"))
+        self.k, self.objective = objective["k"], chosen(objective)
         self.beta, self.total_steps = beta, 0.0
         self.beta_factor = partial(BETA_SCHEDULES[beta_schedule["name"]], **without(beta_schedule, "name"))
 
@@ -80,7 +80,7 @@ class VAEModule(L.LightningModule):
         noise = torch.randn(len(x) * processes, -(-size // 16) * 16, generator=self.generator)[rank::processes, :size]
         for draw in noise.to(x).view(len(x), draws, self.k, -1).permute(1, 2, 0, 3):
             terms = self.objective(self.vae, x, draw, beta)
-            mean = terms.posterior_mean
+            mean = terms.posterior.mean
             self.evaluation.add(terms.sums() | {"mean": mean.sum(0), "square": (mean**2).sum(0)}, len(x))
 
     def on_validation_epoch_end(self, split: str = "val") -> None:

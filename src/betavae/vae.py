@@ -22,6 +22,9 @@ class Posterior(NamedTuple):
         """The reparameterisation z = mean + std * noise; `noise` `(..., B, latent_dim)` from N(0, I)."""
         return self.mean + torch.exp(0.5 * self.logvar) * noise
 
+    def detach(self) -> "Posterior":
+        return Posterior(self.mean.detach(), self.logvar.detach())
+
 
 class VAE(nn.Module):
     """q(z|x) by an encoder, p(x|z) by a decoder and a likelihood, prior p(z) = N(0, I).

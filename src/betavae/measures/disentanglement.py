@@ -23,6 +23,10 @@ from torch import Tensor
 
 from betavae.errors import UserError
 
+SCORES = (
+    *("beta_vae_score", "factor_vae_score", "mig", "sap", "dci_disentanglement", "dci_completeness"),
+    *("dci_informativeness", "modularity", "explicitness"),
+)
 LEAVES = (10, 30, 100, 300)  # least rows in a leaf of DCI's trees
 
 
@@ -261,7 +265,7 @@ def tasks(v: np.ndarray, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray, np
 
 
 def scores(latents: Tensor, factors: Tensor, seed: int = 0) -> dict[str, float]:
-    """Every score of this file."""
+    """`SCORES`."""
     dci_scores = {f"dci_{name}": value for name, value in dci(latents, factors, seed)._asdict().items()}
     return {
         "beta_vae_score": beta_vae_score(latents, factors, seed),

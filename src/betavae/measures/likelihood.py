@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from betavae.importance_weighted import log_ratio
 from betavae.measures.latents import aggregate
-from betavae.objectives import ACTIVE_UNIT_VARIANCE, gaussian_kl, log_ratio
+from betavae.terms import ACTIVE_UNIT_VARIANCE, gaussian_kl
 from betavae.vae import VAE, Posterior
 
 # Images that share a stream of random numbers. Each sample of a group takes a multiple of 16 of them, which is how many

@@ -13,7 +13,7 @@ from betavae.callbacks import CALLBACKS
 from betavae.data.datamodule import ImageDataModule
 from betavae.errors import UserError
 from betavae.fast import accelerate
-from betavae.objectives import OBJECTIVES
+from betavae.objectives import OBJECTIVES, own_settings
 from betavae.running import lightning
 from betavae.running.checkpoint import SafeCheckpointIO, first_line
 from betavae.running.loggers import TensorBoard
@@ -47,8 +47,9 @@ def build_data(settings: dict[str, Any]) -> ImageDataModule:
 
 def build_module(settings: dict[str, Any], datamodule: ImageDataModule) -> lightning.Steps:
     """`settings` are those of a whole run."""
-    objective, schedule = settings["objective"], settings["beta_schedule"]
-    own = {name: value for name, value in objective.items() if name not in ("name", "k")}
+    objective = settings["objective"] | {"images": len(datamodule.sets["train"])}
+    schedule = settings["beta_schedule"]
+    own = own_settings(objective)
     check_arguments("objective", OBJECTIVES[objective["name"]], own, "vae", "x", "noise", "beta")
     own = {name: value for name, value in schedule.items() if name != "name"}
     check_arguments("beta_schedule", BETA_SCHEDULES[schedule["name"]], own, "step", "total_steps")
@@ -59,8 +60,9 @@ def build_module(settings: dict[str, Any], datamodule: ImageDataModule) -> light
     try:
         module = lightning.Steps(
             model=settings["model"] | {"image_shape": datamodule.image_shape},
+            objective=objective,
             optimizer=optimizer,
-            **{key: settings[key] for key in ("objective", "beta", "beta_schedule", "lr_schedule")},
+            **{key: settings[key] for key in ("beta", "beta_schedule", "lr_schedule")},
         )
     except TypeError as error:  # of a network's or a likelihood's own settings
         raise UserError(f"model: {error}") from error

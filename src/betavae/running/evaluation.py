@@ -1,6 +1,7 @@
 """An evaluation that goes on where it was stopped, and what it says."""
 
 import hashlib
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from betavae.errors import UserError
-from betavae.files import made_here, write_whole
+from betavae.files import STAMP, made_here, write_whole, writing
 from betavae.kept import stamped
+from betavae.measures.disentanglement import scores_with_errors
 from betavae.measures.likelihood import GROUP, PerImage, importance_sample
+from betavae.running.checkpoint import Run
 from betavae.vae import VAE
 
 SAVE_EVERY = 5  # seconds
+DISENTANGLEMENT = "disentanglement.json"  # in a run's folder
 
 
 def identity(path: Path, **asked: Any) -> dict[str, Any]:
@@ -51,6 +55,36 @@ def unfinished(kept: Path, asked: dict[str, Any]) -> list[PerImage]:
         return [PerImage(*part) for part in content["parts"]] if content["asked"] == asked else []
     except Exception:  # there is none, or it is no such file
         return []
+
+
+@torch.no_grad()
+def disentanglement(
+    run: Run, out: Path, images: int = 10_000, latents: str = "mean", seed: int = 0, data_root: str | None = None
+) -> dict[str, Any]:
+    """Every score of `measures.disentanglement` on the first test images; kept in the file `out`.
+
+    Raises UserError for data without two factors that vary.
+    """
+    x, factors = (part[:images] for part in run.images("test", data_root))
+    if factors.ndim == 1:
+        raise UserError(
+            f"{run.data['name']} has no factors that its images were made from; train on data=sprites or data=dsprites"
+        )
+    weights = next(run.vae.parameters()).dtype
+    posteriors = [run.vae.encode(part.to(weights)) for part in x.split(1000)]
+    z = torch.cat([posterior.mean for posterior in posteriors]).float()
+    if latents == "sample":
+        noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(seed))
+        z = z + noise * torch.cat([posterior.logvar for posterior in posteriors]).float().mul(0.5).exp()
+    result: dict[str, Any] = {
+        "made_by": STAMP,
+        "checkpoint": str(run.path.relative_to(run.folder)),
+        **{"data": run.data["name"], "images": len(x), "latents": latents, "seed": seed},
+        **scores_with_errors(z, factors, seed),
+    }
+    with writing(out, "folder") as path:
+        path.write_text(json.dumps(result, indent=2) + "\n")
+    return result
 
 
 def lines(result: dict[str, Any]) -> list[str]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from betavae import pictures
 from betavae.curves import Curves
-from betavae.objectives import gaussian_kl
+from betavae.terms import gaussian_kl
 
 log = logging.getLogger(__name__)
 SHOWN = ("recon", "kl")  # after the loss, on a line of an epoch; an objective's own terms follow

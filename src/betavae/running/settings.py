@@ -134,8 +134,13 @@ class Data(Open):
 class Objective(Open):
     name: one_of(lambda: tables().OBJECTIVES)
     k: Count
+    kl_parts: Flag = Absent
     free_bits: NotNegative = Absent
     resample: CountOrNull = Absent
+    variant: one_of(lambda: ["i", "ii"]) = Absent
+    off_diagonal: NotNegative = Absent
+    diagonal: NotNegative = Absent
+    gamma: NotNegative = Absent
 
 
 class BetaSchedule(Open):

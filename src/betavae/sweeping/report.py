@@ -9,10 +9,13 @@ from typing import Any, NamedTuple
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from tqdm import tqdm
 
 from betavae import pictures
 from betavae.errors import UserError
-from betavae.running import checkpoint
+from betavae.measures.disentanglement import SCORES
+from betavae.running import checkpoint, evaluation
+from betavae.running.evaluation import DISENTANGLEMENT
 from betavae.running.run_folder import REPORT, put_mark, read_json
 from betavae.sweeping.jobs import Job, read_jobs, sort_key
 
@@ -20,9 +23,9 @@ REPLICATE = "seed"  # the key whose values are repetitions of one setting
 SCALES = ("neg_elbo", "kl", "recon")
 NAMES = {
     **{"neg_elbo": "neg. ELBO", "kl": "rate", "recon": "distortion", "active_units": "active units"},
-    "fid": "Fréchet distance",
+    **{"fid": "Fréchet distance", "mig": "MIG", "factor_vae_score": "FactorVAE score"},
 }
-MEASURED = ("evaluation.json", "fidelity.json")  # what scripts leave in a job's folder
+MEASURED = ("evaluation.json", "fidelity.json", DISENTANGLEMENT)  # what scripts leave in a job's folder
 
 
 class Setting(NamedTuple):
@@ -52,7 +55,7 @@ def numbers(job: Job) -> dict[str, float]:
 
     def add(prefix: str, content: dict[str, Any]) -> None:
         for key, value in content.items():
-            mean = value.get("mean") if isinstance(value, dict) else value
+            mean = value.get("mean", value.get("value")) if isinstance(value, dict) else value
             if isinstance(mean, float):  # whole numbers say how it was measured
                 found[prefix + key] = mean
             elif isinstance(value, dict) and not prefix:
@@ -309,8 +312,13 @@ def contact_sheet(found: Sequence[Setting], seed: int) -> Any:
 
 
 def write(sweep: Path, out: Path, keys: Sequence[str] | None, metric: str, seed: int) -> list[str]:
-    """Everything into the folder `out`; the names of the files."""
+    """Everything into the folder `out`; the names of the files. A score of disentanglement is measured where it was
+    not yet."""
     found = settings(sweep)
+    if metric in SCORES:
+        lacking = [job for setting in found for job in setting.finished if metric not in numbers(job)]
+        for job in tqdm(lacking, "runs measured", disable=None):
+            evaluation.disentanglement(checkpoint.load(str(job.folder), ""), job.folder / DISENTANGLEMENT)
     figures = {}
     if any(setting.finished for setting in found):
         figures = {

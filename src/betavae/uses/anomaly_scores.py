@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from betavae.objectives import elbo, gaussian_kl, log_mean_exp, log_ratio
+from betavae.importance_weighted import log_mean_exp, log_ratio
+from betavae.objectives import elbo
+from betavae.terms import gaussian_kl
 from betavae.vae import VAE, Posterior
 
 

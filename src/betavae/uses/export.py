@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from betavae.errors import UserError
 from betavae.files import STAMP, writing
-from betavae.objectives import gaussian_kl
+from betavae.terms import gaussian_kl
 from betavae.vae import VAE
 
 BATCHES = (1, 2, 7)  # that a written file is checked with

@@ -14,7 +14,7 @@ from torch import Tensor
 from betavae.data.images import Images
 from betavae.errors import UserError
 from betavae.measures.likelihood import importance_sample
-from betavae.objectives import gaussian_kl
+from betavae.terms import gaussian_kl
 from betavae.vae import VAE, Posterior
 
 IMAGES = 10_000  # test images on the map; of a larger test set the first

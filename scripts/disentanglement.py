@@ -1,0 +1,35 @@
+"""Does each latent dimension follow one factor? `python scripts/disentanglement.py [ckpt=PATH latents=mean]`."""
+
+# mypy: disable-error-code="valid-type"
+
+from pathlib import Path
+
+from pydantic import Field
+
+from betavae.running.cli import DataSettings, importing, script
+from betavae.running.settings import Count, TextOrNull, one_of
+
+
+class Settings(DataSettings):
+    images: Count = Field(10_000, title="test images at most; all scores depend on it a little")
+    latents: one_of(lambda: ["mean", "sample"]) = Field("mean", title="mean of each posterior, or a sample")
+    folder: TextOrNull = Field(None, title="for disentanglement.json; null: the run's")
+
+
+@script(Settings)
+def main(settings: Settings) -> None:
+    with importing():
+        from betavae.measures.disentanglement import SCORES
+        from betavae.running import checkpoint, evaluation
+
+    run = checkpoint.load(settings.ckpt, settings.runs)
+    out = (Path(settings.folder) if settings.folder else run.folder) / evaluation.DISENTANGLEMENT
+    result = evaluation.disentanglement(run, out, settings.images, settings.latents, settings.seed, settings.data_root)
+    print(f"{run.path}, posterior {settings.latents}s of {result['images']:,} test images, ± standard error over them")
+    for name in SCORES:
+        print(f"{name:<22}{result[name]['value']:7.3f} ± {result[name]['se']:.3f}")
+    print(f"in {out}; docs/disentanglement.md says what each is")
+
+
+if __name__ == "__main__":
+    main()

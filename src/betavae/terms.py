@@ -1,0 +1,31 @@
+"""What an objective gives back for a batch, in nats per image."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from betavae.vae import Posterior
+
+ACTIVE_UNIT_VARIANCE = 0.01  # of the posterior mean over the data; a unit that varies less is not in use (Burda et al.)
+
+
+class Terms(NamedTuple):
+    """The terms of one batch. `loss` is a scalar; the others hold one value per image and carry no gradient."""
+
+    loss: Tensor  # ()
+    recon: Tensor  # (B,)
+    kl: Tensor  # (B, latent_dim)
+    posterior: Posterior  # (B, latent_dim) each
+    extra: dict[str, Tensor] = {}  # noqa: RUF012 - any further terms, (B,) each
+
+    def sums(self) -> dict[str, Tensor]:
+        """Each term by its name, summed over the images of the batch."""
+        recon, kl = self.recon.sum(), self.kl.sum()
+        sums = {"loss": self.loss.detach() * len(self.recon), "recon": recon, "kl": kl, "neg_elbo": recon + kl}
+        return sums | {name: term.detach().sum() for name, term in self.extra.items()}
+
+
+def gaussian_kl(posterior: Posterior) -> Tensor:
+    """KL(N(mean, var) || N(0, 1)) per latent dimension, `(B, latent_dim)`."""
+    mean, logvar = posterior
+    return 0.5 * (mean**2 + logvar.exp() - 1 - logvar)
