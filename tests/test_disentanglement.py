@@ -22,6 +22,7 @@ from betavae.measures.disentanglement import (
 from betavae.running import checkpoint, evaluation
 from betavae.sweeping import report
 from tests.commands import run
+from tests.test_readme import PAGES, commands, small
 
 SIZES = (4, 6, 10)
 
@@ -301,3 +302,28 @@ def test_data_without_factors_are_a_sentence(tmp_path, data_root):
     output = run("ckpt=mnist", cwd=tmp_path, script="scripts/disentanglement.py", code=1)
     assert "mnist has no factors" in output and "data=sprites" in output
     assert not (tmp_path / "mnist" / "disentanglement.json").exists()
+
+
+def test_the_page(tmp_path):
+    """Its commands in their order, on smaller nets and pictures, with a stub for the scores of 10,000 images."""
+
+    def stub(z, v, seed):
+        assert z.shape == (10_000, 10) and v.shape == (10_000, 5)
+        return {"mig": {"value": 0.123, "se": 0.1}}
+
+    for command in commands(PAGES["disentanglement.md"]):
+        script, words = small(command)
+        if script == "train.py":
+            words += ["model.hidden_dims=[16]", "data.image_size=32", "data.eval_batch_size=5000"]
+        prepare = (lambda: setattr(evaluation, "scores_with_errors", stub)) if "report" in script else None
+        output = run(*words, cwd=tmp_path, script=script, prepare=prepare)
+        assert "Warning" not in output and "Traceback" not in output
+        if "kl_parts" in command:
+            assert {"mutual_information", "total_correlation", "dimension_wise_kl"} <= set(tests_of(tmp_path))
+    assert "0.12" in output and "MIG" in output and (tmp_path / "sweep_report" / "mig.png").exists()
+
+
+def tests_of(folder):
+    """The names of the newest run's test numbers."""
+    newest = max((folder / "runs").glob("*/metrics.json"), key=lambda path: path.stat().st_mtime)
+    return json.loads(newest.read_text())["test"]

@@ -22,8 +22,10 @@ def commands(text: str) -> list[str]:
 
 # Those that need a folder of one's own, or a launcher (test_sweeps.py), are not for here.
 ELSEWHERE = ("RUN_FOLDER", "PICTURES", "hydra/launcher", "sweep=optuna", "trainer=ddp", "schema.py")
-# Pages that are followed as a story in test_pages.py, and those of test_fidelity.py, test_export.py, test_explorer.py.
+# Pages that are followed as a story in test_pages.py, and those of the tests of their name, test_fidelity.py for
+# generation.md.
 STORIES = ("extending.md", "pictures.md", "anomalies.md", "compression.md", "generation.md", "export.md", "explorer.md")
+STORIES += ("disentanglement.md",)
 COMMANDS = [
     command
     for name, text in PAGES.items()
@@ -46,6 +48,8 @@ def small(command: str) -> tuple[str, list[str]]:
         words = [re.sub(r"^([\w.]+=[^,\[]+,[^,]+),.*", r"\1", word) for word in words]
     if script == "scripts/benchmark.py":
         words += ["rounds=1", "epochs=1", "quality=false", "presets=[default]"]
+    if script == "scripts/disentanglement.py":
+        words += ["images=600"]
     if script == "scripts/evaluate.py":
         words += ["first=40", "k=20", "probes=false"]
     return script, words
