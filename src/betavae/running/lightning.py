@@ -42,12 +42,13 @@ class Steps(VAEModule):
         scheduler: Any = self.lr_schedulers()
         sums = []
         for first in batch:
-            optimizer.zero_grad()
-            for one in itertools.chain([first], itertools.islice(batch, self.accumulate - 1)):
+            for number, one in enumerate(itertools.chain([first], itertools.islice(batch, self.accumulate - 1))):
                 if (one[0].device, one[0].dtype) != (self.device, self.dtype):
                     # Lightning does this for a batch, and this was one of several.
                     one = self.trainer.strategy.batch_to_device(self.trainer.precision_plugin.convert_input(one))
                 output = super().training_step(one, batch_idx)
+                if number == 0:
+                    optimizer.zero_grad()  # here, as Lightning does: the new gradients get the memory of the old
                 self.manual_backward(output["loss"] / self.accumulate)
                 sums += output["sums"]
             if self.clip[0]:
