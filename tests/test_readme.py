@@ -20,8 +20,8 @@ def commands(text: str) -> list[str]:
     return [command.strip() for command in found]
 
 
-# Those that need a folder of one's own, or a launcher (test_sweeps.py), are not for here.
-ELSEWHERE = ("RUN_FOLDER", "PICTURES", "hydra/launcher", "sweep=optuna", "trainer=ddp", "schema.py")
+# Those that need a folder of one's own, a launcher (test_sweeps.py), or a hand (test_explorer.py) are not for here.
+ELSEWHERE = ("RUN_FOLDER", "PICTURES", "hydra/launcher", "sweep=optuna", "trainer=ddp", "schema.py", "explore.py")
 # Pages that are followed as a story in test_pages.py, and those of the tests of their name, test_fidelity.py for
 # generation.md.
 STORIES = ("extending.md", "pictures.md", "anomalies.md", "compression.md", "generation.md", "export.md", "explorer.md")
