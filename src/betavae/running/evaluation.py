@@ -3,6 +3,7 @@
 import hashlib
 import json
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +62,11 @@ def unfinished(kept: Path, asked: dict[str, Any]) -> list[PerImage]:
 def disentanglement(
     run: Run, out: Path, images: int = 10_000, latents: str = "mean", seed: int = 0, data_root: str | None = None
 ) -> dict[str, Any]:
-    """Every score of `measures.disentanglement` on the first test images; kept in the file `out`.
+    """Every score of `measures.disentanglement` on so many of the test images; kept in the file `out`.
 
     Raises UserError for data without two factors that vary.
     """
-    x, factors = (part[:images] for part in run.images("test", data_root))
+    x, factors = run.images("test", data_root, images)
     if factors.ndim == 1:
         raise UserError(
             f"{run.data['name']} has no factors that its images were made from; train on data=sprites or data=dsprites"
@@ -76,11 +77,14 @@ def disentanglement(
     if latents == "sample":
         noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(seed))
         z = z + noise * torch.cat([posterior.logvar for posterior in posteriors]).float().mul(0.5).exp()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of scikit-learn, that classes have few rows or a classifier needs more steps
+        found = scores_with_errors(z, factors, seed)
     result: dict[str, Any] = {
         "made_by": STAMP,
         "checkpoint": str(run.path.relative_to(run.folder)),
         **{"data": run.data["name"], "images": len(x), "latents": latents, "seed": seed},
-        **scores_with_errors(z, factors, seed),
+        **found,
     }
     with writing(out, "folder") as path:
         path.write_text(json.dumps(result, indent=2) + "\n")
