@@ -314,7 +314,7 @@ def test_the_page(tmp_path):
     for command in commands(PAGES["disentanglement.md"]):
         script, words = small(command)
         if script == "train.py":
-            words += ["model.hidden_dims=[16]", "data.image_size=32", "data.eval_batch_size=5000"]
+            words += ["model.hidden_dims=[16]", "data.image_size=32"]
         prepare = (lambda: setattr(evaluation, "scores_with_errors", stub)) if "report" in script else None
         output = run(*words, cwd=tmp_path, script=script, prepare=prepare)
         assert "Warning" not in output and "Traceback" not in output
