@@ -28,9 +28,11 @@ DRAWN = ("reconstructions", "samples", "traversal")
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, data_root):
     """A working folder with the run `whole`, and `resumed`, which was killed in its third epoch."""
-    for name in HEAVY:
-        importlib.import_module(name)  # for the children
     folder = tmp_path_factory.mktemp("place")
+    for name in HEAVY:  # imported once, for all children
+        importlib.import_module(name)
+    if "mlflow" in HEAVY:
+        importlib.import_module("mlflow").MlflowClient(f"sqlite:///{folder}/other.db")
     (folder / "data").symlink_to(data_root)
     args = (*TINY, "callbacks.figures_every=2", ALL)
     text = run(*args, "hydra.run.dir=whole", cwd=folder)
@@ -100,17 +102,18 @@ def test_a_csv_goes_on_to_the_byte(place, tmp_path, data_root):
         Pictures.on_test_end = lambda *args: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
 
     args = (*TINY, "callbacks.figures_every=0", "logger=csv", f"data.root={data_root}", "hydra.run.dir=run")
+    folder = tmp_path / "run"
     assert Child(*args, cwd=tmp_path, prepare=die_late).wait() == -signal.SIGKILL
-    late = (tmp_path / "run" / "curves.csv").read_bytes()
-    assert late == whole  # its test row was there
+    assert (folder / "curves.csv").read_bytes() == whole  # the test's row was there
+    child = Child("resume=run", cwd=tmp_path, prepare=die_late)
+    assert child.wait() == -signal.SIGKILL and "epoch " not in child.text
+    assert (folder / "curves.csv").read_bytes() == whole
+    # One that has nothing to go on from begins anew.
+    (folder / "checkpoints" / "last.ckpt").unlink()
     text = run("resume=run", cwd=tmp_path)
-    assert (tmp_path / "run" / "curves.csv").read_bytes() == whole and "tensorboard" not in text
-    assert not list((tmp_path / "run").glob("events.*"))
-    assert "loggers" not in json.loads((tmp_path / "run" / "metrics.json").read_text())
-    # A run that is started again from nothing does not go on with the rows that are there.
-    (tmp_path / "run" / "checkpoints" / "last.ckpt").unlink()
-    assert "epoch   1/4" in run("resume=run", cwd=tmp_path)
-    assert (tmp_path / "run" / "curves.csv").read_bytes() == whole
+    assert "epoch   1/4" in text and "tensorboard" not in text
+    assert (folder / "curves.csv").read_bytes() == whole and not list(folder.glob("events.*"))
+    assert "loggers" not in json.loads((folder / "metrics.json").read_text())
 
 
 def test_somebody_elses_table_stays(tmp_path, data_root):
@@ -207,7 +210,7 @@ def test_wandb_offline(place):
     assert {name: summary[f"test/{name}"] for name in test} == test
     for name in (*(f"pictures/{name}" for name in DRAWN), "latent/kl_per_dimension"):
         for step in (16, 32):
-            (shown,) = steps[step][name]["filenames"]
+            (shown,) = steps[step][f"{name}.filenames"]
             assert Image.open(file.parent / "files" / shown).size[0] > 100
     assert f"wandb sync {file.parent.relative_to(place.folder)}\n" in place.text and "WARNING" not in place.text
 
