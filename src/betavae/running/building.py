@@ -99,8 +99,11 @@ def build_callbacks(settings: dict[str, Any], run: RunFolder, signals: Signals, 
         callbacks.append(RunCheckpoint(filename="best", monitor=monitor, save_on_train_epoch_end=False, **checkpoints))  # type: ignore
         if (patience := wanted["early_stopping_patience"]) is not None:
             callbacks.append(Patience(monitor, patience=patience, check_on_train_epoch_end=False))
-    elif wanted["early_stopping_patience"] is not None:
-        raise UserError("callbacks.early_stopping_patience needs validation images: data.validation_size=0 leaves none")
+    # The default monitor asks for nothing: the last checkpoint is then the one that counts.
+    for key, unasked in (("early_stopping_patience", None), ("monitor", "neg_elbo")):
+        if not validates and wanted[key] != unasked:
+            asked = f"callbacks.{key}={wanted[key]}"
+            raise UserError(f"{asked} needs validation images: data.validation_size=0 leaves none")
     if settings["trainer"]["enable_progress_bar"] and sys.stdout.isatty():
         callbacks.append(Bar())
     for name, arguments in wanted["own"].items():

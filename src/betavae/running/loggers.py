@@ -23,6 +23,9 @@ from betavae.files import STAMP, writing
 from betavae.running.run_folder import RunFolder, ours
 
 
+log = logging.getLogger(__name__)
+
+
 class RunLogger(Logger):
     """What a run tells its loggers beside the scalars of `log_metrics`; not every one has a place for each.
 
@@ -191,6 +194,7 @@ class WeightsAndBiases(RunLogger, WandbLogger):
         super().__init__(experiment=experiment)
         if mode == "online":
             self.look = experiment.url
+            log.info("watch %s", self.look)
         else:
             again = "--append " if kept else ""
             self.look = f"wandb sync {again}{Path(os.path.relpath(experiment.dir)).parent}"
@@ -246,7 +250,7 @@ class MLflow(RunLogger, MLFlowLogger):
             client.update_run(self.run_id, "RUNNING")
         except MlflowException as error:
             raise UserError(f"logger.mlflow.tracking_uri={tracking_uri}: {str(error).splitlines()[0]}") from error
-        self.settings = set(there.params)
+        self.settings, self.step = set(there.params), max(self.last.values(), default=0)
         self.look = f"mlflow ui --backend-store-uri {tracking_uri}"
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:

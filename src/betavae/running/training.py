@@ -16,6 +16,7 @@ import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
@@ -136,6 +137,8 @@ class Training:
         try:
             if rank() == 0:
                 self.begin()
+            else:
+                self.trainer.loggers = [DummyLogger()]  # Lightning's own callbacks ask for one
             self.fit()
             scalars = self.test()
         except BaseException as error:
