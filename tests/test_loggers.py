@@ -223,7 +223,8 @@ def test_wandb_goes_on_under_the_same_id(place):
     assert json.loads((folder / "metrics.json").read_text())["loggers"] == place.first["loggers"]
     before, after = (history(records(part)) for part in parts)
     assert min(after) == 19  # the checkpoint was of step 16
-    assert set(before) | set(after) == set(history(records(*(place.folder / "whole").glob("wandb/*/*.wandb"))))
+    (whole,) = (place.folder / "whole").glob("wandb/*/*.wandb")
+    assert set(before) | set(after) == set(history(records(whole)))
     for tag, points in curves(folder).items():
         assert [(step, single(row[tag])) for step, row in (before | after).items() if tag in row] == points
     assert f"wandb sync --append {parts[1].parent.relative_to(place.folder)}\n" in place.again

@@ -22,7 +22,6 @@ from betavae.errors import UserError
 from betavae.files import STAMP, writing
 from betavae.running.run_folder import RunFolder, ours
 
-
 log = logging.getLogger(__name__)
 
 
