@@ -1,62 +1,24 @@
-"""Where curves, pictures and settings go. Nothing but this file knows which kind of logger a run has."""
+"""Where curves, pictures and settings go. Nothing else knows which kind of logger a run has."""
 
-import contextlib
 import csv
 import importlib.util
-import io
-import logging
 import os
-import secrets
-from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
-from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from betavae import pictures
 from betavae.errors import UserError
 from betavae.files import STAMP, writing
+from betavae.running.remote_loggers import MLflow, WeightsAndBiases
 from betavae.running.run_folder import RunFolder, ours
+from betavae.running.run_logger import RunLogger
 
-log = logging.getLogger(__name__)
-
-
-class RunLogger(Logger):
-    """What a run tells its loggers beside the scalars of `log_metrics`; not every one has a place for each.
-
-    Made once it is sure that the run can be, in the process that writes. `state` is the checkpoint that the run goes
-    on from; Lightning's `version` is what a logger is found by when it does, where its place is not the run folder.
-    """
-
-    look: str | None = None  # the command that shows what it keeps
-
-    def log_settings(self, settings: dict[str, Any]) -> None:
-        """By flat names, before the first step."""
-
-    @abstractmethod
-    def log_picture(self, name: str, picture: Tensor, step: int) -> None:
-        """`picture` `(C, H, W)` in [0, 1]."""
-
-    @abstractmethod
-    def log_figure(self, name: str, figure: Any, step: int) -> None:
-        """A figure of matplotlib."""
-
-    def log_embedding(self, means: Tensor, labels: list[Any], tiles: Tensor) -> None:
-        """Latent points `(N, latent_dim)`, each with a label and a picture `(3, H, W)`."""
-
-    def log_outcome(self, settings: dict[str, Any], metrics: dict[str, float]) -> None:
-        """The settings again, with the test numbers that metrics.json has."""
-
-    def position(self) -> dict[str, int]:
-        """How far each of its files went, for a checkpoint: what comes later will come again."""
-        return {}
-
-    def end(self, status: str) -> None:
-        """`status` is that of metrics.json."""
+STAMP_COLUMN = f"made by {STAMP}"
 
 
 class TensorBoard(RunLogger, TensorBoardLogger):
@@ -121,33 +83,36 @@ class CSV(RunLogger):
     def __init__(self, run: RunFolder, state: dict[str, Any] | None):
         self.folder, self.path = run.path, run.path / self.FILE
         self.columns: list[str] = []
-        self.rows = (state.get("events", {}) if state else {}).get(self.FILE, 0)
-        if self.rows:
-            with open(self.path, newline="") as file:
-                table = csv.DictReader(file)
-                kept = [row for row, _ in zip(table, range(self.rows), strict=False)]
-                self.columns = [name for name in table.fieldnames or () if name != f"made by {STAMP}"]
+        kept = self.read()[: (state.get("events", {}) if state else {}).get(self.FILE, 0)]
+        self.rows = len(kept)
+        if kept:
             self.write(kept)
         elif ours(self.path):
+            self.columns = []
             self.path.unlink(missing_ok=True)
+
+    def read(self) -> list[dict[str, str]]:
+        if not ours(self.path):
+            return []
+        with open(self.path, newline="") as file:
+            table = csv.DictReader(file)
+            self.columns = [name for name in table.fieldnames or () if name != STAMP_COLUMN]
+            return list(table)
 
     def write(self, rows: list[dict[str, Any]]) -> None:
         with writing(self.path, "logger=csv") as part, open(part, "w", newline="") as file:
-            table = csv.DictWriter(file, [*self.columns, f"made by {STAMP}"])
+            table = csv.DictWriter(file, [*self.columns, STAMP_COLUMN])
             table.writeheader()
             table.writerows(rows)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         row = {"step": step, **metrics}
         if new := [name for name in row if name not in self.columns]:
-            rows = []
-            if self.columns:
-                with open(self.path, newline="") as file:
-                    rows = list(csv.DictReader(file))
+            rows = self.read()
             self.columns += new
             self.write(rows)
         with open(self.path, "a", newline="") as file:
-            csv.DictWriter(file, [*self.columns, f"made by {STAMP}"]).writerow(row)
+            csv.DictWriter(file, [*self.columns, STAMP_COLUMN]).writerow(row)
         self.rows += 1
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
@@ -167,119 +132,6 @@ class CSV(RunLogger):
         pictures.save_figure(figure, self.file(name, step))
 
 
-class WeightsAndBiases(RunLogger, WandbLogger):
-    """A run of W&B under the name of the run folder, its files in there. A run that goes on has the same id: online W&B
-    drops the steps that come again; offline each session has a folder of its own, to be synced in their order."""
-
-    def __init__(self, run: RunFolder, state: dict[str, Any] | None, project: str, entity: str | None, mode: str):
-        import wandb
-
-        kept = run.record().get("loggers", {}).get("wandb")
-        try:
-            experiment = wandb.init(
-                project=project,
-                entity=entity,
-                mode=mode,  # type: ignore[arg-type]
-                dir=run.path,
-                name=run.path.name,
-                id=kept or secrets.token_hex(4),
-                resume="allow" if mode == "online" else None,
-                settings=wandb.Settings(silent=True, console="off"),
-            )
-        except wandb.errors.Error as error:
-            raise UserError(
-                f"logger.wandb: {str(error).splitlines()[0]} (or logger.wandb.mode=offline, and `wandb sync` later)"
-            ) from error
-        super().__init__(experiment=experiment)
-        if mode == "online":
-            self.look = experiment.url
-            log.info("watch %s", self.look)
-        else:
-            again = "--append " if kept else ""
-            self.look = f"wandb sync {again}{Path(os.path.relpath(experiment.dir)).parent}"
-
-    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        # By W&B's own count of steps, which tells it what it has already.
-        self.experiment.log(dict(metrics), step=step)
-
-    def log_settings(self, settings: dict[str, Any]) -> None:
-        self.log_hyperparams(settings)
-
-    def log_picture(self, name: str, picture: Tensor, step: int) -> None:
-        self.log_image(f"pictures/{name}", [pictures.as_image(picture)], step)
-
-    def log_figure(self, name: str, figure: Any, step: int) -> None:
-        from PIL import Image
-
-        drawn = io.BytesIO()
-        figure.savefig(drawn, dpi=150)
-        self.log_image(name, [Image.open(drawn)], step)
-
-    def log_outcome(self, settings: dict[str, Any], metrics: dict[str, float]) -> None:
-        self.experiment.summary.update(metrics)
-
-    def end(self, status: str) -> None:
-        self.experiment.finish(exit_code=0 if status == "finished" else 1)
-
-
-class MLflow(RunLogger, MLFlowLogger):
-    """A run of MLflow under the name of the run folder; the pictures are its artifacts."""
-
-    def __init__(self, run: RunFolder, state: dict[str, Any] | None, experiment: str, tracking_uri: str):
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # it would tell its makers of each run
-        from mlflow import MlflowClient
-        from mlflow.exceptions import MlflowException
-
-        logging.getLogger("mlflow").setLevel(logging.WARNING)
-        kept = run.record().get("loggers", {}).get("mlflow")
-        try:
-            client = MlflowClient(tracking_uri)
-            if client.get_experiment_by_name(experiment) is None:
-                # Of a file: beside it, instead of in the working folder. A server knows a place of its own.
-                local = tracking_uri.partition("sqlite:///")[2]
-                place = (Path(local).absolute().parent / "artifacts").as_uri() if local else None
-                with contextlib.suppress(MlflowException):  # another process has just made it
-                    client.create_experiment(experiment, place)
-            super().__init__(experiment, run.path.name, tracking_uri, run_id=kept)
-            there = self.experiment.get_run(self.run_id).data
-            self.last = {  # the step of each curve's end: MLflow would keep twice what comes again
-                name: max(point.step for point in client.get_metric_history(self.run_id, name))
-                for name in there.metrics
-            }
-            client.update_run(self.run_id, "RUNNING")
-        except MlflowException as error:
-            raise UserError(f"logger.mlflow.tracking_uri={tracking_uri}: {str(error).splitlines()[0]}") from error
-        self.settings, self.step = set(there.params), max(self.last.values(), default=0)
-        self.look = f"mlflow ui --backend-store-uri {tracking_uri}"
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        self.step = step or 0
-        new = {name: value for name, value in metrics.items() if self.step > self.last.get(name, -1)}
-        self.last |= dict.fromkeys(new, self.step)
-        if new:
-            super().log_metrics(new, self.step)
-
-    def log_settings(self, settings: dict[str, Any]) -> None:
-        # MLflow takes none twice: those of a run that goes on stay as they were.
-        self.log_hyperparams({name: value for name, value in settings.items() if name not in self.settings})
-
-    def log_picture(self, name: str, picture: Tensor, step: int) -> None:
-        self.experiment.log_image(self.run_id, pictures.as_image(picture), f"pictures/{name}/{step:06d}.png")
-
-    def log_figure(self, name: str, figure: Any, step: int) -> None:
-        self.experiment.log_figure(self.run_id, figure, f"{name}/{step:06d}.png")
-
-    def log_outcome(self, settings: dict[str, Any], metrics: dict[str, float]) -> None:
-        self.log_metrics(metrics, self.step)
-
-    def finalize(self, status: str = "success") -> None:
-        """Lightning's, after training and again after the test; see `end`."""
-
-    def end(self, status: str) -> None:
-        word = {"finished": "FINISHED", "interrupted": "KILLED"}.get(status, "FAILED")
-        self.experiment.set_terminated(self.run_id, word)
-
-
 # Each is called with the run's folder, the state it goes on from, and its settings.
 LOGGERS = {"tensorboard": TensorBoard, "csv": CSV, "wandb": WeightsAndBiases, "mlflow": MLflow}
 
@@ -290,7 +142,3 @@ def start(settings: dict[str, dict[str, Any]], run: RunFolder, state: dict[str, 
         if name in ("wandb", "mlflow") and importlib.util.find_spec(name) is None:
             raise UserError(f'logger={name} needs the package {name}: pip install -e ".[{name}]"')
     return {name: LOGGERS[name](run, state, **values) for name, values in settings.items()}
-
-
-def loggers_of(trainer: L.Trainer) -> list[RunLogger]:
-    return [logger for logger in trainer.loggers if isinstance(logger, RunLogger)]

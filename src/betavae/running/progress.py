@@ -14,7 +14,7 @@ from torch import Tensor
 from betavae import pictures
 from betavae.curves import Curves
 from betavae.objectives import gaussian_kl
-from betavae.running.loggers import loggers_of
+from betavae.running.run_logger import loggers_of
 
 log = logging.getLogger(__name__)
 SHOWN = ("recon", "kl")  # after the loss, on a line of an epoch; an objective's own terms follow

@@ -18,8 +18,8 @@ from betavae.curves import Sums
 from betavae.errors import Diverged, UserError
 from betavae.running import checkpoint
 from betavae.running.lightning import stop_after_this_step
-from betavae.running.loggers import loggers_of
 from betavae.running.run_folder import RunFolder
+from betavae.running.run_logger import loggers_of
 
 # What may change when a run goes on; everything else is the experiment itself.
 CHANGEABLE = ("trainer.", "callbacks.", "data.root", "data.eval_batch_size", "debug")

@@ -30,6 +30,7 @@ from betavae.running.processes import from_rank_zero, rank, started_by_lightning
 from betavae.running.progress import NAMES, Bar, EpochLines
 from betavae.running.resuming import Signals, reopen
 from betavae.running.run_folder import RUN, RunFolder, git_commit, put_mark
+from betavae.running.run_logger import loggers_of
 from betavae.running.settings import check_settings, plain
 from betavae.sweeping.jobs import ONE_DEVICE
 
@@ -207,7 +208,7 @@ class Training:
         scalars = {name: round(value, 4) for name, value in test.items()}
         if self.trainer.is_global_zero:
             outcome = {f"test/{name}": value for name, value in scalars.items()}
-            for logger in loggers.loggers_of(self.trainer):
+            for logger in loggers_of(self.trainer):
                 logger.log_outcome(flat(self.cfg), outcome)
         return scalars
 
@@ -241,13 +242,13 @@ class Training:
         if not self.sweep:
             log.info("      docs/numbers.md says what these numbers are")
             log.info("run   %s", self.folder.path)
-            kept = [logger.look for logger in loggers.loggers_of(self.trainer) if logger.look]
+            kept = [logger.look for logger in loggers_of(self.trainer) if logger.look]
             following = [*kept, f"python scripts/sample.py ckpt={self.chosen}"]
             log.info("next  %s", "\n      ".join(following))
         self.end_loggers("finished")
 
     def end_loggers(self, status: str) -> None:
-        for logger in loggers.loggers_of(self.trainer):
+        for logger in loggers_of(self.trainer):
             logger.end(status)
 
     def ended_early(self, error: BaseException) -> BaseException:
