@@ -269,6 +269,7 @@ class Training:
         status = "interrupted" if stopped else "diverged" if isinstance(error, Diverged) else "failed"
         steps = self.trainer.global_step
         if status == "failed" and isinstance(error, UserError) and not steps and not self.sweep and not self.cfg.resume:
+            self.end_loggers(status)
             close_log()
             self.folder.clear()  # nothing ever began
             return
