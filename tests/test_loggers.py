@@ -223,7 +223,7 @@ def test_wandb_goes_on_under_the_same_id(place):
     assert json.loads((folder / "metrics.json").read_text())["loggers"] == place.first["loggers"]
     before, after = (history(records(part)) for part in parts)
     assert min(after) == 19  # the checkpoint was of step 16
-    (whole,) = (place.folder / "whole").glob("wandb/*/*.wandb")
+    (whole,) = (place.folder / "whole").glob("wandb/offline-run-*/*.wandb")
     assert set(before) | set(after) == set(history(records(whole)))
     for tag, points in curves(folder).items():
         assert [(step, single(row[tag])) for step, row in (before | after).items() if tag in row] == points
