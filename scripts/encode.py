@@ -7,11 +7,11 @@ For each picture its name, posterior mean and log-variance, label (where there a
 
 from pydantic import Field
 
-from betavae.running.cli import DataSettings, importing, script
+from betavae.running.cli import DataSettings, Seeded, importing, script
 from betavae.running.settings import Images, Text
 
 
-class Settings(DataSettings):
+class Settings(DataSettings, Seeded):
     images: Images = Field("test", title="pictures (folder, file, list); .npy, .npz; test, train, ...; a data set")
     out: Text = Field("latents.npz", title="FILE.npz, FILE.csv or FILE.parquet")
 

@@ -10,11 +10,11 @@ from typing import Any
 
 from pydantic import Field
 
-from betavae.running.cli import DataSettings, importing, script
+from betavae.running.cli import DataSettings, Seeded, importing, script
 from betavae.running.settings import Count, Flag, SeveralOrNull, TextOrNull, one_of
 
 
-class Settings(DataSettings):
+class Settings(DataSettings, Seeded):
     k: Count = Field(5000, title="importance samples per image; bounds at 1, 10, 100, ... and at it")
     first: SeveralOrNull = Field(None, title="only so many of the test images; null: all")
     memory_mb: Count = Field(16, title="about what decoding takes; on a GPU, a few thousand are faster")

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from betavae.running.cli import ScriptSettings, importing, script
+from betavae.running.cli import RunsSettings, importing, script
 from betavae.running.settings import Flag, Text, TextOrNull, kind
 
 Name = Annotated[str, Field(min_length=1)]
@@ -22,7 +22,7 @@ Paths: Any = kind(Name | Names | None, "null, a text, or a list of texts such as
 Port = kind(int, "a whole number from 0 to 65535", ge=0, le=65535)
 
 
-class Settings(ScriptSettings):
+class Settings(RunsSettings):
     ckpt: Paths = Field(
         None, title="a checkpoint, run folder or sweep, or several: [A,B]; null: the newest finished run"
     )

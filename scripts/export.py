@@ -7,13 +7,13 @@ from typing import Any
 
 from pydantic import Field
 
-from betavae.running.cli import ModelSettings, importing, script
+from betavae.running.cli import ModelSettings, Seeded, importing, script
 from betavae.running.settings import Text, one_of
 
 FORMATS = ["onnx", "torchscript", "pt2", "safetensors", "folder"]
 
 
-class Settings(ModelSettings):
+class Settings(ModelSettings, Seeded):
     format: one_of(lambda: FORMATS) = Field(
         "onnx", title="onnx, torchscript, pt2, safetensors; folder: for betavae.load"
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import Field
 
-from betavae.running.cli import DataSettings, importing, script
+from betavae.running.cli import DataSettings, Seeded, importing, script
 from betavae.running.settings import Several, TextOrNull, one_of
 
 
@@ -19,7 +19,7 @@ def samplers() -> list[str | None]:
     return [None, *SAMPLERS]
 
 
-class Settings(DataSettings):
+class Settings(DataSettings, Seeded):
     sampler: one_of(samplers) = Field(None, title="prior, gaussian, mixture, knn; null: all of them")
     n: Several = Field(2000, title="images in each repeat; fewer, if there are not so many test images")
     repeats: Several = Field(5, title="repeats, of which the standard error is, no image in two of them")

@@ -4,11 +4,11 @@
 
 from pydantic import Field
 
-from betavae.running.cli import DataSettings, importing, script
+from betavae.running.cli import DataSettings, Seeded, importing, script
 from betavae.running.settings import Count, ImagesOrNull, Pair, Several, Text
 
 
-class Settings(DataSettings):
+class Settings(DataSettings, Seeded):
     digits: Pair = Field([3, 8], title="from a test image of the first label to one of the second, chosen by the seed")
     images: ImagesOrNull = Field(None, title="two test images by number, [0,7], or two pictures, instead of digits")
     steps: Several = Field(11, title="pictures from one end to the other")

@@ -4,11 +4,11 @@
 
 from pydantic import Field
 
-from betavae.running.cli import DataSettings, importing, script
+from betavae.running.cli import DataSettings, Seeded, importing, script
 from betavae.running.settings import Count, Images, Text
 
 
-class Settings(DataSettings):
+class Settings(DataSettings, Seeded):
     images: Images = Field("test", title="pictures (folder, file, list); .npy, .npz; test, train, ...; a data set")
     n: Count = Field(32, title="so many of them, chosen by the seed")
     out: Text = Field("reconstructions.png", title="the picture")

@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from betavae.errors import UserError
-from betavae.running.cli import ScriptSettings, script
+from betavae.running.cli import RunsSettings, script
 from betavae.sweeping.jobs import INCIDENTAL
 
 # What may differ between runs of one row.
@@ -38,7 +38,7 @@ def row(runs: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-class Settings(ScriptSettings):
+class Settings(RunsSettings):
     """Only what all scripts share."""
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from betavae.running.cli import DataSettings, importing, script
+from betavae.running.cli import DataSettings, Seeded, importing, script
 from betavae.running.settings import Count, Flag, NotNegative, NumberOrNull, Text, one_of
 
 
@@ -16,7 +16,7 @@ def samplers() -> list[str]:
     return list(SAMPLERS)
 
 
-class Settings(DataSettings):
+class Settings(DataSettings, Seeded):
     n: Count = Field(64, title="images")
     sampler: one_of(samplers) = Field("prior", title="or one fitted to the training images: gaussian, mixture, knn")
     digit: NumberOrNull = Field(None, title="images of one label; not with sampler=prior")

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from pydantic import Field
 
-from betavae.running.cli import ScriptSettings, script
+from betavae.running.cli import RunsSettings, script
 from betavae.running.settings import Keys, LongSeed, Text, TextOrNull
 
 
-class Settings(ScriptSettings):
+class Settings(RunsSettings):
     sweep: TextOrNull = Field(None, title="the sweep's folder; null: the newest under runs/sweeps")
     over: Keys = Field(None, title="one or two swept settings to draw `metric` over; null: the first two")
     metric: Text = Field("neg_elbo", title="a test number of the jobs, seconds, or once measured fid, nll_5000, ...")

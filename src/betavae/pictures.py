@@ -141,17 +141,23 @@ def coloured(x: Tensor, labels: Tensor) -> Tensor:
     return 1 - x.mean(1, keepdim=True) * (1 - colours.view(-1, 3, 1, 1))
 
 
-def save_picture(picture: Tensor, out: str | Path, scale: int = 2) -> None:
-    """Write a `(C, H, W)` picture in [0, 1] to a file, each pixel `scale` by `scale`."""
+def as_image(picture: Tensor, scale: int = 2) -> Any:
+    """A `(C, H, W)` picture in [0, 1] as one of Pillow's, each pixel `scale` by `scale`."""
     from PIL import Image
-    from PIL.PngImagePlugin import PngInfo
 
     large = picture.clamp(0, 1).repeat_interleave(scale, 1).repeat_interleave(scale, 2)
     pixels = (255 * large).round().to(torch.uint8).cpu().permute(1, 2, 0).numpy()
+    return Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
+
+
+def save_picture(picture: Tensor, out: str | Path, scale: int = 2) -> None:
+    """Write a `(C, H, W)` picture in [0, 1] to a file, each pixel `scale` by `scale`."""
+    from PIL.PngImagePlugin import PngInfo
+
     stamp = PngInfo()
     stamp.add_text("Software", STAMP)
     with writing(out) as path:
-        Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(path, pnginfo=stamp)
+        as_image(picture, scale).save(path, pnginfo=stamp)
 
 
 def save_figure(figure: Any, out: str | Path) -> None:

@@ -16,7 +16,6 @@ from betavae.fast import accelerate
 from betavae.objectives import OBJECTIVES, own_settings
 from betavae.running import lightning
 from betavae.running.checkpoint import SafeCheckpointIO, first_line
-from betavae.running.loggers import TensorBoard
 from betavae.running.progress import Bar, EpochLines, Pictures
 from betavae.running.resuming import (
     ExactResume,
@@ -102,8 +101,11 @@ def build_callbacks(settings: dict[str, Any], run: RunFolder, signals: Signals, 
         callbacks.append(RunCheckpoint(filename="best", monitor=monitor, save_on_train_epoch_end=False, **checkpoints))  # type: ignore
         if (patience := wanted["early_stopping_patience"]) is not None:
             callbacks.append(Patience(monitor, patience=patience, check_on_train_epoch_end=False))
-    elif wanted["early_stopping_patience"] is not None:
-        raise UserError("callbacks.early_stopping_patience needs validation images: data.validation_size=0 leaves none")
+    # The default monitor asks for nothing: the last checkpoint is then the one that counts.
+    for key, unasked in (("early_stopping_patience", None), ("monitor", "neg_elbo")):
+        if not validates and wanted[key] != unasked:
+            asked = f"callbacks.{key}={wanted[key]}"
+            raise UserError(f"{asked} needs validation images: data.validation_size=0 leaves none")
     if settings["trainer"]["enable_progress_bar"] and sys.stdout.isatty():
         callbacks.append(Bar())
     for name, arguments in wanted["own"].items():
@@ -120,7 +122,6 @@ def build_trainer(
     module: lightning.Steps,
     datamodule: ImageDataModule,
     callbacks: list[Callback],
-    logger: Any,
 ) -> L.Trainer:
     wanted = dict(settings["trainer"])
     for key in wanted:
@@ -151,7 +152,7 @@ def build_trainer(
     wanted["enable_progress_bar"] = any(isinstance(callback, Bar) for callback in callbacks)
     wanted |= {
         "callbacks": callbacks,
-        "logger": logger,
+        "logger": False,  # until the run begins
         "plugins": [SafeCheckpointIO(), *lightning.plugins()],
         "num_sanity_val_steps": 0,
         "enable_model_summary": False,
@@ -170,11 +171,10 @@ def gpu_there() -> bool:
 
 
 def build(
-    settings: dict[str, Any], run: RunFolder, signals: Signals, state: dict[str, Any] | None = None
+    settings: dict[str, Any], run: RunFolder, signals: Signals
 ) -> tuple[ImageDataModule, lightning.Steps, L.Trainer]:
-    """All three, to go on from `state`. Only the data folder is touched; raises UserError for what cannot be."""
+    """All three, without loggers. Only the data folder is touched; raises UserError for what cannot be."""
     datamodule = build_data(settings["data"])
     module = build_module(settings, datamodule)
     callbacks = build_callbacks(settings, run, signals, len(datamodule.sets["validation"]) > 0)
-    logger = TensorBoard(run.path, purge_step=state["global_step"] + 1 if state else None)
-    return datamodule, module, build_trainer(settings, module, datamodule, callbacks, logger)
+    return datamodule, module, build_trainer(settings, module, datamodule, callbacks)

@@ -43,21 +43,31 @@ class ScriptSettings(Settings):
     """What every script shares; a script's own settings are a class of its own, in the script. The title of a field
     says what it is for, its type what it may be."""
 
-    runs: Text = Field("runs", title="the folder in which runs are looked for")
     debug: Flag = Field(False, title="true: errors come with their traceback")
 
 
-class ModelSettings(ScriptSettings):
+class RunsSettings(ScriptSettings):
+    """Of a script that looks for runs."""
+
+    runs: Text = Field("runs", title="the folder in which runs are looked for")
+
+
+class ModelSettings(RunsSettings):
     """Of a script that reads a checkpoint."""
 
     ckpt: TextOrNull = Field(None, title="a checkpoint file or a run folder; null: the newest finished run")
-    seed: LongSeed = Field(0, title="the same seed gives the same output")
 
 
 class DataSettings(ModelSettings):
     """Of a script that looks at images of the data that a model was trained on."""
 
     data_root: TextOrNull = Field(None, title="the data folder; null: the one it was trained with")
+
+
+class Seeded(ScriptSettings):
+    """Of a script that draws at random."""
+
+    seed: LongSeed = Field(0, title="the same seed gives the same output")
 
 
 def safe_name(text: Any) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from betavae import pictures
 from betavae.curves import Curves
+from betavae.running.run_logger import loggers_of
 from betavae.terms import gaussian_kl
 
 log = logging.getLogger(__name__)
@@ -50,10 +51,10 @@ class Pictures(Callback):
 
     def show(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, Tensor]:
         drawn, kl = self.draw(trainer, module.vae)
-        for logger in trainer.loggers:
+        for logger in loggers_of(trainer):
             for name, picture in drawn.items():
-                logger.log_picture(name, picture, trainer.global_step)  # type: ignore[attr-defined]
-            logger.log_figure("latent/kl_per_dimension", pictures.kl_bars(kl), trainer.global_step)  # type: ignore[attr-defined]
+                logger.log_picture(name, picture, trainer.global_step)
+            logger.log_figure("latent/kl_per_dimension", pictures.kl_bars(kl), trainer.global_step)
         return drawn
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -71,8 +72,8 @@ class Pictures(Callback):
         labels = test.labels[: len(x)]
         with torch.no_grad():
             means = module.vae.encode(x).mean.cpu()  # type: ignore[operator,union-attr]
-        for logger in trainer.loggers:
-            logger.log_embedding(means, labels.tolist(), pictures.coloured(x.cpu(), labels))  # type: ignore[attr-defined]
+        for logger in loggers_of(trainer):
+            logger.log_embedding(means, labels.tolist(), pictures.coloured(x.cpu(), labels))
 
 
 def shown(metrics: dict[str, Any], split: str) -> dict[str, float]:

@@ -19,6 +19,7 @@ from betavae.errors import Diverged, UserError
 from betavae.running import checkpoint
 from betavae.running.lightning import stop_after_this_step
 from betavae.running.run_folder import RunFolder
+from betavae.running.run_logger import loggers_of
 
 # What may change when a run goes on; everything else is the experiment itself.
 CHANGEABLE = ("trainer.", "callbacks.", "data.root", "data.eval_batch_size", "debug")
@@ -130,7 +131,7 @@ class ExactResume(Callback):
         if (state_dict := getattr(trainer.train_dataloader, "state_dict", None)) is not None:
             checkpoint_["batches"] = state_dict()  # a DataLoader of somebody's own has none
         if trainer.is_global_zero:
-            positions = [logger.position() for logger in trainer.loggers if hasattr(logger, "position")]
+            positions = [logger.position() for logger in loggers_of(trainer)]
             checkpoint_["events"] = {name: size for position in positions for name, size in position.items()}
 
     def on_load_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint_: dict[str, Any]) -> None:

@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import json
-import os
 import re
 import subprocess
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ FILES = ("config.yaml", "overrides.yaml", "metrics.json", "train.log", "projecto
 FOLDERS = (
     *("checkpoints/best.ckpt", "checkpoints/last.ckpt", "evaluation.json", "evaluation.part", "fidelity.json"),
     *(f"projector/posterior_means/{name}" for name in ("metadata.tsv", "sprite.png", "tensors.tsv")),
-    *("figures/*.png", "events.out.tfevents.*"),
+    *("figures/*.png", "events.out.tfevents.*", "curves.csv"),
     *(kind + "[0-9a-f]" * 16 + ".pt" for kind in ("sampler_*_", "anomalies-")),
 )
 UNFINISHED = ("running", "interrupted")
@@ -177,13 +176,8 @@ class RunFolder:
         for name in (".lock", MARK):
             (self.path / name).unlink(missing_ok=True)
 
-    def rewind(self, sizes: dict[str, int]) -> None:
-        """TensorBoard's files as they were, in bytes, when a checkpoint was saved: what came later will come again."""
-        for path in filter(ours, self.path.glob("events.out.tfevents.*")):
-            if size := sizes.get(path.name):
-                os.truncate(path, min(size, path.stat().st_size))
-            else:
-                path.unlink()
+    def rewind(self) -> None:
+        """Without what a run that goes on will make again whole."""
         for name in ("metadata.tsv", "sprite.png", "tensors.tsv"):
             (self.path / "projector" / "posterior_means" / name).unlink(missing_ok=True)
         if mark_of(self.path) is None:  # of a version whose pictures have no stamp
@@ -197,7 +191,9 @@ def ours(path: Path) -> bool:
     if path.name.startswith("events."):
         return re.fullmatch(r"events\.out\.tfevents\.\d+\..+\.\d+\.\d+", path.name) is not None
     stamped = (
-        path.parent.name == "figures" or path.suffix in (".pt",) or path.name in ("evaluation.json", "fidelity.json")
+        path.parent.name == "figures"
+        or path.suffix in (".pt", ".csv")
+        or path.name in ("evaluation.json", "fidelity.json")
     )
     return not stamped or made_here(path)
 

@@ -204,6 +204,30 @@ class Callbacks(Settings):
     own: kind(dict[str, dict[str, Any] | None], "names from CALLBACKS, each with its settings")
 
 
+class Nothing(Settings):
+    """A logger that has no settings."""
+
+
+class Wandb(Settings):
+    project: Text
+    entity: TextOrNull
+    mode: one_of(lambda: ["offline", "online"])
+
+
+class MLflow(Settings):
+    experiment: Text
+    tracking_uri: Text
+
+
+class Loggers(Settings):
+    """Any number of them."""
+
+    tensorboard: Nothing = Absent
+    csv: Nothing = Absent
+    wandb: Wandb = Absent
+    mlflow: MLflow = Absent
+
+
 class Train(Settings):
     beta: NotNegative
     seed: Seed
@@ -220,6 +244,7 @@ class Train(Settings):
     lr_schedule: LRSchedule
     trainer: Trainer
     callbacks: Callbacks
+    logger: Loggers
 
 
 def nearest(name: str, names: Iterable[Any], otherwise: str = "") -> str:

@@ -16,11 +16,13 @@ import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
 from betavae.errors import Diverged, Interrupted, UserError
 from betavae.files import write_whole
+from betavae.running import loggers
 from betavae.running.building import build, too_large
 from betavae.running.checkpoint import first_line
 from betavae.running.log import close_log, quiet, start_log
@@ -28,6 +30,7 @@ from betavae.running.processes import from_rank_zero, rank, started_by_lightning
 from betavae.running.progress import NAMES, Bar, EpochLines
 from betavae.running.resuming import Signals, reopen
 from betavae.running.run_folder import RUN, RunFolder, git_commit, put_mark
+from betavae.running.run_logger import loggers_of
 from betavae.running.settings import check_settings, plain
 from betavae.sweeping.jobs import ONE_DEVICE
 
@@ -128,13 +131,15 @@ class Training:
         L.seed_everything(self.cfg.seed, verbose=False)
         torch.set_float32_matmul_precision(self.cfg.trainer.matmul_precision)
         quiet()
-        self.datamodule, self.module, self.trainer = build(plain(self.cfg), self.folder, self.signals, self.state)
+        self.datamodule, self.module, self.trainer = build(plain(self.cfg), self.folder, self.signals)
         if self.sweep and self.trainer.world_size > 1:
             raise UserError(ONE_DEVICE)
         self.seconds = next(c for c in self.trainer.callbacks if isinstance(c, EpochLines))  # type: ignore[attr-defined]
         try:
             if rank() == 0:
                 self.begin()
+            else:
+                self.trainer.loggers = [DummyLogger()]  # Lightning's own callbacks ask for one
             self.fit()
             scalars = self.test()
         except BaseException as error:
@@ -149,7 +154,7 @@ class Training:
     def begin(self) -> None:
         """The files that say what is run, before its first step."""
         if self.cfg.resume is not None:
-            self.folder.rewind(self.state.get("events", {}) if self.state else {})
+            self.folder.rewind()
         bar = isinstance(self.trainer.progress_bar_callback, Bar)
         side_by_side = self.sweep and not HydraConfig.get().launcher["_target_"].endswith(".BasicLauncher")
         start_log(self.folder.path, not bar, f"{self.folder.path.name}  " if side_by_side else "")
@@ -159,6 +164,10 @@ class Training:
         # Also on resume: a run that is stopped again goes on with what this command changed.
         config = OmegaConf.to_yaml(OmegaConf.merge(self.cfg, {"resume": None}), resolve=True)
         write_whole(self.folder.path / "config.yaml", config.encode())
+        kept = loggers.start(plain(self.cfg.logger), self.folder, self.state)
+        self.trainer.loggers = list(kept.values())
+        for logger in kept.values():
+            logger.log_settings(flat(self.cfg))
         device = self.trainer.strategy.root_device
         self.record = {
             "status": "running",
@@ -170,6 +179,8 @@ class Training:
             + (torch.cuda.get_device_name(device) if device.type == "cuda" else device.type),
             "versions": {p: version(p) for p in PACKAGES} | {"python": platform.python_version()},
         }
+        if ids := {name: logger.version for name, logger in kept.items() if logger.version}:
+            self.record["loggers"] = ids
         self.folder.write_record(self.record)
 
     def fit(self) -> None:
@@ -196,9 +207,9 @@ class Training:
             test["bits_per_dimension"] = test["neg_elbo"] / math.log(2) / math.prod(self.module.vae.image_shape)
         scalars = {name: round(value, 4) for name, value in test.items()}
         if self.trainer.is_global_zero:
-            for logger in self.trainer.loggers:
-                outcome = {f"test/{name}": value for name, value in scalars.items()}
-                logger.log_outcome(flat(self.cfg), outcome)  # type: ignore[attr-defined]
+            outcome = {f"test/{name}": value for name, value in scalars.items()}
+            for logger in loggers_of(self.trainer):
+                logger.log_outcome(flat(self.cfg), outcome)
         return scalars
 
     def finish(self, scalars: dict[str, float]) -> None:
@@ -231,8 +242,14 @@ class Training:
         if not self.sweep:
             log.info("      docs/numbers.md says what these numbers are")
             log.info("run   %s", self.folder.path)
-            log.info("next  tensorboard --logdir %s", self.folder.path.parent)
-            log.info("      python scripts/sample.py ckpt=%s", self.chosen)
+            kept = [logger.look for logger in loggers_of(self.trainer) if logger.look]
+            following = [*kept, f"python scripts/sample.py ckpt={self.chosen}"]
+            log.info("next  %s", "\n      ".join(following))
+        self.end_loggers("finished")
+
+    def end_loggers(self, status: str) -> None:
+        for logger in loggers_of(self.trainer):
+            logger.end(status)
 
     def ended_early(self, error: BaseException) -> BaseException:
         """What to raise for a run that did not come to its end, after its folder says why."""
@@ -252,6 +269,7 @@ class Training:
         status = "interrupted" if stopped else "diverged" if isinstance(error, Diverged) else "failed"
         steps = self.trainer.global_step
         if status == "failed" and isinstance(error, UserError) and not steps and not self.sweep and not self.cfg.resume:
+            self.end_loggers(status)
             close_log()
             self.folder.clear()  # nothing ever began
             return
@@ -265,6 +283,7 @@ class Training:
             log.info("interrupted at step %d; go on with\n  python train.py resume=%s", steps, self.folder.path)
         elif self.folder.last.exists():
             log.info("the last good checkpoint is %s", self.folder.last)
+        self.end_loggers(status)
 
 
 def log_to_terminal(line: str) -> None:
