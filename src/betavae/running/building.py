@@ -17,7 +17,7 @@ from betavae.objectives import OBJECTIVES
 from betavae.running import lightning
 from betavae.running.checkpoint import SafeCheckpointIO, first_line
 from betavae.running.loggers import TensorBoard
-from betavae.running.progress import Bar, EpochLines, Pictures
+from betavae.running.progress import Bar, EpochLines, Pictures, ValidationNumbers
 from betavae.running.resuming import (
     ExactResume,
     GracefulStop,
@@ -90,6 +90,7 @@ def build_callbacks(settings: dict[str, Any], run: RunFolder, signals: Signals, 
         StopAtDivergence(),
         ExactResume(),
         EpochLines(),
+        ValidationNumbers(),
         Pictures(wanted["figures_every"], run.path / "figures"),
         GracefulStop(signals, run.last),
         RunCheckpoint(filename="last", save_on_train_epoch_end=True, **checkpoints),  # type: ignore[arg-type]
