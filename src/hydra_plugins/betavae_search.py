@@ -13,12 +13,12 @@ class Search(Sweeper):
         """Hydra hands the settings over here as well as in the config."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self.config, self.loader = config, hydra_context.config_loader
-        self.launcher = Plugins.instance().instantiate_launcher(
+        launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
+        self.given = config, launcher, hydra_context.config_loader
 
     def sweep(self, arguments: list[str]) -> None:
         from betavae.sweeping.search import search  # every command imports this file
 
-        search(self.config, arguments, self.launcher, self.loader)
+        search(arguments, *self.given)

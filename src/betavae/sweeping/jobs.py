@@ -270,7 +270,9 @@ def print_jobs(interrupted: bool = False) -> bool:
 def counted(jobs: Sequence[Job]) -> str:
     """`30 jobs: 14 finished, 16 pruned`"""
     found = [job.status for job in jobs]
-    return f"{len(jobs)} jobs: " + ", ".join(f"{found.count(status)} {status}" for status in STATUSES if status in found)
+    return f"{len(jobs)} jobs: " + ", ".join(
+        f"{found.count(status)} {status}" for status in STATUSES if status in found
+    )
 
 
 def take_back(sweep: Path) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from betavae.errors import Pruned
+from betavae.errors import Pruned, UserError
 from betavae.sweeping.search import SearchSettings, open_study, optuna_here, settings_of
 
 
@@ -27,7 +27,12 @@ class Pruning(Callback):
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         study = open_study(self.settings, self.max_epochs)
-        frozen = next(trial for trial in study.get_trials(deepcopy=False) if trial.number == self.number)
+        frozen = next((trial for trial in study.get_trials(deepcopy=False) if trial.number == self.number), None)
+        if frozen is None:
+            raise UserError(
+                f"hydra.sweeper.storage={self.settings.storage} does not know trial {self.number} here: all jobs must see "
+                "one storage"
+            )
         self.reported = set(frozen.intermediate_values)  # by a job that was then killed
         # There is no public way to a trial that another process has asked for.
         self.trial = optuna_here().Trial(study, frozen._trial_id)

@@ -1,5 +1,5 @@
-"""A search: Optuna proposes settings, Hydra's launcher runs them as jobs, and the study keeps what came of each. No torch
-here."""
+"""A search: Optuna proposes settings, Hydra's launcher runs them as jobs, and the study keeps what came of each. No
+torch here."""
 
 # mypy: disable-error-code="valid-type"
 
@@ -31,7 +31,9 @@ class SearchSettings(Settings):
 
     study_name: Text
     storage: Text
-    objectives: kind(list[Text], "a list of one or two names, such as [neg_elbo] or [recon,kl]", min_length=1, max_length=2)
+    objectives: kind(
+        list[Text], "a list of one or two names, such as [neg_elbo] or [recon,kl]", min_length=1, max_length=2
+    )
     n_trials: Count
     n_jobs: Count
     sampler: one_of(lambda: ["tpe", "random"])
@@ -99,8 +101,8 @@ def open_storage(optuna: Any, storage: str) -> Any:
 
 
 def search_space(arguments: list[str], loader: ConfigLoader) -> tuple[list[str], dict[str, Any]]:
-    """Of `key=value` arguments, the later over the earlier: those of every trial, and Optuna's distributions of the keys
-    that are searched. Raises UserError for one that Optuna cannot search, and if there is none."""
+    """Of `key=value` arguments, the later over the earlier: those of every trial, and Optuna's distributions of the
+    keys that are searched. Raises UserError for one that Optuna cannot search, and if there is none."""
     last = {item.get_key_element(): item for item in OverridesParser.create(loader).parse_overrides(arguments)}
     searched = {key: distribution(item) for key, item in last.items() if item.is_sweep_override()}
     if not searched:
@@ -116,7 +118,7 @@ def distribution(override: Override) -> Any:
             whole = isinstance(value.start, int) and isinstance(value.end, int)
             make = distributions.IntDistribution if whole else distributions.FloatDistribution
             return make(value.start, value.end, log="log" in value.tags)
-        values = list(override.sweep_iterator(transformer=Transformer.encode))
+        values: list[Any] = list(override.sweep_iterator(transformer=Transformer.encode))
         if override.is_range_sweep():
             whole = all(isinstance(one, int) for one in values)
             make = distributions.IntDistribution if whole else distributions.FloatDistribution
@@ -136,7 +138,7 @@ def check_study(study: Any, config: DictConfig, settings: SearchSettings, search
         study.set_user_attr("settings", now)
         study.set_metric_names(settings.objectives)
         return
-    then = {"hydra.sweeper.objectives": [config.callbacks.monitor]} | then  # older ones had this one, and did not say so
+    then.setdefault("hydra.sweeper.objectives", [config.callbacks.monitor])  # of versions that knew no other
     for key in sorted(then.keys() & now.keys()):
         if then[key] != now[key]:
             raise UserError(
@@ -145,7 +147,7 @@ def check_study(study: Any, config: DictConfig, settings: SearchSettings, search
             )
 
 
-def search(config: DictConfig, typed: list[str], launcher: Launcher, loader: ConfigLoader) -> None:
+def search(typed: list[str], config: DictConfig, launcher: Launcher, loader: ConfigLoader) -> None:
     """Run trials until `n_trials` have ended, those of earlier commands too; what was cut off then goes on first.
 
     Raises UserError for settings that cannot be, before anything is written.
@@ -156,7 +158,7 @@ def search(config: DictConfig, typed: list[str], launcher: Launcher, loader: Con
     some = {key: item.choices[0] if hasattr(item, "choices") else item.low for key, item in searched.items()}
     epochs = loader.load_sweep_config(config, overrides(fixed, some, 0)).trainer.max_epochs
     if settings.pruner != "none" and not settings.prunes:
-        print(f"no trial is pruned: {' and '.join(settings.objectives)} cannot say after an epoch which one is hopeless")
+        print(f"no trial is pruned: after an epoch, {' and '.join(settings.objectives)} cannot say which is hopeless")
     folder = Path(config.hydra.sweep.dir)
     folder.mkdir(parents=True, exist_ok=True)  # SQLite makes a file, no folder
     study = open_study(settings, epochs)
@@ -167,18 +169,21 @@ def search(config: DictConfig, typed: list[str], launcher: Launcher, loader: Con
     study.sampler = sampler(seed=seed)
     write_whole(folder / SEARCH, json.dumps({"made_by": STAMP, "objectives": settings.objectives}).encode())
 
-    whole = [trial for trial in trials if trial.params.keys() == searched.keys()]
-    cut_off = [trial for trial in trials if trial.state == optuna.trial.TrialState.RUNNING]
-    for trial in cut_off:
-        if trial not in whole:  # killed while it was drawn
-            study.tell(trial.number, state=optuna.trial.TrialState.FAIL, skip_if_finished=True)
-    cut_off = [trial for trial in cut_off if trial in whole]
-    left, begun = settings.n_trials - sum(trial.state.is_finished() for trial in whole), 0
+    cut_off = []
+    for trial in trials:
+        if trial.state == optuna.trial.TrialState.RUNNING:
+            if trial.params.keys() == searched.keys():
+                cut_off.append(trial)
+            else:  # killed while it was drawn
+                study.tell(trial.number, state=optuna.trial.TrialState.FAIL, skip_if_finished=True)
+    ended = [trial for trial in trials if trial.state.is_finished() and trial.params.keys() == searched.keys()]
+    left, begun = settings.n_trials - len(ended), 0
     while left > 0:
         size = min(left, settings.n_jobs)
         batch, cut_off = cut_off[:size], cut_off[size:]
         batch += [ask(study, searched, folder) for _ in range(size - len(batch))]
         jobs = [overrides(fixed, trial.params, trial.number) for trial in batch]
+        returned: Any
         for trial, returned in zip(batch, launcher.launch(jobs, initial_job_idx=begun), strict=True):
             if returned.status != JobStatus.COMPLETED:
                 returned.return_value  # noqa: B018 - raises what no training could: the folder is somebody else's
@@ -205,10 +210,10 @@ def tell(study: Any, number: int, run: RunFolder, objectives: list[str]) -> None
     """What became of a trial, as its folder says."""
     record = run.record()
     values = scores(record, objectives) if record.get("status") == "finished" else []
+    states = optuna_here().trial.TrialState
     if values and all(map(math.isfinite, values)):
         study.tell(number, values, skip_if_finished=True)
     else:
-        states = type(study.trials[number].state)
         state = states.PRUNED if record.get("status") == "pruned" else states.FAIL
         study.tell(number, state=state, skip_if_finished=True)
 
