@@ -30,8 +30,8 @@ class Pruning(Callback):
         frozen = next((trial for trial in study.get_trials(deepcopy=False) if trial.number == self.number), None)
         if frozen is None:
             raise UserError(
-                f"hydra.sweeper.storage={self.settings.storage} does not know trial {self.number} here: all jobs must see "
-                "one storage"
+                f"hydra.sweeper.storage={self.settings.storage} does not know trial {self.number} here: all jobs "
+                "must see one storage"
             )
         self.reported = set(frozen.intermediate_values)  # by a job that was then killed
         # There is no public way to a trial that another process has asked for.
