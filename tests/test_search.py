@@ -13,7 +13,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from hydra.core.hydra_config import HydraConfig
 
 from betavae.errors import Pruned, UserError
 from betavae.sweeping import jobs, pareto, report, search
@@ -56,9 +55,7 @@ def settings(storage: str, **changes: object) -> search.SearchSettings:
     """Those of the shipped search."""
     with initialize_config_dir(str(REPO / "configs"), version_base="1.3"):
         cfg = compose("train", ["sweep=optuna", f"hydra.sweeper.storage={storage}"], return_hydra_config=True)
-        HydraConfig.instance().set_config(cfg)
-        shipped = search.settings_of(HydraConfig.get())
-    return shipped.model_copy(update=changes)
+    return search.settings_of(cfg.hydra).model_copy(update=changes)
 
 
 def test_what_is_searched_is_what_was_written() -> None:
