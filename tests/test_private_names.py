@@ -224,7 +224,7 @@ def test_hydra_turns_exceptions_of_a_callback_into_warnings_but_not_a_system_exi
 
 
 def test_optuna_gives_a_trial_its_number_in_the_storage():
-    """sweeping/jobs.py: continue_study."""
+    """sweeping/pruning.py: Pruning."""
     study = optuna.create_study()
     study.add_trial(optuna.trial.create_trial(value=1.0))
     assert isinstance(study.trials[0]._trial_id, int)

@@ -13,32 +13,9 @@ from betavae.module import VAEModule
 from tests.commands import REPO, TINY, Child, run, started
 from tests.conftest import DATA, MODULE
 
-SEARCH = [
-    "-m",
-    "sweep=optuna",
-    *TINY,
-    "hydra.sweeper.n_trials=1",
-    "hydra.sweeper.params={optimizer.lr: 'choice(1e-3)'}",
-]
-SEARCH += ["trainer.max_epochs=1", "hydra.sweep.dir=study"]
-
 
 def record(folder):
     return json.loads((folder / "metrics.json").read_text())
-
-
-def test_a_search_that_could_only_choose_by_test_images_is_refused_before_its_first_trial(tmp_path):
-    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
-    text = run(*SEARCH, "data.validation_size=0", cwd=tmp_path, code=1)
-    assert text.startswith("error: a search chooses by validation images") and text.count("\n") == 1
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_study_is_of_one_setting(tmp_path, data_root):
-    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
-    run(*SEARCH, f"data.root={data_root}", cwd=tmp_path)
-    text = run(*SEARCH, f"data.root={data_root}", "beta=4", cwd=tmp_path, code=1)
-    assert "error: the study in study is of beta=1.0, and this search of beta=4; name another hydra.sweep.dir" in text
 
 
 def test_a_sweep_over_data_folders_and_one_whose_defaults_have_changed(tmp_path, data_root, new_clone):

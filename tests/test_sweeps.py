@@ -6,7 +6,6 @@ import json
 import os
 import shlex
 import signal
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -274,35 +273,6 @@ def test_joblib_divides_the_threads(tmp_path: Path, data: str) -> None:
         folder = job(tmp_path / "sweep", f"beta_{beta},")
         assert record(folder)["status"] == "finished" and record(folder)["threads"] == 1, cpu_count()
         assert f"{folder.name}  epoch   1/2" in text, "lines of jobs side by side say whose they are"
-
-
-@needs("hydra_plugins.hydra_optuna_sweeper")
-def test_a_search_survives_divergence_and_being_killed(tmp_path: Path, data: str) -> None:
-    import optuna
-
-    args = [*readme("sweep=optuna"), *SMALL, data, "trainer.max_epochs=12", "optimizer=sgd", "hydra.sweeper.n_trials=5"]
-    args.append("hydra.sweeper.params={optimizer.lr: 'choice(1e-4,1e-5,1e30)', model.latent_dim: 'int(interval(2,9))'}")
-    child = Child(*args, cwd=tmp_path)
-    wait_for(tmp_path, "runs/sweeps/optuna/*/checkpoints/last.ckpt", child, count=2)
-    child.send(signal.SIGKILL)
-    child.wait()
-    text = run(*args, cwd=tmp_path)
-    assert "Traceback" not in text and "Warning" not in text
-    storage = f"sqlite:///{tmp_path}/runs/sweeps/optuna/study.db"
-    trials = optuna.load_study(study_name="betavae", storage=storage).trials
-    ended = [trial for trial in trials if "interrupted" not in trial.user_attrs]
-    assert len(ended) == 5 and len(trials) - len(ended) <= 1
-    states = {(trial.params["optimizer.lr"] == 1e30, trial.state.name) for trial in ended}
-    assert states == {(True, "FAIL"), (False, "COMPLETE")}
-    optuna_cli = [str(Path(sys.executable).with_name("optuna")), *readme("optuna trials")]
-    listed = subprocess.run(optuna_cli, cwd=tmp_path, capture_output=True, text=True).stdout
-    assert all(str(trial.params["model.latent_dim"]) in listed for trial in trials) and "COMPLETE" in listed
-    for trial in ended:
-        if trial.state.name == "COMPLETE":
-            lr, latent_dim = trial.params["optimizer.lr"], trial.params["model.latent_dim"]
-            (folder,) = (tmp_path / "runs/sweeps/optuna").glob(f"*model.latent_dim_{latent_dim},*optimizer.lr_{lr},*")
-            assert trial.value == record(folder)["validation"]["neg_elbo"]
-            assert (folder / "train.log").read_text().count("epoch   1/12") == 1, "nothing is trained twice"
 
 
 @needs("hydra_plugins.hydra_submitit_launcher")

@@ -17,5 +17,9 @@ class Diverged(UserError):
         )
 
 
+class Pruned(Exception):
+    """The end of a trial that its search has found hopeless. The message says what it came to."""
+
+
 class Interrupted(SystemExit):
     """The end of a run that was asked to stop, and has said how it goes on. `code` is 128 plus the signal's number."""

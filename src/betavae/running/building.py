@@ -16,7 +16,7 @@ from betavae.fast import accelerate
 from betavae.objectives import OBJECTIVES, own_settings
 from betavae.running import lightning
 from betavae.running.checkpoint import SafeCheckpointIO, first_line
-from betavae.running.progress import Bar, EpochLines, Pictures
+from betavae.running.progress import Bar, EpochLines, Pictures, ValidationNumbers
 from betavae.running.resuming import (
     ExactResume,
     GracefulStop,
@@ -91,6 +91,7 @@ def build_callbacks(settings: dict[str, Any], run: RunFolder, signals: Signals, 
         StopAtDivergence(),
         ExactResume(),
         EpochLines(),
+        ValidationNumbers(),
         Pictures(wanted["figures_every"], run.path / "figures"),
         GracefulStop(signals, run.last),
         RunCheckpoint(filename="last", save_on_train_epoch_end=True, **checkpoints),  # type: ignore[arg-type]

@@ -107,6 +107,23 @@ class Bar(TQDMProgressBar):
     init_test_tqdm = init_validation_tqdm
 
 
+class ValidationNumbers(Callback):
+    """The last validation numbers, by name; each checkpoint has its own."""
+
+    def __init__(self) -> None:
+        self.numbers: dict[str, float] = {}
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        named = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+        self.numbers = {name.removeprefix("val/"): value for name, value in named.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"numbers": self.numbers}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.numbers = dict(state["numbers"])
+
+
 class EpochLines(Callback):
     """One line per epoch, for the log file and for a terminal that is not one; and the seconds, over all sessions."""
 

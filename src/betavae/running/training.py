@@ -20,19 +20,20 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
-from betavae.errors import Diverged, Interrupted, UserError
+from betavae.errors import Diverged, Interrupted, Pruned, UserError
 from betavae.files import write_whole
 from betavae.running import loggers
 from betavae.running.building import build, too_large
 from betavae.running.checkpoint import first_line
 from betavae.running.log import close_log, quiet, start_log
 from betavae.running.processes import from_rank_zero, rank, started_by_lightning
-from betavae.running.progress import NAMES, Bar, EpochLines
+from betavae.running.progress import NAMES, Bar, EpochLines, ValidationNumbers
 from betavae.running.resuming import Signals, reopen
 from betavae.running.run_folder import RUN, RunFolder, git_commit, put_mark
 from betavae.running.run_logger import loggers_of
 from betavae.running.settings import check_settings, plain
 from betavae.sweeping.jobs import ONE_DEVICE
+from betavae.sweeping.pruning import pruning
 
 log = logging.getLogger(__name__)
 
@@ -134,6 +135,7 @@ class Training:
         self.datamodule, self.module, self.trainer = build(plain(self.cfg), self.folder, self.signals)
         if self.sweep and self.trainer.world_size > 1:
             raise UserError(ONE_DEVICE)
+        self.trainer.callbacks += pruning(HydraConfig.get(), self.cfg.trainer.max_epochs)  # type: ignore[attr-defined]
         self.seconds = next(c for c in self.trainer.callbacks if isinstance(c, EpochLines))  # type: ignore[attr-defined]
         try:
             if rank() == 0:
@@ -221,10 +223,10 @@ class Training:
             "threads": torch.get_num_threads(),
             "seconds": round(self.record["fit_seconds"] + time.perf_counter() - self.fitted, 2),
         }
-        for callback in self.trainer.checkpoint_callbacks:
-            ours = getattr(callback, "filename", None) == "best"  # and none of the user's own
-            if ours and (score := callback.best_model_score) is not None:  # type: ignore[attr-defined]
-                self.record["validation"] = {self.cfg.callbacks.monitor: round(float(score), 4)}
+        if self.chosen == self.folder.best:
+            # Of that very checkpoint: Lightning winds callbacks back to the one that is tested.
+            validation = next(c for c in self.trainer.callbacks if isinstance(c, ValidationNumbers))  # type: ignore
+            self.record["validation"] = {name: round(value, 4) for name, value in validation.numbers.items()}
         if likelihood.surrogate(binarize):
             self.record["note"] = likelihood.meaning(binarize)
         self.folder.write_record(self.record)
@@ -266,7 +268,8 @@ class Training:
         return Interrupted(128 + (asked or signal.SIGINT))
 
     def say_why(self, error: BaseException, stopped: bool) -> None:
-        status = "interrupted" if stopped else "diverged" if isinstance(error, Diverged) else "failed"
+        named = {Diverged: "diverged", Pruned: "pruned"}
+        status = "interrupted" if stopped else named.get(type(error), "failed")
         steps = self.trainer.global_step
         if status == "failed" and isinstance(error, UserError) and not steps and not self.sweep and not self.cfg.resume:
             self.end_loggers(status)
@@ -274,13 +277,15 @@ class Training:
             self.folder.clear()  # nothing ever began
             return
         self.record |= {"status": status, "epochs": self.trainer.current_epoch, "steps": steps}
-        if not stopped:
+        if status in ("failed", "diverged"):
             self.record["error"] = f"{type(error).__name__}: {error}"
             log.debug("%s", "".join(traceback.format_exception(error)))
         with contextlib.suppress(OSError):  # of a full disk: the error that is under way says it
             self.folder.write_record(self.record)
         if stopped:
             log.info("interrupted at step %d; go on with\n  python train.py resume=%s", steps, self.folder.path)
+        elif status == "pruned":
+            log.info("pruned  %s", error)
         elif self.folder.last.exists():
             log.info("the last good checkpoint is %s", self.folder.last)
         self.end_loggers(status)

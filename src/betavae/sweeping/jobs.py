@@ -5,8 +5,7 @@ import math
 import os
 import re
 import traceback
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,29 +14,34 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 
-from betavae.errors import UserError
+from betavae.errors import Pruned, UserError
 from betavae.files import write_whole
 from betavae.running import processes
 from betavae.running.run_folder import MARK, RUN, SWEEP, UNFINISHED, RunFolder, put_mark
-from betavae.running.settings import plain
 
 log = logging.getLogger(__name__)
 
+ENDED = ("finished", "pruned")
 ONE_DEVICE = (
     "a sweep trains each job on one device: leave trainer.devices and trainer.num_nodes at 1 and run jobs side by side "
     "(hydra/launcher=joblib), or give up -m and start the runs on many devices one by one"
 )
+SEARCH = "search.json"  # in a search's folder: what it makes small
+RECORDED = ("seconds", "parameters")  # what a search can make small beside validation numbers
 # What cannot change a result, and so does not make two jobs different.
 INCIDENTAL = ("runs", "resume", "debug", "name", "callbacks.figures_every", "trainer.enable_progress_bar")
+
+
+STATUSES = ("finished", "failed", "diverged", "pruned", "interrupted", "running", "missing")
 
 
 class Job(NamedTuple):
     """One job of a sweep, as its folder tells it."""
 
     folder: Path
-    status: str  # finished, failed, diverged, interrupted, running, missing
+    status: str  # one of STATUSES
     overrides: dict[str, str]
     record: dict[str, Any]  # metrics.json
 
@@ -74,18 +78,17 @@ class SweepCallback(Callback):
         folder = Path(config.hydra.sweep.dir)
         put_mark(folder, SWEEP, "hydra.sweep.dir")
         SweepCallback.folder, SweepCallback.search = folder, search
-        if search:
-            continue_study(config)
 
 
 def is_search(hydra_cfg: Any) -> bool:
-    """Whether a sweeper chooses the settings by the jobs' results; it must then hear which failed."""
+    """Whether a sweeper chooses the settings by the jobs' results."""
     return not hydra_cfg.sweeper["_target_"].endswith(".BasicSweeper")
 
 
 def run_job(task: Callable[[DictConfig], float], cfg: DictConfig) -> float:
-    """Run a job; in a sweep, in a folder that may hold an earlier try of it: finished jobs are kept, interrupted ones
-    go on from their last checkpoint, failed ones are tried afresh. Returns what a search minimises.
+    """Run a job; in a sweep, in a folder that may hold an earlier try of it: finished and pruned jobs are kept,
+    interrupted ones go on from their last checkpoint, failed ones are tried afresh. Returns the validation number that
+    a run goes by, nan for a job without.
 
     Raises UserError if the folder is somebody else's, or holds a job of other settings.
     """
@@ -96,33 +99,42 @@ def run_job(task: Callable[[DictConfig], float], cfg: DictConfig) -> float:
     put_mark(run.path, RUN, "hydra.sweep.dir")
     with run.held(wait=True):
         status = earlier_try(run, cfg, list(hydra_cfg.overrides.task))
-        if status == "finished":
-            print(f"{run.path.name} is finished already")
+        if status in ENDED:
+            print(f"{run.path.name} is {status} already")
             return objective(run, cfg)
         cfg.resume = str(run.path) if status == "interrupted" else None
         try:
             task(cfg)
+        except Pruned:
+            return math.nan
         except Exception as error:
             mark_failed(run, error)
             print(f"failed: {error} ({run.path / 'train.log'})")
             if cfg.debug:
                 traceback.print_exc()
-            if is_search(hydra_cfg):
-                raise
             return math.nan  # and not an error, for which Hydra would leave out the batches to come
         return objective(run, cfg)
 
 
 def objective(run: RunFolder, cfg: DictConfig) -> float:
-    """What a search goes by, on validation images; a plain sweep goes by nothing. Test images choose nothing."""
-    record = run.record()
-    return record["validation"][cfg.callbacks.monitor] if "validation" in record else math.nan
+    """On validation images: test images choose nothing."""
+    return run.record().get("validation", {}).get(cfg.callbacks.monitor, math.nan)
+
+
+def scores(record: dict[str, Any], objectives: Sequence[str]) -> list[float]:
+    """What a search makes small, of a finished job. Raises UserError for a name that its record does not have."""
+    known = record.get("validation", {}) | {name: record[name] for name in RECORDED if name in record}
+    for name in objectives:
+        if name not in known:
+            raise UserError(f"hydra.sweeper.objectives: {name} is not known of a job; it has {', '.join(known)}")
+    return [float(known[name]) for name in objectives]
 
 
 def earlier_try(run: RunFolder, cfg: DictConfig, overrides: list[str]) -> str:
-    """What an earlier try left in a job's folder: "finished", "interrupted" (to be resumed), or "", cleared up."""
-    status = run.record().get("status")
-    kept = status == "finished" or (status in UNFINISHED and run.last.exists())
+    """What an earlier try left in a job's folder: "finished", "pruned", "interrupted" (to be resumed), or "", cleared
+    up."""
+    status = run.record().get("status", "")
+    kept = status in ENDED or (status in UNFINISHED and run.last.exists())
     if kept:
         if difference := first_difference(run.path / "config.yaml", cfg):
             key, then, now = difference
@@ -130,7 +142,7 @@ def earlier_try(run: RunFolder, cfg: DictConfig, overrides: list[str]) -> str:
                 f"{run.path} holds a job with {key}={then}, and this one {key}={now}: name another hydra.sweep.dir, "
                 "or delete that folder"
             )
-        return "finished" if status == "finished" else "interrupted"
+        return status if status in ENDED else "interrupted"
     run.clear()
     write_whole(run.path / "overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(overrides)).encode())
     return ""
@@ -241,6 +253,7 @@ def print_jobs(interrupted: bool = False) -> bool:
     for row in (header, *rows):
         cells = (cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
         print("  ".join(cells).rstrip())
+    print(counted(jobs))
     bad = [job for job in jobs if job.status in ("failed", "diverged")]
     for job in bad:
         print(f"failed: {job.record['error']} ({job.folder / 'train.log'})")
@@ -254,60 +267,20 @@ def print_jobs(interrupted: bool = False) -> bool:
     return bool(bad) or any(job.status == "missing" for job in jobs)
 
 
+def counted(jobs: Sequence[Job]) -> str:
+    """`30 jobs: 14 finished, 16 pruned`"""
+    found = [job.status for job in jobs]
+    return f"{len(jobs)} jobs: " + ", ".join(
+        f"{found.count(status)} {status}" for status in STATUSES if status in found
+    )
+
+
 def take_back(sweep: Path) -> None:
     """The folder of a sweep that was stopped by an error before any job."""
     if sweep.is_dir() and {path.name for path in sweep.iterdir()} <= {"multirun.yaml", MARK}:
         for name in ("multirun.yaml", MARK):
             (sweep / name).unlink(missing_ok=True)
         sweep.rmdir()
-
-
-def continue_study(config: DictConfig) -> None:
-    """Let an Optuna study go on where it was left: trials that were cut off are queued again (their folders hold their
-    checkpoints), and `n_trials` counts those of earlier commands too."""
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module="optuna")
-    warnings.filterwarnings("ignore", message=".*is experimental")
-    try:
-        import optuna
-        from optuna.trial import Trial, TrialState
-    except ImportError:
-        return  # Hydra says so
-    sweeper = config.hydra.sweeper
-    if "optuna" not in sweeper["_target_"] or not sweeper.storage or not sweeper.study_name:
-        return
-    Path(config.hydra.sweep.dir).mkdir(parents=True, exist_ok=True)  # SQLite makes a file, no folder
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(storage=sweeper.storage, study_name=sweeper.study_name, load_if_exists=True)
-    check_study(study, config)
-    for trial in study.get_trials(deepcopy=False):
-        if trial.state == TrialState.RUNNING:
-            Trial(study, trial._trial_id).set_user_attr("interrupted", True)
-            study.tell(trial.number, state=TrialState.FAIL)
-            study.enqueue_trial(trial.params)
-    trials = study.get_trials(deepcopy=False)
-    done = [t for t in trials if t.state != TrialState.WAITING and "interrupted" not in t.user_attrs]
-    with open_dict(config):
-        sweeper.n_trials = max(0, sweeper.n_trials - len(done))
-        if sweeper.sampler.get("seed") is not None:
-            sweeper.sampler.seed += len(trials)  # or it would propose the first trials again
-
-
-def check_study(study: Any, config: DictConfig) -> None:
-    """Raises UserError if a study's trials had other settings than this search, what is searched aside."""
-    typed = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
-    swept = {*(config.hydra.sweeper.params or {}), *(item.key_or_group for item in typed if item.is_sweep_override())}
-    values: Any = {key: plain(config[key]) for key in config if key != "hydra"}
-    now = {key: value for key, value in flat_settings(values).items() if key not in swept and key not in INCIDENTAL}
-    if (then := study.user_attrs.get("settings")) is None:
-        study.set_user_attr("settings", now)
-        return
-    for key in sorted(then.keys() & now.keys()):
-        if then[key] != now[key]:
-            raise UserError(
-                f"the study in {config.hydra.sweep.dir} is of {key}={then[key]}, and this search of {key}={now[key]}; "
-                "name another hydra.sweep.dir"
-            )
 
 
 def explain(error: Exception) -> str | None:
@@ -318,13 +291,8 @@ def explain(error: Exception) -> str | None:
         extra = {"joblib": "sweep", "submitit_slurm": "slurm", "submitit_local": "slurm", "submitit": "slurm"}.get(
             name, name
         )
-        if extra in ("sweep", "optuna", "slurm", "ray"):
+        if extra in ("sweep", "slurm", "ray"):
             return f'{name} is not installed; it comes with `pip install -e ".[{extra}]"`'
     if 'Could not detect "srun"' in text:
         return "there is no Slurm here; hydra/launcher=joblib runs the jobs on this machine"
-    if SweepCallback.search and isinstance(error, ValueError):
-        if "distribution" in text or "CategoricalDistribution" in text:
-            return f"the study in {SweepCallback.folder} searched other values ({text}); choose another hydra.sweep.dir"
-        if text in ("Record does not exist.", "No trials are completed yet."):
-            return "no trial of this search has finished, so there is no best one"
     return None

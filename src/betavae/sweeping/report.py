@@ -17,7 +17,8 @@ from betavae.measures.disentanglement import SCORES
 from betavae.running import checkpoint, evaluation
 from betavae.running.evaluation import DISENTANGLEMENT
 from betavae.running.run_folder import REPORT, put_mark, read_json
-from betavae.sweeping.jobs import Job, read_jobs, sort_key
+from betavae.sweeping import pareto
+from betavae.sweeping.jobs import RECORDED, SEARCH, STATUSES, Job, counted, read_jobs, scores, sort_key
 
 REPLICATE = "seed"  # the key whose values are repetitions of one setting
 SCALES = ("neg_elbo", "kl", "recon")
@@ -123,13 +124,12 @@ def states(setting: Setting) -> str:
 
 def write_csv(found: Sequence[Setting], path: Path) -> None:
     """One row per setting: its values, how many jobs reached which status, mean and sd of every number."""
-    statuses = ("finished", "failed", "diverged", "interrupted", "running", "missing")
     names = metrics(found)
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow([*found[0].values, *statuses, *(f"{name}_{part}" for name in names for part in ("mean", "sd"))])
+        writer.writerow([*found[0].values, *STATUSES, *(f"{name}_{part}" for name in names for part in ("mean", "sd"))])
         for setting in found:
-            counts = [sum(job.status == status for job in setting.jobs) for status in statuses]
+            counts = [sum(job.status == status for job in setting.jobs) for status in STATUSES]
             cells = [cell for name in names for cell in setting.mean_sd(name)]
             writer.writerow([*setting.values.values(), *counts, *("" if math.isnan(x) else f"{x:.6g}" for x in cells)])
 
@@ -146,6 +146,7 @@ def markdown(found: Sequence[Setting]) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     notes = {job.record.get("note", "") for setting in found for job in setting.finished}
     lines += ["", "Test set, nats per image, mean ± standard deviation over seeds."]
+    lines += [counted([job for setting in found for job in setting.jobs]) + "."]
     lines += [f"Note: {note}." for note in sorted(notes) if note]
     if len(notes) > 1:
         lines.append("Jobs with and without that note are on different scales and cannot be compared.")
@@ -311,6 +312,23 @@ def contact_sheet(found: Sequence[Setting], seed: int) -> Any:
     return figure
 
 
+def pareto_front(sweep: Path, found: Sequence[Setting]) -> tuple[Any, str]:
+    """Of a search with two objectives: its picture, and a line for each of its jobs; else nothing."""
+    objectives = read_json(sweep / SEARCH).get("objectives", [])
+    named = [(setting.label, job) for setting in found for job in setting.finished]
+    if len(objectives) != 2 or not named:
+        return None, ""
+    points = [scores(job.record, objectives) for _, job in named]
+    best = pareto.front(points)
+    labels = [
+        NAMES.get(name, name) if name in RECORDED else f"validation {NAMES.get(name, name)}" for name in objectives
+    ]
+    lines = ["", f"Pareto front of {' and '.join(labels)}:", ""]
+    for number, i in enumerate(best, start=1):
+        lines.append(f"{number}. {points[i][0]:.2f} and {points[i][1]:.2f}: {named[i][0]}")
+    return pareto.picture(points, best, labels), "\n".join(lines) + "\n"
+
+
 def write(sweep: Path, out: Path, keys: Sequence[str] | None, metric: str, seed: int) -> list[str]:
     """Everything into the folder `out`; the names of the files. A score of disentanglement is measured where it was
     not yet."""
@@ -319,16 +337,17 @@ def write(sweep: Path, out: Path, keys: Sequence[str] | None, metric: str, seed:
         lacking = [job for setting in found for job in setting.finished if metric not in numbers(job)]
         for job in tqdm(lacking, "runs measured", disable=None):
             evaluation.disentanglement(checkpoint.load(str(job.folder), ""), job.folder / DISENTANGLEMENT)
-    figures = {}
+    figures, (front, lines) = {}, pareto_front(sweep, found)
     if any(setting.finished for setting in found):
         figures = {
             "rate_distortion": rate_distortion(found),
             metric: chart(found, keys, metric),
             "samples": contact_sheet(found, seed),
+            "pareto": front,
         }
     put_mark(out, REPORT, "out")
     write_csv(found, out / "table.csv")
-    (out / "table.md").write_text(markdown(found))
+    (out / "table.md").write_text(markdown(found) + lines)
     drawn = {f"{name}.png": figure for name, figure in figures.items() if figure is not None}
     for name, figure in drawn.items():
         pictures.save_figure(figure, out / name)

@@ -1,0 +1,226 @@
+"""A search: Optuna proposes settings, Hydra's launcher runs them as jobs, and the study keeps what came of each. No
+torch here."""
+
+# mypy: disable-error-code="valid-type"
+
+import json
+import logging
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, Transformer
+from hydra.core.utils import JobStatus
+from hydra.plugins.launcher import Launcher
+from omegaconf import DictConfig
+
+from betavae.errors import UserError
+from betavae.files import STAMP, write_whole
+from betavae.running.run_folder import RunFolder
+from betavae.running.settings import Count, Seed, Settings, Text, kind, one_of, plain, validated
+from betavae.sweeping.jobs import INCIDENTAL, RECORDED, SEARCH, flat_settings, scores
+
+STARTUP = 5  # trials that run to their end before the median prunes
+
+
+class SearchSettings(Settings):
+    """`hydra.sweeper` of `sweep=optuna`."""
+
+    study_name: Text
+    storage: Text
+    objectives: kind(
+        list[Text], "a list of one or two names, such as [neg_elbo] or [recon,kl]", min_length=1, max_length=2
+    )
+    n_trials: Count
+    n_jobs: Count
+    sampler: one_of(lambda: ["tpe", "random"])
+    pruner: one_of(lambda: ["median", "hyperband", "none"])
+    seed: Seed
+    params: kind(dict[str, Any], "keys, each with what it may be, such as {beta: 'interval(0.5,4)'}")
+
+    @property
+    def prunes(self) -> bool:
+        """Only a single number that is known after each epoch can say that a trial is hopeless."""
+        return self.pruner != "none" and len(self.objectives) == 1 and self.objectives[0] not in RECORDED
+
+
+def settings_of(hydra_cfg: Any) -> SearchSettings:
+    """Of a search's Hydra config. Raises UserError for a setting that cannot be."""
+    values = {key: value for key, value in plain(hydra_cfg.sweeper).items() if key not in ("_target_", "trial")}
+    return validated(SearchSettings, values, "hydra.sweeper.")
+
+
+def optuna_here() -> Any:
+    """Optuna, and quiet. Raises UserError if it is not installed."""
+    try:
+        import optuna
+    except ImportError as error:
+        raise UserError('optuna is not installed; it comes with `pip install -e ".[optuna]"`') from error
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    return optuna
+
+
+def open_study(settings: SearchSettings, max_epochs: int) -> Any:
+    """The study, made where there is none. Raises UserError if it cannot be opened."""
+    optuna = optuna_here()
+    pruner = optuna.pruners.NopPruner()
+    if settings.prunes and settings.pruner == "median":
+        pruner = optuna.pruners.MedianPruner(n_startup_trials=STARTUP)
+    elif settings.prunes:
+        pruner = optuna.pruners.HyperbandPruner(min_resource=1, max_resource=max_epochs)
+    try:
+        return optuna.create_study(
+            study_name=settings.study_name,
+            storage=open_storage(optuna, settings.storage),
+            pruner=pruner,
+            directions=["minimize"] * len(settings.objectives),
+            load_if_exists=True,
+        )
+    except Exception as error:
+        if "storage upgrade" in str(error):
+            raise UserError(
+                f"the study in {settings.storage} is of an older Optuna; bring it up to date by `optuna storage "
+                f"upgrade --storage {settings.storage}`, or name another hydra.sweep.dir"
+            ) from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"hydra.sweeper.storage={settings.storage} cannot be opened ({reason})") from error
+
+
+def open_storage(optuna: Any, storage: str) -> Any:
+    """A database by its URL, or a journal by its path."""
+    if "://" not in storage:
+        return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(storage))
+    # Jobs side by side write to it: they wait for each other longer than SQLite's five seconds.
+    patience = {"connect_args": {"timeout": 60}} if storage.startswith("sqlite") else {}
+    return optuna.storages.RDBStorage(storage, engine_kwargs=patience)
+
+
+def search_space(arguments: list[str], loader: ConfigLoader) -> tuple[list[str], dict[str, Any]]:
+    """Of `key=value` arguments, the later over the earlier: those of every trial, and Optuna's distributions of the
+    keys that are searched. Raises UserError for one that Optuna cannot search, and if there is none."""
+    last = {item.get_key_element(): item for item in OverridesParser.create(loader).parse_overrides(arguments)}
+    searched = {key: distribution(item) for key, item in last.items() if item.is_sweep_override()}
+    if not searched:
+        raise UserError("hydra.sweeper.params: nothing is searched; name a key, such as {beta: 'interval(0.5,4)'}")
+    return [str(item.input_line) for key, item in last.items() if key not in searched], searched
+
+
+def distribution(override: Override) -> Any:
+    distributions = optuna_here().distributions
+    value: Any = override.value()
+    try:
+        if override.is_interval_sweep():
+            whole = isinstance(value.start, int) and isinstance(value.end, int)
+            make = distributions.IntDistribution if whole else distributions.FloatDistribution
+            return make(value.start, value.end, log="log" in value.tags)
+        values: list[Any] = list(override.sweep_iterator(transformer=Transformer.encode))
+        if override.is_range_sweep():
+            whole = all(isinstance(one, int) for one in values)
+            make = distributions.IntDistribution if whole else distributions.FloatDistribution
+            return make(min(values), max(values), step=abs(value.step))
+        return distributions.CategoricalDistribution(values)
+    except ValueError as error:
+        raise UserError(f"{override.input_line} cannot be searched ({error})") from error
+
+
+def check_study(study: Any, config: DictConfig, settings: SearchSettings, searched: dict[str, Any]) -> None:
+    """Raises UserError if a study's trials had other settings than this search, what is searched aside."""
+    values: Any = {key: plain(config[key]) for key in config if key != "hydra"}
+    keys = {key.lstrip("+") for key in searched}
+    now = {key: value for key, value in flat_settings(values).items() if key not in keys and key not in INCIDENTAL}
+    now["hydra.sweeper.objectives"] = settings.objectives
+    if (then := study.user_attrs.get("settings")) is None:
+        study.set_user_attr("settings", now)
+        study.set_metric_names(settings.objectives)
+        return
+    then.setdefault("hydra.sweeper.objectives", [config.callbacks.monitor])  # of versions that knew no other
+    for key in sorted(then.keys() & now.keys()):
+        if then[key] != now[key]:
+            raise UserError(
+                f"the study in {config.hydra.sweep.dir} is of {key}={then[key]}, and this search of {key}={now[key]}; "
+                "name another hydra.sweep.dir"
+            )
+
+
+def search(typed: list[str], config: DictConfig, launcher: Launcher, loader: ConfigLoader) -> None:
+    """Run trials until `n_trials` have ended, those of earlier commands too; what was cut off then goes on first.
+
+    Raises UserError for settings that cannot be, before anything is written.
+    """
+    optuna = optuna_here()
+    settings = settings_of(config.hydra)
+    fixed, searched = search_space([f"{key}={value}" for key, value in settings.params.items()] + typed, loader)
+    some = {key: item.choices[0] if hasattr(item, "choices") else item.low for key, item in searched.items()}
+    epochs = loader.load_sweep_config(config, overrides(fixed, some, 0)).trainer.max_epochs
+    if settings.pruner != "none" and not settings.prunes:
+        print(f"no trial is pruned: after an epoch, {' and '.join(settings.objectives)} cannot say which is hopeless")
+    folder = Path(config.hydra.sweep.dir)
+    folder.mkdir(parents=True, exist_ok=True)  # SQLite makes a file, no folder
+    study = open_study(settings, epochs)
+    check_study(study, config, settings, searched)
+    trials = study.get_trials(deepcopy=False)
+    seed = (settings.seed + len(trials)) % 2**32  # or a search that goes on would propose its first trials again
+    sampler = optuna.samplers.TPESampler if settings.sampler == "tpe" else optuna.samplers.RandomSampler
+    study.sampler = sampler(seed=seed)
+    write_whole(folder / SEARCH, json.dumps({"made_by": STAMP, "objectives": settings.objectives}).encode())
+
+    cut_off = []
+    for trial in trials:
+        if trial.state == optuna.trial.TrialState.RUNNING:
+            if trial.params.keys() == searched.keys():
+                cut_off.append(trial)
+            else:  # killed while it was drawn
+                study.tell(trial.number, state=optuna.trial.TrialState.FAIL, skip_if_finished=True)
+    ended = [trial for trial in trials if trial.state.is_finished() and trial.params.keys() == searched.keys()]
+    left, begun = settings.n_trials - len(ended), 0
+    while left > 0:
+        size = min(left, settings.n_jobs)
+        batch, cut_off = cut_off[:size], cut_off[size:]
+        batch += [ask(study, searched, folder) for _ in range(size - len(batch))]
+        jobs = [overrides(fixed, trial.params, trial.number) for trial in batch]
+        returned: Any
+        for trial, returned in zip(batch, launcher.launch(jobs, initial_job_idx=begun), strict=True):
+            if returned.status != JobStatus.COMPLETED:
+                returned.return_value  # noqa: B018 - raises what no training could: the folder is somebody else's
+            tell(study, trial.number, RunFolder(returned.hydra_cfg.hydra.runtime.output_dir), settings.objectives)
+        left, begun = left - size, begun + size
+    print_best(study, settings.objectives)
+
+
+def overrides(fixed: list[str], params: dict[str, Any], number: int) -> list[str]:
+    """The command line of a trial's job."""
+    return [*fixed, *(f"{key}={value}" for key, value in params.items()), f"hydra.sweeper.trial={number}"]
+
+
+def ask(study: Any, searched: dict[str, Any], folder: Path) -> Any:
+    try:
+        return study.ask(searched)
+    except ValueError as error:
+        raise UserError(
+            f"the study in {folder} searched other values ({error}); choose another hydra.sweep.dir"
+        ) from error
+
+
+def tell(study: Any, number: int, run: RunFolder, objectives: list[str]) -> None:
+    """What became of a trial, as its folder says."""
+    record = run.record()
+    values = scores(record, objectives) if record.get("status") == "finished" else []
+    states = optuna_here().trial.TrialState
+    if values and all(map(math.isfinite, values)):
+        study.tell(number, values, skip_if_finished=True)
+    else:
+        state = states.PRUNED if record.get("status") == "pruned" else states.FAIL
+        study.tell(number, state=state, skip_if_finished=True)
+
+
+def print_best(study: Any, objectives: list[str]) -> None:
+    if not (best := study.best_trials):
+        raise UserError("no trial of this search has finished, so there is no best one")
+    for trial in best if len(objectives) > 1 else best[:1]:
+        values = "  ".join(f"{name} {value:.2f}" for name, value in zip(objectives, trial.values, strict=True))
+        print(f"best  {values}  {' '.join(f'{key}={value}' for key, value in trial.params.items())}")
