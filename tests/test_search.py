@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from betavae.errors import Pruned, UserError
 from betavae.sweeping import jobs, pareto, report, search
@@ -87,6 +88,7 @@ def told(study: optuna.Study, curve: list[float]) -> None:
     trial = study.ask()
     for epoch, value in enumerate(curve, start=1):
         trial.report(value, epoch)
+        trial.should_prune()  # which notes who has come to a rung of Hyperband
     study.tell(trial, min(curve))
 
 
@@ -109,7 +111,7 @@ def epochs(callback: Pruning, values: list[float], most: int) -> list[int]:
     ("values", "trained"),
     [
         ([10.0, 9.0, 8.0, 7.0], [1, 2, 3, 4]),
-        ([10.0, 9.4, 8.6, 7.0], [1, 2, 3]),  # the medians are 10.5, 9.5, 8.5, 7.5
+        ([10.0, 9.25, 8.75, 7.0], [1, 2, 3]),  # the medians are 10.5, 9.5, 8.5, 7.5
         ([11.0, 9.0, 8.0, 7.0], [1]),
         ([10.0, 9.0, 8.0, 9.0], [1, 2, 3, 4]),  # hopeless at its end, where there is nothing left to spare
     ],
@@ -144,12 +146,13 @@ def test_what_a_killed_job_had_told_stands_and_is_not_told_twice(tmp_path, recwa
 
 
 def test_hyperband_halves_by_the_epochs_of_a_run(tmp_path) -> None:
-    study = search.open_study(settings(f"sqlite:///{tmp_path}/study.db", pruner="hyperband"), 9)
-    for _ in range(30):
+    chosen = settings(f"sqlite:///{tmp_path}/study.db", pruner="hyperband")
+    study = search.open_study(chosen, 9)
+    for _ in range(12):
         told(study, [1.0] * 9)
-    callback = Pruning(settings(f"sqlite:///{tmp_path}/study.db", pruner="hyperband"), study.ask().number, 9)
-    # Where the rungs of its bracket are depends on its number; it is past none of them with the worst value.
-    assert epochs(callback, [2.0] * 9, 9)[-1] in (1, 3)
+    # Which rungs a trial meets depends on its number; it is past none of them with the worst value.
+    ends = {epochs(Pruning(chosen, study.ask().number, 9), [2.0] * 9, 9)[-1] for _ in range(6)}
+    assert {1, 3} <= ends <= {1, 3, 9}
 
 
 @pytest.mark.parametrize("changes", [{"pruner": "none"}, {"objectives": ["recon", "kl"]}, {"objectives": ["seconds"]}])
@@ -157,18 +160,17 @@ def test_what_does_not_prune(tmp_path, changes) -> None:
     chosen = settings(f"sqlite:///{tmp_path}/study.db", **changes)
     study = search.open_study(chosen, 4)
     assert isinstance(study.pruner, optuna.pruners.NopPruner) and len(study.directions) == len(chosen.objectives)
-    sweeper = {"_target_": "", "trial": 0} | chosen.model_dump()
-    with_get = SimpleNamespace(sweeper=sweeper)
-    assert pruning(with_get, 4) == []
-    sweeper |= {"pruner": "median", "objectives": ["kl"]}
-    assert len(pruning(with_get, 4)) == 1
-    sweeper["trial"] = None  # a plain run
-    assert pruning(with_get, 4) == []
+    cfg = OmegaConf.create({"sweeper": {"trial": 0} | chosen.model_dump()})
+    assert pruning(cfg, 4) == []
+    cfg.sweeper.update({"pruner": "median", "objectives": ["kl"]})
+    assert len(pruning(cfg, 4)) == 1
+    cfg.sweeper.trial = None  # a plain run
+    assert pruning(cfg, 4) == []
 
 
 def test_a_search_survives_divergence_and_being_killed(tmp_path: Path, data: str) -> None:
     args = [*readme("n_trials=30"), *SMALL, *ONE, data, "trainer.max_epochs=12", "optimizer=sgd"]
-    args += ["hydra.sweeper.n_trials=5", "optimizer.lr=choice(1e-4,1e-5,1e30)", "seed=choice(1,2,3,4,5,6,7)"]
+    args += ["hydra.sweeper.n_trials=5", "optimizer.lr=choice(1e-4,1e-5,1e30)", "seed=range(1,1000)"]
     child = Child(*args, cwd=tmp_path)
     wait_for(tmp_path, "runs/sweeps/optuna/*/checkpoints/last.ckpt", child, count=2)
     child.send(signal.SIGKILL)
@@ -186,7 +188,7 @@ def test_a_search_survives_divergence_and_being_killed(tmp_path: Path, data: str
     listed = subprocess.run(optuna_cli, cwd=tmp_path, capture_output=True, text=True).stdout
     assert all(state.name in listed for state in {trial.state for trial in trials})
     for trial in trials:
-        (job,) = folder.glob(f"*optimizer.lr_{trial.params['optimizer.lr']},seed_{trial.params['seed']},*")
+        (job,) = folder.glob(f"*optimizer.lr_{trial.params['optimizer.lr']},*,seed_{trial.params['seed']},*")
         assert (
             record(job)["status"] == {"COMPLETE": "finished", "FAIL": "diverged", "PRUNED": "pruned"}[trial.state.name]
         )
@@ -195,8 +197,8 @@ def test_a_search_survives_divergence_and_being_killed(tmp_path: Path, data: str
             assert list(trial.intermediate_values) == list(range(1, 13))
             log = (job / "train.log").read_text()
             assert [log.count(f"epoch {epoch:>3}/12") for epoch in (1, 12)] == [1, 1], "nothing is trained twice"
-            told = [f"{value:.2f}" for value in trial.intermediate_values.values()]
-            assert told == re.findall(r"val neg. ELBO (\S+)", log)
+            shown = [f"{value:.2f}" for value in trial.intermediate_values.values()]
+            assert shown == re.findall(r"val neg. ELBO (\S+)", log)
     best = min((t for t in trials if t.state == TrialState.COMPLETE), key=lambda t: t.value)
     assert f"best  neg_elbo {best.value:.2f}  optimizer.lr={best.params['optimizer.lr']}" in text
     again = run(*args, cwd=tmp_path)
@@ -235,10 +237,10 @@ def test_jobs_side_by_side_tell_the_study_too(tmp_path: Path, data: str) -> None
     (tmp_path / "study" / ".betavae").write_text("a sweep of betavae\n")
     study = search.open_study(settings(f"sqlite:///{tmp_path}/study/study.db"), 2)
     for _ in range(search.STARTUP):
-        told(study, [400.0, 300.0])
+        told(study, [530.0, 500.0])
     for lr in (1e-9, 1e-2, 1e30):
         study.enqueue_trial({"optimizer.lr": lr})
-    words = [*SEARCH, data, "hydra/launcher=joblib", "optimizer.lr=choice(1e-9,1e-2,1e30)", "optimizer=sgd"]
+    words = [*SEARCH, data, "hydra/launcher=joblib", "optimizer.lr=choice(1e-9,1e-2,1e30)"]
     words += ["hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=3", "hydra.launcher.n_jobs=2"]
     text = fresh(str(REPO / "train.py"), *words, cwd=tmp_path)
     assert [t.state.name for t in study.trials[-3:]] == ["PRUNED", "COMPLETE", "FAIL"], text
