@@ -28,6 +28,7 @@ def main(settings: Settings) -> None:
         from tqdm import tqdm
 
         from betavae import pictures
+        from betavae.data.listing import png_names
         from betavae.errors import UserError
         from betavae.running import checkpoint
         from betavae.running.inputs import named_images
@@ -38,6 +39,7 @@ def main(settings: Settings) -> None:
     run = checkpoint.load(settings.ckpt, settings.runs)
     found = named_images(run, settings.images, settings.data_root)
     out, n = Path(settings.out).expanduser(), len(found.pixels)
+    png_names(found.names, "the folder that they will come back to")
     with tqdm(total=n, desc="compressing", unit=" images", disable=None) as bar:
         compressed = compress(run.vae, found.pixels, settings.lanes, found.names, bar.update)
     write_file(out, compressed)
@@ -58,7 +60,7 @@ def main(settings: Settings) -> None:
         rows |= others(found.pixels)
         figure = pictures.bits_figure(rows)
         pictures.save_figure(figure, out.with_suffix(".png"))
-    print(f"{'bits per pixel':28}{'each alone':>12}{'all in one':>12}")
+    print(f"{'bits per pixel and channel':28}{'each alone':>12}{'all in one':>12}")
     for name, (alone, together) in rows.items():
         print(f"{name:28}{'' if alone is None else format(alone, '.4f'):>12}{together:12.4f}")
     print(f"{n:,} images in {out}, {out.stat().st_size:,} bytes{', decoded and compared' if settings.verify else ''}")

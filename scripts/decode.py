@@ -21,16 +21,16 @@ def main(settings: Settings) -> None:
         from tqdm import tqdm
 
         from betavae import pictures
+        from betavae.data.listing import png_names
         from betavae.running import checkpoint
         from betavae.uses import latents
 
     run = checkpoint.load(settings.ckpt, settings.runs)
     names, z = latents.read(Path(settings.latents), run.vae.latent_dim)
+    files = png_names(names, settings.out)
     done = tqdm(total=len(z), desc="decoding", unit="", disable=None)
-    for part_names, part in zip(latents.chunks(names), z.split(latents.CHUNK), strict=True):
-        for name, image in zip(part_names, run.vae.decode(part), strict=True):
-            # Whatever it was: 7.jpg and 7.png are two.
-            file = name if name.endswith(".png") else f"{name}.png"
+    for part_names, part in zip(latents.chunks(files), z.split(latents.CHUNK), strict=True):
+        for file, image in zip(part_names, run.vae.decode(part), strict=True):
             pictures.save_picture(image, Path(settings.out).expanduser() / file, scale=1)
         done.update(len(part))
     done.close()

@@ -7,7 +7,6 @@ calibrated by validation images when it is first asked for, and kept beside the 
 # mypy: disable-error-code="valid-type"
 
 from pathlib import Path
-from typing import Any
 
 from pydantic import Field
 
@@ -21,7 +20,9 @@ class Settings(DataSettings):
         0.01, title="flags at most this share of images of the training kind"
     )
     score: Text = Field("combined", title="combined, dose_svm, dose, neg_elbo")
-    inliers: kind(list[int], "a list of labels") = Field([], title="labels that are of the training kind: a ROC curve")
+    inliers: kind(list[int | str], "a list of labels") = Field(
+        [], title="labels that are of the training kind: a ROC curve"
+    )
     out: Text = Field("anomalies", title="a folder")
 
 
@@ -38,16 +39,21 @@ def main(settings: Settings) -> None:
 
     run = checkpoint.load(settings.ckpt, settings.runs)
     found = named_images(run, settings.images, settings.data_root)
+    inside: list[bool] | None = None
+    if settings.inliers:
+        wanted = {str(label) for label in settings.inliers}
+        inside = [str(label) in wanted for label in found.labels or []]
+        if len(set(inside)) < 2:
+            named = ", ".join(sorted({str(label) for label in found.labels or []})[:20]) or "none"
+            raise UserError(
+                f"inliers={settings.inliers} cannot be: some images must have these labels, and some others; labels "
+                f"here: {named}"
+            )
     detector = anomaly_report.detector(run, settings.data_root)
     result = anomaly_report.scored(detector, found.pixels, settings.score, settings.alarm)
     out = Path(settings.out).expanduser()
     put_mark(out, REPORT, "out")
     anomaly_report.write_table(result, found.names, found.labels, found.unread, out / "scores.csv")
-    inside: Any = None
-    if settings.inliers and found.labels is None:
-        raise UserError(f"inliers={settings.inliers} cannot be: these images have no labels")
-    if settings.inliers:
-        inside = [label in settings.inliers for label in found.labels or []]
     for name, figure in anomaly_report.figures(detector, found.pixels, result, inside).items():
         pictures.save_figure(figure, out / f"{name}.png")
     for note in found.notes:

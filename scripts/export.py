@@ -42,7 +42,9 @@ def main(settings: Settings) -> None:
         state = {f"vae.{key}": value for key, value in run.vae.state_dict().items()}
         content = {"betavae_format": checkpoint.FORMAT, "hyper_parameters": run.settings, "state_dict": state}
         checkpoint.save(content | {"datamodule_hyper_parameters": data}, out / "checkpoints" / "best.ckpt")
-        numbers = {name: read_json(run.folder / f"{name}.json") for name in ("metrics", "evaluation", "fidelity")}
+        found = {name: read_json(run.folder / f"{name}.json") for name in ("metrics", "evaluation", "fidelity")}
+        own = str(run.path.relative_to(run.folder))
+        numbers = {name: content for name, content in found.items() if content.get("checkpoint", own) == own}
         card = export.card(run.folder.resolve().name, run.settings, data, numbers)
         (out / "README.md").write_text(card)
         images = run.vae.sample(64, 1.0, torch.Generator().manual_seed(settings.seed))

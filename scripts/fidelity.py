@@ -67,6 +67,9 @@ def main(settings: Settings) -> None:
     }
     if labels.ndim == 1 and len(labels.unique()) > 1:
         which = {key: v for key, v in run.data.items() if key not in features.INCIDENTAL}
+        which["images"] = len(datamodule.sets["train"])
+        if run.data["name"] in ("folder", "arrays"):  # whose name does not say which they are
+            which["root"] = str(datamodule.root.resolve())
         path = Path(settings.runs) / "features" / f"{run.data['name']}.pt"
         classifier, accuracy = features.trained(path, which, datamodule.load("train"), datamodule.load("test"))
         space = classifier.features

@@ -14,11 +14,14 @@ from betavae.data import mnist
 from betavae.errors import UserError
 from betavae.likelihoods import LIKELIHOODS
 from betavae.objectives import elbo
+from betavae.running import checkpoint
+from betavae.uses import anomaly_report
 from betavae.uses import anomaly_scores as scoring
 from betavae.uses.anomalies import QUICK, SLOW, Detector, false_alarm_rate, p_values
 from betavae.vae import VAE
 
 FASHION = Path("/tmp/fashion")
+from tests.conftest import DATA, MODEL, MODULE
 
 
 def small_vae(likelihood="bernoulli", shape=(1, 6, 6), hidden=(16,)):
@@ -285,3 +288,21 @@ def test_wrong_requests_get_one_sentence(blob_detector):
         blob_detector.p_values(blobs(2, 0), "regret")
     with pytest.raises(UserError, match="no images"):
         blob_detector.scores(blobs(2, 0)[:0])
+
+
+@pytest.mark.parametrize("binarize", ["none", "dynamic"])
+def test_a_detector_is_fitted_to_what_its_model_saw(tmp_path, data_root, binarize, monkeypatch):
+    seen = {}
+
+    def stub(vae, train, validation):
+        seen.update(train=train, validation=validation)
+        return Detector(vae, {"calibration": {}})
+
+    monkeypatch.setattr(anomaly_report.Detector, "fit", stub)
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    path.parent.mkdir()
+    path.write_bytes(b"weights")
+    run = checkpoint.Run(VAE(**MODEL), path, MODULE, DATA | {"root": data_root, "binarize": binarize})
+    anomaly_report.detector(run)
+    levels = {name: len(part[:300].unique()) for name, part in seen.items()}
+    assert len(seen["train"]) == 20_000 and (set(levels.values()) == {2}) == (binarize == "dynamic")

@@ -331,3 +331,10 @@ def test_a_bug_of_ours_shows_its_traceback(place):
     assert "Traceback" in text and "KeyError: 'bug'" in text
     assert '"status": "failed"' in (place / "bug" / "metrics.json").read_text()
     shutil.rmtree(place / "bug")
+
+
+def test_images_and_labels_that_are_not_there(place):
+    text = refused(place, "scripts/encode.py", "ckpt=run", "images=folder")
+    assert "folder" in text and "No such file" in text
+    text = refused(place, "scripts/detect.py", "ckpt=run", "inliers=[cat]")
+    assert "inliers=['cat'] cannot be" in text and "labels here: 0, 1, 2" in text

@@ -319,11 +319,11 @@ def test_the_page(tmp_path):
         output = run(*words, cwd=tmp_path, script=script, prepare=prepare)
         assert "Warning" not in output and "Traceback" not in output
         if "kl_parts" in command:
-            assert {"mutual_information", "total_correlation", "dimension_wise_kl"} <= set(tests_of(tmp_path))
+            assert {"mutual_information", "total_correlation", "dimension_wise_kl"} <= set(numbers_of(tmp_path))
     assert "0.12" in output and "MIG" in output and (tmp_path / "sweep_report" / "mig.png").exists()
 
 
-def tests_of(folder):
+def numbers_of(folder):
     """The names of the newest run's test numbers."""
     newest = max((folder / "runs").glob("*/metrics.json"), key=lambda path: path.stat().st_mtime)
     return json.loads(newest.read_text())["test"]

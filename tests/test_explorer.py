@@ -134,7 +134,7 @@ def test_the_anomaly_detectors_p_value_is_there_once_it_was_fitted(data_root, tm
     assert anomaly_report.detector_if_kept(fresh) is None
     images = run.datamodule().test_set().pixels
     detector = Detector.fit(run.vae, images[:600], images[600:800])
-    kept(anomaly_report.place(fresh), {"data_root": None}, lambda: detector.state)
+    kept(anomaly_report.place(fresh), anomaly_report.asked(None), lambda: detector.state)
     found = anomaly_report.detector_if_kept(fresh)
     under = explored.explore([fresh], None, [found.p_values]).runs[0]
     (score,) = [score for score in explored.encode(under, x)[1] if score.name == "p-value"]

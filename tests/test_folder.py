@@ -142,6 +142,19 @@ def test_pictures_are_decoded_once_and_mapped(root, load, tmp_path, monkeypatch)
     assert json.loads((place / "index.json").read_text())["notes"] == {}
 
 
+def test_a_folder_that_looks_the_same_has_a_file_of_its_own(root, load, tmp_path):
+    """Names, sizes and times alike, as in archives with normalised times."""
+    other = tmp_path / "elsewhere" / "pictures"
+    for folder_, value in ((root, 0), (other, 255)):
+        for name in ("1.bmp", "2.bmp"):
+            folder_.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (4, 4), value).save(folder_ / name)
+            os.utime(folder_ / name, (10**9, 10**9))
+    assert load().pixels[0, 0, 0, 0] == 0
+    found = folder(other, "train", image_size=4, channels=1, cache=str(tmp_path / "cache"))
+    assert found.pixels[0, 0, 0, 0] == 255
+
+
 @pytest.mark.parametrize("change", ["add", "remove", "rename", "rewrite", "touch", "relabel"])
 def test_a_changed_folder_is_noticed(root, load, tmp_path, change):
     fill(root, [f"a/{i}.png" for i in range(10)])

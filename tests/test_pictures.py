@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
-from betavae.data.listing import picture_files
+from betavae.data.listing import picture_files, png_names
 from betavae.data.pictures import UnreadablePicture, read_picture, read_pictures
 from betavae.errors import UserError
 
@@ -270,7 +270,10 @@ def test_a_folder_is_read_in_natural_order_with_labels_and_notes(tmp_path):
         "1 could not be read: b/11.png (not a PNG, JPEG, WebP, BMP, GIF or TIFF)",
     ]
     listed = read_pictures([tmp_path / "b" / "10.png", str(tmp_path / "a")], (3, 6, 9))
-    assert listed.names == ["10.png", "deep/er/1.png", "grün 猫.png"] and listed.labels is None and listed.notes == []
+    assert (
+        listed.names == ["10.png", "a/deep/er/1.png", "a/grün 猫.png"]
+    assert listed.labels is None and listed.notes == []
+    )
     with pytest.raises(UserError, match=r"11.png: 1 could not be read"):
         read_pictures(tmp_path / "b" / "11.png", (3, 6, 6))
     with pytest.raises(UserError, match=r"nowhere.*No such file"):
@@ -320,3 +323,18 @@ def test_links_are_followed_and_no_picture_is_listed_twice(tmp_path):
     assert [name for name, *_ in picture_files(root)] == ["b/real.png", "blob.png", "far/far.png", "lost.png"]
     pictures = read_pictures(root, (3, 6, 9))
     assert len(pictures.names) == 3 and pictures.notes == ["1 could not be read: lost.png (No such file or directory)"]
+
+
+def test_no_two_pictures_become_one_file(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        saved(tmp_path / folder / "x.png", COLOUR)
+    together = read_pictures([tmp_path / "a", tmp_path / "b"], (3, 6, 9))
+    assert png_names(together.names, "out") == ["a/x.png", "b/x.png"]
+    assert png_names(["7.jpg", "7.png", "sub/7"], "out") == ["7.jpg.png", "7.png", "sub/7.png"]
+    for names in (["x.jpg", "x.jpg.png"], ["x.png", "x.png"]):
+        with pytest.raises(UserError, match="would be one file, x"):
+            png_names(names, "out")
+    for name in ("../x.png", "/x.png", "a/../../x"):
+        with pytest.raises(UserError, match="leads out of out"):
+            png_names(["fine.png", name], "out")

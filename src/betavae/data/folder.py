@@ -158,7 +158,7 @@ def folder(
     for name in folders:
         if not files[name]:
             raise UserError(f"data.root={root} has no pictures in {folders[name]} ({', '.join(SUFFIXES)})")
-    recipe = json.dumps([FORMAT, shape, fit, background, test_size, folders, files])
+    recipe = json.dumps([FORMAT, str(root.resolve()), shape, fit, background, test_size, folders, files])
     digest = hashlib.sha256(recipe.encode()).hexdigest()[:16]
     kept = at / f"{root.resolve().name}-{'x'.join(map(str, shape))}-{digest}"
     if not kept.is_dir():

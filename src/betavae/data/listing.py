@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from betavae.errors import UserError
@@ -10,6 +11,21 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 File = tuple[str, int, int]  # the name relative to the folder, with "/"; bytes; time of the last change in ns
+
+
+def png_names(names: Sequence[str], out: str | Path) -> list[str]:
+    """The names of PNG files, below the folder `out`, of pictures of these names. Raises UserError, before anything is
+    written, for one that leads out of it, and for two that are the same."""
+    files: dict[str, str] = {}
+    for name in names:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise UserError(f"{name} is a name that leads out of {out}")
+        # Whatever it was: 7.jpg and 7.png are two.
+        file = name if name.endswith(".png") else f"{name}.png"
+        if file in files:
+            raise UserError(f"{files[file]} and {name} would be one file, {file}, in {out}")
+        files[file] = name
+    return list(files)
 
 
 def natural(name: str) -> tuple[list[str | int], str]:

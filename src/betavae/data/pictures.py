@@ -199,7 +199,8 @@ def read_pictures(
         for entry in entries:
             inside = sorted((name for name, *_ in picture_files(entry)), key=natural) if entry.is_dir() else [""]
             paths += [entry / name for name in inside]
-            names += [name or entry.name for name in inside]
+            within = f"{entry.name}/" if len(entries) > 1 and entry.is_dir() else ""
+            names += [within + (name or entry.name) for name in inside]
         if len(entries) == 1 and any("/" in name for name in names):
             labels = [label_of(name) for name in names]
         results = read_each(paths, image_shape, fit, background)

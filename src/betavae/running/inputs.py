@@ -10,6 +10,7 @@ from betavae.data.pictures import Pictures, read_pictures
 from betavae.errors import UserError
 from betavae.running.checkpoint import Run
 
+NAMED = set(SOURCES) - {"folder", "arrays"}  # whose name alone says which images they are
 SPLITS = ("test", "validation", "train")
 
 
@@ -23,7 +24,7 @@ def named_images(run: Run, where: str | list[str], data_root: str | None = None)
     if where in SPLITS:
         x, labels = run.images(str(where), data_root)
         return Pictures((x * 255).round().byte(), numbers(len(x)), labels.tolist(), [])
-    if isinstance(where, str) and where in SOURCES and not Path(where).exists():
+    if isinstance(where, str) and where in NAMED and not Path(where).exists():
         images = SOURCES[where](Path(data_root or "data"), "test")
         found = of_set(images, run) if images else None
     else:

@@ -5,14 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from betavae.errors import UserError
-from betavae.files import STAMP, made_here, writing
+from betavae.files import STAMP, writing
 from betavae.kept import digest, kept
 from betavae.pictures import grid, new_figure, show
-from betavae.uses.anomalies import QUICK, Detector, p_values
+from betavae.uses.anomalies import FIT_IMAGES, QUICK, Detector, p_values
 
 
 class Scored(NamedTuple):
@@ -27,19 +26,21 @@ def detector(run: Any, data_root: str | None = None) -> Detector:
     validation images, and kept there. Raises UserError if no validation images were set aside."""
 
     def fit() -> dict[str, Any]:
-        datamodule = run.datamodule(data_root)
-        datamodule.setup()
-        sets = datamodule.sets
-        if not len(sets["validation"]):
+        validation, _ = run.images("validation", data_root)
+        if not len(validation):
             raise UserError(
                 "images are told apart by what validation images look like, and this model was trained with "
                 "data.validation_size=0: train one that has some"
             )
         print("fitting to training images, once ...", flush=True)
-        train = sets["train"].take(torch.arange(0, len(sets["train"]), max(1, len(sets["train"]) // 20_000)))
-        return Detector.fit(run.vae, train.tensor(), sets["validation"].tensor()).state
+        train, _ = run.images("train", data_root, FIT_IMAGES)  # as the model saw them, binarised too
+        return Detector.fit(run.vae, train, validation).state
 
-    return Detector(run.vae, kept(place(run), {"data_root": data_root}, fit))
+    return Detector(run.vae, kept(place(run), asked(data_root), fit))
+
+
+def asked(data_root: str | None) -> dict[str, Any]:
+    return {"data_root": data_root, "version": 2}
 
 
 def place(run: Any) -> Path:
@@ -49,7 +50,14 @@ def place(run: Any) -> Path:
 
 def detector_if_kept(run: Any, data_root: str | None = None) -> Detector | None:
     """That of a `Run` if `detector` was asked for it before, which takes a while the first time."""
-    return detector(run, data_root) if place(run).is_file() and made_here(place(run)) else None
+
+    def fit() -> dict[str, Any]:
+        raise LookupError
+
+    try:
+        return Detector(run.vae, kept(place(run), asked(data_root), fit))
+    except LookupError:
+        return None
 
 
 def scored(detector: Detector, pixels: Tensor, score: str, alarm: float) -> Scored:

@@ -18,6 +18,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from betavae.data.listing import png_names
 from betavae.errors import UserError
 from betavae.files import STAMP, write_whole, writing
 
@@ -91,13 +92,10 @@ def write_images(images: Tensor, names: list[str] | None, out: Path) -> None:
         with writing(out) as path, open(path, "wb") as file:
             np.save(file, images.numpy())
         return
-    names = names or [f"{i:0{len(str(len(images) - 1))}d}" for i in range(len(images))]
+    files = png_names(names or [f"{i:0{len(str(len(images) - 1))}d}" for i in range(len(images))], out)
     stamp = PngInfo()
     stamp.add_text("Software", STAMP)
-    for name, image in zip(names, images, strict=True):
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise UserError(f"{name} is a name that leads out of {out}: these images can go into FILE.npy only")
+    for png, image in zip(files, images, strict=True):
         pixels = image.permute(1, 2, 0).numpy()
-        # Whatever it was: 7.jpg and 7.png are two.
-        with writing(out / (name if name.endswith(".png") else f"{name}.png")) as path:
+        with writing(out / png) as path:
             Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(path, pnginfo=stamp)

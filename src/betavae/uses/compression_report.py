@@ -53,7 +53,7 @@ def picture_size(image: np.ndarray, binary: bool, options: dict) -> int:
     from PIL import Image
 
     picture = Image.fromarray(image.transpose(1, 2, 0).squeeze(2) if len(image) == 1 else image.transpose(1, 2, 0))
-    if binary and options["format"] == "PNG":
+    if binary and len(image) == 1 and options["format"] == "PNG":
         picture = picture.convert("1")
     file = io.BytesIO()
     picture.save(file, **options)

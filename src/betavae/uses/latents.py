@@ -88,7 +88,7 @@ def read(path: Path, latent_dim: int) -> tuple[list[str], Tensor]:
             array = held if isinstance(held, np.ndarray) else held["mean"]
             z = torch.from_numpy(np.asarray(array, dtype=np.float32))
             names = [str(n) for n in (range(len(z)) if isinstance(held, np.ndarray) else held["names"])]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, TypeError, KeyError, EOFError, csv.Error, zipfile.BadZipFile) as error:
         raise UserError(f"latents: {path} is no whole file of encode.py, nor a FILE.npy of numbers") from error
     if z.ndim != 2 or z.shape[1] != latent_dim or not len(z):
         raise UserError(f"latents: {path} holds {tuple(z.shape)}, and this model needs (N, {latent_dim})")

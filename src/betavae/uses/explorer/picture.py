@@ -32,7 +32,9 @@ def read(content: bytes, shape: tuple[int, int, int], centre: bool, invert: bool
         if opened.width * opened.height > PIXELS:
             raise UserError(f"the picture has {opened.width} x {opened.height} pixels; {PIXELS:,} are the most")
         picture = ImageOps.exif_transpose(opened).convert("RGBA")  # photographs are stored lying down
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # Pillow raises nearly anything on a damaged file
         raise UserError(f"this is no picture that can be read, of {', '.join(FORMATS)} ({error})") from error
     white = Image.new("RGBA", picture.size, "white")
     picture = Image.alpha_composite(white, picture).convert("L" if channels == 1 else "RGB")
