@@ -270,10 +270,8 @@ def test_a_folder_is_read_in_natural_order_with_labels_and_notes(tmp_path):
         "1 could not be read: b/11.png (not a PNG, JPEG, WebP, BMP, GIF or TIFF)",
     ]
     listed = read_pictures([tmp_path / "b" / "10.png", str(tmp_path / "a")], (3, 6, 9))
-    assert (
-        listed.names == ["10.png", "a/deep/er/1.png", "a/grün 猫.png"]
+    assert listed.names == ["10.png", "a/deep/er/1.png", "a/grün 猫.png"]
     assert listed.labels is None and listed.notes == []
-    )
     with pytest.raises(UserError, match=r"11.png: 1 could not be read"):
         read_pictures(tmp_path / "b" / "11.png", (3, 6, 6))
     with pytest.raises(UserError, match=r"nowhere.*No such file"):
