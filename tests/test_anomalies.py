@@ -19,9 +19,9 @@ from betavae.uses import anomaly_report
 from betavae.uses import anomaly_scores as scoring
 from betavae.uses.anomalies import QUICK, SLOW, Detector, false_alarm_rate, p_values
 from betavae.vae import VAE
+from tests.conftest import DATA, MODEL, MODULE
 
 FASHION = Path("/tmp/fashion")
-from tests.conftest import DATA, MODEL, MODULE
 
 
 def small_vae(likelihood="bernoulli", shape=(1, 6, 6), hidden=(16,)):
