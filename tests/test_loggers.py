@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import struct
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -44,11 +45,18 @@ def place(tmp_path_factory, data_root):
 
 
 def die_at(step):
+    """Once what was logged by then is in W&B's file, which is written each second."""
+
+    def written() -> list[Any]:
+        return [record for part in Path("resumed").glob("wandb/offline-run-*/*.wandb") for record in records(part)]
+
     def prepare() -> None:
         real = VAEModule.training_step
 
         def training_step(self: VAEModule, *args: Any) -> Any:
             if self.global_step == step:
+                while "wandb" in HEAVY and 22 not in history(written()):
+                    time.sleep(0.1)
                 os.kill(os.getpid(), signal.SIGKILL)
             return real(self, *args)
 
@@ -176,7 +184,7 @@ def records(path: Path) -> list[Any]:
             at += 2**15 - at % 2**15
             continue
         _, size, kind = struct.unpack("<IHB", content[at : at + 7])
-        if kind == 0:
+        if kind == 0 or at + 7 + size > len(content):  # what is being written
             break
         parts += content[at + 7 : at + 7 + size]
         at += 7 + size
@@ -186,12 +194,19 @@ def records(path: Path) -> list[Any]:
     return found
 
 
+def rows(found: list[Any]) -> list[dict[str, Any]]:
+    return [
+        {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+        for record in found
+        if record.WhichOneof("record_type") == "history"
+    ]
+
+
 def history(found: list[Any]) -> dict[int, dict[str, Any]]:
+    """All that was logged at a step of the training."""
     steps: dict[int, dict[str, Any]] = {}
-    for record in found:
-        if record.WhichOneof("record_type") == "history":
-            items = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
-            steps.setdefault(record.history.step.num, {}).update(items)
+    for row in rows(found):
+        steps.setdefault(row["trainer/global_step"], {}).update(row)
     return steps
 
 
@@ -223,6 +238,9 @@ def test_wandb_goes_on_under_the_same_id(place):
     assert json.loads((folder / "metrics.json").read_text())["loggers"] == place.first["loggers"]
     before, after = (history(records(part)) for part in parts)
     assert min(after) == 19  # the checkpoint was of step 16
+    kept = [row for row in rows(records(parts[0])) if row["trainer/global_step"] <= 16]
+    assert [row["_step"] for row in kept] == list(range(len(kept)))
+    assert rows(records(parts[1]))[0]["_step"] == len(kept) == 6 + 2 + 4  # of training, of validation, pictures
     (whole,) = (place.folder / "whole").glob("wandb/offline-run-*/*.wandb")
     assert set(before) | set(after) == set(history(records(whole)))
     for tag, points in curves(folder).items():

@@ -7,6 +7,7 @@ import pytest
 
 from betavae.errors import UserError
 from betavae.running import run_folder
+from betavae.running.loggers import CSV, TensorBoard
 from betavae.running.run_folder import MARK, RUN, SWEEP, RunFolder, mark_of, put_mark
 from tests.commands import REPO, TINY, run
 
@@ -50,12 +51,16 @@ def test_only_what_is_ours_is_cleared_away(tmp_path):
     put_mark(tmp_path, RUN, "k")
     ours = ["config.yaml", "train.log", "checkpoints/last.ckpt", "events.out.tfevents.1795527689.vm.4552.0"]
     ours += ["projector/posterior_means/tensors.tsv", "checkpoints/last.ckpt.abc.part"]
-    theirs = ["notes", "events.out.tfevents.mine", "metrics.csv", "checkpoints/kept.ckpt", "figures/mine.png"]
+    theirs = ["notes", "events.out.tfevents.mine", "curves.csv", "checkpoints/kept.ckpt", "figures/mine.png"]
     theirs += ["projector/posterior_means/mine/x", "evaluation.json", "fidelity.json", "paper.part"]
     for name in (*ours, *theirs):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("{}")
-    RunFolder(tmp_path).rewind({})
+    folder = RunFolder(tmp_path)
+    folder.rewind()
+    TensorBoard(folder, None)
+    CSV(folder, None)
+    assert not list(tmp_path.glob("events.*.0"))
     assert all((tmp_path / name).exists() for name in theirs)
     RunFolder(tmp_path).clear()
     assert not any((tmp_path / name).exists() for name in ours)
