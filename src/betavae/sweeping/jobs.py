@@ -154,8 +154,8 @@ def first_difference(path: Path, cfg: DictConfig) -> tuple[str, Any, Any] | None
     then = flat_settings(loaded(path))
     now = flat_settings(OmegaConf.to_container(cfg, resolve=True))
     for key in sorted({*then, *now} - set(INCIDENTAL)):
-        newer = key not in then and key.startswith(("trainer.", "callbacks."))
-        if not newer and then.get(key) != now.get(key):
+        newer = key not in then and key.startswith(("trainer.", "callbacks.", "objective."))
+        if not newer and not key.startswith("logger.") and then.get(key) != now.get(key):
             return key, then.get(key), now.get(key)
     return None
 
