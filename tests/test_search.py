@@ -108,17 +108,20 @@ def epochs(callback: Pruning, values: list[float], most: int) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("values", "trained"),
+    ("pruner", "values", "trained"),
     [
-        ([10.0, 9.0, 8.0, 7.0], [1, 2, 3, 4]),
-        ([10.0, 9.25, 8.75, 7.0], [1, 2, 3]),  # the medians are 10.5, 9.5, 8.5, 7.5
-        ([11.0, 9.0, 8.0, 7.0], [1]),
-        ([10.0, 9.0, 8.0, 9.0], [1, 2, 3, 4]),  # hopeless at its end, where there is nothing left to spare
+        ("median", [10.0, 9.0, 8.0, 7.0], [1, 2, 3, 4]),
+        ("median", [10.0, 9.25, 8.75, 7.0], [1, 2, 3]),  # the medians are 10.5, 9.5, 8.5, 7.5
+        ("median", [11.0, 9.0, 8.0, 7.0], [1]),
+        ("median", [10.0, 9.0, 8.0, 9.0], [1, 2, 3, 4]),  # hopeless at its end, where there is nothing left to spare
+        ("quartile", [9.5, 8.5, 7.75, 7.0], [1, 2, 3]),  # the quartiles are 9.5, 8.5, 7.5, 6.5
+        ("quartile", [10.0, 8.0, 7.0, 6.0], [1]),
+        ("quartile", [9.5, 8.5, 7.5, 6.5], [1, 2, 3, 4]),
     ],
 )
-def test_a_trial_ends_where_it_is_worse_than_the_median_of_those_that_finished(tmp_path, values, trained) -> None:
-    chosen = settings(f"sqlite:///{tmp_path}/study.db")
-    assert (chosen.pruner, chosen.objectives, chosen.n_trials) == ("median", ["neg_elbo"], 30)
+def test_a_trial_ends_where_it_is_worse_than_a_share_of_those_that_finished(tmp_path, pruner, values, trained) -> None:
+    chosen = settings(f"sqlite:///{tmp_path}/study.db", pruner=pruner)
+    assert settings("x").pruner == "quartile" and (chosen.objectives, chosen.n_trials) == (["neg_elbo"], 30)
     study = search.open_study(chosen, 4)
     for offset in (-2.0, -0.5, 0.5, 2.0, 0.5)[: search.STARTUP]:
         told(study, [10.0 + offset, 9.0 + offset, 8.0 + offset, 7.0 + offset])
@@ -318,7 +321,7 @@ def test_the_scores_of_a_job() -> None:
         ("data.validation_size=0", "a search chooses by validation images"),
         (
             "hydra.sweeper.pruner=hyper",
-            "hydra.sweeper.pruner=hyper cannot be: it must be one of median, hyperband, none",
+            "hydra.sweeper.pruner=hyper cannot be: it must be one of quartile, median, hyperband, none",
         ),
         ("hydra.sweeper.objectives=[a,b,c]", r"it must be a list of one or two names"),
         ("hydra.sweeper.n_trials=0", "hydra.sweeper.n_trials=0 cannot be: it must be a whole number from 1 up"),

@@ -23,7 +23,8 @@ from betavae.running.run_folder import RunFolder
 from betavae.running.settings import Count, Seed, Settings, Text, kind, one_of, plain, validated
 from betavae.sweeping.jobs import INCIDENTAL, RECORDED, SEARCH, flat_settings, scores
 
-STARTUP = 5  # trials that run to their end before the median prunes
+STARTUP = 5  # trials that run to their end before others are measured by them
+SHARES = {"quartile": 25.0, "median": 50.0}  # the percentage of the finished trials that a trial must be among
 
 
 class SearchSettings(Settings):
@@ -37,7 +38,7 @@ class SearchSettings(Settings):
     n_trials: Count
     n_jobs: Count
     sampler: one_of(lambda: ["tpe", "random"])
-    pruner: one_of(lambda: ["median", "hyperband", "none"])
+    pruner: one_of(lambda: [*SHARES, "hyperband", "none"])
     seed: Seed
     params: kind(dict[str, Any], "keys, each with what it may be, such as {beta: 'interval(0.5,4)'}")
 
@@ -69,10 +70,10 @@ def open_study(settings: SearchSettings, max_epochs: int) -> Any:
     """The study, made where there is none. Raises UserError if it cannot be opened."""
     optuna = optuna_here()
     pruner = optuna.pruners.NopPruner()
-    if settings.prunes and settings.pruner == "median":
-        pruner = optuna.pruners.MedianPruner(n_startup_trials=STARTUP)
+    if settings.prunes and settings.pruner in SHARES:
+        pruner = optuna.pruners.PercentilePruner(SHARES[settings.pruner], n_startup_trials=STARTUP)
     elif settings.prunes:
-        pruner = optuna.pruners.HyperbandPruner(min_resource=1, max_resource=max_epochs)
+        pruner = optuna.pruners.HyperbandPruner(min_resource=1, max_resource=max_epochs, reduction_factor=4)
     try:
         return optuna.create_study(
             study_name=settings.study_name,
