@@ -155,7 +155,7 @@ def test_hyperband_halves_by_the_epochs_of_a_run(tmp_path) -> None:
         told(study, [1.0] * 9)
     # Which rungs a trial meets depends on its number; it is past none of them with the worst value.
     ends = {epochs(Pruning(chosen, study.ask().number, 9), [2.0] * 9, 9)[-1] for _ in range(6)}
-    assert {1, 3} <= ends <= {1, 3, 9}
+    assert {1, 4} <= ends <= {1, 4, 9}
 
 
 @pytest.mark.parametrize("changes", [{"pruner": "none"}, {"objectives": ["recon", "kl"]}, {"objectives": ["seconds"]}])
