@@ -20,6 +20,7 @@ RUN, SWEEP, REPORT, EXPORT = (f"{kind} of betavae\n" for kind in ("a run", "a sw
 FILES = ("config.yaml", "overrides.yaml", "metrics.json", "train.log", "projector_config.pbtxt")
 FOLDERS = (
     *("checkpoints/best.ckpt", "checkpoints/last.ckpt", "evaluation.json", "evaluation.part", "fidelity.json"),
+    "disentanglement.json",
     *(f"projector/posterior_means/{name}" for name in ("metadata.tsv", "sprite.png", "tensors.tsv")),
     *("figures/*.png", "events.out.tfevents.*", "curves.csv"),
     *(kind + "[0-9a-f]" * 16 + ".pt" for kind in ("sampler_*_", "anomalies-")),
@@ -193,7 +194,7 @@ def ours(path: Path) -> bool:
     stamped = (
         path.parent.name == "figures"
         or path.suffix in (".pt", ".csv")
-        or path.name in ("evaluation.json", "fidelity.json")
+        or path.name in ("evaluation.json", "fidelity.json", "disentanglement.json")
     )
     return not stamped or made_here(path)
 

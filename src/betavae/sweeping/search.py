@@ -18,7 +18,7 @@ from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig
 
 from betavae.errors import UserError
-from betavae.files import STAMP, write_whole
+from betavae.files import STAMP, writing
 from betavae.running.run_folder import RunFolder
 from betavae.running.settings import Count, Seed, Settings, Text, kind, one_of, plain, validated
 from betavae.sweeping.jobs import INCIDENTAL, RECORDED, SEARCH, flat_settings, scores
@@ -168,7 +168,8 @@ def search(typed: list[str], config: DictConfig, launcher: Launcher, loader: Con
     seed = (settings.seed + len(trials)) % 2**32  # or a search that goes on would propose its first trials again
     sampler = optuna.samplers.TPESampler if settings.sampler == "tpe" else optuna.samplers.RandomSampler
     study.sampler = sampler(seed=seed)
-    write_whole(folder / SEARCH, json.dumps({"made_by": STAMP, "objectives": settings.objectives}).encode())
+    with writing(folder / SEARCH, "hydra.sweep.dir") as path:
+        path.write_text(json.dumps({"made_by": STAMP, "objectives": settings.objectives}))
 
     cut_off = []
     for trial in trials:
