@@ -6,6 +6,8 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -39,7 +41,7 @@ def torchrun(cwd: Path, *args: str) -> subprocess.Popen:
     )
 
 
-def two(cwd: Path, *args: str, slurm: bool = False) -> list[Child]:
+def two(cwd: Path, *args: str, slurm: bool = False, prepare_second: Callable[[], object] | None = None) -> list[Child]:
     """Two workers of torchrun, or tasks of a Slurm step, as far as the processes can tell."""
     port, started = str(free_port()), []
     shared = {"RUN_ID": "none", "USE_AGENT_STORE": "False", "RESTART_COUNT": "0"}
@@ -51,7 +53,9 @@ def two(cwd: Path, *args: str, slurm: bool = False) -> list[Child]:
         variables = {f"SLURM_{name}": value for name, value in shared.items()}
     for rank in ("0", "1"):
         own = {"SLURM_PROCID": rank, "SLURM_LOCALID": rank} if slurm else {"RANK": rank, "LOCAL_RANK": rank}
-        started.append(Child(*args, cwd=cwd, environment=variables | own | {"MASTER_PORT": port}))
+        prepare = prepare_second if rank == "1" else None
+        environment = variables | own | {"MASTER_PORT": port}
+        started.append(Child(*args, cwd=cwd, environment=environment, prepare=prepare))
     return started
 
 
@@ -125,7 +129,8 @@ def test_killed_and_gone_on_with(whole: tuple[Path, str], tmp_path: Path, data_r
 def test_a_mistake_that_only_the_first_process_sees_ends_all(tmp_path: Path, data_root: str) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes").write_text("of the user")
-    workers = two(tmp_path, *SETTINGS, f"data.root={data_root}", "hydra.run.dir=mine")
+    late = lambda: time.sleep(3)  # noqa: E731 - the second comes when the first has long seen it
+    workers = two(tmp_path, *SETTINGS, f"data.root={data_root}", "hydra.run.dir=mine", prepare_second=late)
     assert [worker.wait() for worker in workers] == [1, 1], "nobody is left waiting"
     assert workers[0].text.startswith("error: hydra.run.dir: mine is not empty and not a run of betavae")
     assert workers[1].text.startswith("[rank 1] error: ")

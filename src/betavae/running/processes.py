@@ -1,9 +1,11 @@
 """Several processes of one run: which of them speaks and writes, and how the others hear what it decided."""
 
+import contextlib
 import functools
 import json
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 from betavae.errors import UserError
@@ -42,35 +44,44 @@ def from_rank_zero(decide: Callable[[], Any]) -> Any:
     """What `decide` gives, as JSON has it, or its UserError; where several processes ask, it is asked in rank zero."""
     if not side_by_side():
         return decide()
-    line, number = _line(), next(_numbers)
+    line, key = _line(), f"betavae/{next(_numbers)}"
     if rank():
-        answer, error = json.loads(line.get(f"betavae/{number}"))
+        answer, error = json.loads(line.get(key))
         if error:
+            line.set(f"{key}/heard by {rank()}", "")
             raise UserError(error)
         return answer
     try:
         answer = decide()
     except UserError as error:
-        line.set(f"betavae/{number}", json.dumps((None, str(error))))
+        line.set(key, json.dumps((None, str(error))))
+        # The store may be this process' own, and end with it while the others have yet to reach it.
+        others = [f"{key}/heard by {other}" for other in range(1, max(2, _environment().world_size()))]
+        with contextlib.suppress(RuntimeError):  # one that never comes
+            line.wait(others, timedelta(minutes=1))
         raise
-    line.set(f"betavae/{number}", json.dumps((answer, None)))
+    line.set(key, json.dumps((answer, None)))
     return answer
 
 
 _numbers = iter(range(10**9))
 
 
+def _environment() -> Any:
+    from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
+
+    if TorchElasticEnvironment.detect():
+        return TorchElasticEnvironment()
+    return SLURMEnvironment(auto_requeue=False) if started_by_srun() else LightningEnvironment()
+
+
 @functools.cache
 def _line() -> Any:
     """torch's store of keys and values that all processes reach: torchrun's, or one beside the run's own port."""
-    from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
     from torch.distributed import PrefixStore, TCPStore
 
-    torchrun = TorchElasticEnvironment.detect()
-    environment: Any = TorchElasticEnvironment() if torchrun else LightningEnvironment()
-    if not torchrun and started_by_srun():
-        environment = SLURMEnvironment(auto_requeue=False)
+    environment = _environment()
     host, port = environment.main_address, environment.main_port
-    if torchrun and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], TCPStore(host, port, is_master=False))
     return TCPStore(host, port + 1, is_master=rank() == 0, wait_for_workers=False)
