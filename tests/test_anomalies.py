@@ -15,7 +15,7 @@ from betavae.errors import UserError
 from betavae.likelihoods import LIKELIHOODS
 from betavae.objectives import elbo
 from betavae.running import checkpoint
-from betavae.uses import anomaly_report
+from betavae.uses import anomalies, anomaly_report
 from betavae.uses import anomaly_scores as scoring
 from betavae.uses.anomalies import QUICK, SLOW, Detector, false_alarm_rate, p_values
 from betavae.vae import VAE
@@ -152,6 +152,10 @@ def test_p_values_of_exchangeable_scores_are_uniform():
 def test_false_alarms_are_as_many_as_foretold(alarm, n, fresh):
     foretold = false_alarm_rate(alarm, n, fresh)
     assert foretold.mean <= alarm
+    rank = math.floor(round(alarm * (n + 1), 6))
+    exact = stats.beta(rank, n + 1 - rank) if fresh is None else stats.betabinom(fresh, rank, n + 1 - rank)
+    bounds = [exact.ppf(share) / (fresh or 1) for share in (0.025, 0.975)]
+    assert [foretold.low, foretold.high] == pytest.approx(bounds)
     generator = torch.Generator().manual_seed(0)
     rates = []
     for _ in range(1000):
@@ -239,6 +243,15 @@ def test_a_detector_is_tensors_and_numbers_that_come_back_the_same(blob_detector
         torch.testing.assert_close(here[name], there[name])
     assert torch.equal(blob_detector.p_values(x), again.p_values(x))
     torch.testing.assert_close(blob_detector.heat_map(x), again.heat_map(x))
+
+
+def test_of_many_training_images_evenly_spaced_ones_are_fitted_to(blob_detector, monkeypatch):
+    x = blobs(1000, 4)
+    monkeypatch.setattr(anomalies, "FIT_IMAGES", 400)
+    found = Detector.fit(blob_detector.vae, x, blobs(100, 5)).state
+    every_third = scoring.statistics(blob_detector.vae, x[::3].float() / 255)
+    torch.testing.assert_close(found["kernels"], every_third)
+    torch.testing.assert_close(found["centre"], every_third.mean(0))
 
 
 def test_a_statistic_far_below_is_as_strange_as_one_far_above(blob_detector, monkeypatch):

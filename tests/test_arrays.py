@@ -32,6 +32,8 @@ def together(path, **settings):
         (COLOUR, NCHW),
         (COLOUR[..., :1], NCHW[:, :1]),
         (np.ascontiguousarray(COLOUR.transpose(0, 3, 1, 2)), NCHW),
+        (NCHW[:, :1].numpy(), NCHW[:, :1]),  # (N, 1, 5, 7)
+        (COLOUR[:, :1], torch.from_numpy(COLOUR[:, :1])),  # (N, 1, 7, 3) too is taken as (N, C, H, W)
         (COLOUR[:, :3], NCHW[:, :, :3]),  # (N, 3, 7, 3) is taken as (N, C, H, W)
     ],
 )

@@ -112,6 +112,14 @@ def test_training_batches_cover_every_image_once_in_an_order_of_seed_and_epoch(d
     assert torch.equal(test, data.sets["test"].labels)  # not shuffled
 
 
+def test_each_epoch_has_an_order_of_its_own_unless_asked_otherwise():
+    def orders(**settings):
+        return [torch.cat([y for _, y in Batches(numbered(100), 16, lambda e=e: e, 5, **settings)]) for e in (0, 1)]
+
+    assert not torch.equal(*orders()) and torch.equal(*orders(reshuffle=False))
+    assert torch.equal(orders()[0], orders(reshuffle=False)[0])
+
+
 def test_a_position_within_an_epoch_is_gone_back_to():
     make = lambda: Batches(numbered(100), 16, lambda: 2, seed=5)  # noqa: E731
     first = make()

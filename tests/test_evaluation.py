@@ -158,6 +158,10 @@ def test_the_aggregate_posterior_against_its_exact_kl():
     variance = torch.tensor([1.2**2 + 0.2, 0.3**2 + 0.5])
     wanted = 0.5 * (variance - 1 - variance.log()).sum() + 0.5 * 0.5**2
     assert result["moments_kl"] == pytest.approx(wanted.item(), abs=0.06)
+    covariance = mean.T.cov(correction=0) + torch.diag(logvar.exp()[0])
+    normal = D.MultivariateNormal(mean.mean(0), covariance)
+    standard = D.MultivariateNormal(torch.zeros(d).double(), torch.eye(d).double())
+    assert result["moments_kl"] == pytest.approx(D.kl_divergence(normal, standard).item())
     assert result["marginal_kl"] == pytest.approx(wanted.item(), abs=0.06)
     information = 0.5 * (1 + torch.tensor([1.2**2 / 0.2, 0.3**2 / 0.5])).log().sum()
     assert result["mutual_information"] == pytest.approx(information.item(), abs=0.06)

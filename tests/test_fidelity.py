@@ -122,6 +122,7 @@ def test_the_classifier_learns_is_kept_and_is_made_anew_for_other_data(tmp_path,
     train, test, path = bars(2000), bars(300), tmp_path / "new" / "bars.pt"
     model, accuracy = features.trained(path, {"name": "bars"}, train, test)
     assert accuracy > 0.97 and "once" in capsys.readouterr().out
+    assert not model.training and not any(weights.requires_grad for weights in model.parameters())
     x = test.pixels.float() / 255
     found = model.features(x)
     assert found.shape == (300, features.WIDTH)

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from betavae.data import folder
+from betavae.data.listing import picture_files
 from betavae.errors import UserError
 
 module = importlib.import_module("betavae.data.folder")  # whose name in the package is the function's
@@ -67,6 +68,16 @@ def test_few_classes(root, load, names, classes):
     images = [load(split, test_size=1) for split in ("train", "test")]
     assert [i.classes for i in images] == [classes] * 2
     assert sorted(int(i.labels) for i in images) == ([0, 1] if classes == [".", "cat"] else [0, 0])
+
+
+def test_each_picture_is_listed_once_by_its_own_name_or_its_first(tmp_path):
+    (tmp_path / "a").mkdir(), (tmp_path / "other").mkdir()
+    for path in ("a/own.png", "other/far.png"):
+        (tmp_path / path).write_bytes(b"1")
+    for name, to in (("alias.png", "own.png"), ("p10.png", "../other/far.png"), ("p9.png", "../other/far.png")):
+        (tmp_path / "a" / name).symlink_to(to)
+    (tmp_path / "a" / "loop").symlink_to("."), (tmp_path / "a" / "more").symlink_to("../other")
+    assert [name for name, *_ in picture_files(tmp_path / "a")] == ["own.png", "p9.png"]
 
 
 def test_the_splits_of_a_folder_are_kept(root, load):

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import distributions as D
 
-from betavae.likelihoods import Bernoulli, ContinuousBernoulli, Gaussian
+from betavae.likelihoods import LIKELIHOODS, Bernoulli, ContinuousBernoulli, Gaussian
 
 SHAPE = (3, 4, 1, 5, 5)  # 3 posterior samples of 4 images
 
@@ -27,6 +27,19 @@ def test_log_prob_and_gradient_equal_torch_distributions(likelihood):
     mine, other = (torch.autograd.grad(value.sum(), params)[0] for value in (ours, theirs))
     torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(likelihood.mean(params), reference(likelihood, params).mean, rtol=1e-4, atol=1e-4)
+
+
+def test_the_continuous_bernoulli_near_zero_by_its_formula():
+    params = torch.tensor([-0.0499, -0.03, 0.02, 0.049], dtype=torch.float64).view(4, 1, 1, 1)
+    x = torch.rand(4, 1, 1, 1, dtype=torch.float64)
+    constant = (params / torch.tanh(params / 2)).log()
+    expected = constant + x * params - torch.nn.functional.softplus(params)
+    torch.testing.assert_close(ContinuousBernoulli().log_prob(x, params), expected.flatten(), rtol=0, atol=1e-10)
+
+
+def test_which_of_them_is_no_log_likelihood_of_grey_pixels():
+    found = {name for name, likelihood in LIKELIHOODS.items() if likelihood().surrogate("none")}
+    assert found == {"bernoulli"} and not Bernoulli().surrogate("dynamic")
 
 
 def test_bernoulli_gradient_is_exact_and_twice_differentiable():

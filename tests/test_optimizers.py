@@ -43,6 +43,23 @@ def test_vectors_get_adam_and_matrices_steps_of_spectral_norm_lr():
     assert not torch.equal(start, layer.weight)
 
 
+@pytest.mark.parametrize("shape", [(20, 50), (50, 20), (6, 2, 3, 3)])
+def test_muon_by_its_equations(shape):
+    """Keller Jordan's: Nesterov's momentum, orthogonalised, times (rows / columns)^0.5 where there are more rows."""
+    parameter = nn.Parameter(torch.randn(shape))
+    expected, momentum = parameter.detach().clone(), torch.zeros(shape)
+    optimizer = MuonAdam([parameter], **SETTINGS | {"weight_decay": 0.5})
+    for _ in range(3):
+        gradient = torch.randn(shape)
+        parameter.grad = gradient.clone()
+        optimizer.step()
+        momentum = 0.9 * momentum + 0.1 * gradient
+        direction = orthogonalize((0.1 * gradient + 0.9 * momentum).flatten(1)).view(shape)
+        scale = (50 / 20) ** 0.5 if shape == (50, 20) else 1
+        expected = (1 - 0.1 * 0.5) * expected - 0.1 * scale * direction
+        torch.testing.assert_close(parameter.detach(), expected, rtol=0.02, atol=2e-3)  # bfloat16 in orthogonalize
+
+
 def test_its_state_survives_a_checkpoint(tmp_path):
     def net_and_optimizer():
         torch.manual_seed(1)

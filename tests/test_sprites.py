@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from betavae.data.images import Subset
 from betavae.data.sprites import FACTORS, SHAPES, Sprites, factors, rows_of, sprites
 from betavae.errors import UserError
 
@@ -104,6 +105,12 @@ def test_how_many_sprites_are_different():
     # 9.75 orientations are a quarter turn. So in dSprites too, a square comes again only nearly.
     largest_square = pictures[0, 5]
     assert len(torch.unique(largest_square, dim=0)) == 38
+
+
+def test_a_split_goes_to_a_device_as_its_rows_or_as_what_draws_them():
+    drawn, kept = Subset(Sprites(32), torch.arange(3)), Subset(torch.zeros(9, 1, 2, 2), torch.arange(3))
+    assert isinstance(drawn.to("meta").pixels, Sprites) and drawn.to("meta").index.device.type == "meta"
+    assert kept.to("meta").shape == (3, 1, 2, 2) and kept.to("cpu") is kept
 
 
 def test_splits():
