@@ -55,6 +55,7 @@ def refused(place: Path, script: str, *args: str) -> str:
         ("modle=mlp", "modle.*model"),
         ("trainer=smok", "trainer=smok .*smoke"),
         ("experiment=tutorail", "experiment=tutorail .*tutorial"),
+        ("beta=1,2", "beta=1,2 has a comma: with -m, a sweep"),
         ("optimizer=adamm", "optimizer=adamm .*adam, "),
         ("optimizer.name=Adan", "optimizer.name=Adan .*did you mean Adam?"),
         ("+optimizer.nesterov=true", "optimizer.*nesterov"),

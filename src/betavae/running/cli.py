@@ -262,6 +262,9 @@ def explain(error: Exception, composing: bool, keys: list[str]) -> str | None:
     text = "\n".join(messages)
     if match := re.search(r"Could not override '([^']+)'", text):
         return f"{match[1]} is not a setting{nearest(match[1], keys, '; `--help` and `--cfg job` show all settings')}"
+    if match := re.search(r"Ambiguous value for argument '([^']+)'", text):
+        key, value = match[1].split("=", 1)
+        return f"{match[1]} has a comma: with -m, a sweep; as one value, quote it twice: \"{key}='{value}'\""
     if match := re.search(r"(?:In '[^']+': )?Could not find '([^'/]+)/([^']+)'", text):
         options = sorted(path.stem for path in (CONFIGS / match[1]).glob("*.yaml"))
         return f"{match[1]}={match[2]} is not one of its options: {', '.join(options)}"
