@@ -25,6 +25,7 @@ from betavae.vae import VAE
 
 LATENT_BITS = 14  # 2^14 bins of equal prior mass for each latent dimension
 GRID = 2.0**-12
+DECODED = 32  # images at a time
 
 
 class Codec:
@@ -69,9 +70,8 @@ class Codec:
 
         return dimension
 
-    def pixels(self, bins: Floats) -> Callable[[int], Cumulative]:
-        """`bins` `(latent_dim, n)` -> for each pixel the distribution over its symbols, a mixture of logistics."""
-        z = torch.from_numpy(self.medians[bins.astype(np.int64)].T.copy())
+    def mixtures(self, z: Tensor) -> Tensor:
+        """Latents `(n, latent_dim)` -> weights, slopes and offsets of logistics, `(3, pixels, components, 1, n)`."""
         (params,) = self._outputs(self.vae.decode_params(z))
         if isinstance(self.vae.likelihood, LogisticMixture):
             logits, means, log_scales = split(params, self.vae.likelihood.components)
@@ -80,14 +80,19 @@ class Codec:
         else:  # P(0) = sigmoid(-logit)
             offsets = params.unsqueeze(1)
             weights, slopes = torch.ones_like(offsets), torch.zeros_like(offsets)
-        # (n, components, C, H, W) -> (pixels, components, 1, n), so that a pixel's lanes lie side by side
-        mixtures = [
-            np.ascontiguousarray(value.flatten(2).permute(2, 1, 0).unsqueeze(2).numpy())
-            for value in (weights, slopes, offsets)
-        ]
+        return torch.stack((weights, slopes, offsets)).flatten(3).permute(0, 3, 2, 1).unsqueeze(3)
+
+    def pixels(self, bins: Floats) -> Callable[[int], Cumulative]:
+        """`bins` `(latent_dim, n)` -> for each pixel the distribution over its symbols, a mixture of logistics."""
+        z = torch.from_numpy(self.medians[bins.astype(np.int64)].T.copy())
+        components = getattr(self.vae.likelihood, "components", 1)
+        # A pixel's lanes lie side by side. The decoder takes some at a time, for its memory.
+        mixtures = np.empty((3, int(np.prod(self.vae.image_shape)), components, 1, len(z)))
+        for first in range(0, len(z), DECODED):
+            mixtures[..., first : first + DECODED] = self.mixtures(z[first : first + DECODED]).numpy()
 
         def pixel(i: int) -> Cumulative:
-            weight, slope, offset = (value[i] for value in mixtures)
+            weight, slope, offset = mixtures[:, i]
 
             def below(symbols: Floats) -> Floats:
                 parts = np.exp(offset - slope * symbols)

@@ -68,7 +68,7 @@ def picture_size(image: np.ndarray, binary: bool, options: dict) -> int:
 def neg_elbo_bits(vae: VAE, images: Tensor, draws: int = 4) -> float:
     """The model's neg. ELBO of uint8 images `(N, C, H, W)` in bits per pixel and channel."""
     generator, total = torch.Generator().manual_seed(0), 0.0
-    for part in images.split(100):
+    for part in images.split(25):
         x = part.float() / 255
         terms = elbo(vae, x, torch.randn(draws, len(x), vae.latent_dim, generator=generator), 1.0)
         total += (terms.recon + terms.kl.sum(1)).double().sum().item()
