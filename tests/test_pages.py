@@ -128,10 +128,11 @@ def test_what_is_strange(place, pictures):
 
 def test_compressed_and_back(place, pictures, tmp_path):
     printed = told("compression.md", place, "trainer.limit_train_batches=3")
-    train, compress, decompress = printed.values()
+    train, compress, decompress, train_binary, compress_binary = printed.values()
     assert "bits per dimension" in train
     assert "decoded and compared" in compress and "PNG" in compress and (place / "images.png").exists()
     assert "1,302 images, as they were" in decompress
+    assert "nats per image" in train_binary and "binarised: above 127 is 1" in compress_binary
     from betavae.data.pictures import read_pictures
 
     found = read_pictures(place / "PICTURES", (1, 28, 28))
@@ -141,15 +142,16 @@ def test_compressed_and_back(place, pictures, tmp_path):
         "file=images.bvae", "out=x", f"ckpt={first_run(place)}", cwd=place, script="scripts/decompress.py", code=1
     )
     assert "compressed by another model" in wrong and not (place / "x").exists()
+    (model,) = re.findall("ckpt=(.*)", compress)
     (place / "decompressed" / "a.png").write_bytes(b"a photograph")
-    refused = run("out=decompressed", cwd=place, script="scripts/decompress.py", code=1)
+    refused = run("out=decompressed", f"ckpt={model}", cwd=place, script="scripts/decompress.py", code=1)
     assert "a.png is there already and was not made by betavae" in refused and "decompressing" not in refused
-    what_a_compressed_file_would_replace_stays_until_it_is_verified(place, tmp_path)
+    what_a_compressed_file_would_replace_stays_until_it_is_verified(place, model, tmp_path)
 
 
-def what_a_compressed_file_would_replace_stays_until_it_is_verified(place, tmp_path):
+def what_a_compressed_file_would_replace_stays_until_it_is_verified(place, model, tmp_path):
     def compress(*args, **how):
-        words = ("images=PICTURES/a.png", "report=false")
+        words = ("images=PICTURES/a.png", "report=false", f"ckpt={model}")
         return run(*words, *args, cwd=place, script="scripts/compress.py", **how)
 
     def break_decompress():
