@@ -18,7 +18,7 @@ class Settings(DataSettings):
     out: Text = Field("images.bvae", title="the file")
     verify: Flag = Field(True, title="decode what was written, and compare, before success is claimed")
     report: Flag = Field(True, title="what other compressors make of the same images, and a picture of it")
-    lanes: Count = Field(512, title="images side by side; more are faster, and take more memory")
+    lanes: Count = Field(256, title="images side by side; more are faster, and take more memory")
 
 
 @script(Settings)
@@ -28,46 +28,57 @@ def main(settings: Settings) -> None:
         from tqdm import tqdm
 
         from betavae import pictures
-        from betavae.data.listing import png_names
+        from betavae.data.listing import numbers, png_names
         from betavae.errors import UserError
+        from betavae.files import check_writable, writing
         from betavae.running import checkpoint
         from betavae.running.inputs import named_images
         from betavae.uses.compressed_file import read_file, write_file
         from betavae.uses.compression import compress, decompress
-        from betavae.uses.compression_report import neg_elbo_bits, others
+        from betavae.uses.compression_report import PICTURES, neg_elbo_bits, others
 
+    out = Path(settings.out).expanduser()
+    picture = out.with_suffix(".png")
+    if settings.report and out == picture:
+        raise UserError(f"out: a picture of the table would be {picture} too; name FILE.bvae")
+    for path in (out, picture)[: 1 + settings.report]:
+        check_writable(path)
     run = checkpoint.load(settings.ckpt, settings.runs)
     found = named_images(run, settings.images, settings.data_root)
-    out, n = Path(settings.out).expanduser(), len(found.pixels)
+    n, size = len(found.pixels), found.pixels.numel()
     png_names(found.names, "the folder that they will come back to")
+    names = None if found.names == numbers(n) else found.names
     with tqdm(total=n, desc="compressing", unit=" images", disable=None) as bar:
-        compressed = compress(run.vae, found.pixels, settings.lanes, found.names, bar.update)
-    write_file(out, compressed)
-    if settings.verify:
-        with tqdm(total=n, desc="verifying", unit=" images", disable=None) as bar:
-            again = decompress(run.vae, read_file(out), bar.update)
-        if not torch.equal(again, found.pixels):
-            raise UserError(f"{out} does not give the images back; do not use it")
+        compressed = compress(run.vae, found.pixels, settings.lanes, names, bar.update)
+    # What lies at `out` stays there until what replaces it is known to give its images back.
+    with writing(out) as path:
+        write_file(path, compressed)
+        if settings.verify:
+            with tqdm(total=n, desc="verifying", unit=" images", disable=None) as bar:
+                again = decompress(run.vae, read_file(path), bar.update)
+            if not torch.equal(again, found.pixels):
+                raise UserError(f"{out} would not give the images back, so it was not written")
     for note in found.notes:
         print(note)
-    size = found.pixels.numel()
     rows: dict[str, tuple[float | None, float]] = {
         "this file": (None, 8 * out.stat().st_size / size),
         "without its initial bits": (None, (8 * out.stat().st_size - compressed.initial_bits) / size),
         "neg. ELBO": (None, neg_elbo_bits(run.vae, found.pixels)),
     }
+    remark = f"PNG and WebP, each alone: by the first {PICTURES:,} images" if settings.report and n > PICTURES else ""
     if settings.report:
         rows |= others(found.pixels)
-        figure = pictures.bits_figure(rows)
-        pictures.save_figure(figure, out.with_suffix(".png"))
+        pictures.save_figure(pictures.bits_figure(rows, remark), picture)
     print(f"{'bits per pixel and channel':28}{'each alone':>12}{'all in one':>12}")
     for name, (alone, together) in rows.items():
         print(f"{name:28}{'' if alone is None else format(alone, '.4f'):>12}{together:12.4f}")
+    if remark:
+        print(remark)
     print(f"{n:,} images in {out}, {out.stat().st_size:,} bytes{', decoded and compared' if settings.verify else ''}")
     if found.notes:
         print("what comes back, bit for bit, is these images as the lines above have changed them, not their files")
     if settings.report:
-        print(f"a picture of this table in {out.with_suffix('.png')}")
+        print(f"a picture of this table in {picture}")
     print(f"next  python scripts/decompress.py file={out} out=FOLDER ckpt={run.path}")
 
 

@@ -21,14 +21,15 @@ def main(settings: Settings) -> None:
         from tqdm import tqdm
 
         from betavae.running import checkpoint
-        from betavae.uses.compressed_file import read_file, write_images
+        from betavae.uses.compressed_file import image_files, read_file, write_images
         from betavae.uses.compression import decompress
 
     run = checkpoint.load(settings.ckpt, settings.runs)
-    compressed = read_file(Path(settings.file))
+    compressed, out = read_file(Path(settings.file).expanduser()), Path(settings.out).expanduser()
+    image_files(compressed.names, compressed.count, out)
     with tqdm(total=compressed.count, desc="decompressing", unit=" images", disable=None) as bar:
         images = decompress(run.vae, compressed, bar.update)
-    write_images(images, compressed.names, Path(settings.out).expanduser())
+    write_images(images, compressed.names, out)
     print(f"{len(images):,} images, as they were, in {settings.out}")
 
 

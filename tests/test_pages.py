@@ -126,12 +126,13 @@ def test_what_is_strange(place, pictures):
     assert "fitting" not in again and "alarm=0.001 needs at least 999 validation images" in again
 
 
-def test_compressed_and_back(place, pictures):
+def test_compressed_and_back(place, pictures, tmp_path):
     printed = told("compression.md", place, "trainer.limit_train_batches=3")
-    train, compress, decompress = printed.values()
+    train, compress, decompress, train_binary, compress_binary = printed.values()
     assert "bits per dimension" in train
     assert "decoded and compared" in compress and "PNG" in compress and (place / "images.png").exists()
     assert "1,302 images, as they were" in decompress
+    assert "nats per image" in train_binary and "binarised: above 127 is 1" in compress_binary
     from betavae.data.pictures import read_pictures
 
     found = read_pictures(place / "PICTURES", (1, 28, 28))
@@ -141,6 +142,42 @@ def test_compressed_and_back(place, pictures):
         "file=images.bvae", "out=x", f"ckpt={first_run(place)}", cwd=place, script="scripts/decompress.py", code=1
     )
     assert "compressed by another model" in wrong and not (place / "x").exists()
+    (model,) = re.findall("ckpt=(.*)", compress)
+    (place / "decompressed" / "a.png").write_bytes(b"a photograph")
+    refused = run("out=decompressed", f"ckpt={model}", cwd=place, script="scripts/decompress.py", code=1)
+    assert "a.png is there already and was not made by betavae" in refused and "decompressing" not in refused
+    what_a_compressed_file_would_replace_stays_until_it_is_verified(place, model, tmp_path)
+
+
+def what_a_compressed_file_would_replace_stays_until_it_is_verified(place, model, tmp_path):
+    def compress(*args, **how):
+        words = ("images=PICTURES/a.png", "report=false", f"ckpt={model}")
+        return run(*words, *args, cwd=place, script="scripts/compress.py", **how)
+
+    def break_decompress():
+        import betavae.uses.compression as compression
+
+        decompress = compression.decompress
+        compression.decompress = lambda *args: 255 - decompress(*args)
+
+    ours, foreign = tmp_path / "ours.bvae", tmp_path / "foreign.bvae"
+    compress(f"out={ours}")
+    before = ours.read_bytes()
+    wrong = compress("images=PICTURES/b.png", f"out={ours}", prepare=break_decompress, code=1)
+    assert "would not give the images back" in wrong
+    assert ours.read_bytes() == before and list(tmp_path.iterdir()) == [ours]
+    compress("images=PICTURES/b.png", f"out={ours}")
+    assert ours.read_bytes() != before
+    foreign.write_bytes(b"a thesis")
+    ours.with_suffix(".png").write_bytes(b"a photograph")
+    for out, message in (
+        ("foreign.bvae", "foreign.bvae is there already and was not made by betavae"),
+        ("ours.bvae", "ours.png is there already and was not made by betavae"),
+        ("foreign.bvae/images.bvae", "cannot write"),
+        ("new.png", "name FILE.bvae"),
+    ):  # before anything else: there is no such model
+        assert message in compress(f"out={tmp_path / out}", "ckpt=nothing", "report=true", code=1)
+    assert foreign.read_bytes() == b"a thesis" and ours.with_suffix(".png").read_bytes() == b"a photograph"
 
 
 def first_run(place):

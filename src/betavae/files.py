@@ -12,6 +12,7 @@ from pathlib import Path
 from betavae.errors import UserError
 
 STAMP = "betavae"  # in every file that a script writes where its user says
+MAGIC = b"betavae images\r\n\x1a\n"  # starts compressed images; its line ends show a file transferred as text
 PART = ".part"  # the end of the name of a file that is being written
 PART_START = "betavae-part-"  # its start, where its end must be that of the whole file
 
@@ -52,8 +53,7 @@ def writing(out: str | Path, key: str = "out") -> Iterator[Path]:
     Raises UserError where something lies there that this project did not make, and for a failure in the block.
     """
     path = Path(out).expanduser()
-    if os.path.lexists(path) and not made_here(path):
-        raise UserError(f"{key}: {path} is there already and was not made by betavae; delete it or name another")
+    check_ours(path, key)
     part = path.with_name(f"{PART_START}{secrets.token_hex(4)}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,14 +66,34 @@ def writing(out: str | Path, key: str = "out") -> Iterator[Path]:
             part.unlink(missing_ok=True)
 
 
+def check_ours(path: Path, key: str) -> None:
+    """Raises UserError where something lies that this project did not make."""
+    if os.path.lexists(path) and not made_here(path):
+        raise UserError(f"{key}: {path} is there already and was not made by betavae; delete it or name another")
+
+
+def check_writable(out: str | Path, key: str = "out") -> None:
+    """Raises UserError where `writing` would, before hours of work. Makes no folder."""
+    path = Path(out).expanduser()
+    check_ours(path, key)
+    folder = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{key}: cannot write {path} ({error})") from error
+
+
 def made_here(path: Path) -> bool:
     """Whether a file bears our stamp: a PNG's text, a zip file's comment (tensors), a JSON file's key
-    `made_by`, a Parquet file's metadata, a table's last column."""
+    `made_by`, a Parquet file's metadata, a table's last column, the start of compressed images."""
     try:
         with open(path, "rb") as file:
             start = file.read(2**16)
         if start.startswith(b"\x89PNG"):
             return b"Software\0" + STAMP.encode() in start
+        if start.startswith(MAGIC):
+            return True
         if start.startswith(b"PK"):
             with zipfile.ZipFile(path) as archive:
                 return archive.comment == STAMP.encode()

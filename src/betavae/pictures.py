@@ -116,8 +116,8 @@ def bounds_figure(ks: Sequence[int], bounds: Sequence[dict[str, float]], kl: Seq
     return figure
 
 
-def bits_figure(rows: dict[str, tuple[float | None, float]]) -> Any:
-    """Bits per pixel by name, of each image alone where that is known, and of all in one."""
+def bits_figure(rows: dict[str, tuple[float | None, float]], note: str) -> Any:
+    """Bits per pixel by name, of each image alone where that is known, and of all in one; `note` above."""
     figure = new_figure(6, 0.35 * len(rows) + 0.8)
     axes = figure.add_subplot()
     names = list(rows)[::-1]
@@ -125,6 +125,7 @@ def bits_figure(rows: dict[str, tuple[float | None, float]]) -> Any:
     alone = [rows[name][0] or 0.0 for name in names]
     axes.barh(names, alone, height=-0.4, align="edge", label="each image alone")
     axes.set_xlabel("bits per pixel and channel")
+    axes.set_title(note, fontsize=8)
     axes.legend(fontsize=8)
     return figure
 

@@ -28,6 +28,11 @@ def png_names(names: Sequence[str], out: str | Path) -> list[str]:
     return list(files)
 
 
+def numbers(n: int) -> list[str]:
+    """Names of `n` images that have none."""
+    return [f"{i:0{len(str(n - 1))}d}" for i in range(n)]
+
+
 def natural(name: str) -> tuple[list[str | int], str]:
     """The key that sorts picture 9 before picture 10, for people."""
     parts = enumerate(re.split(r"(\d+)", name))

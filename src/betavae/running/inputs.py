@@ -6,6 +6,7 @@ import torch
 
 from betavae.data import SOURCES
 from betavae.data.images import Images
+from betavae.data.listing import numbers
 from betavae.data.pictures import Pictures, read_pictures
 from betavae.errors import UserError
 from betavae.running.checkpoint import Run
@@ -45,7 +46,3 @@ def of_set(images: Images, run: Run) -> Pictures:
             "of pictures, which are resized"
         )
     return Pictures(images.tensor(), numbers(len(images)), images.labels.tolist(), [])
-
-
-def numbers(n: int) -> list[str]:
-    return [f"{i:0{len(str(n - 1))}d}" for i in range(n)]

@@ -1,30 +1,34 @@
 """Files of compressed images: what `compress` gave, whole and unharmed or not at all.
 
-    magic (18 bytes) | format, length of the header (uint32 each) | header (JSON, zlib) | payload | SHA-256 of all this
+    magic (18 bytes) | format, length of the header (uint32 each) | header (JSON, LZMA) | payload | SHA-256 of all this
 
 The payload is the coder's stack: words of 32 bits, then its heads of 64, least significant byte first.
 """
 
 import hashlib
 import json
+import lzma
 import math
+import os
+import re
 import struct
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from betavae.data.listing import png_names
+from betavae.data.listing import numbers, png_names
 from betavae.errors import UserError
-from betavae.files import STAMP, write_whole, writing
+from betavae.files import MAGIC, STAMP, check_ours, check_writable, write_whole, writing
 
-MAGIC = b"betavae images\r\n\x1a\n"  # its line ends show a file that was transferred as text
-FORMAT = 1
+FORMAT = 2
 START = len(MAGIC) + 8
+LARGEST_HEADER = 2**28  # bytes, unpacked: names of millions of images
+MOST_LANES = 4096
 
 
 @dataclass(frozen=True)
@@ -32,15 +36,21 @@ class Compressed:
     """Compressed images, and what `decompress` checks."""
 
     payload: bytes
-    count: int
     image_shape: list[int]  # [C, H, W]
-    lanes: int
-    heads: int
+    batches: list[int]  # how many images were coded side by side, in their order
     initial_bits: int  # of the payload: borrowed bits, which came back as they went in
     model: str  # SHA-256 of weights and settings
     probabilities: str  # SHA-256 of some probabilities, as whole numbers
     images: str  # SHA-256 of the bytes
-    names: list[str] | None = None
+    names: list[str] | None = None  # None: their numbers
+
+    @property
+    def count(self) -> int:
+        return sum(self.batches)
+
+    @property
+    def heads(self) -> int:
+        return max(self.batches)
 
     def bits_per_dimension(self) -> float:
         """Of the payload, per pixel and channel, initial bits included."""
@@ -51,13 +61,11 @@ def write_file(path: Path, compressed: Compressed) -> None:
     """Written beside and renamed. Raises UserError rather than replace a file that is not one of these."""
     fields = dict(vars(compressed))
     payload = fields.pop("payload")
-    header = zlib.compress(json.dumps(fields).encode(), 9)
+    # LZMA, since zlib makes 21,000 bytes of the numbers from 0000 to 9999, and this 2,000
+    header = lzma.compress(json.dumps(fields).encode(), lzma.FORMAT_ALONE)
     content = MAGIC + struct.pack("<II", FORMAT, len(header)) + header + payload
     try:
-        if path.exists():
-            with path.open("rb") as file:
-                if file.read(len(MAGIC)) != MAGIC:
-                    raise UserError(f"{path} is there already and holds no compressed images: name another file")
+        check_ours(path, "out")
         write_whole(path, content + hashlib.sha256(content).digest())
     except OSError as error:
         raise UserError(f"cannot write {path} ({error.strerror}): name one in a folder that can be written") from error
@@ -77,25 +85,73 @@ def read_file(path: Path) -> Compressed:
     version, size = struct.unpack_from("<II", body, len(MAGIC))
     if version != FORMAT:
         raise UserError(f"{path} has format {version}, and this version reads {FORMAT}: use the one that wrote it")
-    header = json.loads(zlib.decompress(body[START : START + size]))
-    return Compressed(payload=body[START + size :], **header)
+    try:
+        unpacked = lzma.LZMADecompressor(lzma.FORMAT_ALONE, memlimit=2**28)
+        fields = json.loads(unpacked.decompress(body[START : START + size], LARGEST_HEADER))
+        compressed = Compressed(payload=body[START + size :], **fields)
+        possible = is_possible(compressed)
+    except (lzma.LZMAError, ValueError, TypeError, RecursionError, MemoryError):
+        possible = False
+    if not possible:
+        raise UserError(f"{path} has a header that this project does not write: take another copy of it")
+    return compressed
+
+
+def whole(values: Any, least: int, most: int) -> bool:
+    return isinstance(values, list) and all(type(value) is int and least <= value <= most for value in values)
+
+
+def is_possible(compressed: Compressed) -> bool:
+    """Whether everything in it is of its kind, and there are bytes for as many heads as it speaks of."""
+    it = compressed
+    sums = (it.model, it.probabilities, it.images)
+    return (
+        whole(it.image_shape, 1, 2**16)
+        and len(it.image_shape) == 3
+        and whole(it.batches, 1, MOST_LANES)
+        and len(it.batches) > 0
+        and whole([it.initial_bits], 0, 8 * len(it.payload))
+        and len(it.payload) >= 8 * it.heads
+        and len(it.payload) % 4 == 0
+        and all(isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) for value in sums)
+        and (
+            it.names is None
+            or (
+                isinstance(it.names, list)
+                and all(isinstance(name, str) for name in it.names)
+                and len(it.names) == it.count
+            )
+        )
+    )
+
+
+def image_files(names: list[str] | None, count: int, out: Path) -> list[Path]:
+    """Where `write_images` writes: FILE.npy, or PNGs in a folder, each by its name.
+
+    Raises UserError for names that lead out of the folder, where something lies that is not of this project, and in a
+    folder that cannot be written.
+    """
+    if out.suffix == ".npy":
+        if os.path.lexists(out):
+            raise UserError(f"out: {out} is there already; delete it or name another")
+        files = [out]
+    else:
+        files = [out / name for name in png_names(names or numbers(count), out)]
+    for file in files:
+        check_writable(file)
+    return files
 
 
 def write_images(images: Tensor, names: list[str] | None, out: Path) -> None:
-    """`images` `(N, C, H, W)` uint8 as FILE.npy, or as PNGs in a folder, each by its name.
-
-    Raises UserError for names that lead out of the folder, and where something lies that is not of this project.
-    """
+    """`images` `(N, C, H, W)` uint8 to their `image_files`, whose errors it raises before it writes one."""
+    files = image_files(names, len(images), out)
     if out.suffix == ".npy":
-        if out.exists():
-            raise UserError(f"out: {out} is there already; delete it or name another")
         with writing(out) as path, open(path, "wb") as file:
             np.save(file, images.numpy())
         return
-    files = png_names(names or [f"{i:0{len(str(len(images) - 1))}d}" for i in range(len(images))], out)
     stamp = PngInfo()
     stamp.add_text("Software", STAMP)
     for png, image in zip(files, images, strict=True):
         pixels = image.permute(1, 2, 0).numpy()
-        with writing(out / png) as path:
+        with writing(png) as path:
             Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(path, pnginfo=stamp)

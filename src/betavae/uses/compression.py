@@ -10,7 +10,6 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -21,11 +20,12 @@ from betavae.errors import UserError
 from betavae.likelihoods import Bernoulli
 from betavae.logistic_mixture import LogisticMixture, split
 from betavae.uses.ans import LOWEST, SLOTS, Cumulative, Floats, Stack, slots
-from betavae.uses.compressed_file import Compressed
+from betavae.uses.compressed_file import MOST_LANES, Compressed
 from betavae.vae import VAE
 
 LATENT_BITS = 14  # 2^14 bins of equal prior mass for each latent dimension
 GRID = 2.0**-12
+DECODED = 32  # images at a time
 
 
 class Codec:
@@ -49,7 +49,7 @@ class Codec:
     def _outputs(self, *outputs: Tensor) -> list[Tensor]:
         if not all(output.isfinite().all() for output in outputs):
             raise UserError("the model's outputs are not finite for these images: it cannot compress them")
-        return [(output / GRID).round() * GRID for output in outputs]
+        return [(output / GRID).round_().mul_(GRID) for output in outputs]
 
     def posterior(self, symbols: Floats) -> Callable[[int], Cumulative]:
         """`symbols` `(n, pixels)` -> for each latent dimension the distribution over its bins.
@@ -70,9 +70,8 @@ class Codec:
 
         return dimension
 
-    def pixels(self, bins: Floats) -> Callable[[int], Cumulative]:
-        """`bins` `(latent_dim, n)` -> for each pixel the distribution over its symbols, a mixture of logistics."""
-        z = torch.from_numpy(self.medians[bins.astype(np.int64)].T.copy())
+    def mixtures(self, z: Tensor) -> Tensor:
+        """Latents `(n, latent_dim)` -> weights, slopes and offsets of logistics, `(3, pixels, components, 1, n)`."""
         (params,) = self._outputs(self.vae.decode_params(z))
         if isinstance(self.vae.likelihood, LogisticMixture):
             logits, means, log_scales = split(params, self.vae.likelihood.components)
@@ -81,14 +80,19 @@ class Codec:
         else:  # P(0) = sigmoid(-logit)
             offsets = params.unsqueeze(1)
             weights, slopes = torch.ones_like(offsets), torch.zeros_like(offsets)
-        # (n, components, C, H, W) -> (pixels, components, 1, n), so that a pixel's lanes lie side by side
-        mixtures = [
-            np.ascontiguousarray(value.flatten(2).permute(2, 1, 0).unsqueeze(2).numpy())
-            for value in (weights, slopes, offsets)
-        ]
+        return torch.stack((weights, slopes, offsets)).flatten(3).permute(0, 3, 2, 1).unsqueeze(3)
+
+    def pixels(self, bins: Floats) -> Callable[[int], Cumulative]:
+        """`bins` `(latent_dim, n)` -> for each pixel the distribution over its symbols, a mixture of logistics."""
+        z = torch.from_numpy(self.medians[bins.astype(np.int64)].T.copy())
+        components = getattr(self.vae.likelihood, "components", 1)
+        # A pixel's lanes lie side by side. The decoder takes some at a time, for its memory.
+        mixtures = np.empty((3, int(np.prod(self.vae.image_shape)), components, 1, len(z)))
+        for first in range(0, len(z), DECODED):
+            mixtures[..., first : first + DECODED] = self.mixtures(z[first : first + DECODED]).numpy()
 
         def pixel(i: int) -> Cumulative:
-            weight, slope, offset = (value[i] for value in mixtures)
+            weight, slope, offset = mixtures[:, i]
 
             def below(symbols: Floats) -> Floats:
                 parts = np.exp(offset - slope * symbols)
@@ -133,16 +137,14 @@ def model_hash(vae: VAE) -> str:
     return digest.hexdigest()
 
 
-def batches(count: int, lanes: int) -> list[slice]:
-    """`lanes` images at once in the end, but first as many as those before them left bits for.
+def next_batch(done: int, count: int, lanes: int, latent_dim: int, words: int) -> int:
+    """How many images come next, of `count`, after `done` that left so many words on the stack: `lanes`, but no more
+    than there are bits to draw their latents and heads from.
 
-    An image needs initial bits, some hundred, and leaves more behind. A first batch of a 500th of all borrows less than
-    a thousandth of the file, and each next may have twice as many images as there were before it.
+    Else a file would borrow for many images at once: of binarised ones, hundreds of bits each, where an image leaves
+    some hundred behind. At least a sixteenth of those before, in case that images leave next to nothing.
     """
-    ends = [0]
-    while (done := ends[-1]) < count:
-        ends.append(min(count, done + min(lanes, max(1, count // 500, 2 * done))))
-    return [slice(first, end) for first, end in pairwise(ends)]
+    return min(lanes, count - done, max(1, done // 16, 32 * words // (LATENT_BITS * latent_dim + 32)))
 
 
 def masks(first: int, latent_dim: int, n: int) -> NDArray[np.uint64]:
@@ -157,7 +159,7 @@ def masks(first: int, latent_dim: int, n: int) -> NDArray[np.uint64]:
 def compress(
     vae: VAE,
     images: Tensor,
-    lanes: int = 512,
+    lanes: int = 256,
     names: list[str] | None = None,
     done: Callable[[int], object] = lambda images: None,
 ) -> Compressed:
@@ -174,8 +176,8 @@ def compress(
             f"images to compress must be uint8 of shape (N, C, H, W), with the model's (C, H, W) = {vae.image_shape}: "
             f"these are {images.dtype} of shape {shape}"
         )
-    if lanes < 1:
-        raise UserError(f"lanes={lanes} cannot be: at least 1 image is compressed at a time")
+    if not 1 <= lanes <= MOST_LANES:
+        raise UserError(f"lanes={lanes} cannot be: from 1 to {MOST_LANES:,} images are compressed at a time")
     if names is not None and len(names) != len(images):
         raise UserError(f"there are {len(names)} names for {len(images)} images: give one name for each, or none")
     data = np.ascontiguousarray(images.cpu().numpy())
@@ -186,14 +188,15 @@ def compress(
         )
     levels, stack = data.reshape(len(data), -1) // (255 // (2**codec.bits - 1)), Stack()
     with same_everywhere():
-        fingerprint = codec.fingerprint()
-        for batch in batches(len(data), lanes):
-            symbols = levels[batch].astype(np.float64)
-            n = len(symbols)
+        fingerprint, batches = codec.fingerprint(), list[int]()
+        while (first := sum(batches)) < len(data):
+            n = next_batch(first, len(data), lanes, vae.latent_dim, stack.top)
+            batches.append(n)
+            symbols = levels[first : first + n].astype(np.float64)
             stack.grow(n)
             posterior = codec.posterior(symbols)
             bins = np.empty((vae.latent_dim, n))
-            for d, mask in enumerate(masks(batch.start, *bins.shape)):
+            for d, mask in enumerate(masks(first, *bins.shape)):
                 stack.flip(mask)
                 bins[d] = stack.pop(posterior(d), n, LATENT_BITS)
             pixels = codec.pixels(bins)
@@ -206,10 +209,8 @@ def compress(
     heads, words = stack.content()
     return Compressed(
         payload=words.astype("<u4").tobytes() + heads.astype("<u8").tobytes(),
-        count=len(data),
         image_shape=list(vae.image_shape),
-        lanes=lanes,
-        heads=len(heads),
+        batches=batches,
         initial_bits=32 * stack.borrowed,
         model=model_hash(vae),
         probabilities=fingerprint,
@@ -232,30 +233,29 @@ def decompress(vae: VAE, compressed: Compressed, done: Callable[[int], object] =
         "decompress them there"
     )
     dimensions, at = int(np.prod(vae.image_shape)), len(compressed.payload) - 8 * compressed.heads
-    levels = np.empty((compressed.count, dimensions), np.uint8)
     heads = np.frombuffer(compressed.payload[at:], "<u8")
     stack = Stack(heads, np.frombuffer(compressed.payload[:at], "<u4"))
+    parts: list[NDArray[np.uint8]] = []
     with same_everywhere():
         if codec.fingerprint() != compressed.probabilities:
             raise elsewhere
-        parts = batches(compressed.count, compressed.lanes)
-        before = np.maximum.accumulate([0, *(part.stop - part.start for part in parts)])
-        for batch, heads_before in zip(reversed(parts), reversed(before[:-1]), strict=True):
-            n = batch.stop - batch.start
+        first = compressed.count
+        for i, n in reversed(list(enumerate(compressed.batches))):
+            first -= n
             try:
                 bins = np.stack([stack.pop_uniform(n, LATENT_BITS) for _ in range(vae.latent_dim)])
                 pixels = codec.pixels(bins)
                 symbols = np.stack([stack.pop(pixels(i), n, codec.bits) for i in range(dimensions)], axis=1)
-                posterior, flips = codec.posterior(symbols), masks(batch.start, *bins.shape)
+                posterior, flips = codec.posterior(symbols), masks(first, *bins.shape)
                 for d in reversed(range(vae.latent_dim)):
                     stack.push(posterior(d), bins[d], LATENT_BITS)
                     stack.flip(flips[d])
             except EOFError:
                 raise elsewhere from None
-            stack.shrink(heads_before)
-            levels[batch] = symbols
+            stack.shrink(max(compressed.batches[:i], default=0))
+            parts.append(symbols.astype(np.uint8))
             done(n)
-    levels *= 255 // (2**codec.bits - 1)
+    levels = np.concatenate(parts[::-1]) * np.uint8(255 // (2**codec.bits - 1))
     if hashlib.sha256(levels.tobytes()).hexdigest() != compressed.images:
         raise elsewhere
     return torch.from_numpy(levels).view(-1, *vae.image_shape)

@@ -14,10 +14,13 @@ from torch import Tensor
 from betavae.objectives import elbo
 from betavae.vae import VAE
 
+PICTURES = 1000  # of how many images each is made a picture alone, which takes milliseconds
+
 
 def others(images: Tensor) -> dict[str, tuple[float | None, float]]:
     """`name -> (each image alone, all in one)` for uint8 images `(N, C, H, W)`; pictures' formats stack them for the
-    second. Of binarised images, eight pixels make a byte first. `zstd` only where the package zstandard is there."""
+    second. Of binarised images, eight pixels make a byte first. `zstd` only where the package zstandard is there.
+    Pictures of each image alone are made of the first `PICTURES`, and counted for all."""
     binary = bool(((images == 0) | (images == 255)).all())
     data = images.numpy()
     flat = [np.packbits(image.ravel() > 0) if binary else image for image in data]
@@ -40,8 +43,9 @@ def others(images: Tensor) -> dict[str, tuple[float | None, float]]:
     }.items():
         tall = 16_000 // data.shape[2]  # WebP takes 16,383 pixels
         rows = [np.concatenate(list(data[i : i + tall]), axis=1) for i in range(0, len(data), tall)]
-        alone = sum(picture_size(image, binary, options) for image in data[:1000]) * len(data) / len(data[:1000])
-        sizes[name] = (alone, sum(picture_size(strip, binary, options) for strip in rows))
+        first = [picture_size(image, binary, options) for image in data[:PICTURES]]
+        together = sum(picture_size(strip, binary, options) for strip in rows)
+        sizes[name] = (sum(first) * len(data) / len(first), together)
     return {
         name: (None if alone is None else 8 * alone / images.numel(), 8 * together / images.numel())
         for name, (alone, together) in sizes.items()
@@ -64,7 +68,7 @@ def picture_size(image: np.ndarray, binary: bool, options: dict) -> int:
 def neg_elbo_bits(vae: VAE, images: Tensor, draws: int = 4) -> float:
     """The model's neg. ELBO of uint8 images `(N, C, H, W)` in bits per pixel and channel."""
     generator, total = torch.Generator().manual_seed(0), 0.0
-    for part in images.split(500):
+    for part in images.split(25):
         x = part.float() / 255
         terms = elbo(vae, x, torch.randn(draws, len(x), vae.latent_dim, generator=generator), 1.0)
         total += (terms.recon + terms.kl.sum(1)).double().sum().item()
