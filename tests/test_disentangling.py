@@ -33,10 +33,11 @@ def aggregate(posterior):
     return joint, [D.MixtureSameFamily(even, D.Normal(mean[:, d], scale[:, d])) for d in range(mean.shape[1])]
 
 
-def test_with_the_whole_set_for_a_batch_the_parts_are_exact():
+@pytest.mark.parametrize("sampling", ["stratified", "weighted"])
+def test_with_the_whole_set_for_a_batch_the_parts_are_exact(sampling):
     posterior = Posterior(torch.randn(6, 3, dtype=torch.float64), torch.randn(6, 3, dtype=torch.float64))
     noise = torch.randn(5, 6, 3, dtype=torch.float64)
-    parts = kl_parts(posterior, noise, images=6)
+    parts = kl_parts(posterior, noise, images=6, sampling=sampling)
     joint, marginals = aggregate(posterior)
     z = posterior.mean + (0.5 * posterior.logvar).exp() * noise
     log_qz, log_product = joint.log_prob(z), sum(q.log_prob(z[..., d]) for d, q in enumerate(marginals))
@@ -59,6 +60,21 @@ def test_the_estimate_of_q_is_unbiased_over_batches():
         log_qzx = D.Normal(batch.mean[0], (0.5 * batch.logvar[0]).exp()).log_prob(z).sum()
         estimates.append((log_qzx - parts["mutual_information"][0]).exp())
     torch.testing.assert_close(torch.stack(estimates).mean(), aggregate(posterior)[0].log_prob(z).exp())
+
+
+def test_weighted_sampling_counts_each_image_of_the_batch_alike_and_has_the_papers_gradient():
+    """Chen et al. 2018, equation 5: log q(z) is about log 1 / (N B) sum_j q(z|x_j), z's own image among the j."""
+    mean = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+    posterior, noise = Posterior(mean, torch.zeros(6, 3, dtype=torch.float64)), torch.randn(1, 6, 3).double()
+    parts = kl_parts(posterior, noise, images=1000, sampling="weighted")
+    same = kl_parts(posterior, noise, images=6)
+    assert all(torch.equal(parts[name], same[name]) for name in parts)
+    log_q = D.Normal(mean, 1.0).log_prob((mean + noise[0]).unsqueeze(1))  # (z, j, D)
+    paper = log_q.sum(-1).logsumexp(1) - math.log(6000) - (log_q.logsumexp(1) - math.log(6000)).sum(-1)
+    correlation = parts["total_correlation"]
+    torch.testing.assert_close(paper - correlation, torch.full_like(paper, 2 * math.log(6000)) - 2 * math.log(6))
+    gradients = [torch.autograd.grad(value.sum(), mean, retain_graph=True)[0] for value in (paper, correlation)]
+    torch.testing.assert_close(*gradients)
 
 
 def test_parts_of_one_dimension_have_no_total_correlation_and_of_one_image_no_information():

@@ -16,15 +16,18 @@ from betavae.terms import Terms, gaussian_kl
 from betavae.vae import VAE, Posterior
 
 
-def kl_parts(posterior: Posterior, noise: Tensor, images: int) -> dict[str, Tensor]:
+def kl_parts(posterior: Posterior, noise: Tensor, images: int, sampling: str = "stratified") -> dict[str, Tensor]:
     """The three parts, `(B,)` each, at the samples of `noise` `(k, B, latent_dim)`; they add up to the KL in mean.
 
     q(z) is estimated from the batch by stratified sampling (Chen et al. 2018, appendix C.2): the image that z came from
     counts 1 / N, for N = `images`, and the B - 1 others, of the N - 1 others, share the rest evenly. That is unbiased
     for q(z), and exact where the batch is all N. (The paper gives one of the others a weight of its own, drawn at
     random; this is the mean over that draw.) Its logarithm is too small in mean, and more so in more dimensions: with B
-    far below N the mutual information comes out too large and the total correlation too small. Compare them at one
-    batch size.
+    far below N the mutual information comes out too large and the total correlation too small.
+
+    With `sampling` "weighted" all B count 1 / B. That too is exact for a batch of all N; for fewer, the image that z
+    came from counts too much, the mutual information is at most log B, and the total correlation comes out too large.
+    Compare them at one batch size.
     """
     mean, logvar = posterior
     batch = len(mean)
@@ -33,7 +36,8 @@ def kl_parts(posterior: Posterior, noise: Tensor, images: int) -> dict[str, Tens
     own = noise**2 + logvar + math.log(2 * math.pi)
     others = (z.unsqueeze(-2) - mean) ** 2 * torch.exp(-logvar) + logvar + math.log(2 * math.pi)
     log_qz_given_x, log_pz = -0.5 * own.sum(-1), -0.5 * (z**2 + math.log(2 * math.pi))
-    weights = mean.new_full((batch, batch), (images - 1) / images / max(batch - 1, 1)).fill_diagonal_(1 / images)
+    n = images if sampling == "stratified" else batch
+    weights = mean.new_full((batch, batch), (n - 1) / n / max(batch - 1, 1)).fill_diagonal_(1 / n)
     weights = weights / weights.sum(1)  # of a batch of one image
     log_weights = weights.log()
     log_qz = (log_weights - 0.5 * others.sum(-1)).logsumexp(-1)
@@ -45,15 +49,17 @@ def kl_parts(posterior: Posterior, noise: Tensor, images: int) -> dict[str, Tens
     }
 
 
-def tc(vae: VAE, x: Tensor, noise: Tensor, beta: Tensor | float, images: int) -> Terms:
+def tc(vae: VAE, x: Tensor, noise: Tensor, beta: Tensor | float, images: int, sampling: str = "stratified") -> Terms:
     """beta-TCVAE (Chen et al. 2018): recon + I(x; z) + beta * total correlation + dimension-wise KL.
 
     The three are `kl_parts`; their sum at weight 1 is the KL, taken in closed form, so that at beta = 1 this is `elbo`.
-    `images` is the number of training images.
+    `images` is the number of training images. With `sampling` "weighted", the total correlation has the gradient of the
+    paper's minibatch-weighted sampling (there, constants make it larger by (D - 1) log N); with "stratified" and B far
+    below N its estimate may fall below 0, where it is lowered by spreading images out and not by factorising.
     """
     posterior, _, params = vae(x, noise)
     recon, kl = -vae.likelihood.log_prob(x, params).mean(0), gaussian_kl(posterior)
-    parts = kl_parts(posterior, noise, images)
+    parts = kl_parts(posterior, noise, images, sampling)
     loss = (recon + kl.sum(1) + (beta - 1) * parts["total_correlation"]).mean()
     return Terms(loss, recon.detach(), kl.detach(), posterior.detach(), parts)
 

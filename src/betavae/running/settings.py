@@ -141,6 +141,7 @@ class Objective(Open):
     off_diagonal: NotNegative = Absent
     diagonal: NotNegative = Absent
     gamma: NotNegative = Absent
+    sampling: one_of(lambda: ["stratified", "weighted"]) = Absent
 
 
 class BetaSchedule(Open):
