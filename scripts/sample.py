@@ -48,6 +48,7 @@ def main(settings: Settings) -> None:
             settings.sampler,
             run.vae,
             lambda: run.images("train", settings.data_root, MOST_IMAGES),
+            run.datamodule(settings.data_root).provenance(),
             run.path,
             run.folder,
             settings.digit,
