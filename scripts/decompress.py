@@ -7,12 +7,12 @@ from pathlib import Path
 from pydantic import Field
 
 from betavae.running.cli import ModelSettings, importing, script
-from betavae.running.settings import Text
+from betavae.running.settings import Place
 
 
 class Settings(ModelSettings):
-    file: Text = Field("images.bvae", title="what compress.py wrote; ckpt must be the checkpoint that it used")
-    out: Text = Field("decompressed", title="a folder, for a PNG of each by its name; or FILE.npy")
+    file: Place = Field("images.bvae", title="what compress.py wrote; ckpt must be the checkpoint that it used")
+    out: Place = Field("decompressed", title="a folder, for a PNG of each by its name; or FILE.npy")
 
 
 @script(Settings)
@@ -28,7 +28,7 @@ def main(settings: Settings) -> None:
     compressed = read_file(Path(settings.file))
     with tqdm(total=compressed.count, desc="decompressing", unit=" images", disable=None) as bar:
         images = decompress(run.vae, compressed, bar.update)
-    write_images(images, compressed.names, Path(settings.out).expanduser())
+    write_images(images, compressed.names, Path(settings.out))
     print(f"{len(images):,} images, as they were, in {settings.out}")
 
 

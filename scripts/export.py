@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import Field
 
 from betavae.running.cli import ModelSettings, Seeded, importing, script
-from betavae.running.settings import Text, one_of
+from betavae.running.settings import Place, one_of
 
 FORMATS = ["onnx", "torchscript", "pt2", "safetensors", "folder"]
 
@@ -17,7 +17,7 @@ class Settings(ModelSettings, Seeded):
     format: one_of(lambda: FORMATS) = Field(
         "onnx", title="onnx, torchscript, pt2, safetensors; folder: for betavae.load"
     )
-    out: Text = Field("export", title="a folder")
+    out: Place = Field("export", title="a folder")
 
 
 @script(Settings)

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import Field
 
 from betavae.running.cli import DataSettings, Seeded, importing, script
-from betavae.running.settings import Several, TextOrNull, one_of
+from betavae.running.settings import PlaceOrNull, Several, one_of
 
 PART = 1000  # images at once
 
@@ -26,7 +26,7 @@ class Settings(DataSettings, Seeded):
     n: Several = Field(2000, title="images in each repeat; fewer, if there are not so many of test or training")
     repeats: Several = Field(5, title="repeats, of which the standard error is, no image in two of them")
     reference: Several = Field(60_000, title="training images at most, that samples are compared with")
-    folder: TextOrNull = Field(None, title="for fidelity.json and figures/fidelity.png; null: the run's")
+    folder: PlaceOrNull = Field(None, title="for fidelity.json and figures/fidelity.png; null: the run's")
 
 
 @script(Settings)

@@ -4,10 +4,12 @@ import json
 import math
 import runpy
 
+import numpy as np
 import pytest
 import torch
 
 from betavae.data.images import Images
+from betavae.errors import UserError
 from betavae.measures import features
 from betavae.measures.fidelity import Moments, frechet, imbalance, kernel_distance, moments, nearest, shares, summary
 from betavae.running import checkpoint
@@ -137,7 +139,12 @@ def test_a_classifier_takes_any_shape(shape):
     assert features.Classifier(shape, 7)(torch.rand(2, *shape)).shape == (2, 7)
 
 
-def test_the_command(tmp_path, data_root, capsys):
+def test_too_few_images_teach_no_classifier():
+    with pytest.raises(UserError, match="150 images are too few to learn from: 200"):
+        features.train(bars(150))
+
+
+def test_the_command(tmp_path, data_root, capsys, monkeypatch):
     model = MODEL | {"hidden_dims": [16], "latent_dim": 3}
     state = {f"vae.{key}": value for key, value in VAE(**model).state_dict().items()}
     content = {"betavae_format": 2, "hyper_parameters": MODULE | {"model": model}, "state_dict": state}
@@ -147,11 +154,12 @@ def test_the_command(tmp_path, data_root, capsys):
     classifier = features.Classifier((1, 28, 28), 10)
     kept = tmp_path / "runs" / "features" / "mnist.pt"
     made = {"state": classifier.state_dict(), "accuracy": 0.1}
-    asked = {"data": {"name": "mnist"}, "shape": [1, 28, 28], "classes": 10, "version": 1}
-    features.kept(kept, asked, lambda: made)
+    held = {"data": {"name": "mnist"}, "shape": [1, 28, 28], "classes": 10, "version": 1}
+    features.kept(kept, held, lambda: made)
     command = runpy.run_path(str(REPO / "scripts" / "fidelity.py"))["main"].task
-    ckpt, runs = f"{tmp_path}/lone.ckpt", f"{tmp_path}/runs"
-    command({"ckpt": ckpt, "runs": runs, "n": 60, "repeats": 2, "reference": 500, "sampler": "gaussian"})
+    monkeypatch.setenv("HOME", str(tmp_path))
+    asked = {"ckpt": "~/lone.ckpt", "runs": "~/runs", "n": 60, "repeats": 2, "reference": 500}
+    command(asked | {"sampler": "gaussian"})
     output = capsys.readouterr().out
     result = json.loads((tmp_path / "fidelity.json").read_text())
     assert result["best"] == "gaussian" and result["fid"] == result["gaussian"]["fid"] and result["images"] == 60
@@ -163,6 +171,43 @@ def test_the_command(tmp_path, data_root, capsys):
     assert f"{result['fid']['mean']:.4g} ± {result['fid']['se']:.1g}" in output
     assert (tmp_path / "figures" / "fidelity.png").stat().st_size > 1000
     assert len(list(tmp_path.glob("sampler_gaussian_*.pt"))) == 1
+
+    # Another sampler's numbers come beside it; made in another way, in its place.
+    command(asked | {"sampler": "prior"})
+    both = json.loads((tmp_path / "fidelity.json").read_text())
+    assert both["gaussian"] == result["gaussian"] and both["test images"] == result["test images"]
+    assert both["best"] == min("prior", "gaussian", key=lambda name: both[name]["fid"]["mean"])
+    assert both["fid"] == both[both["best"]]["fid"]
+    assert "dropped" not in capsys.readouterr().out
+    command(asked | {"sampler": "prior", "n": 50})
+    assert "numbers of gaussian are dropped: made with another images" in capsys.readouterr().out
+    alone = json.loads((tmp_path / "fidelity.json").read_text())
+    assert "gaussian" not in alone and alone["best"] == "prior" and alone["images"] == 50
+    # A checkpoint of the same name that is another.
+    content["state_dict"] = {key: value + 0.01 for key, value in state.items()}
+    checkpoint.save(content, tmp_path / "lone.ckpt")
+    command(asked | {"sampler": "gaussian", "n": 50})
+    assert "prior" not in json.loads((tmp_path / "fidelity.json").read_text())
+    for wrong in ({"reference": 5}, {"repeats": 2000}):
+        with pytest.raises(UserError, match="10 are the least"):
+            command(asked | wrong)
+
+
+def test_few_images_are_scored_by_their_pixels(tmp_path, capsys):
+    images = bars(160)
+    np.savez(tmp_path / "bars.npz", images=images.pixels.numpy(), labels=images.labels.numpy())
+    model = MODEL | {"hidden_dims": [16], "latent_dim": 2, "image_shape": [1, 12, 12]}
+    content = {"betavae_format": 2, "hyper_parameters": MODULE | {"model": model}}
+    content["state_dict"] = {f"vae.{key}": value for key, value in VAE(**model).state_dict().items()}
+    data = DATA | {"name": "arrays", "root": str(tmp_path / "bars.npz"), "validation_size": 0.1, "test_size": 40}
+    checkpoint.save(content | {"datamodule_hyper_parameters": data}, tmp_path / "lone.ckpt")
+    command = runpy.run_path(str(REPO / "scripts" / "fidelity.py"))["main"].task
+    command({"ckpt": f"{tmp_path}/lone.ckpt", "runs": str(tmp_path), "repeats": 2, "sampler": "knn"})
+    assert "120 training images are too few to learn features from" in capsys.readouterr().out
+    result = json.loads((tmp_path / "fidelity.json").read_text())
+    assert result["images"] == 20 and "features" not in result and "imbalance" not in result["knn"]
+    assert all(math.isfinite(cell["mean"]) for cell in result["knn"].values())
+    assert not (tmp_path / "features").exists()
 
 
 def test_a_sweep_report_knows_what_was_measured_in_its_jobs(tmp_path):

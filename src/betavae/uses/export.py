@@ -125,8 +125,12 @@ def onnx(graph: Graph, path: Path) -> Run:
 
 def exported(graph: Graph) -> torch.export.ExportedProgram:
     batch = torch.export.Dim("batch", min=1)
+    dynamic = {name: {0: batch} for name in graph.inputs}
     # Two of everything: with one, torch would take the batch for fixed.
-    return torch.export.export(graph, inputs_of(graph, 2), dynamic_shapes={name: {0: batch} for name in graph.inputs})
+    program = torch.export.export(graph, inputs_of(graph, 2), dynamic_shapes=dynamic)
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # it names files of this machine
+    return program
 
 
 def pt2(graph: Graph, path: Path) -> Run:
