@@ -172,42 +172,55 @@ def test_the_command(tmp_path, data_root, capsys, monkeypatch):
     assert (tmp_path / "figures" / "fidelity.png").stat().st_size > 1000
     assert len(list(tmp_path.glob("sampler_gaussian_*.pt"))) == 1
 
-    # Another sampler's numbers come beside it; made in another way, in its place.
-    command(asked | {"sampler": "prior"})
-    both = json.loads((tmp_path / "fidelity.json").read_text())
-    assert both["gaussian"] == result["gaussian"] and both["test images"] == result["test images"]
-    assert both["best"] == min("prior", "gaussian", key=lambda name: both[name]["fid"]["mean"])
-    assert both["fid"] == both[both["best"]]["fid"]
-    assert "dropped" not in capsys.readouterr().out
-    command(asked | {"sampler": "prior", "n": 50})
-    assert "numbers of gaussian are dropped: made with another images" in capsys.readouterr().out
-    alone = json.loads((tmp_path / "fidelity.json").read_text())
-    assert "gaussian" not in alone and alone["best"] == "prior" and alone["images"] == 50
-    # A checkpoint of the same name that is another.
-    content["state_dict"] = {key: value + 0.01 for key, value in state.items()}
-    checkpoint.save(content, tmp_path / "lone.ckpt")
-    command(asked | {"sampler": "gaussian", "n": 50})
-    assert "prior" not in json.loads((tmp_path / "fidelity.json").read_text())
-    for wrong in ({"reference": 5}, {"repeats": 2000}):
-        with pytest.raises(UserError, match="10 are the least"):
-            command(asked | wrong)
 
-
-def test_few_images_are_scored_by_their_pixels(tmp_path, capsys):
+@pytest.fixture
+def few(tmp_path):
+    """A command that scores an untrained model of 120 bars."""
     images = bars(160)
     np.savez(tmp_path / "bars.npz", images=images.pixels.numpy(), labels=images.labels.numpy())
     model = MODEL | {"hidden_dims": [16], "latent_dim": 2, "image_shape": [1, 12, 12]}
+    data = DATA | {"name": "arrays", "root": str(tmp_path / "bars.npz"), "batch_size": 10}
     content = {"betavae_format": 2, "hyper_parameters": MODULE | {"model": model}}
     content["state_dict"] = {f"vae.{key}": value for key, value in VAE(**model).state_dict().items()}
-    data = DATA | {"name": "arrays", "root": str(tmp_path / "bars.npz"), "validation_size": 0.1, "test_size": 40}
-    checkpoint.save(content | {"datamodule_hyper_parameters": data}, tmp_path / "lone.ckpt")
+    content["datamodule_hyper_parameters"] = data | {"validation_size": 0.1, "test_size": 40}
+    checkpoint.save(content, tmp_path / "lone.ckpt")
     command = runpy.run_path(str(REPO / "scripts" / "fidelity.py"))["main"].task
-    command({"ckpt": f"{tmp_path}/lone.ckpt", "runs": str(tmp_path), "repeats": 2, "sampler": "knn"})
+
+    def score(**settings):
+        command({"ckpt": f"{tmp_path}/lone.ckpt", "runs": str(tmp_path), "repeats": 2} | settings)
+        return json.loads((tmp_path / "fidelity.json").read_text())
+
+    return score
+
+
+def test_few_images_are_scored_by_their_pixels(few, tmp_path, capsys):
+    result = few(sampler="knn")
     assert "120 training images are too few to learn features from" in capsys.readouterr().out
-    result = json.loads((tmp_path / "fidelity.json").read_text())
     assert result["images"] == 20 and "features" not in result and "imbalance" not in result["knn"]
     assert all(math.isfinite(cell["mean"]) for cell in result["knn"].values())
     assert not (tmp_path / "features").exists()
+    for wrong in ({"reference": 5}, {"repeats": 5}):
+        with pytest.raises(UserError, match="10 are the least"):
+            few(**wrong)
+
+
+def test_another_samplers_numbers_come_beside_those_made_in_the_same_way(few, tmp_path, capsys):
+    first = few(sampler="gaussian")
+    both = few(sampler="prior")
+    assert both["gaussian"] == first["gaussian"] and both["test images"] == first["test images"]
+    assert both["best"] == min("prior", "gaussian", key=lambda name: both[name]["fid"]["mean"])
+    assert both["fid"] == both[both["best"]]["fid"]
+    assert few(sampler="gaussian") == both and "dropped" not in capsys.readouterr().out
+    alone = few(sampler="prior", n=15)
+    assert "numbers of gaussian are dropped: made with another images" in capsys.readouterr().out
+    assert "gaussian" not in alone and alone["best"] == "prior" and alone["fid"] == alone["prior"]["fid"]
+    # A checkpoint of the same name that is another, and other images of the same name.
+    content = checkpoint.read(tmp_path / "lone.ckpt")
+    content["state_dict"] = {key: value + 0.01 for key, value in content["state_dict"].items()}
+    checkpoint.save(content, tmp_path / "lone.ckpt")
+    assert "prior" not in few(sampler="gaussian", n=15)
+    np.savez(tmp_path / "bars.npz", images=bars(161).pixels.numpy())
+    assert "gaussian" not in few(sampler="prior", n=15)
 
 
 def test_a_sweep_report_knows_what_was_measured_in_its_jobs(tmp_path):

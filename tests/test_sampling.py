@@ -162,7 +162,12 @@ def test_a_sampler_is_fitted_anew_to_a_users_own_images_when_they_change(lone, t
     """By the command; its paths in the user's home."""
     monkeypatch.setenv("HOME", str(tmp_path))
     content = checkpoint.read(lone)
-    content["datamodule_hyper_parameters"] |= {"name": "arrays", "root": "~/x.npy", "validation_size": 3}
+    content["datamodule_hyper_parameters"] |= {
+        "name": "arrays",
+        "root": "~/x.npy",
+        "validation_size": 3,
+        "batch_size": 5,
+    }
     checkpoint.save(content, lone)
     command = runpy.run_path(str(REPO / "scripts" / "sample.py"))["main"].task
     kept = tmp_path / "theirs" / f"sampler_gaussian_{digest(lone)}.pt"
