@@ -145,8 +145,8 @@ def main(settings: Settings) -> None:
     closest = (distance[:, 0] / usual).argsort()[:12]
     (samples,) = decoded(latents[best][closest])
     neighbours = (x[place[i]].float() / 255 for i in closest.tolist())
-    rows = torch.cat([torch.cat((sample[None], near)) for sample, near in zip(samples, neighbours, strict=True)])
-    pictures.save_picture(pictures.grid(rows, 8), folder / "figures" / "fidelity.png")
+    shown_rows = torch.cat([torch.cat((sample[None], near)) for sample, near in zip(samples, neighbours, strict=True)])
+    pictures.save_picture(pictures.grid(shown_rows, 8), folder / "figures" / "fidelity.png")
     print(
         f"in {folder / 'fidelity.json'}; in {folder / 'figures' / 'fidelity.png'} samples of sampler={best}, those that"
     )
