@@ -27,6 +27,7 @@ def main(settings: Settings) -> None:
 
         from betavae import pictures
         from betavae.files import filling
+        from betavae.kept import digest
         from betavae.running import checkpoint
         from betavae.running.run_folder import read_json
         from betavae.uses import export
@@ -44,7 +45,9 @@ def main(settings: Settings) -> None:
             content["datamodule_hyper_parameters"] = data | {"root": "data"}
         found = {name: read_json(run.folder / f"{name}.json") for name in ("metrics", "evaluation", "fidelity")}
         own = str(run.path.relative_to(run.folder))
-        numbers = {name: content for name, content in found.items() if content.get("checkpoint", own) == own}
+        # Of this checkpoint, and not of one that had its name before.
+        mine = {"checkpoint": own, "sha256": digest(run.path)}
+        numbers = {k: v for k, v in found.items() if all(v.get(key, value) == value for key, value in mine.items())}
         images = run.vae.sample(64, 1.0, torch.Generator().manual_seed(settings.seed))
         with filling(out) as folder:
             checkpoint.save(content, folder / "checkpoints" / "best.ckpt")
