@@ -10,12 +10,12 @@ from pathlib import Path
 from pydantic import Field
 
 from betavae.running.cli import DataSettings, importing, script
-from betavae.running.settings import Count, Flag, Images, Text
+from betavae.running.settings import Count, Flag, Images, Place
 
 
 class Settings(DataSettings):
     images: Images = Field("test", title="pictures (folder, file, list); .npy, .npz; test, train, ...; a data set")
-    out: Text = Field("images.bvae", title="the file")
+    out: Place = Field("images.bvae", title="the file")
     verify: Flag = Field(True, title="decode what was written, and compare, before success is claimed")
     report: Flag = Field(True, title="what other compressors make of the same images, and a picture of it")
     lanes: Count = Field(256, title="images side by side; more are faster, and take more memory")
@@ -37,7 +37,7 @@ def main(settings: Settings) -> None:
         from betavae.uses.compression import compress, decompress
         from betavae.uses.compression_report import PICTURES, neg_elbo_bits, others
 
-    out = Path(settings.out).expanduser()
+    out = Path(settings.out)
     picture = out.with_suffix(".png")
     if settings.report and out == picture:
         raise UserError(f"out: a picture of the table would be {picture} too; name FILE.bvae")

@@ -7,12 +7,12 @@ from pathlib import Path
 from pydantic import Field
 
 from betavae.running.cli import ModelSettings, importing, script
-from betavae.running.settings import Text
+from betavae.running.settings import Place
 
 
 class Settings(ModelSettings):
-    latents: Text = Field("latents.npz", title="FILE.npz or .csv of encode.py, or FILE.npy of latents (N, latent_dim)")
-    out: Text = Field("decoded", title="a folder, for a PNG of each")
+    latents: Place = Field("latents.npz", title="FILE.npz or .csv of encode.py, or FILE.npy of latents (N, latent_dim)")
+    out: Place = Field("decoded", title="a folder, for a PNG of each")
 
 
 @script(Settings)
@@ -31,7 +31,7 @@ def main(settings: Settings) -> None:
     done = tqdm(total=len(z), desc="decoding", unit="", disable=None)
     for part_names, part in zip(latents.chunks(files), z.split(latents.CHUNK), strict=True):
         for file, image in zip(part_names, run.vae.decode(part), strict=True):
-            pictures.save_picture(image, Path(settings.out).expanduser() / file, scale=1)
+            pictures.save_picture(image, Path(settings.out) / file, scale=1)
         done.update(len(part))
     done.close()
     print(f"{len(z):,} pictures by {run.path} in {settings.out}/")

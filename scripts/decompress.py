@@ -7,12 +7,12 @@ from pathlib import Path
 from pydantic import Field
 
 from betavae.running.cli import ModelSettings, importing, script
-from betavae.running.settings import Text
+from betavae.running.settings import Place
 
 
 class Settings(ModelSettings):
-    file: Text = Field("images.bvae", title="what compress.py wrote; ckpt must be the checkpoint that it used")
-    out: Text = Field("decompressed", title="a folder, for a PNG of each by its name; or FILE.npy")
+    file: Place = Field("images.bvae", title="what compress.py wrote; ckpt must be the checkpoint that it used")
+    out: Place = Field("decompressed", title="a folder, for a PNG of each by its name; or FILE.npy")
 
 
 @script(Settings)
@@ -25,7 +25,7 @@ def main(settings: Settings) -> None:
         from betavae.uses.compression import decompress
 
     run = checkpoint.load(settings.ckpt, settings.runs)
-    compressed, out = read_file(Path(settings.file).expanduser()), Path(settings.out).expanduser()
+    compressed, out = read_file(Path(settings.file)), Path(settings.out)
     image_files(compressed.names, compressed.count, out)
     with tqdm(total=compressed.count, desc="decompressing", unit=" images", disable=None) as bar:
         images = decompress(run.vae, compressed, bar.update)

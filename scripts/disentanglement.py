@@ -7,13 +7,13 @@ from pathlib import Path
 from pydantic import Field
 
 from betavae.running.cli import DataSettings, Seeded, importing, script
-from betavae.running.settings import Count, TextOrNull, one_of
+from betavae.running.settings import Count, PlaceOrNull, one_of
 
 
 class Settings(DataSettings, Seeded):
     images: Count = Field(10_000, title="test images at most; all scores depend on it a little")
     latents: one_of(lambda: ["mean", "sample"]) = Field("mean", title="mean of each posterior, or a sample")
-    folder: TextOrNull = Field(None, title="for disentanglement.json; null: the run's")
+    folder: PlaceOrNull = Field(None, title="for disentanglement.json; null: the run's")
 
 
 @script(Settings)

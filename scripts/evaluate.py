@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import Field
 
 from betavae.running.cli import DataSettings, Seeded, importing, script
-from betavae.running.settings import Count, Flag, SeveralOrNull, TextOrNull, one_of
+from betavae.running.settings import Count, Flag, PlaceOrNull, SeveralOrNull, one_of
 
 
 class Settings(DataSettings, Seeded):
@@ -23,7 +23,7 @@ class Settings(DataSettings, Seeded):
         "highest", title="highest, high, medium: lower may be faster, and rounds more"
     )
     probes: Flag = Field(True, title="accuracy of 5 nearest neighbours and of a linear classifier on posterior means")
-    folder: TextOrNull = Field(None, title="for evaluation.json and figures/evaluation.png; null: the run's")
+    folder: PlaceOrNull = Field(None, title="for evaluation.json and figures/evaluation.png; null: the run's")
 
 
 @script(Settings)

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from betavae.running.cli import RunsSettings, importing, script
-from betavae.running.settings import Flag, Text, TextOrNull, kind
+from betavae.running.settings import Flag, PlaceOrNull, Text, kind
 
 Name = Annotated[str, Field(min_length=1)]
 Names = Annotated[list[Name], Field(min_length=1)]
@@ -26,7 +26,7 @@ class Settings(RunsSettings):
     ckpt: Paths = Field(
         None, title="a checkpoint, run folder or sweep, or several: [A,B]; null: the newest finished run"
     )
-    data_root: TextOrNull = Field(None, title="the data folder; null: the one it was trained with")
+    data_root: PlaceOrNull = Field(None, title="the data folder; null: the one it was trained with")
     host: Text = Field(
         "127.0.0.1", title="who may see the page: this machine alone, or with 0.0.0.0 whoever reaches it"
     )

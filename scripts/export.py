@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import Field
 
 from betavae.running.cli import ModelSettings, Seeded, importing, script
-from betavae.running.settings import Text, one_of
+from betavae.running.settings import Place, one_of
 
 FORMATS = ["onnx", "torchscript", "pt2", "safetensors", "folder"]
 
@@ -17,7 +17,7 @@ class Settings(ModelSettings, Seeded):
     format: one_of(lambda: FORMATS) = Field(
         "onnx", title="onnx, torchscript, pt2, safetensors; folder: for betavae.load"
     )
-    out: Text = Field("export", title="a folder")
+    out: Place = Field("export", title="a folder")
 
 
 @script(Settings)
@@ -26,32 +26,36 @@ def main(settings: Settings) -> None:
         import torch
 
         from betavae import pictures
-        from betavae.errors import UserError
+        from betavae.files import filling
+        from betavae.kept import digest
         from betavae.running import checkpoint
-        from betavae.running.run_folder import EXPORT, put_mark, read_json
+        from betavae.running.run_folder import read_json
         from betavae.uses import export
 
     run = checkpoint.load(settings.ckpt, settings.runs)
-    out = Path(settings.out).expanduser()
-    if not put_mark(out, EXPORT, "out") and (out / "README.md").exists():
-        raise UserError(f"out: {out} holds a model with its card already; delete it or name another")
+    out = Path(settings.out)
     result: dict[str, Any]
     if settings.format == "folder":
-        # The root of the data is of this machine alone.
-        data = run.data | {"root": "data"} if run.data else {}
+        # Where data lie, and what is kept of them, is of this machine alone.
+        data = {key: value for key, value in run.data.items() if key not in ("root", "cache")}
+        name = run.folder.resolve().name if run.path.parent.name == "checkpoints" else run.path.stem
         state = {f"vae.{key}": value for key, value in run.vae.state_dict().items()}
         content = {"betavae_format": checkpoint.FORMAT, "hyper_parameters": run.settings, "state_dict": state}
-        checkpoint.save(content | {"datamodule_hyper_parameters": data}, out / "checkpoints" / "best.ckpt")
+        if data:
+            content["datamodule_hyper_parameters"] = data | {"root": "data"}
         found = {name: read_json(run.folder / f"{name}.json") for name in ("metrics", "evaluation", "fidelity")}
         own = str(run.path.relative_to(run.folder))
-        numbers = {name: content for name, content in found.items() if content.get("checkpoint", own) == own}
-        card = export.card(run.folder.resolve().name, run.settings, data, numbers)
-        (out / "README.md").write_text(card)
+        # Of this checkpoint, and not of one that had its name before.
+        mine = {"checkpoint": own, "sha256": digest(run.path)}
+        numbers = {k: v for k, v in found.items() if all(v.get(key, value) == value for key, value in mine.items())}
         images = run.vae.sample(64, 1.0, torch.Generator().manual_seed(settings.seed))
-        pictures.save_picture(pictures.grid(images, 8), out / "samples.png")
-        theirs = checkpoint.load(out).vae.state_dict()
-        if not all(torch.equal(theirs[key], value) for key, value in run.vae.state_dict().items()):
-            raise RuntimeError(f"{out} does not hold the model that was written to it")
+        with filling(out) as folder:
+            checkpoint.save(content, folder / "checkpoints" / "best.ckpt")
+            (folder / "README.md").write_text(export.card(name, run.settings, data, numbers))
+            pictures.save_picture(pictures.grid(images, 8), folder / "samples.png")
+            theirs = checkpoint.load(folder).vae.state_dict()
+            if not all(torch.equal(theirs[key], value) for key, value in run.vae.state_dict().items()):
+                raise RuntimeError(f"{out} does not hold the model that was written to it")
         print(f'{out}/ is a model of its own, with a card in {out / "README.md"}: betavae.load("{out}")')
     elif settings.format == "safetensors":
         result = export.weights(run.vae, run.settings["model"], out)

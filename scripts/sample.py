@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import Field
 
 from betavae.running.cli import DataSettings, Seeded, importing, script
-from betavae.running.settings import Count, Flag, NotNegative, NumberOrNull, Text, one_of
+from betavae.running.settings import Count, Flag, NotNegative, NumberOrNull, Place, one_of
 
 
 def samplers() -> list[str]:
@@ -22,7 +22,7 @@ class Settings(DataSettings, Seeded):
     digit: NumberOrNull = Field(None, title="images of one label; not with sampler=prior")
     temperature: NotNegative = Field(1.0, title="times the prior's standard deviation")
     columns: Count = Field(8, title="images in a row")
-    out: Text = Field("samples.png", title="the picture")
+    out: Place = Field("samples.png", title="the picture")
     save_images: Flag = Field(False, title="true: each image as a file too, in a folder named like `out`")
     save_tensor: Flag = Field(False, title="true: a tensor (n, C, H, W) too, named like `out`")
 
@@ -48,6 +48,7 @@ def main(settings: Settings) -> None:
             settings.sampler,
             run.vae,
             lambda: run.images("train", settings.data_root, MOST_IMAGES),
+            run.datamodule(settings.data_root).provenance(),
             run.path,
             run.folder,
             settings.digit,

@@ -7,15 +7,15 @@ from pathlib import Path
 from pydantic import Field
 
 from betavae.running.cli import RunsSettings, script
-from betavae.running.settings import Keys, LongSeed, Text, TextOrNull
+from betavae.running.settings import Keys, LongSeed, Place, PlaceOrNull, Text
 
 
 class Settings(RunsSettings):
-    sweep: TextOrNull = Field(None, title="the sweep's folder; null: the newest under runs/sweeps")
+    sweep: PlaceOrNull = Field(None, title="the sweep's folder; null: the newest under runs/sweeps")
     over: Keys = Field(None, title="one or two swept settings to draw `metric` over; null: the first two")
     metric: Text = Field("neg_elbo", title="a test number of the jobs, seconds, or once measured fid, nll_5000, ...")
     seed: LongSeed = Field(0, title="of the samples")
-    out: Text = Field("sweep_report", title="a folder")
+    out: Place = Field("sweep_report", title="a folder")
 
 
 @script(Settings)
@@ -23,7 +23,7 @@ def main(settings: Settings) -> None:
     from betavae.sweeping import report
 
     sweep = Path(settings.sweep) if settings.sweep else report.newest(Path(settings.runs) / "sweeps")
-    out = Path(settings.out).expanduser()
+    out = Path(settings.out)
     written = report.write(sweep, out, settings.over, settings.metric, settings.seed)
     print((out / "table.md").read_text())
     print(f"{', '.join(written)} in {out}/")

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import urllib.request
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,6 +30,7 @@ pytest.importorskip("starlette", reason='the explorer needs pip install -e ".[ex
 
 from starlette.testclient import TestClient
 
+from betavae.data.pictures import read_picture
 from betavae.kept import kept
 from betavae.uses import anomaly_report
 from betavae.uses.anomalies import Detector
@@ -79,6 +81,18 @@ def test_runs_of_different_data_or_too_many_are_refused(data_root):
         explored.explore([run, run._replace(data=run.data | {"binarize": "dynamic"})])
     with pytest.raises(UserError, match="9 runs are too many"):
         explored.explore([run] * 9)
+
+
+def test_runs_of_one_folder_of_pictures_are_of_the_same_data_wherever_it_is_kept(tmp_path):
+    for name in ("ours", "theirs"):
+        np.save(tmp_path / f"{name}.npy", np.random.default_rng(len(name)).integers(0, 255, (40, 28, 28), np.uint8))
+    run = a_run(2, 1.0, str(tmp_path / "ours.npy"), "arrays")
+    other = run._replace(data=run.data | {"validation_size": 7, "batch_size": 3})
+    assert len(explored.explore([run, other]).runs) == 2
+    other = run._replace(data=run.data | {"root": str(tmp_path / "theirs.npy")})
+    with pytest.raises(UserError, match="different data"):
+        explored.explore([run, other])
+    assert len(explored.explore([run, other], str(tmp_path / "ours.npy")).runs) == 2
 
 
 def test_principal_components_are_those_of_a_singular_value_decomposition(explorer):
@@ -334,23 +348,50 @@ def test_binarised_coloured_transparent_turned_and_blank_pictures():
     assert blank.shape == (1, 28, 28) and not blank.any()
 
 
+def test_an_upload_is_read_just_as_the_models_own_pictures_are(explorer, tmp_path):
+    """A 16-bit ramp, one that is transparent, a wide one, and a photograph's JPEG; whatever fit and background say."""
+    ramp = torch.arange(40 * 60).view(40, 60)
+    pictures = {
+        "deep.png": Image.fromarray((ramp * 27).numpy().astype(np.uint16)),
+        "clear.png": Image.fromarray(torch.stack([ramp % 256] * 4, 2).byte().numpy(), "RGBA"),
+        "wide.jpg": Image.fromarray((torch.rand(64, 300, 3) * 255).byte().numpy()),
+    }
+    for name, image in pictures.items():
+        image.save(tmp_path / name)
+        content = (tmp_path / name).read_bytes()
+        for channels in (1, 3):
+            for look in ({}, {"fit": "pad", "background": "#204060"}):
+                wanted, _ = read_picture(tmp_path / name, (channels, 20, 16), **look)
+                assert torch.equal(picture.read(content, (channels, 20, 16), **look), wanted), (name, channels, look)
+    content = (tmp_path / "deep.png").read_bytes()
+    figure = picture.read(content, (1, 28, 28), centre=True)
+    assert 5 < figure[figure > 0].float().mean() < 200, "16 bits are no white"
+    # By the server too: what the model's data say.
+    run = explorer.runs[0].run
+    padded = replace(explorer.runs[0], run=run._replace(data=run.data | {"fit": "pad", "background": "#204060"}))
+    with TestClient(server.app(replace(explorer, runs=[padded]), set()), base_url="http://127.0.0.1") as client:
+        found = shown(post_picture(client, content).json()["image"])
+    wanted, _ = read_picture(tmp_path / "deep.png", (1, 28, 28), "pad", "#204060")
+    assert torch.equal(found, wanted[0].long())
+
+
 def test_uploads_that_are_refused(client):
     whole = png(torch.randint(0, 255, (50, 50), dtype=torch.uint8))
     # The header alone of ten billion pixels, and a whole file of just too many.
     size = b"IHDR" + struct.pack(">IIBBBBB", 100_000, 100_000, 8, 0, 0, 0, 0)
     huge = whole[:8] + struct.pack(">I", 13) + size + struct.pack(">I", zlib.crc32(size)) + whole[33:]
     for content, words in {
-        b"": "no picture",
-        b"GIF89a but no more": "no picture",
-        b"<svg xmlns='http://www.w3.org/2000/svg'/>": "no picture",
-        b"P5 1 1 255\n0": "no picture",  # Pillow knows more formats, some by programs that it starts
-        whole[:-100]: "no picture",
+        b"": "not a PNG",
+        b"GIF89a but no more": "cannot be read",
+        b"<svg xmlns='http://www.w3.org/2000/svg'/>": "not a PNG",
+        b"P5 1 1 255\n0": "not a PNG",  # Pillow knows more formats, some by programs that it starts
+        whole[:-100]: "cannot be read",
     }.items():
         answer = post_picture(client, content)
         assert answer.status_code == 400 and words in answer.json()["error"], content
     wide = io.BytesIO()
     Image.new("1", (picture.PIXELS // 1000 + 1, 1000)).save(wide, "PNG")
-    for content, words in ((huge, "exceeds limit"), (wide.getvalue(), "25,000,000 are the most")):
+    for content, words in ((huge, "exceeds limit"), (wide.getvalue(), "above the limit of 25,000,000")):
         answer = post_picture(client, content)
         assert answer.status_code == 400 and words in answer.json()["error"]
     answer = post_picture(client, b"0" * (picture.UPLOAD + 1))

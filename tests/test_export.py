@@ -1,8 +1,10 @@
 """Exported models, read by the programs that they are for."""
 
 import json
+import os
 import re
 import runpy
+import signal
 import subprocess
 import sys
 
@@ -13,11 +15,13 @@ import torch
 import betavae
 from betavae.errors import UserError
 from betavae.fast import accelerate
+from betavae.files import filling
 from betavae.likelihoods import LIKELIHOODS, Likelihood
 from betavae.objectives import elbo
 from betavae.running import checkpoint
 from betavae.uses import export
 from betavae.vae import VAE
+from tests.commands import Child
 from tests.conftest import DATA, MODEL, MODULE, REPO
 
 MODELS = {
@@ -42,7 +46,7 @@ def made(name):
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     """A model as ONNX, once, since it takes seconds."""
-    vae, folder = made("conv"), tmp_path_factory.mktemp("onnx")
+    vae, folder = made("conv"), tmp_path_factory.mktemp("onnx") / "export"
     return vae, folder, export.graphs(vae, MODELS["conv"], "onnx", folder)
 
 
@@ -77,13 +81,25 @@ def shape_of(about, graph, output):
 @pytest.mark.filterwarnings("ignore:`torch.jit.load`")
 def test_torchs_own_formats(tmp_path, form, name):
     vae = made(name)
-    about = export.graphs(vae, MODELS[name], form, tmp_path)
-    path = tmp_path / about["graphs"]["score"]["file"]
+    about = export.graphs(vae, MODELS[name], form, tmp_path / "export")
+    path = tmp_path / "export" / about["graphs"]["score"]["file"]
     score = torch.jit.load(path) if form == "torchscript" else torch.export.load(path).module()
     x, noise = torch.rand(9, 1, 28, 28), torch.randn(9, vae.latent_dim)
     wanted = elbo(vae, x, noise[None], 1.0)
     distortion, rate = score(x, noise)
     torch.testing.assert_close((distortion + rate).mean(), wanted.loss)
+    tells_no_paths(tmp_path / "export")
+
+
+def tells_no_paths(folder):
+    """Of the machine on which it was made."""
+    for path in folder.iterdir():
+        for place in (REPO, sys.prefix, os.path.dirname(torch.__file__)):
+            assert str(place).encode() not in path.read_bytes(), f"{path.name} names {place}"
+
+
+def test_onnx_tells_no_paths(exported):
+    tells_no_paths(exported[1])
 
 
 def test_safetensors_hold_the_weights_and_the_recipe(tmp_path):
@@ -132,7 +148,10 @@ def lone(tmp_path):
     path = tmp_path / "theirs" / "lone.ckpt"
     content = {"betavae_format": 2, "hyper_parameters": MODULE | {"model": MODELS["mlp"]}}
     content["state_dict"] = {f"vae.{key}": value for key, value in made("mlp").state_dict().items()}
-    checkpoint.save(content | {"datamodule_hyper_parameters": DATA | {"root": "/home/me/secret"}}, path)
+    data = DATA | {"name": "folder", "root": "/home/me/secret", "cache": "/home/me/scratch", "image_size": 28}
+    checkpoint.save(content | {"datamodule_hyper_parameters": data | {"channels": 1, "fit": "pad"}}, path)
+    stale = {"sha256": "of the file before", "best": "knn", "fid": {"mean": 98.765, "se": 1.0}}
+    (path.parent / "fidelity.json").write_text(json.dumps(stale))
     (path.parent / "metrics.json").write_text(json.dumps({"test": {"neg_elbo": 123.456}, "note": "a surrogate"}))
     return path
 
@@ -151,18 +170,65 @@ def test_the_folder_is_a_model_of_its_own(lone, tmp_path):
     x = torch.rand(2, 1, 28, 28)
     assert torch.equal(run.vae.reconstruct(x), theirs.vae.reconstruct(x)) and run.settings == theirs.settings
     card = (out / "README.md").read_text()
-    for words in ("CC BY-SA 3.0", "| model.latent_dim | 3 |", "test neg_elbo: 123.5", "a surrogate", "samples.png"):
+    for words in (
+        "find out before you pass it on",
+        "| data.fit | pad |",
+        "# lone",
+        "| model.latent_dim | 3 |",
+        "test neg_elbo: 123.5",
+        "a surrogate",
+        "samples.png",
+    ):
         assert words in card
-    assert "secret" not in card and run.data["root"] == "data"
+    assert not re.search(r"secret|scratch|theirs|98\.765", card) and run.data["root"] == "data"
+    assert b"/home/me" not in b"".join(path.read_bytes() for path in out.rglob("*") if path.is_file())
     assert (out / "samples.png").stat().st_size > 1000
 
 
 def test_nothing_of_others_is_written_over(lone, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"thesis\.txt"):
-        command(lone, format="safetensors", out=tmp_path / "full")
+    for form in ("safetensors", "torchscript", "folder"):
+        with pytest.raises(UserError, match="full is there already; delete it or name another folder"):
+            command(lone, format=form, out=tmp_path / "full")
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.txt"]
+    # Nor an export, which somebody may have made better, or put something beside.
+    (tmp_path / "mine").mkdir()  # an empty folder will do
+    command(lone, format="safetensors", out=tmp_path / "mine")
+    (tmp_path / "mine" / "model.safetensors").write_bytes(b"quantised")
+    for form in ("safetensors", "folder"):
+        with pytest.raises(UserError, match="mine is there already"):
+            command(lone, format=form, out=tmp_path / "mine")
+    assert (tmp_path / "mine" / "model.safetensors").read_bytes() == b"quantised"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "mine", "theirs"]
+
+
+def test_of_two_at_once_the_first_has_the_folder(tmp_path):
+    with pytest.raises(UserError, match="out is there already"), filling(tmp_path / "out") as one:
+        (one / "a").write_text("1")
+        with filling(tmp_path / "out") as two:
+            (two / "b").write_text("2")
+    assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == ["out", "out/b"]
+
+
+def test_an_export_that_is_killed_in_the_middle_leaves_nothing_that_looks_like_one(lone, tmp_path):
+    def die_at_the_second():
+        write = export.FORMATS["torchscript"][1]
+
+        def dying(graph, path):
+            if isinstance(graph, export.Decoder):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return write(graph, path)
+
+        export.FORMATS["torchscript"] = (".ts", dying)
+
+    out = tmp_path / "killed"
+    words = (f"ckpt={lone}", "format=torchscript", f"out={out}")
+    child = Child(*words, cwd=tmp_path, script="scripts/export.py", prepare=die_at_the_second)
+    assert child.wait() == -signal.SIGKILL, child.text
+    assert not out.exists()
+    command(lone, format="torchscript", out=out)
+    assert (out / "model.json").exists()
 
 
 def test_the_page_samples_and_scores_where_there_is_no_torch(exported):

@@ -4,10 +4,12 @@ import json
 import math
 import runpy
 
+import numpy as np
 import pytest
 import torch
 
 from betavae.data.images import Images
+from betavae.errors import UserError
 from betavae.measures import features
 from betavae.measures.fidelity import Moments, frechet, imbalance, kernel_distance, moments, nearest, shares, summary
 from betavae.running import checkpoint
@@ -138,7 +140,12 @@ def test_a_classifier_takes_any_shape(shape):
     assert features.Classifier(shape, 7)(torch.rand(2, *shape)).shape == (2, 7)
 
 
-def test_the_command(tmp_path, data_root, capsys):
+def test_too_few_images_teach_no_classifier():
+    with pytest.raises(UserError, match="150 images are too few to learn from: 200"):
+        features.train(bars(150))
+
+
+def test_the_command(tmp_path, data_root, capsys, monkeypatch):
     model = MODEL | {"hidden_dims": [16], "latent_dim": 3}
     state = {f"vae.{key}": value for key, value in VAE(**model).state_dict().items()}
     content = {"betavae_format": 2, "hyper_parameters": MODULE | {"model": model}, "state_dict": state}
@@ -148,11 +155,12 @@ def test_the_command(tmp_path, data_root, capsys):
     classifier = features.Classifier((1, 28, 28), 10)
     kept = tmp_path / "runs" / "features" / "mnist.pt"
     made = {"state": classifier.state_dict(), "accuracy": 0.1}
-    asked = {"data": {"name": "mnist"}, "shape": [1, 28, 28], "classes": 10, "version": 1}
-    features.kept(kept, asked, lambda: made)
+    held = {"data": {"name": "mnist"}, "shape": [1, 28, 28], "classes": 10, "version": 1}
+    features.kept(kept, held, lambda: made)
     command = runpy.run_path(str(REPO / "scripts" / "fidelity.py"))["main"].task
-    ckpt, runs = f"{tmp_path}/lone.ckpt", f"{tmp_path}/runs"
-    command({"ckpt": ckpt, "runs": runs, "n": 60, "repeats": 2, "reference": 500, "sampler": "gaussian"})
+    monkeypatch.setenv("HOME", str(tmp_path))
+    asked = {"ckpt": "~/lone.ckpt", "runs": "~/runs", "n": 60, "repeats": 2, "reference": 500}
+    command(asked | {"sampler": "gaussian"})
     output = capsys.readouterr().out
     result = json.loads((tmp_path / "fidelity.json").read_text())
     assert result["best"] == "gaussian" and result["fid"] == result["gaussian"]["fid"] and result["images"] == 60
@@ -164,6 +172,56 @@ def test_the_command(tmp_path, data_root, capsys):
     assert f"{result['fid']['mean']:.4g} ± {result['fid']['se']:.1g}" in output
     assert (tmp_path / "figures" / "fidelity.png").stat().st_size > 1000
     assert len(list(tmp_path.glob("sampler_gaussian_*.pt"))) == 1
+
+
+@pytest.fixture
+def few(tmp_path):
+    """A command that scores an untrained model of 120 bars."""
+    images = bars(160)
+    np.savez(tmp_path / "bars.npz", images=images.pixels.numpy(), labels=images.labels.numpy())
+    model = MODEL | {"hidden_dims": [16], "latent_dim": 2, "image_shape": [1, 12, 12]}
+    data = DATA | {"name": "arrays", "root": str(tmp_path / "bars.npz"), "batch_size": 10}
+    content = {"betavae_format": 2, "hyper_parameters": MODULE | {"model": model}}
+    content["state_dict"] = {f"vae.{key}": value for key, value in VAE(**model).state_dict().items()}
+    content["datamodule_hyper_parameters"] = data | {"validation_size": 0.1, "test_size": 40}
+    checkpoint.save(content, tmp_path / "lone.ckpt")
+    command = runpy.run_path(str(REPO / "scripts" / "fidelity.py"))["main"].task
+
+    def score(**settings):
+        command({"ckpt": f"{tmp_path}/lone.ckpt", "runs": str(tmp_path), "repeats": 2} | settings)
+        return json.loads((tmp_path / "fidelity.json").read_text())
+
+    return score
+
+
+def test_few_images_are_scored_by_their_pixels(few, tmp_path, capsys):
+    result = few(sampler="knn")
+    assert "120 training images are too few to learn features from" in capsys.readouterr().out
+    assert result["images"] == 20 and "features" not in result and "imbalance" not in result["knn"]
+    assert all(math.isfinite(cell["mean"]) for cell in result["knn"].values())
+    assert not (tmp_path / "features").exists()
+    for wrong in ({"reference": 5}, {"repeats": 5}):
+        with pytest.raises(UserError, match="10 are the least"):
+            few(**wrong)
+
+
+def test_another_samplers_numbers_come_beside_those_made_in_the_same_way(few, tmp_path, capsys):
+    first = few(sampler="gaussian")
+    both = few(sampler="prior")
+    assert both["gaussian"] == first["gaussian"] and both["test images"] == first["test images"]
+    assert both["best"] == min("prior", "gaussian", key=lambda name: both[name]["fid"]["mean"])
+    assert both["fid"] == both[both["best"]]["fid"]
+    assert few(sampler="gaussian") == both and "dropped" not in capsys.readouterr().out
+    alone = few(sampler="prior", n=15)
+    assert "numbers of gaussian are dropped: made with another images" in capsys.readouterr().out
+    assert "gaussian" not in alone and alone["best"] == "prior" and alone["fid"] == alone["prior"]["fid"]
+    # A checkpoint of the same name that is another, and other images of the same name.
+    content = checkpoint.read(tmp_path / "lone.ckpt")
+    content["state_dict"] = {key: value + 0.01 for key, value in content["state_dict"].items()}
+    checkpoint.save(content, tmp_path / "lone.ckpt")
+    assert "prior" not in few(sampler="gaussian", n=15)
+    np.savez(tmp_path / "bars.npz", images=bars(161).pixels.numpy())
+    assert "gaussian" not in few(sampler="prior", n=15)
 
 
 def test_a_sweep_report_knows_what_was_measured_in_its_jobs(tmp_path):

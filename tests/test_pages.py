@@ -96,7 +96,8 @@ def test_encoding_agrees_with_the_model(place, pictures):
         {key: value for key, value in row.items() if key in table[0]} for row in rows
     ]
     for ending in ("csv", "parquet"):
-        run(f"latents=discs.{ending}", f"out=from_{ending}", cwd=place, script="scripts/decode.py")
+        words = (f"latents=~/discs.{ending}", f"out=~/from_{ending}")
+        run(*words, cwd=place, script="scripts/decode.py", environment={"HOME": str(place)})
     decoded = [sorted((place / f"from_{ending}").rglob("*.png")) for ending in ("csv", "parquet")]
     assert len(decoded[0]) == len(rows)
     assert [path.read_bytes() for path in decoded[0]] == [path.read_bytes() for path in decoded[1]]

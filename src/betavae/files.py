@@ -1,9 +1,11 @@
 """Files that appear whole or not at all, and that are never somebody else's."""
 
 import contextlib
+import errno
 import json
 import os
 import secrets
+import shutil
 import tempfile
 import zipfile
 from collections.abc import Iterator
@@ -82,6 +84,33 @@ def check_writable(out: str | Path, key: str = "out") -> None:
             pass
     except OSError as error:
         raise UserError(f"{key}: cannot write {path} ({error})") from error
+
+
+@contextlib.contextmanager
+def filling(out: str | Path, key: str = "out") -> Iterator[Path]:
+    """A new folder to write into, beside the path that a user named by the setting `key`; it becomes that path when the
+    block ends, so that a process that is killed leaves no half of a folder there.
+
+    Raises UserError where anything but an empty folder is there, whoever made it, and if it cannot be written.
+    """
+    path = Path(out).expanduser()
+    taken = f"{key}: {path} is there already; delete it or name another folder"
+    if os.path.lexists(path) and (path.is_symlink() or not path.is_dir() or any(path.iterdir())):
+        raise UserError(taken)
+    path = path.absolute()
+    part = path.with_name(f"{PART_START}{secrets.token_hex(4)}-{path.name}")
+    try:
+        part.mkdir(parents=True)
+        yield part
+        with contextlib.suppress(FileNotFoundError):
+            path.rmdir()  # Windows moves nothing to where a folder is
+        part.rename(path)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):  # of two at once, one was first
+            raise UserError(taken) from error
+        raise UserError(f"{key}: cannot make {out} ({error.strerror or error})") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def made_here(path: Path) -> bool:

@@ -26,5 +26,6 @@ SOURCES: dict[str, Callable[..., Images | None]] = {
     "sprites": sprites,
     "dsprites": dsprites,
 }
+OWN = ("folder", "arrays")  # whose name does not say which images they are
 
-__all__ = ["SOURCES", "Images", "Subset", "mnist"]
+__all__ = ["OWN", "SOURCES", "Images", "Subset", "mnist"]

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 import torch
@@ -88,7 +88,12 @@ def fit_picture(image: Image.Image, image_shape: Sequence[int], fit: str, backgr
 
 
 def read_picture(
-    path: str | Path, image_shape: Sequence[int], fit: str = "crop", background: str = "white"
+    file: str | Path | IO[bytes],
+    image_shape: Sequence[int],
+    fit: str = "crop",
+    background: str = "white",
+    most: int | None = None,
+    own_size: bool = False,
 ) -> tuple[Tensor, list[str]]:
     """A PNG, JPEG, WebP, BMP, GIF (its first frame) or TIFF -> uint8 `(C, H, W)`, and what was done to it.
 
@@ -96,21 +101,23 @@ def read_picture(
     "#rrggbb"), grey is made colour or colour grey (ITU-R 601 luma) as `image_shape` `(C, H, W)` asks for, and it is
     resized, antialiased, by a bicubic filter: with `fit="crop"` until it fills the model's frame, of which it keeps
     the middle, with "pad" until all of it is within, on `background`. A picture of that very size keeps its bytes. 16
-    bits become 8 by rounding (colour: by Pillow, which keeps the upper 8). Colour profiles are not looked at.
+    bits become 8 by rounding (colour: by Pillow, which keeps the upper 8). Colour profiles are not looked at. With
+    `own_size`, of `image_shape` only C is looked at, and the picture keeps its size.
 
-    Raises UnreadablePicture if it cannot be read, or has more pixels than Pillow's `Image.MAX_IMAGE_PIXELS`
-    (89,478,485), above which a small file may be meant to fill the memory; UserError if nothing could be read so.
+    Raises UnreadablePicture if it cannot be read, or has more pixels than `most` (None: Pillow's
+    `Image.MAX_IMAGE_PIXELS`, 89,478,485), above which a small file may be meant to fill the memory; UserError if
+    nothing could be read so.
     """
     check_fit(image_shape, fit, background)
-    limit, side = Image.MAX_IMAGE_PIXELS, 2 * max(image_shape[1:])
+    limit, side = most or Image.MAX_IMAGE_PIXELS, 2 * max(image_shape[1:])
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(file, formats=FORMATS) as image:
             if limit and image.width * image.height > limit:
                 raise UnreadablePicture(f"{image.width} x {image.height} pixels are above the limit of {limit:,}")
             notes = ["first of several frames"] if getattr(image, "is_animated", False) else []
             # A JPEG can be decoded at 1/8, 1/4 or 1/2 of its size, in a quarter of the time; from twice the model's
             # size or more this changes the result by about 1 of 255 (root mean square, on noisy detail).
-            drafted = image.draft(None, (side, side))
+            drafted = None if own_size else image.draft(None, (side, side))
             # Asked for here, since Pillow turns a TIFF itself when it loads it.
             if image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9):
                 notes.append("turned by its EXIF orientation")
@@ -119,7 +126,9 @@ def read_picture(
             if drafted and drafted[1][2:] != image.size:  # it ends within the last of the larger pixels
                 size = round(drafted[1][2]), round(drafted[1][3])
                 picture = image.resize(size, Image.Resampling.BICUBIC, box=drafted[1])
-            pixels, more = fit_picture(ImageOps.exif_transpose(picture), image_shape, fit, background)
+            picture = ImageOps.exif_transpose(picture)
+            shape = (image_shape[0], picture.height, picture.width) if own_size else image_shape
+            pixels, more = fit_picture(picture, shape, fit, background)
             return pixels, notes + more
     except UnreadablePicture:
         raise

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from betavae.data.images import Images
+from betavae.errors import UserError
 from betavae.kept import kept
 
 WIDTH = 64  # of the features
 EPOCHS = 4
-# Settings of data that say nothing of which images there are.
-INCIDENTAL = ("root", "validation_size", "batch_size", "eval_batch_size", "binarize", "seed")
+FEWEST = 200  # images to learn from
 
 
 class Classifier(nn.Module):
@@ -49,8 +49,11 @@ class Classifier(nn.Module):
         return self.head(features).argmax(1)
 
 
-def train(images: Images, seed: int = 0, epochs: int = EPOCHS, batch: int = 200) -> Classifier:
-    """A classifier of these images, shifted by up to two pixels each time. A minute on two cores for MNIST."""
+def train(images: Images, seed: int = 0, epochs: int = EPOCHS, batch: int = FEWEST) -> Classifier:
+    """A classifier of these images, shifted by up to two pixels each time. A minute on two cores for MNIST. Raises
+    UserError for fewer than `batch` of them."""
+    if len(images) < batch:
+        raise UserError(f"{len(images)} images are too few to learn from: {batch} are the least")
     shape = tuple(images.pixels.shape[1:])
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):

@@ -52,6 +52,11 @@ class Run(NamedTuple):
     def images(self, split: str = "test", root: str | None = None, most: int | None = None) -> tuple[Tensor, Tensor]:
         """Images `(N, C, H, W)` in [0, 1] of "train", "validation" or "test", as the model sees them, and their labels;
         of dynamically binarised training images one draw, and of more than `most` that many, from a fixed seed."""
+        pixels, labels = self.pixels(split, root, most)
+        return pixels.float() / 255, labels
+
+    def pixels(self, split: str = "test", root: str | None = None, most: int | None = None) -> tuple[Tensor, Tensor]:
+        """The same as uint8, a quarter of the memory."""
         datamodule = self.datamodule(root)
         if split == "test":
             images: Images = datamodule.test_set()
@@ -63,8 +68,9 @@ class Run(NamedTuple):
             images = images.take(chosen.sort().values)
         pixels = images.tensor()
         if split == "train" and datamodule.binarize != "none":
-            pixels = binarized(pixels, datamodule.binarize, torch.Generator().manual_seed(BINARIZE_SEED)) * 255
-        return pixels.float() / 255, images.labels
+            generator = torch.Generator().manual_seed(BINARIZE_SEED)
+            pixels = binarized(pixels, datamodule.binarize, generator).to(torch.uint8) * 255
+        return pixels, images.labels
 
 
 def newest(runs: Path) -> Path:
@@ -82,7 +88,7 @@ def load(ckpt: str | Path | None = None, runs: str = "runs") -> Run:
 
     Raises UserError when the file is not a whole checkpoint of this project.
     """
-    path = Path(ckpt).expanduser() if ckpt else newest(Path(runs))
+    path = Path(ckpt).expanduser() if ckpt else newest(Path(runs).expanduser())
     if (path / "checkpoints").is_dir():
         path = next((p for n in ("best", "last") if (p := path / "checkpoints" / f"{n}.ckpt").exists()), path)
     content = read(path)

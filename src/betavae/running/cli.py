@@ -29,7 +29,7 @@ from pydantic import Field
 
 from betavae.errors import Interrupted, UserError
 from betavae.running import processes
-from betavae.running.settings import Flag, LongSeed, Settings, Text, TextOrNull, keys_of, nearest, plain, validated
+from betavae.running.settings import Flag, LongSeed, Place, PlaceOrNull, Settings, keys_of, nearest, plain, validated
 from betavae.sweeping import jobs
 
 # What a machine refuses, as opposed to what we got wrong.
@@ -49,19 +49,19 @@ class ScriptSettings(Settings):
 class RunsSettings(ScriptSettings):
     """Of a script that looks for runs."""
 
-    runs: Text = Field("runs", title="the folder in which runs are looked for")
+    runs: Place = Field("runs", title="the folder in which runs are looked for")
 
 
 class ModelSettings(RunsSettings):
     """Of a script that reads a checkpoint."""
 
-    ckpt: TextOrNull = Field(None, title="a checkpoint file or a run folder; null: the newest finished run")
+    ckpt: PlaceOrNull = Field(None, title="a checkpoint file or a run folder; null: the newest finished run")
 
 
 class DataSettings(ModelSettings):
     """Of a script that looks at images of the data that a model was trained on."""
 
-    data_root: TextOrNull = Field(None, title="the data folder; null: the one it was trained with")
+    data_root: PlaceOrNull = Field(None, title="the data folder; null: the one it was trained with")
 
 
 class Seeded(ScriptSettings):

@@ -4,14 +4,14 @@ from pathlib import Path
 
 import torch
 
-from betavae.data import SOURCES
+from betavae.data import OWN, SOURCES
 from betavae.data.images import Images
 from betavae.data.listing import numbers
 from betavae.data.pictures import Pictures, read_pictures
 from betavae.errors import UserError
 from betavae.running.checkpoint import Run
 
-NAMED = set(SOURCES) - {"folder", "arrays"}  # whose name alone says which images they are
+NAMED = set(SOURCES) - set(OWN)  # whose name alone says which images they are
 SPLITS = ("test", "validation", "train")
 
 
@@ -23,8 +23,8 @@ def named_images(run: Run, where: str | list[str], data_root: str | None = None)
     Raises UserError if there are none.
     """
     if where in SPLITS:
-        x, labels = run.images(str(where), data_root)
-        return Pictures((x * 255).round().byte(), numbers(len(x)), labels.tolist(), [])
+        pixels, labels = run.pixels(str(where), data_root)
+        return Pictures(pixels, numbers(len(pixels)), labels.tolist(), [])
     if isinstance(where, str) and where in NAMED and not Path(where).exists():
         images = SOURCES[where](Path(data_root or "data"), "test")
         found = of_set(images, run) if images else None

@@ -15,7 +15,7 @@ from betavae.errors import UserError
 from betavae.files import PART, PART_START, made_here, write_whole
 
 MARK = ".betavae"  # a file in every folder of ours, that says what it is
-RUN, SWEEP, REPORT, EXPORT = (f"{kind} of betavae\n" for kind in ("a run", "a sweep", "a report", "an export"))
+RUN, SWEEP, REPORT = (f"{kind} of betavae\n" for kind in ("a run", "a sweep", "a report"))
 # All that a run writes: what is cleared away is on this list, and nothing else ever is.
 FILES = ("config.yaml", "overrides.yaml", "metrics.json", "train.log", "projector_config.pbtxt")
 FOLDERS = (

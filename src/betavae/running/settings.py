@@ -7,11 +7,12 @@ To widen a setting (a new network, data set, ...), name it in its own table, whi
 
 import difflib
 import inspect
+import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any
 
 from omegaconf import DictConfig, OmegaConf
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import core_schema
 
 from betavae.errors import UserError
@@ -56,6 +57,10 @@ Share = kind(float, "a number from 0 to 1", ge=0, le=1)
 Flag = kind(bool, "true or false")
 Text = kind(str, "a text", min_length=1)
 TextOrNull = kind(Annotated[str, Field(min_length=1)] | None, "null or a text")
+# A shell leaves the ~ of `key=~/file` as it is.
+At = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
+Place = kind(At, "a path")
+PlaceOrNull = kind(At | None, "null or a path")
 Seed = kind(int, "a whole number from 0 to 4294967295", ge=0, lt=2**32)
 LongSeed = kind(int, "a whole number from 0 up", ge=0, lt=2**63)
 Pair = kind(list[Annotated[int, Field(ge=0)]], "two whole numbers", min_length=2, max_length=2)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from betavae.errors import UserError
-from betavae.files import STAMP, writing
+from betavae.files import STAMP, filling
 from betavae.terms import gaussian_kl
 from betavae.vae import VAE
 
@@ -125,8 +125,12 @@ def onnx(graph: Graph, path: Path) -> Run:
 
 def exported(graph: Graph) -> torch.export.ExportedProgram:
     batch = torch.export.Dim("batch", min=1)
+    dynamic = {name: {0: batch} for name in graph.inputs}
     # Two of everything: with one, torch would take the batch for fixed.
-    return torch.export.export(graph, inputs_of(graph, 2), dynamic_shapes={name: {0: batch} for name in graph.inputs})
+    program = torch.export.export(graph, inputs_of(graph, 2), dynamic_shapes=dynamic)
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # it names files of this machine
+    return program
 
 
 def pt2(graph: Graph, path: Path) -> Run:
@@ -175,10 +179,12 @@ def difference(graph: Graph, run: Run) -> float:
 
 
 @torch.no_grad()
-def graphs(vae: VAE, settings: dict[str, Any], form: str, folder: Path) -> dict[str, Any]:
-    """The three graphs as files in `folder`, each read back and compared, and `model.json`, whose content is returned.
+def graphs(vae: VAE, settings: dict[str, Any], form: str, out: str | Path) -> dict[str, Any]:
+    """The three graphs as files in the new folder `out`, each read back and compared, and `model.json`, whose content
+    is returned.
 
-    `settings` are the arguments of `VAE` that `vae` was made from, `form` a name in `FORMATS`.
+    `settings` are the arguments of `VAE` that `vae` was made from, `form` a name in `FORMATS`. Raises UserError where
+    something is at `out`, and for a graph that cannot be written or is off.
     """
     suffix, write = FORMATS[form]
     channels, *size = vae.image_shape
@@ -191,19 +197,22 @@ def graphs(vae: VAE, settings: dict[str, Any], form: str, folder: Path) -> dict[
     result: dict[str, Any] = described(vae, settings, form)
     result["difference"] = {"of": "outputs from torch's, in parts of 1 or of the output, if that is larger"}
     result["graphs"] = {}
-    for name, make in GRAPHS.items():
-        graph, path = make(plain(vae, settings)), folder / f"{name}{suffix}"
-        try:
-            run = write(graph, path)
-        except (RuntimeError, ValueError, TypeError) as error:  # of a network of one's own
-            raise UserError(f"format={form} cannot hold the {name} ({(str(error).splitlines() or [''])[0]})") from error
-        result["difference"][name] = difference(graph, run)
-        result["graphs"][name] = {
-            "file": path.name,
-            "inputs": tensors(make.inputs),
-            "outputs": tensors(make.outputs),
-        }
-    return say(result, folder)
+    with filling(out) as folder:
+        for name, make in GRAPHS.items():
+            graph, path = make(plain(vae, settings)), folder / f"{name}{suffix}"
+            try:
+                run = write(graph, path)
+            except (RuntimeError, ValueError, TypeError) as error:  # of a network of one's own
+                reason = (str(error).splitlines() or [""])[0]
+                raise UserError(f"format={form} cannot hold the {name} ({reason})") from error
+            result["difference"][name] = difference(graph, run)
+            result["graphs"][name] = {
+                "file": path.name,
+                "inputs": tensors(make.inputs),
+                "outputs": tensors(make.outputs),
+            }
+        say(result, folder)
+    return result
 
 
 def described(vae: VAE, settings: dict[str, Any], form: str) -> dict[str, Any]:
@@ -211,26 +220,29 @@ def described(vae: VAE, settings: dict[str, Any], form: str) -> dict[str, Any]:
     return said | {"image_shape": list(vae.image_shape), "latent_dim": vae.latent_dim}
 
 
-def say(result: dict[str, Any], folder: Path) -> dict[str, Any]:
-    with writing(folder / "model.json") as path:
-        path.write_text(json.dumps(result, indent=2) + "\n")
-    return result
+def say(result: dict[str, Any], folder: Path) -> None:
+    (folder / "model.json").write_text(json.dumps(result, indent=2) + "\n")
 
 
-def weights(vae: VAE, settings: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """`model.safetensors`, the weights by their names in `VAE`, and in its metadata and `model.json` the recipe."""
+def weights(vae: VAE, settings: dict[str, Any], out: str | Path) -> dict[str, Any]:
+    """In the new folder `out` `model.safetensors`, the weights by their names in `VAE`, and in its metadata and
+    `model.json` the recipe. Raises UserError where something is at `out`."""
     try:
         from safetensors import safe_open
         from safetensors.torch import save_file
     except ImportError:
         raise UserError('format=safetensors needs safetensors: pip install -e ".[export]"') from None
-    path, state = folder / "model.safetensors", vae.state_dict()
-    save_file({k: v.contiguous() for k, v in state.items()}, path, {"made_by": STAMP, "model": json.dumps(settings)})
-    with safe_open(path, "pt") as file:
-        if set(file.keys()) != set(state) or not all(torch.equal(file.get_tensor(k), v) for k, v in state.items()):
-            raise UserError(f"{path} does not hold the weights that were written; try again")
+    state, name = vae.state_dict(), "model.safetensors"
     result = described(vae, settings, "safetensors")
-    return say(result | {"file": path.name, "tensors": {k: list(v.shape) for k, v in state.items()}}, folder)
+    result |= {"file": name, "tensors": {k: list(v.shape) for k, v in state.items()}}
+    with filling(out) as folder:
+        metadata = {"made_by": STAMP, "model": json.dumps(settings)}
+        save_file({k: v.contiguous() for k, v in state.items()}, folder / name, metadata)
+        with safe_open(folder / name, "pt") as file:
+            if set(file.keys()) != set(state) or not all(torch.equal(file.get_tensor(k), v) for k, v in state.items()):
+                raise UserError(f"{name} does not hold the weights that were written; try again")
+        say(result, folder)
+    return result
 
 
 def card(name: str, settings: dict[str, Any], data: dict[str, Any], numbers: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ To add a sampler, write a function of z `(N, latent_dim)` that gives a `Latents`
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -116,14 +116,16 @@ def fitted(
     sampler: str,
     vae: VAE,
     training: Callable[[], tuple[Tensor, Tensor]],
+    data: dict[str, Any],
     checkpoint: Path,
     folder: Path,
     digit: int | None = None,
 ) -> Latents:
     """A sampler of `SAMPLERS`, fitted to the images that `training()` gives, of all labels or of the one `digit`.
 
-    It is kept in `folder` under a name with the hash of the file `checkpoint`, from which `vae` was loaded. Raises
-    UserError if there are too few such images.
+    It is kept in `folder` under a name with the hash of the file `checkpoint`, from which `vae` was loaded, and fitted
+    anew if `data`, plain values that tell those images from others, are not what it was fitted with. Raises UserError
+    if there are too few such images.
     """
     if sampler == "prior":
         if digit is not None:
@@ -144,6 +146,6 @@ def fitted(
 
     hashed = digest(checkpoint)
     label = "" if digit is None else f"_{digit}"
-    asked = {"sampler": sampler, "digit": digit, "checkpoint": hashed, "version": 1}
+    asked = {"sampler": sampler, "digit": digit, "checkpoint": hashed, "data": data, "version": 1}
     parts = kept(folder / f"sampler_{sampler}{label}_{hashed}.pt", asked, fit)["parts"]
     return Neighbours(*parts) if sampler == "knn" else Mixture(*parts)

@@ -22,8 +22,6 @@ REFERENCE = 500  # test images that an image's neg. ELBO is compared with
 SAMPLES = 32  # of an image's posterior, for its neg. ELBO
 SEED = 0
 MOST_RUNS = 8  # side by side
-# What decides which pixels a model sees; the rest of the data's settings do not.
-INCIDENTAL = ("root", "validation_size", "batch_size", "eval_batch_size", "seed")
 CHUNK = 1000  # images that are encoded at once
 
 
@@ -88,17 +86,19 @@ def explore(runs: Sequence[Any], root: str | None = None, p_values: Sequence[PVa
     images = runs[0].datamodule(root).test_set()
     images = images.take(torch.arange(min(IMAGES, len(images))))
     for run in runs[1:]:
-        if seen(run) != seen(runs[0]):
+        if seen(run, root) != seen(runs[0], root):
             raise UserError(
-                f"ckpt: {runs[0].path} and {run.path} were trained on different data ({seen(runs[0])}, {seen(run)}); "
-                "side by side, runs must be of the same"
+                f"ckpt: {runs[0].path} and {run.path} were trained on different data ({seen(runs[0], root)}, "
+                f"{seen(run, root)}); side by side, runs must be of the same"
             )
     each = zip(names(runs), runs, p_values or [None] * len(runs), strict=True)
     return Explorer([explored(name, run, images, p_value) for name, run, p_value in each], images)
 
 
-def seen(run: Any) -> dict[str, Any]:
-    return {key: value for key, value in run.data.items() if key not in INCIDENTAL}
+def seen(run: Any, root: str | None) -> dict[str, Any]:
+    """What decides which test images a model sees, and how."""
+    found = run.datamodule(root).provenance()
+    return {key: value for key, value in found.items() if key != "validation_size"}
 
 
 @torch.no_grad()

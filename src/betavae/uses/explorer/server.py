@@ -123,8 +123,9 @@ def app(explorer: Explorer, names: set[str], loopback: bool = True) -> Starlette
     async def post_picture(request: Request) -> Response:
         treatment = Treatment.model_validate(dict(request.query_params))
         content = await body(request, "application/octet-stream", picture.UPLOAD)
-        binarize = explorer.runs[0].run.data["binarize"]
-        pixels = picture.read(content, explorer.shape, **treatment.model_dump(), binarize=binarize)
+        data = explorer.runs[0].run.data
+        look = {key: data[key] for key in ("binarize", "fit", "background") if key in data}
+        pixels = picture.read(content, explorer.shape, **treatment.model_dump(), **look)
         return encoded(explorer, pixels[None].float() / 255)
 
     return Starlette(
