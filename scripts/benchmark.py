@@ -21,6 +21,7 @@ from typing import Any
 
 from pydantic import Field
 
+from betavae.errors import UserError
 from betavae.running.cli import ScriptSettings, script
 from betavae.running.settings import Count, Flag, Text, kind, one_of
 
@@ -160,7 +161,7 @@ def measured(arguments: list[str], folder: Path) -> tuple[str, float, float]:
         output.seek(0)
         text = output.read()
     if status:
-        raise RuntimeError(f"{' '.join(arguments)} failed:\n{text}")
+        raise UserError(f"{' '.join(arguments)} failed: {(text.splitlines() or ['killed'])[-1]}")
     return text, seconds, usage.ru_maxrss / 1e6
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from pydantic import Field
 
+from betavae.errors import UserError
 from betavae.files import writing
 from betavae.running.cli import ScriptSettings, importing, script
 from betavae.running.settings import Count, Text, one_of
@@ -91,10 +92,11 @@ def main(settings: Settings) -> None:
     found = {}
     for way in ("mapped", "memory", "mapped", "memory"):
         command = [sys.executable, __file__, f"only={way}", f"n={settings.n}", f"steps={settings.steps}"]
-        text = subprocess.run(
-            [*command, f"folder={settings.folder}"], check=True, capture_output=True, text=True
-        ).stdout
-        found[way] = json.loads(text.splitlines()[-1])  # of the second round, with the file in the page cache
+        done = subprocess.run([*command, f"folder={settings.folder}"], capture_output=True, text=True)
+        if done.returncode:
+            raise UserError(f"the part only={way} failed: {(done.stderr.splitlines() or ['killed'])[-1]}")
+        # Of the second round, with the file in the page cache.
+        found[way] = json.loads(done.stdout.splitlines()[-1])
     print(f"{settings.n:,} pictures, {path.stat().st_size / 1e9:.1f} GB; {settings.steps} batches of 256")
     for way, row in found.items():
         print(f"{way:8}  first batch after {row['first']:.1f} s, epoch {row['epoch']:.1f} s, own {row['gb']:.2f} GB")
