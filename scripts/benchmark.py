@@ -161,8 +161,12 @@ def measured(arguments: list[str], folder: Path) -> tuple[str, float, float]:
         output.seek(0)
         text = output.read()
     if status:
-        raise UserError(f"{' '.join(arguments)} failed: {(text.splitlines() or ['killed'])[-1]}")
+        raise UserError(f"{' '.join(arguments)} failed: {last_words(text)}")
     return text, seconds, usage.ru_maxrss / 1e6
+
+
+def last_words(text: str) -> str:
+    return (text.splitlines() or ["it was killed"])[-1].removeprefix("error: ")
 
 
 def part(name: str, settings: Settings, folder: Path, epochs: int) -> dict[str, Any]:

@@ -59,7 +59,8 @@ def pictures(place):
 
 def test_from_pictures_to_a_model_and_back(place, pictures):
     train, reconstruct, interpolate, encode, decode = pictures.values()
-    assert "2 could not be read: cut.png" in train and "broken.jpg" in train and "neg. ELBO" in train
+    assert "2 could not be read: " in train and "neg. ELBO" in train
+    assert all(f"{name} (" in train for name in ("cut.png", "broken.jpg"))
     assert "transparent parts laid on white" in reconstruct and "reconstructions.png" in reconstruct
     assert "1 interpolations" in interpolate and "1,302 images" in encode and "1,302 pictures" in decode
     held = np.load(place / "latents.npz")
