@@ -40,9 +40,8 @@ def main(settings: Settings) -> None:
         def run(*arguments: str) -> None:
             done = subprocess.run([sys.executable, train, *arguments], capture_output=True, text=True)
             if done.returncode:
-                raise UserError(
-                    f"train.py {' '.join(arguments)} failed: {(done.stderr.splitlines() or ['killed'])[-1]}"
-                )
+                last = (done.stderr.splitlines() or ["it was killed"])[-1].removeprefix("error: ")
+                raise UserError(f"train.py {' '.join(arguments)} failed: {last}")
 
         # Unpacks the data, and is not counted.
         run(*common, "trainer.max_epochs=1", "trainer.limit_train_batches=1")
