@@ -21,6 +21,7 @@ from typing import Any
 
 from pydantic import Field
 
+from betavae.errors import UserError
 from betavae.running.cli import ScriptSettings, script
 from betavae.running.settings import Count, Flag, Text, kind, one_of
 
@@ -160,8 +161,12 @@ def measured(arguments: list[str], folder: Path) -> tuple[str, float, float]:
         output.seek(0)
         text = output.read()
     if status:
-        raise RuntimeError(f"{' '.join(arguments)} failed:\n{text}")
+        raise UserError(f"{' '.join(arguments)} failed: {last_words(text)}")
     return text, seconds, usage.ru_maxrss / 1e6
+
+
+def last_words(text: str) -> str:
+    return (text.splitlines() or ["it was killed"])[-1].removeprefix("error: ")
 
 
 def part(name: str, settings: Settings, folder: Path, epochs: int) -> dict[str, Any]:

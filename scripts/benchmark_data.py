@@ -16,9 +16,12 @@ from typing import Any
 
 from pydantic import Field
 
+from betavae.errors import UserError
 from betavae.files import writing
 from betavae.running.cli import ScriptSettings, importing, script
 from betavae.running.settings import Count, Text, one_of
+
+WARM = 20  # batches that are not timed
 
 
 class Settings(ScriptSettings):
@@ -50,13 +53,13 @@ def epoch(path: Path, mapped: bool, steps: int) -> dict[str, Any]:
     for step, (x, _) in enumerate(data.train_dataloader()):
         if step == 0:
             first = time.perf_counter() - started
-        if step == 20:
+        if step == WARM:
             at = time.perf_counter()
         optimizer.zero_grad()
         elbo(vae, x, torch.randn(1, len(x), 16), 1.0).loss.backward()
         optimizer.step()
         peak = max(peak, own_memory()) if step % 20 == 0 else peak
-        if step == steps + 20:
+        if step == steps + WARM - 1:
             break
     return {"first": first, "epoch": time.perf_counter() - at, "gb": peak / 1e6}
 
@@ -86,15 +89,19 @@ def main(settings: Settings) -> None:
         with importing():
             print(json.dumps(epoch(path, settings.only == "mapped", settings.steps)))
         return
+    if settings.n * 0.95 < 256 * (settings.steps + WARM):
+        raise UserError(f"n={settings.n} is too few for steps={settings.steps} batches of 256, and {WARM} before them")
     if not path.exists():
         make(path, settings.n)
     found = {}
     for way in ("mapped", "memory", "mapped", "memory"):
         command = [sys.executable, __file__, f"only={way}", f"n={settings.n}", f"steps={settings.steps}"]
-        text = subprocess.run(
-            [*command, f"folder={settings.folder}"], check=True, capture_output=True, text=True
-        ).stdout
-        found[way] = json.loads(text.splitlines()[-1])  # of the second round, with the file in the page cache
+        done = subprocess.run([*command, f"folder={settings.folder}"], capture_output=True, text=True)
+        if done.returncode:
+            last = (done.stderr.splitlines() or ["it was killed"])[-1].removeprefix("error: ")
+            raise UserError(f"the part only={way} failed: {last}")
+        # Of the second round, with the file in the page cache.
+        found[way] = json.loads(done.stdout.splitlines()[-1])
     print(f"{settings.n:,} pictures, {path.stat().st_size / 1e9:.1f} GB; {settings.steps} batches of 256")
     for way, row in found.items():
         print(f"{way:8}  first batch after {row['first']:.1f} s, epoch {row['epoch']:.1f} s, own {row['gb']:.2f} GB")

@@ -4,6 +4,7 @@
 
 from pydantic import Field
 
+from betavae.errors import UserError
 from betavae.running.cli import ScriptSettings, script
 from betavae.running.settings import Count, Text
 
@@ -35,19 +36,22 @@ def main(settings: Settings) -> None:
             f"runs={folder}",
             *settings.settings.split(),
         ]
+
+        def run(*arguments: str) -> None:
+            done = subprocess.run([sys.executable, train, *arguments], capture_output=True, text=True)
+            if done.returncode:
+                last = (done.stderr.splitlines() or ["it was killed"])[-1].removeprefix("error: ")
+                raise UserError(f"train.py {' '.join(arguments)} failed: {last}")
+
         # Unpacks the data, and is not counted.
-        subprocess.run(
-            [sys.executable, train, *common, "trainer.max_epochs=1", "trainer.limit_train_batches=1"],
-            check=True,
-            stdout=subprocess.DEVNULL,
-        )
+        run(*common, "trainer.max_epochs=1", "trainer.limit_train_batches=1")
         seeds = f"seed={','.join(map(str, range(settings.jobs)))}"
         for number in range(settings.rounds):  # by turns, so that a busy minute of the machine hits both
             for name, launcher in (("in a row", "basic"), ("on all cores", "joblib")):
                 sweep = f"hydra.sweep.dir={folder}/{launcher}{number}"
                 arguments = ["-m", f"hydra/launcher={launcher}", seeds, *common, sweep]
                 started = time.perf_counter()
-                subprocess.run([sys.executable, train, *arguments], check=True, stdout=subprocess.DEVNULL)
+                run(*arguments)
                 seconds[name].append(time.perf_counter() - started)
                 print(f"round {number + 1}: {settings.jobs} jobs {name}: {seconds[name][-1]:.1f} s", flush=True)
     slow, fast = (median(seconds[name]) for name in seconds)

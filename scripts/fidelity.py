@@ -49,8 +49,8 @@ def main(settings: Settings) -> None:
     # A mean of p(x|z) is the grey value of a pixel that was drawn afresh for every batch.
     shown = run._replace(data=run.data | {"binarize": "none"}) if run.data.get("binarize") == "dynamic" else run
     datamodule = shown.datamodule(settings.data_root)
-    x, labels = shown.pixels("train", settings.data_root, settings.reference)
-    x_test, _ = shown.pixels("test", settings.data_root)
+    train = shown.subset("train", settings.data_root, settings.reference)
+    x, labels, x_test = train.tensor(), train.labels, shown.subset("test", settings.data_root).tensor()
     n = min(settings.n, len(x_test) // settings.repeats, len(x))
     if n < 10:
         raise UserError(

@@ -1,4 +1,5 @@
 import importlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 
 from betavae.data import folder
+from betavae.data.datamodule import ImageDataModule
 from betavae.data.listing import picture_files
 from betavae.errors import UserError
 
@@ -81,37 +83,104 @@ def test_each_picture_is_listed_once_by_its_own_name_or_its_first(tmp_path):
 
 
 def test_the_splits_of_a_folder_are_kept(root, load):
-    fill(root, ["train/x/1.png", "train/y/2.png", "val/y/3.png", "test/z/4.png", "test/x/5.png", "else/6.png", "7.png"])
+    fill(root, ["train/x/1.png", "train/y/2.png", "val/y/3.png", "test/z/4.png", "test/x/5.png", "6.png"])
     train, validation, test = (load(split) for split in ("train", "validation", "test"))
     assert (values(train), values(validation), values(test)) == ([1, 2], [3], [5, 4])
     assert train.classes == ["x", "y", "z"] and test.labels.tolist() == [0, 2] and validation.labels.tolist() == [1]
-    (root / "val").rename(root / "validation")
-    assert values(load("validation")) == [3]
+    assert test.names == ["test/x/5.png", "test/z/4.png"]
+    for before, name in itertools.pairwise(["val", "valid", "Valid", "validation"]):
+        (root / before).rename(root / name)
+        assert values(load("validation")) == [3]
+    (root / "notes").mkdir()  # without pictures
+    (root / "notes" / "a.txt").write_text("")
     shutil.rmtree(root / "test")  # then some of the training pictures
     assert sorted(values(load()) + values(load("test"))) == [1, 2] and values(load("validation")) == [3]
-    (root / "val").mkdir()
-    with pytest.raises(UserError, match="a folder val and one validation"):
+    fill(root, ["val/1.png"])
+    with pytest.raises(UserError, match="has a folder val and one validation"):
         load()
-    (root / "val").rmdir()
-    (root / "train").rename(root / "training")
+    shutil.rmtree(root / "val")
+    shutil.rmtree(root / "train")
     with pytest.raises(UserError, match="has a folder validation, but none that is called train"):
         load()
 
 
-def test_the_test_set_does_not_depend_on_the_seed_and_hardly_on_more_pictures(root, load):
-    fill(root, [f"{i}.png" for i in range(100)])
-    torch.manual_seed(1)
-    before = values(load("test", test_size=0.2))
+def test_a_class_that_is_called_as_a_split_is(root, load, capsys):
+    """Beside other classes, it is one of them; two such folders may be splits, and are asked about."""
+    fill(root, ["bus/1.png", "train/2.png", "train/3.png", "car/4.png"])
+    images = [load(split, test_size=1) for split in ("train", "test")]
+    assert load("validation") is None and sorted(values(images[0]) + values(images[1])) == [1, 2, 3, 4]
+    assert images[0].classes == ["bus", "car", "train"]
+    assert capsys.readouterr().err.count("train is taken for a class, as bus, car; splits are folders train, val") == 1
+    fill(root, ["test/5.png"])
+    with pytest.raises(UserError, match=r"has pictures in test and train, as a set .* but also in bus, car: are these"):
+        load()
+    for name in ("bus", "car"):
+        shutil.rmtree(root / name)
+    assert values(load()) == [2, 3] and values(load("test")) == [1]
+
+
+def test_links_do_not_bring_a_picture_into_two_splits(root, load):
+    fill(root, ["train/1.png", "train/2.png", "test/3.png"])
+    (root / "test" / "again.png").symlink_to(root / "train" / "1.png")
+    assert values(load("test")) == [3]
+    (root / "val").symlink_to(root / "test")
+    with pytest.raises(UserError, match=r"has no pictures in val .*, or only links to those of another split"):
+        load()
+
+
+def splits(root, tmp_path, **settings):
+    """The names of the pictures of each split, as a training has them."""
+    own = {"image_size": 4, "channels": 1, "cache": str(tmp_path / "cache")}
+    sizes = {"validation_size": 0.2, "test_size": 0.2}
+    made = ImageDataModule(
+        "folder", str(root), **{"batch_size": 1, "eval_batch_size": 1} | sizes | own | settings, binarize="none", seed=0
+    )
+    made.setup()
+    return {split: set(images.names) for split, images in made.sets.items()}
+
+
+def test_a_picture_stays_in_its_split_whatever_comes_or_goes(root, tmp_path):
+    names = [f"{i}.png" for i in range(200)]
+    fill(root, names)
+    before = splits(root, tmp_path)
+    assert set.union(*before.values()) == set(names) and sum(map(len, before.values())) == 200
+    assert all(20 <= len(before[split]) <= 60 for split in ("validation", "test"))  # 3.5 standard deviations
     torch.manual_seed(2)
-    assert values(load("test", test_size=20)) == before and len(before) == 20
-    assert before not in (list(range(1, 21)), list(range(81, 101)))
-    fill(root / "more", [f"{i}.png" for i in range(5)])
-    shutil.move(root / "more" / "3.png", root / "new.png")
-    shutil.rmtree(root / "more")
-    after = values(load("test", test_size=20))
-    assert len(set(before) & set(after)) >= 19
+    for change in ("add", "remove"):
+        if change == "add":
+            fill(root, [f"new/{i}.png" for i in range(50)])
+        else:
+            for name in names[:100]:
+                (root / name).unlink()
+        after = splits(root, tmp_path)
+        there = {name for name in names if (root / name).exists()}
+        assert {split: found & there for split, found in after.items()} == {
+            split: found & there for split, found in before.items()
+        }
+    moved = root.rename(tmp_path / "moved")
+    assert splits(moved, tmp_path) == after
+
+
+def test_a_count_is_kept_to(root, load, tmp_path):
+    fill(root, [f"{i}.png" for i in range(100)])
+    found = splits(root, tmp_path, test_size=20, validation_size=7)
+    assert (len(found["test"]), len(found["validation"]), len(found["train"])) == (20, 7, 73)
+    (root / "new.png").write_bytes((root / "3.png").read_bytes())
+    assert len(found["test"] & splits(root, tmp_path, test_size=20)["test"]) >= 19
     with pytest.raises(UserError, match=r"data.test_size=0 .*101 images"):
         load(test_size=0)
+
+
+@pytest.mark.parametrize("n", range(1, 11))
+@pytest.mark.parametrize("share", [0.001, 0.1, 0.5])
+def test_a_few_pictures_are_in_all_splits_or_it_is_said(root, tmp_path, n, share):
+    fill(root, [f"{i}.png" for i in range(n)])
+    if n < 3:
+        with pytest.raises(UserError, match=f"_size={share} cannot be: .* of the 1 images"):
+            splits(root, tmp_path, test_size=share, validation_size=share)
+    else:
+        found = splits(root, tmp_path, test_size=0.1, validation_size=share)
+        assert all(found.values()) and sum(map(len, found.values())) == n
 
 
 def test_settings_of_reading(root, load):
@@ -138,9 +207,8 @@ def test_pictures_are_decoded_once_and_mapped(root, load, tmp_path, monkeypatch)
     fill(root, [f"{i}.png" for i in range(10)])
     first = [load(split) for split in ("train", "test")]
     (place,) = kept(tmp_path)
-    assert sorted(p.name for p in place.iterdir()) == ["index.json", "pixels.npy"] and place.name.startswith(
-        "pictures-"
-    )
+    assert sorted(p.name for p in place.iterdir()) == ["index.json", "made_of.json", "pixels.npy"]
+    assert place.name.startswith("pictures-")
     monkeypatch.setattr(module, "decode", None)
     assert all(map(torch.equal, [load(split).pixels for split in ("train", "test")], [i.pixels for i in first]))
     with warnings.catch_warnings():
@@ -182,8 +250,9 @@ def test_a_changed_folder_is_noticed(root, load, tmp_path, change):
     }[change]()
     if change == "rewrite":
         os.utime(picture, ns=(status.st_atime_ns, status.st_mtime_ns))
+    before = kept(tmp_path)
     found = values(load()) + values(load("test"))
-    assert len(kept(tmp_path)) == 2
+    assert len(kept(tmp_path)) == 1 and kept(tmp_path) != before
     assert len(found) == {"add": 11, "remove": 9}.get(change, 10) and (99 in found) == (change == "rewrite")
 
 
@@ -204,6 +273,37 @@ def test_other_settings_have_a_file_of_their_own(root, load, tmp_path):
         assert len(kept(tmp_path)) == number
 
 
+def test_what_was_kept_of_the_pictures_before_is_removed_and_nothing_else(root, load, tmp_path, capsys):
+    fill(root, [f"{i}.png" for i in range(10)])
+    train = load()
+    before = values(train)
+    (old,) = kept(tmp_path)
+    load(test_size=2)
+    load(image_size=5)
+    other = tmp_path / "elsewhere" / "pictures"
+    fill(other, [f"{i}.png" for i in range(9)])
+    folder(other, "train", image_size=4, channels=1, cache=str(tmp_path / "cache"))
+    others = [place for place in kept(tmp_path) if place != old]
+    part = tmp_path / "cache" / "pictures-1x4x4-0.part"  # of a process that was killed
+    part.mkdir()
+    shutil.copy(old / "made_of.json", part)
+    strange = [tmp_path / "cache" / f"pictures-1x4x4-{i}" for i in range(1, 4)]
+    for place in strange:
+        place.mkdir()
+        (place / "pixels.npy").write_text("mine")
+    (strange[1] / "made_of.json").write_text("{}")
+    shutil.copy(old / "made_of.json", strange[2])
+    (strange[2] / "notes.txt").write_text("mine")
+    capsys.readouterr()
+    fill(root, ["new.png"])
+    load()
+    said = capsys.readouterr().err
+    assert said.count("removed ") == 2 and f"removed {old}, of the pictures as they were before" in said
+    assert not old.exists() and not part.exists() and all(place.exists() for place in others)
+    assert all((place / "pixels.npy").read_text() == "mine" for place in strange)
+    assert values(train) == before  # a run that has it mapped goes on
+
+
 def test_what_cannot_be_read_is_left_out_and_named(root, load, capsys):
     fill(root, [f"{i}.png" for i in range(10)])
     (root / "broken.jpg").write_bytes(b"no")
@@ -219,7 +319,7 @@ def test_nothing_to_read_is_a_sentence(root, load, tmp_path):
         load()
     root.mkdir()
     (root / "a.txt").write_text("")
-    with pytest.raises(UserError, match=r"has no pictures in . \(.png, .jpg"):
+    with pytest.raises(UserError, match=r"has no pictures \(.png, .jpg"):
         load()
     for name in ("a.png", "b.png"):
         (root / name).write_bytes(b"")

@@ -1,4 +1,5 @@
 import itertools
+import os
 
 import numpy as np
 import pytest
@@ -227,6 +228,11 @@ def test_what_cannot_be_read_says_why(tmp_path, monkeypatch):
     assert "truncated" in reasons["cut.jpg"] and reasons["text.png"] == reasons["page.tif"] == (
         "not a PNG, JPEG, WebP, BMP, GIF or TIFF"
     )
+    os.mkfifo(tmp_path / "pipe.png")  # which would be waited for
+    (tmp_path / "link.png").symlink_to("/dev/zero")
+    for name in ("pipe.png", "link.png"):
+        with pytest.raises(UnreadablePicture, match="not a regular file"):
+            read_picture(tmp_path / name, (3, 8, 8))
     with pytest.raises(UnreadablePicture, match="No such file"):
         read_picture(tmp_path / "none.png", (3, 8, 8))
     with pytest.raises(UnreadablePicture, match="32 bits"):
@@ -269,6 +275,15 @@ def test_a_folder_is_read_in_natural_order_with_labels_and_notes(tmp_path):
         "4 of 4 pictures: centre-cropped",
         "1 could not be read: b/11.png (not a PNG, JPEG, WebP, BMP, GIF or TIFF)",
     ]
+    for before, after in (("a", "train"), ("b", "test")):
+        (tmp_path / before).rename(tmp_path / after)
+    split = read_pictures(tmp_path, (3, 6, 6))  # in splits, the folders below them are the labels
+    assert split.names[-1] == "train/grün 猫.png" and split.labels == [".", ".", "deep", "."]
+    (tmp_path / "train" / "deep").rename(tmp_path / "deep")  # beside another folder, they are labels
+    assert read_pictures(tmp_path, (3, 6, 6)).labels == ["deep", "test", "test", "train"]
+    (tmp_path / "deep").rename(tmp_path / "train" / "deep")
+    for before, after in (("a", "train"), ("b", "test")):
+        (tmp_path / after).rename(tmp_path / before)
     listed = read_pictures([tmp_path / "b" / "10.png", str(tmp_path / "a")], (3, 6, 9))
     assert listed.names == ["10.png", "a/deep/er/1.png", "a/grün 猫.png"]
     assert listed.labels is None and listed.notes == []

@@ -13,7 +13,7 @@ import torch
 
 from betavae.data import OWN, SOURCES
 from betavae.data.batches import Batches, binarized
-from betavae.data.images import Images, count_of
+from betavae.data.images import Images, count_of, set_aside
 from betavae.data.listing import picture_files
 from betavae.errors import UserError
 
@@ -28,10 +28,11 @@ LARGEST_ON_DEVICE = 2**32  # bytes; of more images than that, Lightning moves a 
 class ImageDataModule(L.LightningDataModule):
     """The images of one of `SOURCES`, on the training device where they are held in memory.
 
-    `validation_size` of the training images, a number or (below 1) a share, are set aside by a fixed seed (0: none),
-    unless the source has validation images of its own. `binarize`: "none" keeps grey values, "threshold" sets pixels
-    above 127, "dynamic" draws Bernoulli pixels, afresh for every training batch and once, from a fixed seed, for
-    validation and test. `settings` are the source's own. Raises UserError for what the images cannot fulfil.
+    `validation_size` of the training images, a number or (below 1) a share, are set aside (0: none), by their names
+    where they have any, as `set_aside` says, else by a fixed seed; unless the source has validation images of its own.
+    `binarize`: "none" keeps grey values, "threshold" sets pixels above 127, "dynamic" draws Bernoulli pixels, afresh
+    for every training batch and once, from a fixed seed, for validation and test. `settings` are the source's own.
+    Raises UserError for what the images cannot fulfil.
     """
 
     def __init__(
@@ -91,9 +92,13 @@ class ImageDataModule(L.LightningDataModule):
 
     def split(self, images: Images) -> tuple[Images, Images]:
         n, size = len(images), self.validation_size
-        count = count_of(size, n, "data.validation_size") if size else 0
-        order = torch.randperm(n, generator=torch.Generator().manual_seed(SPLIT_SEED))
-        return images.take(order[count:].sort().values), images.take(order[:count].sort().values)
+        if images.names and size:
+            held = set_aside(images.names, size, "data.validation_size", "validation/")
+        else:
+            count = count_of(size, n, "data.validation_size") if size else 0
+            held = torch.randperm(n, generator=torch.Generator().manual_seed(SPLIT_SEED))[:count]
+        left = torch.ones(n, dtype=torch.bool).index_fill(0, held, False)
+        return images.take(left.nonzero().squeeze(1)), images.take(held.sort().values)
 
     def fixed(self, images: Images) -> Images:
         """Binarised once, for evaluation."""

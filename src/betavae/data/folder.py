@@ -1,5 +1,6 @@
 """A folder of pictures, decoded once into one file that is mapped into memory."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -8,51 +9,75 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
 from betavae.data.arrays import as_tensor
-from betavae.data.images import Images, count_of
-from betavae.data.listing import SUFFIXES, File, label_of, natural, picture_files
+from betavae.data.images import Images, set_aside
+from betavae.data.listing import SPLIT_FOLDERS, SUFFIXES, label_of, natural, picture_files, split_folders
 from betavae.data.pictures import UnreadablePicture, check_fit, left_out, read_each
 from betavae.errors import UserError
+from betavae.files import STAMP
 
-FORMAT = 1  # of what is kept, and of how pictures are read: with another number all are read anew
+FORMAT = 2  # of what is kept, and of how pictures are read: with another number all are read anew
 SPLITS = ("train", "validation", "test")
+MADE_OF = "made_of.json"  # the mark of a folder that is kept: what it was made of, but for the pictures' own state
+FILES = {"index.json", "pixels.npy", MADE_OF}
 
 
-def split_folders(root: Path) -> dict[str, str]:
-    """The splits that are folders of their own, and which; {"train": "."} where there is no folder `train`.
+def splits_of(root: Path, names: Sequence[str], say: bool) -> dict[str, str]:
+    """The first-level folders that are splits, and which; {} where there are none, or they are classes.
 
-    Raises UserError if it is not clear which are."""
-    if not root.is_dir():
-        raise UserError(f"data.root={root} cannot be: there is no such folder of pictures")
-    there = [name for name in ("train", "val", "validation", "test") if (root / name).is_dir()]
-    if there and "train" not in there:
-        raise UserError(f"data.root={root} has a folder {' and '.join(there)}, but none that is called train")
-    if {"val", "validation"} <= set(there):
-        raise UserError(f"data.root={root} has a folder val and one validation; it can have one of them")
-    return {"validation" if name == "val" else name: name for name in there} or {"train": "."}
+    A single one beside other folders is a class, which is said if asked to. Raises UserError if it is not clear."""
+    splits = split_folders(names)
+    if not splits:
+        folders = sorted({label_of(name) for name in names} - {"."}, key=natural)
+        named = [folder for folder in folders if folder.lower() in SPLIT_FOLDERS]
+        others = [folder for folder in folders if folder not in named]
+        beside = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
+        if len(named) > 1:
+            raise UserError(
+                f"data.root={root} has pictures in {' and '.join(named)}, as a set that comes in splits, but also in "
+                f"{beside}: are these classes? Move them into the splits or away, or call no two classes as splits are"
+            )
+        if named and say:
+            print(
+                f"{root}: {named[0]} is taken for a class, as {beside}; splits are folders train, val and test alone",
+                file=sys.stderr,
+            )
+        return {}
+    for folder in sorted(entry.name for entry in root.iterdir() if entry.is_dir()):
+        if folder.lower() in SPLIT_FOLDERS and folder not in splits:
+            raise UserError(
+                f"data.root={root} has no pictures in {folder} ({', '.join(SUFFIXES)}), or only links to those of "
+                "another split"
+            )
+    for split in SPLITS:
+        same = [folder for folder in splits if splits[folder] == split]
+        if len(same) > 1:
+            raise UserError(f"data.root={root} has a folder {' and one '.join(same)}; it can have one of them")
+    if "train" not in splits.values():
+        raise UserError(f"data.root={root} has a folder {' and '.join(splits)}, but none that is called train")
+    return splits
 
 
-def in_splits(folders: dict[str, str], files: dict[str, list[File]], test_size: float) -> list[tuple[str, str, str]]:
+def in_splits(folders: dict[str, str], names: Sequence[str], test_size: float) -> list[tuple[str, str, str]]:
     """`(split, name, label)` of all pictures, split by split and there in natural order.
 
-    Where there is no folder `test`, those of the training pictures are for testing whose names have the lowest hashes:
-    a fixed choice, which a few more pictures hardly change.
+    Where there is no folder `test`, `set_aside` says which of the training pictures are for testing.
     """
-    listed = []
-    for split in folders:
-        prefix = "" if folders[split] == "." else folders[split] + "/"
-        listed += [
-            (split, prefix + name, label_of(name)) for name in sorted((file[0] for file in files[split]), key=natural)
+    listed = [("train", name, label_of(name)) for name in sorted(names, key=natural)]
+    if folders:  # pictures beside them are in none
+        first = [(label_of(name), name) for _, name, _ in listed]
+        listed = [
+            (folders[folder], name, label_of(name.partition("/")[2])) for folder, name in first if folder in folders
         ]
-    if "test" not in folders:
+    if "test" not in folders.values():
         train = [name for split, name, _ in listed if split == "train"]
-        train.sort(key=lambda name: hashlib.sha256(os.fsencode(name)).digest())
-        test = set(train[: count_of(test_size, len(train), "data.test_size")])
+        test = {train[i] for i in set_aside(train, test_size, "data.test_size")}
         listed = [("test" if name in test else split, name, label) for split, name, label in listed]
     return sorted(listed, key=lambda picture: SPLITS.index(picture[0]))
 
@@ -99,13 +124,19 @@ def decode(
 
 
 def make(
-    kept: Path, root: Path, listed: list[tuple[str, str, str]], shape: Sequence[int], fit: str, background: str
+    kept: Path,
+    root: Path,
+    listed: list[tuple[str, str, str]],
+    shape: Sequence[int],
+    fit: str,
+    background: str,
+    made_of: dict[str, Any],
 ) -> None:
-    """Make the folder `kept`, whole or not at all, by one process at a time."""
+    """Make the folder `kept`, whole or not at all, by one process at a time, and remove those it takes the place of."""
     part = kept.with_name(f"{kept.name}.part")
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(kept.with_name(f"{kept.name}.lock"))
+        lock = FileLock(kept.with_name(f"{family(kept)}.lock"))
         try:
             held = lock.acquire(timeout=0)
         except Timeout:
@@ -117,12 +148,38 @@ def make(
             shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
             part.mkdir()
             try:
+                (part / MADE_OF).write_text(json.dumps(made_of))
                 decode(root, listed, shape, fit, background, part)
                 part.rename(kept)
             finally:
                 shutil.rmtree(part, ignore_errors=True)
+            remove_older(kept, made_of)
     except OSError as error:
         raise UserError(f"data.cache={kept.parent}: {part} cannot be written ({error.strerror})") from error
+
+
+def family(kept: Path) -> str:
+    """What the names of all folders begin with that are kept of one folder of pictures in one size."""
+    return kept.name.rpartition("-")[0]
+
+
+def remove_older(kept: Path, made_of: dict[str, Any]) -> None:
+    """Remove what this function's callers kept, or left half made, of the same folder as it was, by the same settings.
+
+    A process that has mapped such a file goes on reading it.
+    """
+    for old in list(kept.parent.iterdir()):
+        if old == kept or family(old) != family(kept):
+            continue
+        with contextlib.suppress(OSError, ValueError):  # without our mark
+            if json.loads((old / MADE_OF).read_text()) != made_of or not set(os.listdir(old)) <= FILES:
+                continue
+            # Under a name that is never read, since it may be killed half-way.
+            part = old if old.suffix == ".part" else old.rename(old.with_name(f"{old.name}.part"))
+            for name in sorted(FILES, key=MADE_OF.__eq__):  # the mark last
+                (part / name).unlink(missing_ok=True)
+            part.rmdir()
+            print(f"removed {old}, of the pictures as they were before", file=sys.stderr)
 
 
 def folder(
@@ -138,12 +195,14 @@ def folder(
     """All pictures below `root`, as `read_picture` reads them, `image_size` pixels high and wide (or `[H, W]`).
 
     Labels are the first-level folders' numbers in natural order, "." being the pictures beside them; without folders
-    all are 0. Where there is a folder `train`, it, `val` (or `validation`) and `test` are the splits, the labels one
-    level below; else a fixed `test_size` (a share or a count) is for testing.
+    all are 0. Where there are first-level folders `train`, `val` (or `valid`, `validation`), `test` and no others, they
+    are the splits, the labels one level below; else `test_size` (a share or a count) is for testing, as `set_aside`
+    chooses.
 
     The pixels are kept in a folder in `cache`, which is named after all they were made from: settings, and names,
-    sizes and times of the files. It may be deleted at any time, and is made anew. Pictures that cannot be read are
-    left out, with a warning. Raises UserError if there are none.
+    sizes and times of the files. It may be deleted at any time, and is made anew; then those are removed that were made
+    by the same settings when the pictures were others. Pictures that cannot be read are left out, with a warning.
+    Raises UserError if there are none.
     """
     root, at = Path(root).expanduser(), Path(cache).expanduser()
     shape = [channels, image_size, image_size] if isinstance(image_size, int) else [channels, *image_size]
@@ -153,16 +212,19 @@ def folder(
             f"data.cache={cache} cannot be: it lies in the pictures' own folder, data.root={root}; name another for "
             "one of them"
         )
-    folders = split_folders(root)
-    files = {name: picture_files(root / place) for name, place in folders.items()}
-    for name in folders:
-        if not files[name]:
-            raise UserError(f"data.root={root} has no pictures in {folders[name]} ({', '.join(SUFFIXES)})")
-    recipe = json.dumps([FORMAT, str(root.resolve()), shape, fit, background, test_size, folders, files])
+    if not root.is_dir():
+        raise UserError(f"data.root={root} cannot be: there is no such folder of pictures")
+    files = picture_files(root)
+    if not files:
+        raise UserError(f"data.root={root} has no pictures ({', '.join(SUFFIXES)})")
+    names = [file[0] for file in files]
+    folders = splits_of(root, names, split == "train")
+    made_of = {"made_by": STAMP, "settings": [str(root.resolve()), shape, fit, background, test_size]}
+    recipe = json.dumps([FORMAT, made_of["settings"], folders, files])
     digest = hashlib.sha256(recipe.encode()).hexdigest()[:16]
     kept = at / f"{root.resolve().name}-{'x'.join(map(str, shape))}-{digest}"
     if not kept.is_dir():
-        make(kept, root, in_splits(folders, files, test_size), shape, fit, background)
+        make(kept, root, in_splits(folders, names, test_size), shape, fit, background, made_of)
     try:
         index = json.loads((kept / "index.json").read_text())
         pixels = as_tensor(np.load(kept / "pixels.npy", mmap_mode="r"))
@@ -173,4 +235,6 @@ def folder(
         print(f"of the pictures in {root}, {left_out(index['skipped'])}", file=sys.stderr)
     start = sum(index["counts"].get(before, 0) for before in SPLITS[: SPLITS.index(split)])
     rows = slice(start, start + index["counts"].get(split, 0))
-    return Images(pixels[rows], labels[rows], index["classes"]) if rows.stop > start else None
+    if rows.stop == start:
+        return None
+    return Images(pixels[rows], labels[rows], index["classes"], index["names"][rows])

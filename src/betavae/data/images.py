@@ -1,5 +1,8 @@
 """What a source of images gives: bytes, and what is known of each image."""
 
+import hashlib
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,12 +20,13 @@ class Images:
 
     `pixels` is a tensor, or anything with a tensor's `shape`, `index_select(0, index)` and `to(device)`, so that images
     may lie in a file or be drawn when they are asked for. `labels` is int64, `(N,)`, or `(N, F)` for F factors;
-    `classes` names the values of one label.
+    `classes` names the values of one label; `names` are the files' of images that come from files.
     """
 
     pixels: Any
     labels: Tensor
     classes: list[str] | None = None
+    names: list[str] | None = None
 
     def __len__(self) -> int:
         return self.pixels.shape[0]
@@ -31,7 +35,8 @@ class Images:
         """Those at `index`: copied where they are few and lie in a tensor, else looked up when they are asked for."""
         few = isinstance(self.pixels, Tensor) and self.pixels.numel() <= LARGEST_COPY
         pixels = self.pixels.index_select(0, index) if few else Subset(self.pixels, index)
-        return replace(self, pixels=pixels, labels=self.labels[index])
+        names = self.names and [self.names[i] for i in index.tolist()]
+        return replace(self, pixels=pixels, labels=self.labels[index], names=names)
 
     def to(self, device: torch.device) -> "Images":
         return replace(self, pixels=self.pixels.to(device), labels=self.labels.to(device))
@@ -75,3 +80,17 @@ def count_of(size: float, n: int, key: str) -> int:
             f"{key}={size} cannot be: it must be a share, such as 0.1, or a count of the {n} images there are"
         )
     return count
+
+
+def set_aside(names: Sequence[str], size: float, key: str, salt: str = "") -> Tensor:
+    """Which of the images of these `names` are set aside.
+
+    Of a share, about so many, each by a hash of `salt` and its own name, so that images that come or go move no other
+    (but where none or all would be taken); of a count, just so many, of the lowest hashes. Raises UserError as
+    `count_of`.
+    """
+    count = count_of(size, len(names), key)
+    hashes = [int.from_bytes(hashlib.sha256(os.fsencode(salt + name)).digest()[:8], "big") / 2**64 for name in names]
+    if size < 1:
+        count = min(max(1, sum(value < size for value in hashes)), len(names) - 1)
+    return torch.tensor(sorted(range(len(names)), key=hashes.__getitem__)[:count])

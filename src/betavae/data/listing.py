@@ -2,11 +2,19 @@
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from betavae.errors import UserError
 
+# What the first-level folders of a set that comes in splits are called, and which split each is.
+SPLIT_FOLDERS = {
+    "train": "train",
+    "val": "validation",
+    "valid": "validation",
+    "validation": "validation",
+    "test": "test",
+}
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
@@ -85,3 +93,11 @@ def picture_files(root: Path) -> list[File]:
 def label_of(name: str) -> str:
     """The first folder of a picture's name, "." where there is none."""
     return name.split("/")[0] if "/" in name else "."
+
+
+def split_folders(names: Iterable[str]) -> dict[str, str]:
+    """Each first-level folder of pictures of these `names` and the split it is; {} unless all are called as splits are,
+    in capitals or not: one that is called `train` beside `bus` is a class."""
+    folders = sorted({label_of(name) for name in names} - {"."})
+    splits = {folder: SPLIT_FOLDERS[folder.lower()] for folder in folders if folder.lower() in SPLIT_FOLDERS}
+    return splits if len(splits) == len(folders) else {}

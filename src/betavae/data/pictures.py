@@ -1,5 +1,6 @@
 """Pictures from files: whatever reads a picture reads it by `read_picture`, in the model's size, channels and range."""
 
+import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from betavae.data.arrays import labels_of, open_arrays, pixels_of
-from betavae.data.listing import SUFFIXES, label_of, natural, picture_files
+from betavae.data.listing import SUFFIXES, label_of, natural, picture_files, split_folders
 from betavae.errors import UserError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
@@ -109,6 +110,8 @@ def read_picture(
     nothing could be read so.
     """
     check_fit(image_shape, fit, background)
+    if isinstance(file, str | Path) and os.path.exists(file) and not os.path.isfile(file):
+        raise UnreadablePicture("not a regular file")  # one that is a pipe would be waited for
     limit, side = most or Image.MAX_IMAGE_PIXELS, 2 * max(image_shape[1:])
     try:
         with Image.open(file, formats=FORMATS) as image:
@@ -186,7 +189,8 @@ def read_pictures(
 
     `where` is a folder (with all its sub-folders), a file, a list of either, or FILE.npy or FILE.npz as `arrays` takes
     them, whose pictures are named by their numbers. Labels are what the .npz has as `labels`, or a folder's
-    first-level sub-folders, where it has any. Raises UserError if there is nothing, or nothing that could be read.
+    first-level sub-folders, where it has any, or the folders below them where they are splits. Raises UserError if
+    there is nothing, or nothing that could be read.
     """
     check_fit(image_shape, fit, background)
     entries = [Path(entry).expanduser() for entry in ([where] if isinstance(where, str | Path) else where)]
@@ -210,8 +214,10 @@ def read_pictures(
             paths += [entry / name for name in inside]
             within = f"{entry.name}/" if len(entries) > 1 and entry.is_dir() else ""
             names += [within + (name or entry.name) for name in inside]
-        if len(entries) == 1 and any("/" in name for name in names):
-            labels = [label_of(name) for name in names]
+        if len(entries) == 1:
+            splits = split_folders(names)
+            labels = [label_of(name.partition("/")[2] if label_of(name) in splits else name) for name in names]
+            labels = labels if set(labels) != {"."} else None
         results = read_each(paths, image_shape, fit, background)
 
     pictures, kept, skipped = [], [], []

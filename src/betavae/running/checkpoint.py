@@ -3,6 +3,7 @@
 import io
 import os
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,25 +39,32 @@ class Run(NamedTuple):
         return self.path.parent.parent if self.path.parent.name == "checkpoints" else self.path.parent
 
     def datamodule(self, root: str | None = None) -> ImageDataModule:
-        """The data it was trained on, in `root` (None: where they were then, if they are still there).
+        """The data it was trained on, in `root` (None: where they were then).
 
-        Raises UserError if the checkpoint does not say which.
+        Raises UserError if the checkpoint does not say which, or they are no longer there.
         """
         if not self.data:
             raise UserError(f"{self.path} does not say which data it was trained on, so it has no images")
         # A checkpoint may say where data are, but not where to put them.
-        known = self.data["root"] if Path(self.data["root"]).expanduser().exists() else os.devnull
+        known = self.data["root"]
+        if not root and not Path(known).expanduser().exists():
+            if self.data["name"] not in ("mnist", "sprites"):  # which come with the package
+                raise UserError(
+                    f"{self.path} was trained on data={self.data['name']} in {known}, and there is nothing there now "
+                    f"(seen from {Path.cwd()}): say where it is, by data_root=PATH"
+                )
+            known = os.devnull
         cache = {"cache": "data"} if "cache" in self.data else {}
         return ImageDataModule(**(self.data | cache | {"root": root or known}))
 
     def images(self, split: str = "test", root: str | None = None, most: int | None = None) -> tuple[Tensor, Tensor]:
         """Images `(N, C, H, W)` in [0, 1] of "train", "validation" or "test", as the model sees them, and their labels;
         of dynamically binarised training images one draw, and of more than `most` that many, from a fixed seed."""
-        pixels, labels = self.pixels(split, root, most)
-        return pixels.float() / 255, labels
+        images = self.subset(split, root, most)
+        return images.pixels.float() / 255, images.labels
 
-    def pixels(self, split: str = "test", root: str | None = None, most: int | None = None) -> tuple[Tensor, Tensor]:
-        """The same as uint8, a quarter of the memory."""
+    def subset(self, split: str, root: str | None = None, most: int | None = None) -> Images:
+        """The same as uint8, in memory, with what else is known of them."""
         datamodule = self.datamodule(root)
         if split == "test":
             images: Images = datamodule.test_set()
@@ -68,9 +76,9 @@ class Run(NamedTuple):
             images = images.take(chosen.sort().values)
         pixels = images.tensor()
         if split == "train" and datamodule.binarize != "none":
-            generator = torch.Generator().manual_seed(BINARIZE_SEED)
-            pixels = binarized(pixels, datamodule.binarize, generator).to(torch.uint8) * 255
-        return pixels, images.labels
+            bits = binarized(pixels, datamodule.binarize, torch.Generator().manual_seed(BINARIZE_SEED))
+            pixels = bits.to(torch.uint8) * 255
+        return replace(images, pixels=pixels)
 
 
 def newest(runs: Path) -> Path:

@@ -18,13 +18,17 @@ SPLITS = ("test", "validation", "train")
 def named_images(run: Run, where: str | list[str], data_root: str | None = None) -> Pictures:
     """`test`, `validation` or `train` of the model's own data; the name of a data set, for its test images; a folder, a
     file, or several: pictures, or FILE.npy or .npz. Pixels are uint8 of the model's shape, for a model of binarised
-    images 0 and 255; `notes` say what was done to them.
+    images 0 and 255; `notes` say what was done to them. Names are the files' where there are files, and the labels of
+    pictures in a folder are the names of its folders.
 
     Raises UserError if there are none.
     """
     if where in SPLITS:
-        pixels, labels = run.pixels(str(where), data_root)
-        return Pictures(pixels, numbers(len(pixels)), labels.tolist(), [])
+        own = run.subset(str(where), data_root)
+        labels: list | None = own.labels.tolist()
+        if own.names:  # of a folder, whose labels nobody knows by their numbers
+            labels = [own.classes[label] for label in own.labels] if own.classes else None
+        return Pictures(own.tensor(), own.names or numbers(len(own)), labels, [])
     if isinstance(where, str) and where in NAMED and not Path(where).exists():
         images = SOURCES[where](Path(data_root or "data"), "test")
         found = of_set(images, run) if images else None
