@@ -38,7 +38,7 @@ def main(settings: Settings) -> None:
         from betavae import pictures
         from betavae.errors import UserError
         from betavae.files import STAMP, writing
-        from betavae.kept import digest
+        from betavae.kept import digest, provenance
         from betavae.measures import features, fidelity
         from betavae.running import checkpoint
         from betavae.running.run_folder import read_json
@@ -63,7 +63,7 @@ def main(settings: Settings) -> None:
     order = torch.randperm(len(x), generator=generator)
     x, labels = x[order], labels[order]
 
-    data = run.datamodule(settings.data_root).provenance()
+    data = provenance(run.datamodule(settings.data_root))
     made_with: dict[str, Any] = {
         "made_by": STAMP,
         "checkpoint": str(run.path.relative_to(run.folder)),

@@ -1,8 +1,6 @@
 """`ImageDataModule`: a source's images as training, validation and test batches."""
 
-import hashlib
 import inspect
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -11,17 +9,14 @@ from typing import Any
 import lightning as L
 import torch
 
-from betavae.data import OWN, SOURCES
+from betavae.data import SOURCES
 from betavae.data.batches import Batches, binarized
 from betavae.data.images import Images, count_of, set_aside
-from betavae.data.listing import picture_files
 from betavae.errors import UserError
 
 # One validation split and one binarised test set for everybody, whatever the seed of the run.
 SPLIT_SEED = 0
 BINARIZE_SEED = 0
-# Settings that say nothing of which images there are.
-INCIDENTAL = ("root", "cache", "batch_size", "eval_batch_size", "seed")
 LARGEST_ON_DEVICE = 2**32  # bytes; of more images than that, Lightning moves a batch at a time
 
 
@@ -75,16 +70,6 @@ class ImageDataModule(L.LightningDataModule):
         if images is None or not len(images):
             raise UserError(f"data: {self.name} in {self.root} has no {split} images")
         return images
-
-    def provenance(self) -> dict[str, Any]:
-        """Plain values that are the same for the same images, split and seen in the same way: settings, and of a user's
-        own files a hash of their names, sizes and times. No image is read."""
-        said = {key: value for key, value in self.hparams.items() if key not in INCIDENTAL}
-        if self.name in OWN and self.root.exists():
-            stat = self.root.stat()
-            files = picture_files(self.root) if self.root.is_dir() else [(stat.st_size, stat.st_mtime_ns)]
-            said["files"] = hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
-        return said
 
     def test_set(self) -> Images:
         """The test images alone, without a look at the others."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from betavae.data.images import Images
 from betavae.errors import UserError
+from betavae.kept import provenance
 from betavae.measures.likelihood import importance_sample
 from betavae.terms import gaussian_kl
 from betavae.vae import VAE, Posterior
@@ -97,7 +98,7 @@ def explore(runs: Sequence[Any], root: str | None = None, p_values: Sequence[PVa
 
 def seen(run: Any, root: str | None) -> dict[str, Any]:
     """What decides which test images a model sees, and how."""
-    found = run.datamodule(root).provenance()
+    found = provenance(run.datamodule(root))
     return {key: value for key, value in found.items() if key != "validation_size"}
 
 
