@@ -21,6 +21,12 @@ class Settings(DataSettings):
     lanes: Count = Field(256, title="images side by side; more are faster, and take more memory")
 
 
+def among(picture: Path, images: str | list[str]) -> bool:
+    """Whether it is one of the images, or in one of their folders, whose picture it would be the next time."""
+    places = [Path(entry).expanduser().resolve() for entry in ([images] if isinstance(images, str) else images)]
+    return any(place in (picture.resolve(), *picture.resolve().parents) for place in places)
+
+
 @script(Settings)
 def main(settings: Settings) -> None:
     with importing():
@@ -38,6 +44,7 @@ def main(settings: Settings) -> None:
         from betavae.uses.compression_report import PICTURES, neg_elbo_bits, others
 
     out = Path(settings.out)
+    check_writable(out)
     picture = out.with_suffix(".png")
     if settings.report and out == picture:
         raise UserError(f"out: a picture of the table would be {picture} too; name FILE.bvae")
@@ -48,6 +55,8 @@ def main(settings: Settings) -> None:
     n, size = len(found.pixels), found.pixels.numel()
     png_names(found.names, "the folder that they will come back to")
     names = None if found.names == numbers(n) else found.names
+    if settings.report and names and among(picture, settings.images):
+        raise UserError(f"out: the picture of the table, {picture}, would lie among the images; name a FILE elsewhere")
     with tqdm(total=n, desc="compressing", unit=" images", disable=None) as bar:
         compressed = compress(run.vae, found.pixels, settings.lanes, names, bar.update)
     # What lies at `out` stays there until what replaces it is known to give its images back.

@@ -299,6 +299,8 @@ def with_header(whole, change):
         {"names": "twelve"},
         {"names": list(range(12))},
         {"names": ["one"]},
+        {"names": ["\0", *"abcdefghijk"]},
+        {"names": ["\ud800", *"abcdefghijk"]},
         {"another": 1},
     ],
     ids=str,
@@ -405,6 +407,9 @@ def test_images_go_where_nothing_foreign_lies_or_nowhere(tmp_path):
     with refused("11.png is there already and was not made by betavae"):
         write_images(255 - images, None, out)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before | {"11.png": b"a photograph"}
+    long = "x" * 251 + ".png"  # as long as a name can be
+    write_images(images[:1], [long], tmp_path)
+    assert (tmp_path / long).exists()
     (tmp_path / "file").write_bytes(b"")
     for names, where, message in (
         (None, tmp_path / "file", "cannot write"),

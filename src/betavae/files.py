@@ -56,7 +56,8 @@ def writing(out: str | Path, key: str = "out") -> Iterator[Path]:
     """
     path = Path(out).expanduser()
     check_ours(path, key)
-    part = path.with_name(f"{PART_START}{secrets.token_hex(4)}-{path.name}")
+    # Of its name only the ending, since a name may be as long as a name can be.
+    part = path.with_name(f"{PART_START}{secrets.token_hex(4)}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield part

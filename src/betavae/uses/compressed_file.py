@@ -118,7 +118,7 @@ def is_possible(compressed: Compressed) -> bool:
             it.names is None
             or (
                 isinstance(it.names, list)
-                and all(isinstance(name, str) for name in it.names)
+                and all(isinstance(name, str) and b"\0" not in os.fsencode(name) for name in it.names)
                 and len(it.names) == it.count
             )
         )
