@@ -48,8 +48,8 @@ def main(settings: Settings) -> None:
     picture = out.with_suffix(".png")
     if settings.report and out == picture:
         raise UserError(f"out: a picture of the table would be {picture} too; name FILE.bvae")
-    for path in (out, picture)[: 1 + settings.report]:
-        check_writable(path)
+    if settings.report:
+        check_writable(picture)
     run = checkpoint.load(settings.ckpt, settings.runs)
     found = named_images(run, settings.images, settings.data_root)
     n, size = len(found.pixels), found.pixels.numel()
