@@ -203,8 +203,8 @@ def what_a_compressed_file_would_replace_stays_until_it_is_verified(place, model
         assert message in compress(f"out={tmp_path / out}", "ckpt=nothing", "report=true", code=1)
     assert ". is there already" in compress("out=.", "ckpt=nothing", "report=true", code=1)
     # Else the picture of the table would be compressed the next time, or replace what was.
-    assert "among the images" in compress("images=PICTURES", "out=PICTURES/a.bvae", "report=true", code=1)
-    assert not (place / "PICTURES" / "a.bvae").exists()
+    assert "among the images" in compress("images=PICTURES", "out=PICTURES/of_all.bvae", "report=true", code=1)
+    assert not (place / "PICTURES" / "of_all.bvae").exists()
     assert foreign.read_bytes() == b"a thesis" and ours.with_suffix(".png").read_bytes() == b"a photograph"
 
 

@@ -147,6 +147,10 @@ class Command:
             self.failure = error  # past Hydra, which would print around it
 
     def __call__(self) -> None:
+        # A shell leaves the ~ of `key=~/file` as it is, and Hydra cannot read it.
+        sys.argv[1:] = [
+            re.sub("^([^=]+=)~(?=/)", lambda m: m[1] + os.path.expanduser("~"), arg) for arg in sys.argv[1:]
+        ]
         debug = any(re.fullmatch(r"\+{0,2}debug=(true|1|yes|on)", arg, re.IGNORECASE) for arg in sys.argv[1:])
         # Hydra then hands its errors on, instead of printing them its own way.
         os.environ["HYDRA_FULL_ERROR"] = "1"
