@@ -56,7 +56,9 @@ def main(settings: Settings) -> None:
     png_names(found.names, "the folder that they will come back to")
     names = None if found.names == numbers(n) else found.names
     if settings.report and names and among(picture, settings.images):
-        raise UserError(f"out: the picture of the table, {picture}, would lie among the images; name a FILE elsewhere")
+        raise UserError(
+            f"out: the table's picture, {picture}, would lie among the images: name a file elsewhere, or report=false"
+        )
     with tqdm(total=n, desc="compressing", unit=" images", disable=None) as bar:
         compressed = compress(run.vae, found.pixels, settings.lanes, names, bar.update)
     # What lies at `out` stays there until what replaces it is known to give its images back.
