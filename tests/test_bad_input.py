@@ -104,6 +104,7 @@ def refused(place: Path, script: str, *args: str) -> str:
         ("trainer.val_check_interval=0", "trainer.val_check_interval=0"),
         ("~optimizer", "optimizer is missing"),
         ("~beta", "beta"),
+        ("~hydra={}", "~hydra=... deletes hydra only if that is its value"),
         ("data.batch_size=???", "data.batch_size=\\?\\?\\? is no value"),
         ("trainer=null", "string"),
         ("name=${nothing}", "nothing"),

@@ -1,5 +1,6 @@
 """One run of several processes, whoever starts them: one folder, an exact resume, a mistake said once."""
 
+import contextlib
 import json
 import os
 import signal
@@ -24,9 +25,13 @@ SETTINGS = [
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """One with another free one above it, for the store that is beside the run's own port."""
+    while True:
+        with socket.socket() as probe, socket.socket() as above, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+            above.bind(("127.0.0.1", port + 1))
+            return port
 
 
 def torchrun(cwd: Path, *args: str) -> subprocess.Popen:
@@ -173,3 +178,14 @@ def test_who_speaks(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], 
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert processes.rank() == rank and processes.side_by_side() == side_by_side
+
+
+def test_a_port_that_is_taken_is_a_sentence(tmp_path: Path) -> None:
+    port = free_port()
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", port + 1))
+        taken.listen()
+        variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
+        child = Child(*SETTINGS, "hydra.run.dir=run", cwd=tmp_path, environment=variables)
+        assert child.wait() == 1 and child.text.startswith(f"error: MASTER_PORT={port}: "), child.text
+        assert child.text.count("\n") == 1 and not list(tmp_path.iterdir())

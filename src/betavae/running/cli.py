@@ -266,6 +266,8 @@ def explain(error: Exception, composing: bool, keys: list[str]) -> str | None:
     text = "\n".join(messages)
     if match := re.search(r"Could not override '([^']+)'", text):
         return f"{match[1]} is not a setting{nearest(match[1], keys, '; `--help` and `--cfg job` show all settings')}"
+    if match := re.search(r"Could not delete from config\. The value of '([^']+)' is ", text):
+        return f"~{match[1]}=... deletes {match[1]} only if that is its value; `~{match[1]}` deletes it whatever it is"
     if match := re.search(r"Ambiguous value for argument '([^']+)'", text):
         key, value = match[1].split("=", 1)
         return f"{match[1]} has a comma: with -m, a sweep; as one value, quote it twice: \"{key}='{value}'\""

@@ -84,4 +84,10 @@ def _line() -> Any:
     host, port = environment.main_address, environment.main_port
     if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], TCPStore(host, port, is_master=False))
-    return TCPStore(host, port + 1, is_master=rank() == 0, wait_for_workers=False)
+    try:
+        return TCPStore(host, port + 1, is_master=rank() == 0, wait_for_workers=False)
+    except RuntimeError as error:
+        raise UserError(
+            f"MASTER_PORT={port}: the processes of this run meet at the port above it too, {port + 1}, which cannot be "
+            f"had on {host}; set another ({str(error).splitlines()[0]})"
+        ) from error
