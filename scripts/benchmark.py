@@ -21,7 +21,7 @@ from typing import Any
 
 from pydantic import Field
 
-from betavae.errors import UserError
+from betavae.errors import UserError, last_words
 from betavae.running.cli import ScriptSettings, script
 from betavae.running.settings import Count, Flag, Text, kind, one_of
 
@@ -163,10 +163,6 @@ def measured(arguments: list[str], folder: Path) -> tuple[str, float, float]:
     if status:
         raise UserError(f"{' '.join(arguments)} failed: {last_words(text)}")
     return text, seconds, usage.ru_maxrss / 1e6
-
-
-def last_words(text: str) -> str:
-    return (text.splitlines() or ["it was killed"])[-1].removeprefix("error: ")
 
 
 def part(name: str, settings: Settings, folder: Path, epochs: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import Field
 
-from betavae.errors import UserError
+from betavae.errors import UserError, last_words
 from betavae.files import writing
 from betavae.running.cli import ScriptSettings, importing, script
 from betavae.running.settings import Count, Text, one_of
@@ -98,8 +98,7 @@ def main(settings: Settings) -> None:
         command = [sys.executable, __file__, f"only={way}", f"n={settings.n}", f"steps={settings.steps}"]
         done = subprocess.run([*command, f"folder={settings.folder}"], capture_output=True, text=True)
         if done.returncode:
-            last = (done.stderr.splitlines() or ["it was killed"])[-1].removeprefix("error: ")
-            raise UserError(f"the part only={way} failed: {last}")
+            raise UserError(f"the part only={way} failed: {last_words(done.stderr)}")
         # Of the second round, with the file in the page cache.
         found[way] = json.loads(done.stdout.splitlines()[-1])
     print(f"{settings.n:,} pictures, {path.stat().st_size / 1e9:.1f} GB; {settings.steps} batches of 256")

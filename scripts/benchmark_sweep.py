@@ -4,7 +4,7 @@
 
 from pydantic import Field
 
-from betavae.errors import UserError
+from betavae.errors import UserError, last_words
 from betavae.running.cli import ScriptSettings, script
 from betavae.running.settings import Count, Text
 
@@ -40,8 +40,7 @@ def main(settings: Settings) -> None:
         def run(*arguments: str) -> None:
             done = subprocess.run([sys.executable, train, *arguments], capture_output=True, text=True)
             if done.returncode:
-                last = (done.stderr.splitlines() or ["it was killed"])[-1].removeprefix("error: ")
-                raise UserError(f"train.py {' '.join(arguments)} failed: {last}")
+                raise UserError(f"train.py {' '.join(arguments)} failed: {last_words(done.stderr)}")
 
         # Unpacks the data, and is not counted.
         run(*common, "trainer.max_epochs=1", "trainer.limit_train_batches=1")

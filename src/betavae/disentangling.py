@@ -55,7 +55,8 @@ def tc(vae: VAE, x: Tensor, noise: Tensor, beta: Tensor | float, images: int, sa
     The three are `kl_parts`; their sum at weight 1 is the KL, taken in closed form, so that at beta = 1 this is `elbo`.
     `images` is the number of training images. With `sampling` "weighted", the total correlation has the gradient of the
     paper's minibatch-weighted sampling (there, constants make it larger by (D - 1) log N); with "stratified" and B far
-    below N its estimate may fall below 0, where it is lowered by spreading images out and not by factorising.
+    below N its estimate may fall below 0, where it is lowered by spreading images out and not by factorising. That is
+    the default here, and not in configs/objective/tc.yaml, for runs that were begun when there was no choice.
     """
     posterior, _, params = vae(x, noise)
     recon, kl = -vae.likelihood.log_prob(x, params).mean(0), gaussian_kl(posterior)

@@ -23,3 +23,8 @@ class Pruned(Exception):
 
 class Interrupted(SystemExit):
     """The end of a run that was asked to stop, and has said how it goes on. `code` is 128 plus the signal's number."""
+
+
+def last_words(text: str) -> str:
+    """Of what a command of ours printed that failed: why."""
+    return (text.splitlines() or ["it was killed"])[-1].removeprefix("error: ")

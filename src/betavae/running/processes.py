@@ -56,7 +56,8 @@ def from_rank_zero(decide: Callable[[], Any]) -> Any:
     except UserError as error:
         line.set(key, json.dumps((None, str(error))))
         # The store may be this process' own, and end with it while the others have yet to reach it.
-        others = [f"{key}/heard by {other}" for other in range(1, max(2, _environment().world_size()))]
+        # How many come is known of torchrun and srun, and not of nodes that persons start.
+        others = [f"{key}/heard by {other}" for other in range(1, _environment().world_size())]
         with contextlib.suppress(RuntimeError):  # one that never comes
             line.wait(others, timedelta(minutes=1))
         raise

@@ -57,7 +57,7 @@ Share = kind(float, "a number from 0 to 1", ge=0, le=1)
 Flag = kind(bool, "true or false")
 Text = kind(str, "a text", min_length=1)
 TextOrNull = kind(Annotated[str, Field(min_length=1)] | None, "null or a text")
-# A shell leaves the ~ of `key=~/file` as it is.
+# Where the ~ is in quotes, or in Python; `key=~/file` is read by `cli`.
 At = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 Place = kind(At, "a path")
 PlaceOrNull = kind(At | None, "null or a path")

@@ -138,6 +138,8 @@ def image_files(names: list[str] | None, count: int, out: Path) -> list[Path]:
     else:
         files = [out / name for name in png_names(names or numbers(count), out)]
     for file in files:
+        check_ours(file, "out")
+    for file in {file.parent: file for file in files}.values():
         check_writable(file)
     return files
 
