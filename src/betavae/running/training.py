@@ -189,7 +189,7 @@ class Training:
         if rank():
             start_log(self.folder.path, False, "")
         last = str(self.folder.last) if self.state else None
-        self.trainer.fit(self.module, self.datamodule, ckpt_path=last, weights_only=True)
+        self.trainer.fit(self.module, self.datamodule, ckpt_path=last)
         self.record |= {"epochs": self.trainer.current_epoch, "steps": self.trainer.global_step}
         # Now, since Lightning winds callbacks back to the checkpoint that is tested.
         self.record |= {"epoch_seconds": list(self.seconds.epochs), "fit_seconds": round(self.seconds.before, 2)}
@@ -200,7 +200,7 @@ class Training:
         best = self.folder.best.exists() and len(self.datamodule.sets["validation"]) > 0
         best = self.trainer.strategy.broadcast(best)
         self.chosen = self.folder.best if best else self.folder.last
-        self.trainer.test(self.module, self.datamodule, ckpt_path=str(self.chosen), weights_only=True, verbose=False)
+        self.trainer.test(self.module, self.datamodule, ckpt_path=str(self.chosen), verbose=False)
         metrics = {name: value.item() for name, value in self.trainer.callback_metrics.items()}
         test = {name.removeprefix("test/"): value for name, value in metrics.items() if name.startswith("test/")}
         if not all(math.isfinite(value) for value in test.values()):
