@@ -294,6 +294,28 @@ def test_the_heat_map_is_standardised_by_training_images_and_shows_the_place(blo
     assert blob_detector.heat_map(marked)[0, 2:4, 3:5].min() > 10
 
 
+def test_every_flagged_image_is_shown_above_its_reconstruction_and_its_heat_map(blob_detector):
+    from matplotlib import colormaps
+
+    x = torch.cat((blobs(30, 2), 255 - blobs(9, 3)))
+    result = anomaly_report.scored(blob_detector, x, "combined", 0.001)
+    assert result.flagged.tolist() == [False] * 30 + [True] * 9
+    strangest_first = 30 + result.scores["combined"][30:].argsort(descending=True)
+    figure = anomaly_report.figures(blob_detector, x, result, None)["where"]
+    picture = figure.axes[0].get_images()[0].get_array()
+    assert picture.shape == (6 * 30 + 2, 8 * 30 + 2, 3)
+    for place, index in enumerate(strangest_first.tolist()):
+        image = x[index : index + 1].float() / 255
+        heat = colormaps["coolwarm"]((blob_detector.heat_map(x[index : index + 1])[0].numpy() + 5) / 10)[..., :3]
+        expected = [image.expand(-1, 3, -1, -1), blob_detector.vae.reconstruct(image).expand(-1, 3, -1, -1)]
+        for row, tile in enumerate([*(part[0].permute(1, 2, 0).numpy() for part in expected), heat]):
+            top, left = (place // 8 * 3 + row) * 30 + 2, place % 8 * 30 + 2
+            np.testing.assert_allclose(picture[top : top + 28, left : left + 28], tile, atol=1e-4)
+    none = result._replace(flagged=torch.zeros(39, dtype=torch.bool))
+    shown = anomaly_report.figures(blob_detector, x, none, None)["where"].axes[0].get_images()[0].get_array()
+    np.testing.assert_allclose(shown, picture[:92])
+
+
 def test_wrong_requests_get_one_sentence(blob_detector):
     with pytest.raises(UserError, match="score=dosis cannot be: it must be one of neg_elbo, dose"):
         blob_detector.scores(blobs(2, 0), ("dosis",))

@@ -5,13 +5,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from betavae.errors import UserError
 from betavae.files import STAMP, writing
 from betavae.kept import digest, kept
-from betavae.pictures import grid, new_figure, show
+from betavae.pictures import grid, new_figure, reconstructions, show
 from betavae.uses.anomalies import FIT_IMAGES, QUICK, Detector, p_values
+
+MOST_SHOWN = 64  # of the flagged images
 
 
 class Scored(NamedTuple):
@@ -84,8 +87,9 @@ def write_table(
 
 
 def figures(detector: Detector, pixels: Tensor, result: Scored, inside: Sequence[bool] | None) -> dict[str, Any]:
-    """A histogram against the training kind, the most and least ordinary images, where the strangest are strange, and
-    (where it is known which are of the training kind) the ROC curve."""
+    """A histogram against the training kind, the most and least ordinary images, where the flagged are strange (the
+    strangest first; the eight strangest if none is flagged), and the ROC curve where it is known which images are of
+    the training kind."""
     values = result.scores[result.score]
     order = values.argsort(descending=True)
     figure = new_figure(6, 3)
@@ -102,20 +106,8 @@ def figures(detector: Detector, pixels: Tensor, result: Scored, inside: Sequence
         show(axes, grid(pixels[chosen].float() / 255, 8))
         axes.set_title(title, fontsize=9)
     drawn["extremes"] = figure
-    strange = order[:8]
-    x = pixels[strange].float() / 255
-    maps = detector.heat_map(x)
-    figure = new_figure(1.2 * len(x), 3.6)
-    rows = (x, detector.vae.reconstruct(x), None)
-    for column in range(len(x)):
-        for row, images in enumerate(rows):
-            axes = figure.add_subplot(3, len(x), row * len(x) + column + 1)
-            if images is not None:
-                show(axes, images[column])
-            else:
-                axes.imshow(maps[column].numpy(), cmap="coolwarm", vmin=-5, vmax=5)
-                axes.set_axis_off()
-    drawn["where"] = figure
+    flagged = order[result.flagged[order]]
+    drawn["where"] = where(detector, pixels[flagged[:MOST_SHOWN] if len(flagged) else order[:8]])
     if inside is not None:
         from sklearn.metrics import roc_curve
 
@@ -127,6 +119,20 @@ def figures(detector: Detector, pixels: Tensor, result: Scored, inside: Sequence
         axes.set_ylabel("detected")
         drawn["roc"] = figure
     return drawn
+
+
+def where(detector: Detector, pixels: Tensor) -> Any:
+    """Rows of images, of their reconstructions and of their heat maps, blue to red from -5 to 5 standard deviations."""
+    from matplotlib import colormaps
+
+    x = pixels.float() / 255
+    maps = torch.from_numpy(colormaps["coolwarm"]((detector.heat_map(x).numpy() + 5) / 10)[..., :3]).movedim(-1, 1)
+    rows = reconstructions(detector.vae, x).unflatten(0, (-1, 2, columns := min(8, len(x))))
+    maps = torch.cat((maps, maps.new_zeros(-len(x) % columns, *maps.shape[1:]))).unflatten(0, (-1, 1, columns))
+    picture = grid(torch.cat((rows.expand(-1, -1, -1, 3, -1, -1), maps.to(rows)), 1).flatten(0, 2), columns)
+    figure = new_figure(1.2 * columns, 1.2 * columns * picture.shape[1] / picture.shape[2])
+    show(figure.add_subplot(), picture)
+    return figure
 
 
 def against_labels(result: Scored, inside: Sequence[bool]) -> dict[str, float]:
