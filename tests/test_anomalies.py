@@ -401,7 +401,7 @@ def test_names_that_are_no_text_and_images_that_cannot_be_learnt_from(blob_detec
     anomaly_report.write_table(result, ["a.png", "b\udcff.png"], None, [], tmp_path / "scores.csv")
     assert "b\\udcff.png," in (tmp_path / "scores.csv").read_text()
     vae = blob_detector.vae
-    with pytest.raises(UserError, match="19 training images are too few .* 20 at least"):
+    with pytest.raises(UserError, match=r"19 training images are too few .* 20 at least"):
         Detector.fit(vae, blobs(19, 0), blobs(30, 1))
     with pytest.raises(UserError, match="the training images are too much alike"):
         Detector.fit(vae, blobs(1, 0).expand(50, -1, -1, -1), blobs(30, 1))

@@ -82,8 +82,8 @@ class Detector(NamedTuple):
                 found.fit((means / spread).float().numpy())
             except ValueError as error:
                 raise UserError(
-                    "the training images are too much alike, or the encoder takes them all to one place: nothing can be "
-                    "told from them"
+                    "the training images are too much alike, or the encoder takes them all to one place: nothing can "
+                    "be told from them"
                 ) from error
         mixture = {"weights": found.weights_, "means": found.means_, "roots": found.precisions_cholesky_}
         state: dict[str, Any] = {
