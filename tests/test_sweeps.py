@@ -188,6 +188,15 @@ def made(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_tensorboard_is_named_where_a_job_has_written_for_it(made: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(jobs.SweepCallback, "folder", made)
+    jobs.print_jobs()
+    assert capsys.readouterr().out.endswith(f"next  python scripts/sweep_report.py sweep={made}\n")
+    (job(made, "beta_10,seed_2") / "events.out.tfevents.1").touch()
+    jobs.print_jobs()
+    assert capsys.readouterr().out.endswith(f"sweep={made}\n      tensorboard --logdir {made}\n")
+
+
 def test_the_table_is_exact_and_marks_what_failed_or_is_missing(made: Path) -> None:
     found = report.settings(made)
     assert [setting.values["beta"] for setting in found] == ["1", "2", "10"], "numbers by size"

@@ -5,13 +5,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
+from betavae.data.images import fingerprint
 from betavae.errors import UserError
 from betavae.files import STAMP, writing
 from betavae.kept import digest, kept
-from betavae.pictures import grid, new_figure, show
+from betavae.pictures import grid, new_figure, reconstructions, show
 from betavae.uses.anomalies import FIT_IMAGES, QUICK, Detector, p_values
+
+MOST_SHOWN = 64  # of the flagged images
 
 
 class Scored(NamedTuple):
@@ -23,18 +27,23 @@ class Scored(NamedTuple):
 
 def detector(run: Any, data_root: str | None = None) -> Detector:
     """That of a `Run`: from `anomalies-HASH.pt` in its folder, else fitted to its training images, calibrated by its
-    validation images, and kept there. Raises UserError if no validation images were set aside."""
+    validation images, and kept there. Raises UserError if no validation images were set aside, or others than now."""
 
     def fit() -> dict[str, Any]:
-        validation, _ = run.images("validation", data_root)
+        validation = run.subset("validation", data_root)
         if not len(validation):
             raise UserError(
                 "images are told apart by what validation images look like, and this model was trained with "
                 "data.validation_size=0: train one that has some"
             )
+        if run.set_aside not in (None, fingerprint(validation)):
+            raise UserError(
+                f"the data in {data_root or run.data['root']} are not those that this model was trained with: images "
+                "that it has seen would now count as unseen ones; bring the old ones back, or train a new model"
+            )
         print("fitting to training images, once ...", flush=True)
-        train, _ = run.images("train", data_root, FIT_IMAGES)  # as the model saw them, binarised too
-        return Detector.fit(run.vae, train, validation).state
+        train = run.subset("train", data_root, FIT_IMAGES)  # as the model saw them, binarised too
+        return Detector.fit(run.vae, train.pixels, validation.pixels).state
 
     return Detector(run.vae, kept(place(run), asked(data_root), fit))
 
@@ -60,9 +69,13 @@ def detector_if_kept(run: Any, data_root: str | None = None) -> Detector | None:
         return None
 
 
-def scored(detector: Detector, pixels: Tensor, score: str, alarm: float) -> Scored:
+def check_score(detector: Detector, score: str) -> None:
     if score not in detector.state["calibration"]:
         raise UserError(f"score={score} cannot be: it must be one of {', '.join(detector.state['calibration'])}")
+
+
+def scored(detector: Detector, pixels: Tensor, score: str, alarm: float) -> Scored:
+    check_score(detector, score)
     scores = detector.scores(pixels, QUICK)
     found = p_values(scores[score], detector.state["calibration"][score])
     return Scored(scores, found, found <= alarm, score)
@@ -72,7 +85,8 @@ def write_table(
     result: Scored, names: Sequence[str], labels: Sequence[Any] | None, unread: Sequence[tuple[str, str]], out: Path
 ) -> None:
     """A row for each image; that of one that could not be read says why in the place of its flag."""
-    with writing(out) as path, open(path, "w", newline="") as file:
+    # A name may hold bytes that are no UTF-8.
+    with writing(out) as path, open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         rows = csv.writer(file)
         rows.writerow(["name", "label", *result.scores, "p_value", "flagged", f"made by {STAMP}"])
         for i, name in enumerate(names):
@@ -84,16 +98,22 @@ def write_table(
 
 
 def figures(detector: Detector, pixels: Tensor, result: Scored, inside: Sequence[bool] | None) -> dict[str, Any]:
-    """A histogram against the training kind, the most and least ordinary images, where the strangest are strange, and
-    (where it is known which are of the training kind) the ROC curve."""
+    """A histogram against the training kind, the most and least ordinary images, where the flagged are strange (the
+    strangest first; the eight strangest if none is flagged), and the ROC curve where it is known which images are of
+    the training kind."""
     values = result.scores[result.score]
     order = values.argsort(descending=True)
     figure = new_figure(6, 3)
     axes = figure.add_subplot()
-    kinds = {"training kind": detector.state["calibration"][result.score], "these images": values}
-    for name, part in kinds.items():
-        axes.hist(part.tolist(), bins=60, density=True, histtype="step", label=name)
-    axes.set_xlabel(f"{result.score} score, higher is stranger")
+    ordinary = detector.state["calibration"][result.score]
+    # What is stranger than one and a half times the range of the training kind is shown there: one image may be a
+    # thousand times as strange.
+    low, end = float(torch.cat((ordinary, values)).nan_to_num(0.0).min()), float(ordinary.max())
+    high = end + 0.5 * max(end - low, 1e-9)
+    for name, part in {"training kind": ordinary, "these images": values}.items():
+        part = part.nan_to_num(high).clamp(low, high)
+        axes.hist(part.tolist(), bins=60, range=(low, high), density=True, histtype="step", label=name)
+    axes.set_xlabel(f"{result.score} score, higher is stranger (at the right end: or more)")
     axes.legend(fontsize=8)
     drawn = {"histogram": figure}
     figure = new_figure(6, 3)
@@ -102,20 +122,8 @@ def figures(detector: Detector, pixels: Tensor, result: Scored, inside: Sequence
         show(axes, grid(pixels[chosen].float() / 255, 8))
         axes.set_title(title, fontsize=9)
     drawn["extremes"] = figure
-    strange = order[:8]
-    x = pixels[strange].float() / 255
-    maps = detector.heat_map(x)
-    figure = new_figure(1.2 * len(x), 3.6)
-    rows = (x, detector.vae.reconstruct(x), None)
-    for column in range(len(x)):
-        for row, images in enumerate(rows):
-            axes = figure.add_subplot(3, len(x), row * len(x) + column + 1)
-            if images is not None:
-                show(axes, images[column])
-            else:
-                axes.imshow(maps[column].numpy(), cmap="coolwarm", vmin=-5, vmax=5)
-                axes.set_axis_off()
-    drawn["where"] = figure
+    flagged = order[result.flagged[order]]
+    drawn["where"] = where(detector, pixels[flagged[:MOST_SHOWN] if len(flagged) else order[:8]])
     if inside is not None:
         from sklearn.metrics import roc_curve
 
@@ -127,6 +135,20 @@ def figures(detector: Detector, pixels: Tensor, result: Scored, inside: Sequence
         axes.set_ylabel("detected")
         drawn["roc"] = figure
     return drawn
+
+
+def where(detector: Detector, pixels: Tensor) -> Any:
+    """Rows of images, of their reconstructions and of their heat maps, blue to red from -5 to 5 standard deviations."""
+    from matplotlib import colormaps
+
+    x = pixels.float() / 255
+    maps = torch.from_numpy(colormaps["coolwarm"]((detector.heat_map(x).numpy() + 5) / 10)[..., :3]).movedim(-1, 1)
+    rows = reconstructions(detector.vae, x).unflatten(0, (-1, 2, columns := min(8, len(x))))
+    maps = torch.cat((maps, maps.new_zeros(-len(x) % columns, *maps.shape[1:]))).unflatten(0, (-1, 1, columns))
+    picture = grid(torch.cat((rows.expand(-1, -1, -1, 3, -1, -1), maps.to(rows)), 1).flatten(0, 2), columns)
+    figure = new_figure(1.2 * columns, 1.2 * columns * picture.shape[1] / picture.shape[2])
+    show(figure.add_subplot(), picture)
+    return figure
 
 
 def against_labels(result: Scored, inside: Sequence[bool]) -> dict[str, float]:
