@@ -146,7 +146,8 @@ def test_srun_makes_one_run_in_one_folder(tmp_path: Path, data_root: str) -> Non
     tasks = two(tmp_path, *SETTINGS, "trainer.max_epochs=1", f"data.root={data_root}", slurm=True)
     assert [task.wait() for task in tasks] == [0, 0], [task.text for task in tasks]
     (folder,) = (tmp_path / "runs").iterdir()
-    assert "test  loss" in tasks[0].text and not tasks[1].text
+    said = [line for line in tasks[1].text.splitlines() if not line.startswith("[Gloo] ")]  # torch 2.8's own
+    assert "test  loss" in tasks[0].text and not said
     assert json.loads((folder / "metrics.json").read_text())["status"] == "finished"
 
 
