@@ -11,7 +11,7 @@ import torch
 
 from betavae.data import SOURCES
 from betavae.data.batches import Batches, binarized
-from betavae.data.images import Images, count_of, fingerprint, set_aside
+from betavae.data.images import Images, count_of, set_aside
 from betavae.errors import UserError
 
 # One validation split and one binarised test set for everybody, whatever the seed of the run.
@@ -92,11 +92,6 @@ class ImageDataModule(L.LightningDataModule):
         generator = torch.Generator().manual_seed(BINARIZE_SEED)
         pixels = binarized(images.tensor(), self.binarize, generator).to(torch.uint8) * 255
         return replace(images, pixels=pixels)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Which images were set aside, of those that are by their number: one more, and they would all be others."""
-        validation = self.sets["validation"]
-        return {} if validation.names or not len(validation) else {"validation": fingerprint(validation)}
 
     @property
     def image_shape(self) -> list[int]:

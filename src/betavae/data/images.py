@@ -47,12 +47,6 @@ class Images:
         return self.pixels if isinstance(self.pixels, Tensor) else self.pixels.index_select(0, index)
 
 
-def fingerprint(images: Images) -> str:
-    """A hash of at most 64 of them, evenly spaced: other images, or in another order, have another."""
-    index = torch.arange(0, len(images), max(1, -(-len(images) // 64)))
-    return hashlib.sha256(images.pixels.index_select(0, index).numpy().tobytes()).hexdigest()[:16]
-
-
 class Subset:
     """Some of the images that lie in a file, or are drawn."""
 

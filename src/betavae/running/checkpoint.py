@@ -102,7 +102,7 @@ def load(ckpt: str | Path | None = None, runs: str = "runs") -> Run:
         path = next((p for n in ("best", "last") if (p := path / "checkpoints" / f"{n}.ckpt").exists()), path)
     content = read(path)
     settings, data = content["hyper_parameters"], content.get("datamodule_hyper_parameters", {})
-    set_aside = content.get(ImageDataModule.__qualname__, {}).get("validation")
+    set_aside = content.get("set_aside")
     shape = settings["model"].get("image_shape")
     for group, values in (
         ("model", {k: v for k, v in settings["model"].items() if k != "image_shape"}),

@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from betavae.data.images import fingerprint
 from betavae.errors import UserError
 from betavae.files import STAMP, writing
-from betavae.kept import digest, kept
+from betavae.kept import digest, fingerprint, kept
 from betavae.pictures import grid, new_figure, reconstructions, show
 from betavae.uses.anomalies import FIT_IMAGES, QUICK, Detector, p_values
 
