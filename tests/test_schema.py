@@ -1,8 +1,16 @@
 import json
 
+import pydantic
+import pytest
+import torch
+from packaging.version import Version
+
 from tests.commands import REPO, module_of
 
+OLDER = Version(torch.__version__) < Version("2.15") or Version(pydantic.VERSION) < Version("2.14")
 
+
+@pytest.mark.skipif(OLDER, reason="torch's optimisers and pydantic's wording are the newest's in configs/schema.json")
 def test_the_schema_of_the_settings_is_up_to_date():
     module = module_of(REPO / "scripts" / "schema.py")
     kept = json.loads((REPO / "configs" / "schema.json").read_text())
