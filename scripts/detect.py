@@ -31,8 +31,9 @@ def main(settings: Settings) -> None:
     with importing():
         from betavae import pictures
         from betavae.errors import UserError
+        from betavae.files import made_here
         from betavae.running import checkpoint
-        from betavae.running.inputs import named_images
+        from betavae.running.inputs import NAMED, named_images
         from betavae.running.run_folder import REPORT, put_mark
         from betavae.uses import anomaly_report
         from betavae.uses.anomalies import false_alarm_rate
@@ -49,22 +50,29 @@ def main(settings: Settings) -> None:
                 f"inliers={settings.inliers} cannot be: some images must have these labels, and some others; labels "
                 f"here: {named}"
             )
-    detector = anomaly_report.detector(run, settings.data_root)
-    result = anomaly_report.scored(detector, found.pixels, settings.score, settings.alarm)
+    # With another data set to look at, data_root is where that one is.
+    other = isinstance(settings.images, str) and settings.images in NAMED and settings.images != run.data.get("name")
+    detector = anomaly_report.detector(run, None if other else settings.data_root)
+    anomaly_report.check_score(detector, settings.score)
+    calibration = len(detector.state["calibration"][settings.score])
+    rate = false_alarm_rate(settings.alarm, calibration)
     out = Path(settings.out).expanduser()
     put_mark(out, REPORT, "out")
+    result = anomaly_report.scored(detector, found.pixels, settings.score, settings.alarm)
+    if inside is None and made_here(out / "roc.png"):
+        (out / "roc.png").unlink()  # of other images
     anomaly_report.write_table(result, found.names, found.labels, found.unread, out / "scores.csv")
     for name, figure in anomaly_report.figures(detector, found.pixels, result, inside).items():
         pictures.save_figure(figure, out / f"{name}.png")
     for note in found.notes:
         print(note)
-    calibration = len(detector.state["calibration"][settings.score])
-    rate = false_alarm_rate(settings.alarm, calibration)
     print(f"flagged {int(result.flagged.sum()):,} of {len(found.names):,} images at alarm={settings.alarm}")
     print(
         f"of images like those of training {rate.mean:.2%} are flagged, by luck of {calibration:,} calibration images "
         f"{rate.low:.2%} to {rate.high:.2%}"
     )
+    if found.notes and run.data.get("name") != "folder":  # whose own pictures are read in this way
+        print("images that were changed to fit the model may be flagged more or less often: see docs/anomalies.md")
     if inside is not None:
         for name, value in anomaly_report.against_labels(result, inside).items():
             print(f"{name:32}{value:.4f}")

@@ -1,4 +1,5 @@
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from betavae.uses import anomalies, anomaly_report
 from betavae.uses import anomaly_scores as scoring
 from betavae.uses.anomalies import QUICK, SLOW, Detector, false_alarm_rate, p_values
 from betavae.vae import VAE
+from tests.commands import TINY, run
 from tests.conftest import DATA, MODEL, MODULE
 
 FASHION = Path("/tmp/fashion")
@@ -341,3 +343,68 @@ def test_a_detector_is_fitted_to_what_its_model_saw(tmp_path, data_root, binariz
     anomaly_report.detector(run)
     levels = {name: len(part[:300].unique()) for name, part in seen.items()}
     assert len(seen["train"]) == 20_000 and (set(levels.values()) == {2}) == (binarize == "dynamic")
+
+
+def test_images_that_are_not_those_of_the_training_are_refused(tmp_path):
+    """One more image in an array, and almost all that would count as unseen were trained on."""
+    x = blobs(301, 0).numpy()
+    np.save(tmp_path / "x.npy", x[:300])
+    tiny = [*TINY, "data=arrays", "data.root=x.npy", "data.validation_size=100", "data.batch_size=20", "name=a"]
+    run(*tiny, "callbacks.figures_every=0", cwd=tmp_path)
+    np.save(tmp_path / "more.npy", x)
+    said = run("images=x.npy", "data_root=more.npy", cwd=tmp_path, script="scripts/detect.py", code=1)
+    assert said.startswith("error: the data in more.npy are not those that this model was trained with")
+    assert not (tmp_path / "anomalies").exists()
+    # What cannot be is said before anything is written, too.
+    text = run("images=x.npy", "alarm=0.001", cwd=tmp_path, script="scripts/detect.py", code=1)
+    assert "alarm=0.001 needs at least 999 validation images, and there are 100" in text
+    assert not (tmp_path / "anomalies").exists()
+    said = run("images=x.npy", "inliers=[0]", cwd=tmp_path, script="scripts/detect.py", code=1)
+    assert "some images must have these labels, and some others; labels here: none" in said
+    np.savez(tmp_path / "labelled.npz", images=x[:60], labels=np.arange(60) % 2)
+    text = run("images=labelled.npz", "inliers=[0]", cwd=tmp_path, script="scripts/detect.py")
+    assert "AUROC" in text and (tmp_path / "anomalies" / "roc.png").exists()
+    run("images=x.npy", cwd=tmp_path, script="scripts/detect.py")
+    assert {path.stem for path in (tmp_path / "anomalies").glob("*.png")} == {"histogram", "extremes", "where"}
+
+
+def test_another_sets_root_is_not_that_of_the_models_own_data(tmp_path, data_root):
+    """Or MNIST would be unpacked among the files of FashionMNIST, and the detector fitted anew each time."""
+    if not (FASHION / "FashionMNIST").is_dir():
+        pytest.skip(f"there is no FashionMNIST in {FASHION}")
+    (tmp_path / "fashion").mkdir()
+    (tmp_path / "fashion" / "FashionMNIST").symlink_to(FASHION / "FashionMNIST")
+    run(*TINY, f"data.root={data_root}", "callbacks.figures_every=0", cwd=tmp_path)
+    text = run("images=fashion_mnist", "data_root=fashion", cwd=tmp_path, script="scripts/detect.py")
+    assert "of 10,000 images" in text and "fitting" in text
+    assert [path.name for path in (tmp_path / "fashion").iterdir()] == ["FashionMNIST"]
+    assert "fitting" not in run("images=test", cwd=tmp_path, script="scripts/detect.py")
+
+
+def test_one_image_of_another_world_leaves_the_others_to_be_seen(blob_detector):
+    x = blobs(40, 2)
+    result = anomaly_report.scored(blob_detector, x, "combined", 0.01)
+    for strange in (1e6, torch.nan):
+        result.scores["combined"][0] = strange
+        axes = anomaly_report.figures(blob_detector, x, result, None)["histogram"].axes[0]
+        ordinary = blob_detector.state["calibration"]["combined"]
+        low, high = axes.get_xlim()
+        assert ordinary.max() < high < low + 2 * (ordinary.max() - ordinary.min())
+        for polygon in axes.patches:  # of density: every image counts
+            x_, y = polygon.get_xy().T
+            assert (np.diff(x_) * (y[1:] + y[:-1]) / 2).sum() == pytest.approx(1)
+
+
+def test_names_that_are_no_text_and_images_that_cannot_be_learnt_from(blob_detector, tmp_path, monkeypatch):
+    x = blobs(2, 2)
+    result = anomaly_report.scored(blob_detector, x, "combined", 0.01)
+    anomaly_report.write_table(result, ["a.png", "b\udcff.png"], None, [], tmp_path / "scores.csv")
+    assert "b\\udcff.png," in (tmp_path / "scores.csv").read_text()
+    vae = blob_detector.vae
+    with pytest.raises(UserError, match=r"19 training images are too few .* 20 at least"):
+        Detector.fit(vae, blobs(19, 0), blobs(30, 1))
+    with pytest.raises(UserError, match="the training images are too much alike"):
+        Detector.fit(vae, blobs(1, 0).expand(50, -1, -1, -1), blobs(30, 1))
+    monkeypatch.setitem(sys.modules, "sklearn.mixture", None)
+    with pytest.raises(UserError, match=r'needs scikit-learn: pip install -e "\.\[evaluation\]"'):
+        Detector.fit(vae, blobs(50, 0), blobs(30, 1))

@@ -17,6 +17,7 @@ from betavae.files import STAMP, made_here, writing
 
 if TYPE_CHECKING:
     from betavae.data.datamodule import ImageDataModule
+    from betavae.data.images import Images
 
 # Settings of data that say nothing of which images there are.
 INCIDENTAL = ("root", "cache", "batch_size", "eval_batch_size", "seed")
@@ -56,6 +57,15 @@ def stamped(content: dict[str, Any]) -> bytes:
 def digest(path: Path) -> str:
     """Which file it is, whatever its name."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def fingerprint(validation: "Images") -> str | None:
+    """A hash of at most 64 of the images that were set aside, evenly spaced, where that goes by their numbers: of one
+    image more or less, others would be. None where it goes by names, or none were."""
+    if validation.names or not len(validation):
+        return None
+    index = torch.arange(0, len(validation), max(1, -(-len(validation) // 64)))
+    return hashlib.sha256(validation.pixels.index_select(0, index).numpy().tobytes()).hexdigest()[:16]
 
 
 def provenance(data: "ImageDataModule") -> dict[str, Any]:

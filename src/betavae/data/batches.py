@@ -51,7 +51,7 @@ class Batches:
             generator = torch.Generator().manual_seed(self.seed + 1_000_003 * epoch * self.reshuffle)
             order = torch.randperm(len(order), generator=generator)
         mine = order[self.rank :: self.processes][: self.size].to(self.images.labels.device)
-        for number, index in enumerate(mine.split(self.batch_size)[start:], start + 1):
+        for number, index in enumerate(mine.split(self.batch_size)[start : len(self)], start + 1):
             self.position = {"epoch": epoch, "batches": number}
             yield self.batch(index)
 

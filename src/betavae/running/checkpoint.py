@@ -32,6 +32,7 @@ class Run(NamedTuple):
     path: Path
     settings: dict[str, Any]  # the arguments of VAEModule
     data: dict[str, Any]  # the arguments of ImageDataModule
+    set_aside: str | None = None  # the `fingerprint` of the validation images, if they could become others
 
     @property
     def folder(self) -> Path:
@@ -101,6 +102,7 @@ def load(ckpt: str | Path | None = None, runs: str = "runs") -> Run:
         path = next((p for n in ("best", "last") if (p := path / "checkpoints" / f"{n}.ckpt").exists()), path)
     content = read(path)
     settings, data = content["hyper_parameters"], content.get("datamodule_hyper_parameters", {})
+    set_aside = content.get("set_aside")
     shape = settings["model"].get("image_shape")
     for group, values in (
         ("model", {k: v for k, v in settings["model"].items() if k != "image_shape"}),
@@ -122,7 +124,7 @@ def load(ckpt: str | Path | None = None, runs: str = "runs") -> Run:
     except Exception as error:
         reason = first_line(error)
         raise UserError(f"{path} is not a betavae checkpoint that this version can read ({reason})") from error
-    return Run(accelerate(vae.eval().requires_grad_(False)), path, settings, data)
+    return Run(accelerate(vae.eval().requires_grad_(False)), path, settings, data, set_aside)
 
 
 def read(path: Path) -> dict[str, Any]:

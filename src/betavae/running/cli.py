@@ -265,6 +265,8 @@ def explain(error: Exception, composing: bool, keys: list[str]) -> str | None:
         cause = cause.__cause__ or cause.__context__
     text = "\n".join(messages)
     if match := re.search(r"Could not override '([^']+)'", text):
+        if match[1] in keys:
+            return f"{match[1]} is a setting of some runs that this one does not have: +{match[1]}=... adds it"
         return f"{match[1]} is not a setting{nearest(match[1], keys, '; `--help` and `--cfg job` show all settings')}"
     if match := re.search(r"Could not delete from config\. The value of '([^']+)' is ", text):
         return f"~{match[1]}=... deletes {match[1]} only if that is its value; `~{match[1]}` deletes it whatever it is"
@@ -283,7 +285,8 @@ def all_keys() -> list[str]:
     for path in (CONFIGS / "train.yaml", *CONFIGS.glob("*/*.yaml")):
         content = OmegaConf.to_container(OmegaConf.load(path))
         own = {key: value for key, value in dict(content).items() if key not in ("defaults", "hydra")}  # type: ignore
-        nested = own if path.parent == CONFIGS else {path.parent.name: own}
+        everywhere = path.parent == CONFIGS or "@package _global_" in path.read_text()
+        nested = own if everywhere else {path.parent.name: own}
         keys += [key for item in jobs.flat_settings(nested) for key in prefixes(item)]
     return list(dict.fromkeys(keys))
 

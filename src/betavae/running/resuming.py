@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from betavae.curves import Sums
 from betavae.errors import Diverged, UserError
+from betavae.kept import fingerprint
 from betavae.running import checkpoint
 from betavae.running.lightning import stop_after_this_step
 from betavae.running.run_folder import RunFolder
@@ -122,6 +123,7 @@ class ExactResume(Callback):
 
     def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint_: dict[str, Any]) -> None:
         checkpoint_["betavae_format"] = checkpoint.FORMAT
+        checkpoint_["set_aside"] = fingerprint(trainer.datamodule.sets["validation"])  # type: ignore[attr-defined]
         # One state of the random numbers per process.
         states: Any = trainer.strategy.all_gather(torch.get_rng_state().to(module.device))
         checkpoint_["random_state"] = states.view(trainer.world_size, -1).cpu()

@@ -260,7 +260,8 @@ def print_jobs(interrupted: bool = False) -> bool:
     if bad or interrupted:
         again = f"the same command with hydra.sweep.dir={SweepCallback.folder}"
         print(f"{again} keeps what is finished and retries the rest")
-    print(f"sweep {SweepCallback.folder}\nnext  python scripts/sweep_report.py sweep={SweepCallback.folder}", flush=True)
+    print(f"sweep {SweepCallback.folder}")
+    print(f"next  python scripts/sweep_report.py sweep={SweepCallback.folder}", flush=True)
     if any(next(job.folder.glob("events.out.tfevents.*"), None) for job in jobs):  # another logger says it for each job
         print(f"      tensorboard --logdir {SweepCallback.folder}", flush=True)
     if SweepCallback.search:  # some settings may well fail

@@ -16,6 +16,7 @@ from betavae.errors import UserError
 from betavae.uses import anomaly_scores as scoring
 from betavae.vae import VAE
 
+NEEDED = 'telling images apart needs scikit-learn: pip install -e ".[evaluation]"'
 DEFAULT = "combined"
 QUICK = ("neg_elbo", "dose", "dose_svm", "combined")  # thousands of images per second on a CPU
 SLOW = ("nll", "regret")
@@ -24,7 +25,9 @@ KERNELS = 2_000  # of each kernel density, at most
 SVM_IMAGES = 5_000
 COMPONENTS = 50  # of the Gaussian mixture, where each has 200 images or more
 LATENT_WEIGHT = 1.5  # of the latent surprise in the combined score
-BATCH = 500
+LEAST_IMAGES = 20  # to fit anything to
+BATCH = 500  # images at once, of which eight draws are decoded; fewer of larger images
+BATCH_PIXELS = 2**20
 
 
 class Detector(NamedTuple):
@@ -40,24 +43,33 @@ class Detector(NamedTuple):
         """Fit densities to `train`, and calibrate the scores `names` by `validation`.
 
         Images are `(N, C, H, W)`, uint8 or floats in [0, 1]. `validation` must be of the same kind as `train`, and the
-        VAE must not have seen them: else it flags more than it says. Needs scikit-learn.
+        VAE must not have seen them: else it flags more than it says. Needs scikit-learn. Raises UserError if it is not
+        installed, or if there are fewer than 20 training images, or all are alike.
         """
-        from sklearn.mixture import GaussianMixture  # here, since it takes a second
-        from sklearn.svm import OneClassSVM
-
+        try:
+            from sklearn.mixture import GaussianMixture  # here, since it takes a second
+            from sklearn.svm import OneClassSVM
+        except ModuleNotFoundError:
+            raise UserError(NEEDED) from None
+        if len(train) < LEAST_IMAGES:
+            raise UserError(
+                f"{len(train)} training images are too few to learn from what is ordinary: {LEAST_IMAGES} at least"
+            )
         index = torch.arange(0, len(train), max(1, -(-len(train) // FIT_IMAGES)))
         train = train.index_select(0, index)
-        levels = train if train.dtype == torch.uint8 else (255 * train).round().byte()
-        background = float(levels.flatten().bincount().argmax()) / 255
-        parts = [
-            (
-                scoring.statistics(vae, x),
-                *scoring.latent_and_unexplained(vae, x, background),
-                scoring.pixel_surprise(vae, x).double(),
-            )
-            for x in batches(vae, train)
-        ]
-        values, means, unexplained, surprise = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
+        counts = torch.zeros(256, dtype=torch.long)
+        for x in batches(vae, train):
+            counts += (255 * x).round().byte().cpu().flatten().bincount(minlength=256)
+        background = float(counts.argmax()) / 255
+        parts = []
+        surprise, squares = torch.zeros(2, *train.shape[2:], dtype=torch.double)
+        for x in batches(vae, train):
+            parts.append((scoring.statistics(vae, x), *scoring.latent_and_unexplained(vae, x, background)))
+            surprises = scoring.pixel_surprise(vae, x).double().cpu()
+            surprise += surprises.sum(0)
+            squares += surprises.square().sum(0)
+        values, means, unexplained = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
+        surprise /= len(train)
         centre, scale = values.mean(0), values.std(0).clamp(min=1e-9)
         rows = (values - centre) / scale
         svm = OneClassSVM(nu=0.1, gamma="scale").fit(rows[:: -(-len(rows) // SVM_IMAGES)].numpy())
@@ -66,7 +78,13 @@ class Detector(NamedTuple):
         spread = means.std(0).clamp(min=1e-9)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that the fit did not converge: twenty steps are meant
-            found.fit((means / spread).float().numpy())
+            try:
+                found.fit((means / spread).float().numpy())
+            except ValueError as error:
+                raise UserError(
+                    "the training images are too much alike, or the encoder takes them all to one place: nothing can "
+                    "be told from them"
+                ) from error
         mixture = {"weights": found.weights_, "means": found.means_, "roots": found.precisions_cholesky_}
         state: dict[str, Any] = {
             "kernels": values[:: -(-len(values) // KERNELS)].clone(),
@@ -81,8 +99,8 @@ class Detector(NamedTuple):
             "background": background,
             "spread": spread,
             "mixture": {name: torch.from_numpy(part).double() for name, part in mixture.items()},
-            "pixel_mean": surprise.mean(0),
-            "pixel_sd": surprise.std(0),
+            "pixel_mean": surprise,
+            "pixel_sd": (squares - len(train) * surprise.square()).clamp(min=0).div(len(train) - 1).sqrt(),
         }
         latent = -scoring.mixture_log_density(state["mixture"], means / spread)
         state["parts"] = torch.tensor(
@@ -200,6 +218,6 @@ def batches(vae: VAE, images: Tensor) -> Iterator[Tensor]:
     if not len(images):
         raise UserError("there are no images to look at")
     weight = next(vae.parameters())
-    for index in torch.arange(len(images)).split(BATCH):
+    for index in torch.arange(len(images)).split(max(1, min(BATCH, BATCH_PIXELS // images[0].numel()))):
         part = images.index_select(0, index)
         yield part.to(weight) / 255 if part.dtype == torch.uint8 else part.to(weight)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from betavae.errors import UserError
 from betavae.files import STAMP, writing
-from betavae.kept import digest, kept
+from betavae.kept import digest, fingerprint, kept
 from betavae.pictures import grid, new_figure, reconstructions, show
 from betavae.uses.anomalies import FIT_IMAGES, QUICK, Detector, p_values
 
@@ -26,18 +26,23 @@ class Scored(NamedTuple):
 
 def detector(run: Any, data_root: str | None = None) -> Detector:
     """That of a `Run`: from `anomalies-HASH.pt` in its folder, else fitted to its training images, calibrated by its
-    validation images, and kept there. Raises UserError if no validation images were set aside."""
+    validation images, and kept there. Raises UserError if no validation images were set aside, or others than now."""
 
     def fit() -> dict[str, Any]:
-        validation, _ = run.images("validation", data_root)
+        validation = run.subset("validation", data_root)
         if not len(validation):
             raise UserError(
                 "images are told apart by what validation images look like, and this model was trained with "
                 "data.validation_size=0: train one that has some"
             )
+        if run.set_aside not in (None, fingerprint(validation)):
+            raise UserError(
+                f"the data in {data_root or run.data['root']} are not those that this model was trained with: images "
+                "that it has seen would now count as unseen ones; bring the old ones back, or train a new model"
+            )
         print("fitting to training images, once ...", flush=True)
-        train, _ = run.images("train", data_root, FIT_IMAGES)  # as the model saw them, binarised too
-        return Detector.fit(run.vae, train, validation).state
+        train = run.subset("train", data_root, FIT_IMAGES)  # as the model saw them, binarised too
+        return Detector.fit(run.vae, train.pixels, validation.pixels).state
 
     return Detector(run.vae, kept(place(run), asked(data_root), fit))
 
@@ -63,9 +68,13 @@ def detector_if_kept(run: Any, data_root: str | None = None) -> Detector | None:
         return None
 
 
-def scored(detector: Detector, pixels: Tensor, score: str, alarm: float) -> Scored:
+def check_score(detector: Detector, score: str) -> None:
     if score not in detector.state["calibration"]:
         raise UserError(f"score={score} cannot be: it must be one of {', '.join(detector.state['calibration'])}")
+
+
+def scored(detector: Detector, pixels: Tensor, score: str, alarm: float) -> Scored:
+    check_score(detector, score)
     scores = detector.scores(pixels, QUICK)
     found = p_values(scores[score], detector.state["calibration"][score])
     return Scored(scores, found, found <= alarm, score)
@@ -75,7 +84,8 @@ def write_table(
     result: Scored, names: Sequence[str], labels: Sequence[Any] | None, unread: Sequence[tuple[str, str]], out: Path
 ) -> None:
     """A row for each image; that of one that could not be read says why in the place of its flag."""
-    with writing(out) as path, open(path, "w", newline="") as file:
+    # A name may hold bytes that are no UTF-8.
+    with writing(out) as path, open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         rows = csv.writer(file)
         rows.writerow(["name", "label", *result.scores, "p_value", "flagged", f"made by {STAMP}"])
         for i, name in enumerate(names):
@@ -94,10 +104,15 @@ def figures(detector: Detector, pixels: Tensor, result: Scored, inside: Sequence
     order = values.argsort(descending=True)
     figure = new_figure(6, 3)
     axes = figure.add_subplot()
-    kinds = {"training kind": detector.state["calibration"][result.score], "these images": values}
-    for name, part in kinds.items():
-        axes.hist(part.tolist(), bins=60, density=True, histtype="step", label=name)
-    axes.set_xlabel(f"{result.score} score, higher is stranger")
+    ordinary = detector.state["calibration"][result.score]
+    # What is stranger than one and a half times the range of the training kind is shown there: one image may be a
+    # thousand times as strange.
+    low, end = float(torch.cat((ordinary, values)).nan_to_num(0.0).min()), float(ordinary.max())
+    high = end + 0.5 * max(end - low, 1e-9)
+    for name, part in {"training kind": ordinary, "these images": values}.items():
+        part = part.nan_to_num(high).clamp(low, high)
+        axes.hist(part.tolist(), bins=60, range=(low, high), density=True, histtype="step", label=name)
+    axes.set_xlabel(f"{result.score} score, higher is stranger (at the right end: or more)")
     axes.legend(fontsize=8)
     drawn = {"histogram": figure}
     figure = new_figure(6, 3)
