@@ -97,6 +97,8 @@ def grouped(loader: Callable[[], Batches], size: int) -> Callable[[], Groups]:
 
 def compile_loss(module: VAEModule, mode: str | None) -> None:
     """torch.compile what a training step computes; evaluation and the checkpoint's keys stay as they are."""
+    # Else each compiled convolution in bfloat16 turns its images around first: a quarter of a step (torch 2.15, CPU).
+    module.to(memory_format=torch.channels_last)
     compiled = torch.compile(module.loss, mode=mode, dynamic=False)
     if mode not in ("reduce-overhead", "max-autotune"):
         module.loss = compiled  # type: ignore[method-assign]
