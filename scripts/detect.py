@@ -33,7 +33,7 @@ def main(settings: Settings) -> None:
         from betavae.errors import UserError
         from betavae.files import made_here
         from betavae.running import checkpoint
-        from betavae.running.inputs import NAMED, named_images
+        from betavae.running.inputs import is_set, named_images
         from betavae.running.run_folder import REPORT, put_mark
         from betavae.uses import anomaly_report
         from betavae.uses.anomalies import false_alarm_rate
@@ -51,7 +51,7 @@ def main(settings: Settings) -> None:
                 f"here: {named}"
             )
     # With another data set to look at, data_root is where that one is.
-    other = isinstance(settings.images, str) and settings.images in NAMED and settings.images != run.data.get("name")
+    other = is_set(settings.images) and settings.images != run.data.get("name")
     detector = anomaly_report.detector(run, None if other else settings.data_root)
     anomaly_report.check_score(detector, settings.score)
     calibration = len(detector.state["calibration"][settings.score])
@@ -64,6 +64,7 @@ def main(settings: Settings) -> None:
     anomaly_report.write_table(result, found.names, found.labels, found.unread, out / "scores.csv")
     for name, figure in anomaly_report.figures(detector, found.pixels, result, inside).items():
         pictures.save_figure(figure, out / f"{name}.png")
+    pictures.save_picture(anomaly_report.where(detector, found.pixels, result), out / "where.png")
     for note in found.notes:
         print(note)
     print(f"flagged {int(result.flagged.sum()):,} of {len(found.names):,} images at alarm={settings.alarm}")

@@ -303,8 +303,7 @@ def test_every_flagged_image_is_shown_above_its_reconstruction_and_its_heat_map(
     result = anomaly_report.scored(blob_detector, x, "combined", 0.001)
     assert result.flagged.tolist() == [False] * 30 + [True] * 9
     strangest_first = 30 + result.scores["combined"][30:].argsort(descending=True)
-    figure = anomaly_report.figures(blob_detector, x, result, None)["where"]
-    picture = figure.axes[0].get_images()[0].get_array()
+    picture = anomaly_report.where(blob_detector, x, result).permute(1, 2, 0).numpy()
     assert picture.shape == (6 * 30 + 2, 8 * 30 + 2, 3)
     for place, index in enumerate(strangest_first.tolist()):
         image = x[index : index + 1].float() / 255
@@ -314,7 +313,7 @@ def test_every_flagged_image_is_shown_above_its_reconstruction_and_its_heat_map(
             top, left = (place // 8 * 3 + row) * 30 + 2, place % 8 * 30 + 2
             np.testing.assert_allclose(picture[top : top + 28, left : left + 28], tile, atol=1e-4)
     none = result._replace(flagged=torch.zeros(39, dtype=torch.bool))
-    shown = anomaly_report.figures(blob_detector, x, none, None)["where"].axes[0].get_images()[0].get_array()
+    shown = anomaly_report.where(blob_detector, x, none).permute(1, 2, 0).numpy()
     np.testing.assert_allclose(shown, picture[:92])
 
 
@@ -355,6 +354,11 @@ def test_images_that_are_not_those_of_the_training_are_refused(tmp_path):
     said = run("images=x.npy", "data_root=more.npy", cwd=tmp_path, script="scripts/detect.py", code=1)
     assert said.startswith("error: the data in more.npy are not those that this model was trained with")
     assert not (tmp_path / "anomalies").exists()
+    folder = max((tmp_path / "runs").iterdir())
+    before = (folder / "checkpoints" / "best.ckpt").read_bytes(), (folder / "metrics.json").read_text()
+    said = run(f"resume={folder}", "trainer.max_epochs=9", "data.root=more.npy", cwd=tmp_path, code=1)
+    assert said.startswith("error: resume: the data in more.npy are not those that this run began with")
+    assert before == ((folder / "checkpoints" / "best.ckpt").read_bytes(), (folder / "metrics.json").read_text())
     # What cannot be is said before anything is written, too.
     text = run("images=x.npy", "alarm=0.001", cwd=tmp_path, script="scripts/detect.py", code=1)
     assert "alarm=0.001 needs at least 999 validation images, and there are 100" in text
@@ -375,7 +379,12 @@ def test_another_sets_root_is_not_that_of_the_models_own_data(tmp_path, data_roo
     (tmp_path / "fashion").mkdir()
     (tmp_path / "fashion" / "FashionMNIST").symlink_to(FASHION / "FashionMNIST")
     run(*TINY, f"data.root={data_root}", "callbacks.figures_every=0", cwd=tmp_path)
-    text = run("images=fashion_mnist", "data_root=fashion", cwd=tmp_path, script="scripts/detect.py")
+
+    def fewer() -> None:
+        anomaly_report.FIT_IMAGES = 1000
+
+    asked = ("images=fashion_mnist", "data_root=fashion")
+    text = run(*asked, cwd=tmp_path, script="scripts/detect.py", prepare=fewer)
     assert "of 10,000 images" in text and "fitting" in text
     assert [path.name for path in (tmp_path / "fashion").iterdir()] == ["FashionMNIST"]
     assert "fitting" not in run("images=test", cwd=tmp_path, script="scripts/detect.py")
@@ -384,12 +393,12 @@ def test_another_sets_root_is_not_that_of_the_models_own_data(tmp_path, data_roo
 def test_one_image_of_another_world_leaves_the_others_to_be_seen(blob_detector):
     x = blobs(40, 2)
     result = anomaly_report.scored(blob_detector, x, "combined", 0.01)
-    for strange in (1e6, torch.nan):
+    for strange in (1e6, torch.nan, -1e6):
         result.scores["combined"][0] = strange
         axes = anomaly_report.figures(blob_detector, x, result, None)["histogram"].axes[0]
         ordinary = blob_detector.state["calibration"]["combined"]
         low, high = axes.get_xlim()
-        assert ordinary.max() < high < low + 2 * (ordinary.max() - ordinary.min())
+        assert low < ordinary.min() and ordinary.max() < high < low + 2.5 * (ordinary.max() - ordinary.min())
         for polygon in axes.patches:  # of density: every image counts
             x_, y = polygon.get_xy().T
             assert (np.diff(x_) * (y[1:] + y[:-1]) / 2).sum() == pytest.approx(1)

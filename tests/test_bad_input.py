@@ -51,6 +51,7 @@ def refused(place: Path, script: str, *args: str) -> str:
         ("+callbacks.figures=3", "callbacks.figures is not a setting; did you mean callbacks.figures_every?"),
         ("+beta_schedule.warm=1", "beta_schedule.*warm"),
         ("+model.depth=1", "model.*depth"),
+        ("data.fit=pad", "data.fit is a setting of data=folder, and this run has another data"),
         ("model.components=3", "model.components is a setting of some runs that .*: .model.components=... adds it"),
         ("model=mpl", "model=mpl .*mlp"),
         ("modle=mlp", "modle.*model"),

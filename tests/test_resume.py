@@ -223,3 +223,21 @@ def test_asked_to_stop_in_the_test(tmp_path: Path, root: str, number: int) -> No
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["status"] == "interrupted"
     assert "epoch " not in run("resume=run", cwd=tmp_path)
     assert_same(tmp_path / "run", expected)
+
+
+def test_a_compiled_run_that_goes_on_uncompiled_keeps_each_moment_with_its_weight(tmp_path, data_root):
+    """Fused Adam pairs them as they lie in memory, which `compile_loss` changes."""
+    args = [*TINY, f"data.root={data_root}", "model=conv", "model.hidden_dims=[4,8]", "callbacks.figures_every=0"]
+
+    def not_really() -> None:
+        torch.compile = lambda function, **settings: function  # type: ignore[assignment]
+
+    def weights(folder: str) -> dict[str, torch.Tensor]:
+        return torch.load(tmp_path / folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+    run(*args, "hydra.run.dir=plain", cwd=tmp_path)
+    run(*args, "trainer.compile=true", "hydra.run.dir=other", "trainer.max_epochs=2", cwd=tmp_path, prepare=not_really)
+    assert weights("other")["vae.encoder.2.weight"].is_contiguous(memory_format=torch.channels_last)
+    run("resume=other", "trainer.compile=false", "trainer.max_epochs=4", cwd=tmp_path)
+    for name, value in weights("plain").items():
+        torch.testing.assert_close(weights("other")[name], value, rtol=1e-3, atol=1e-5)

@@ -65,7 +65,7 @@ def fingerprint(validation: "Images") -> str | None:
     if validation.names or not len(validation):
         return None
     index = torch.arange(0, len(validation), max(1, -(-len(validation) // 64)))
-    return hashlib.sha256(validation.pixels.index_select(0, index).numpy().tobytes()).hexdigest()[:16]
+    return hashlib.sha256(validation.pixels.index_select(0, index).cpu().numpy().tobytes()).hexdigest()[:16]
 
 
 def provenance(data: "ImageDataModule") -> dict[str, Any]:

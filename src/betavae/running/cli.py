@@ -266,6 +266,10 @@ def explain(error: Exception, composing: bool, keys: list[str]) -> str | None:
     text = "\n".join(messages)
     if match := re.search(r"Could not override '([^']+)'", text):
         if match[1] in keys:
+            group, _, name = match[1].partition(".")
+            files = sorted((CONFIGS / group).glob("*.yaml"))
+            if options := [f"{group}={path.stem}" for path in files if name in OmegaConf.load(path)]:
+                return f"{match[1]} is a setting of {' and '.join(options)}, and this run has another {group}"
             return f"{match[1]} is a setting of some runs that this one does not have: +{match[1]}=... adds it"
         return f"{match[1]} is not a setting{nearest(match[1], keys, '; `--help` and `--cfg job` show all settings')}"
     if match := re.search(r"Could not delete from config\. The value of '([^']+)' is ", text):

@@ -15,6 +15,11 @@ NAMED = set(SOURCES) - set(OWN)  # whose name alone says which images they are
 SPLITS = ("test", "validation", "train")
 
 
+def is_set(where: str | list[str]) -> bool:
+    """Whether it is the name of a data set, and no file or folder is there by that name."""
+    return isinstance(where, str) and where in NAMED and not Path(where).exists()
+
+
 def named_images(run: Run, where: str | list[str], data_root: str | None = None) -> Pictures:
     """`test`, `validation` or `train` of the model's own data; the name of a data set, for its test images; a folder, a
     file, or several: pictures, or FILE.npy or .npz. Pixels are uint8 of the model's shape, for a model of binarised
@@ -29,8 +34,8 @@ def named_images(run: Run, where: str | list[str], data_root: str | None = None)
         if own.names:  # of a folder, whose labels nobody knows by their numbers
             labels = [own.classes[label] for label in own.labels] if own.classes else None
         return Pictures(own.tensor(), own.names or numbers(len(own)), labels, [])
-    if isinstance(where, str) and where in NAMED and not Path(where).exists():
-        images = SOURCES[where](Path(data_root or "data"), "test")
+    if is_set(where):
+        images = SOURCES[str(where)](Path(data_root or "data"), "test")
         found = of_set(images, run) if images else None
     else:
         look = {key: run.data[key] for key in ("fit", "background") if key in run.data}

@@ -13,6 +13,8 @@ from lightning.pytorch.profilers import PassThroughProfiler
 
 from betavae.data.batches import Batches
 from betavae.module import VAEModule
+from betavae.networks import ConvEncoder
+from betavae.resnet import ResNetEncoder
 
 
 class Steps(VAEModule):
@@ -98,7 +100,9 @@ def grouped(loader: Callable[[], Batches], size: int) -> Callable[[], Groups]:
 def compile_loss(module: VAEModule, mode: str | None) -> None:
     """torch.compile what a training step computes; evaluation and the checkpoint's keys stay as they are."""
     # Else each compiled convolution in bfloat16 turns its images around first: a quarter of a step (torch 2.15, CPU).
-    module.to(memory_format=torch.channels_last)
+    # Not for networks of a user's own, and LBFGS, which may ask for views that this layout does not have.
+    if type(module.vae.encoder) in (ConvEncoder, ResNetEncoder) and module.hparams["optimizer"]["name"] != "LBFGS":
+        module.to(memory_format=torch.channels_last)
     compiled = torch.compile(module.loss, mode=mode, dynamic=False)
     if mode not in ("reduce-overhead", "max-autotune"):
         module.loss = compiled  # type: ignore[method-assign]

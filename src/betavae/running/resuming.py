@@ -123,7 +123,8 @@ class ExactResume(Callback):
 
     def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint_: dict[str, Any]) -> None:
         checkpoint_["betavae_format"] = checkpoint.FORMAT
-        checkpoint_["set_aside"] = fingerprint(trainer.datamodule.sets["validation"])  # type: ignore[attr-defined]
+        if sets := getattr(trainer.datamodule, "sets", None):  # type: ignore[attr-defined]
+            checkpoint_["set_aside"] = fingerprint(sets["validation"])
         # One state of the random numbers per process.
         states: Any = trainer.strategy.all_gather(torch.get_rng_state().to(module.device))
         checkpoint_["random_state"] = states.view(trainer.world_size, -1).cpu()
@@ -145,6 +146,13 @@ class ExactResume(Callback):
         content = self.__dict__.pop("restored", None)
         if content is None:
             return
+        # Torch's fused Adam pairs weights and moments as they lie in memory, without a word where these differ (2.15):
+        # as when a run was compiled (`compile_loss`) and goes on as it is, or the other way round.
+        for optimizer in trainer.optimizers:
+            for parameter, state in optimizer.state.items():
+                for name, value in state.items():
+                    if isinstance(value, torch.Tensor) and value.ndim == 4:
+                        state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         # Lightning does not, once `estimated_stepping_batches` has asked for the loader.
         if "batches" in content:
             trainer.train_dataloader.load_state_dict(content["batches"])  # type: ignore[union-attr]

@@ -195,10 +195,12 @@ def false_alarm_rate(alarm: float, calibration: int, fresh: int | None = None) -
     """The false-alarm rate given one set of `calibration` images is Beta(l, n + 1 - l)-distributed, with
     l = floor(alarm (n + 1)) (Vovk 2012), and the count among `fresh` images beta-binomially.
 
-    Raises UserError if so small an alarm needs more calibration images. Needs SciPy.
+    Raises UserError if so small an alarm needs more calibration images, or SciPy is not there.
     """
-    from scipy import stats
-
+    try:
+        from scipy import stats
+    except ModuleNotFoundError:
+        raise UserError(NEEDED) from None
     rank = math.floor(alarm * (calibration + 1) * (1 + 1e-12))  # 0.01 * 100 is less than 1 by its rounding
     if not 0 < alarm < 1:
         raise UserError(f"alarm={alarm} cannot be: it must be above 0 and below 1")

@@ -97,18 +97,17 @@ def write_table(
 
 
 def figures(detector: Detector, pixels: Tensor, result: Scored, inside: Sequence[bool] | None) -> dict[str, Any]:
-    """A histogram against the training kind, the most and least ordinary images, where the flagged are strange (the
-    strangest first; the eight strangest if none is flagged), and the ROC curve where it is known which images are of
-    the training kind."""
+    """A histogram against the training kind, the most and least ordinary images, and (where it is known which are of
+    the training kind) the ROC curve."""
     values = result.scores[result.score]
     order = values.argsort(descending=True)
     figure = new_figure(6, 3)
     axes = figure.add_subplot()
     ordinary = detector.state["calibration"][result.score]
-    # What is stranger than one and a half times the range of the training kind is shown there: one image may be a
-    # thousand times as strange.
-    low, end = float(torch.cat((ordinary, values)).nan_to_num(0.0).min()), float(ordinary.max())
-    high = end + 0.5 * max(end - low, 1e-9)
+    # What is further out than half the range of the training kind is shown there: one image may be a thousand times as
+    # strange.
+    room = 0.5 * max(float(ordinary.max() - ordinary.min()), 1e-9)
+    low, high = float(ordinary.min()) - room, float(ordinary.max()) + room
     for name, part in {"training kind": ordinary, "these images": values}.items():
         part = part.nan_to_num(high).clamp(low, high)
         axes.hist(part.tolist(), bins=60, range=(low, high), density=True, histtype="step", label=name)
@@ -121,8 +120,6 @@ def figures(detector: Detector, pixels: Tensor, result: Scored, inside: Sequence
         show(axes, grid(pixels[chosen].float() / 255, 8))
         axes.set_title(title, fontsize=9)
     drawn["extremes"] = figure
-    flagged = order[result.flagged[order]]
-    drawn["where"] = where(detector, pixels[flagged[:MOST_SHOWN] if len(flagged) else order[:8]])
     if inside is not None:
         from sklearn.metrics import roc_curve
 
@@ -136,18 +133,18 @@ def figures(detector: Detector, pixels: Tensor, result: Scored, inside: Sequence
     return drawn
 
 
-def where(detector: Detector, pixels: Tensor) -> Any:
-    """Rows of images, of their reconstructions and of their heat maps, blue to red from -5 to 5 standard deviations."""
+def where(detector: Detector, pixels: Tensor, result: Scored) -> Tensor:
+    """The flagged images, the strangest 64 of them (of none the strangest eight), as a picture `(3, H, W)`: rows of
+    images, of their reconstructions and of their heat maps, blue to red from -5 to 5 standard deviations."""
     from matplotlib import colormaps
 
-    x = pixels.float() / 255
+    order = result.scores[result.score].argsort(descending=True)
+    flagged = order[result.flagged[order]]
+    x = pixels[flagged[:MOST_SHOWN] if len(flagged) else order[:8]].float() / 255
     maps = torch.from_numpy(colormaps["coolwarm"]((detector.heat_map(x).numpy() + 5) / 10)[..., :3]).movedim(-1, 1)
     rows = reconstructions(detector.vae, x).unflatten(0, (-1, 2, columns := min(8, len(x))))
     maps = torch.cat((maps, maps.new_zeros(-len(x) % columns, *maps.shape[1:]))).unflatten(0, (-1, 1, columns))
-    picture = grid(torch.cat((rows.expand(-1, -1, -1, 3, -1, -1), maps.to(rows)), 1).flatten(0, 2), columns)
-    figure = new_figure(1.2 * columns, 1.2 * columns * picture.shape[1] / picture.shape[2])
-    show(figure.add_subplot(), picture)
-    return figure
+    return grid(torch.cat((rows.expand(-1, -1, -1, 3, -1, -1), maps.to(rows)), 1).flatten(0, 2), columns)
 
 
 def against_labels(result: Scored, inside: Sequence[bool]) -> dict[str, float]:
