@@ -128,6 +128,14 @@ def test_links_do_not_bring_a_picture_into_two_splits(root, load):
         load()
 
 
+def test_a_link_to_a_folder_of_the_tree_brings_nothing_twice(root, load):
+    fill(root, ["a/1.png", "b/2.png", "b/c/3.png"])
+    (root / "b" / "c" / "up").symlink_to(root / "b")
+    (root / "again").symlink_to(root / "a")
+    (root / "here").symlink_to(root)
+    assert [name for name, *_ in picture_files(root)] == ["a/1.png", "b/2.png", "b/c/3.png"]
+
+
 def splits(root, tmp_path, **settings):
     """The names of the pictures of each split, as a training has them."""
     own = {"image_size": 4, "channels": 1, "cache": str(tmp_path / "cache")}
@@ -163,8 +171,8 @@ def test_a_picture_stays_in_its_split_whatever_comes_or_goes(root, tmp_path):
 
 def test_a_count_is_kept_to(root, load, tmp_path):
     fill(root, [f"{i}.png" for i in range(100)])
-    found = splits(root, tmp_path, test_size=20, validation_size=7)
-    assert (len(found["test"]), len(found["validation"]), len(found["train"])) == (20, 7, 73)
+    found = splits(root, tmp_path, test_size=20, validation_size=1)
+    assert (len(found["test"]), len(found["validation"]), len(found["train"])) == (20, 1, 79)
     (root / "new.png").write_bytes((root / "3.png").read_bytes())
     assert len(found["test"] & splits(root, tmp_path, test_size=20)["test"]) >= 19
     with pytest.raises(UserError, match=r"data.test_size=0 .*101 images"):

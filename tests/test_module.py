@@ -130,6 +130,33 @@ class Epochs(Callback):
         self.means.append({k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith("epoch/")})
 
 
+class SoFar(Callback):
+    """The mean loss of the epoch so far, after each batch, and those of the batches."""
+
+    def __init__(self):
+        self.said, self.batches = [], []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.batches += [(sums["loss"].item(), images) for sums, images in outputs["sums"]]
+        if "epoch/loss" in trainer.callback_metrics:
+            self.said.append((batch_idx, trainer.callback_metrics["epoch/loss"].item()))
+
+
+def test_the_means_of_the_epoch_so_far_are_there_at_each_log_line(data_root):
+    probe = SoFar()
+    data, module = ImageDataModule(**DATA | {"root": data_root}), VAEModule(**MODULE)
+    trainer = L.Trainer(
+        max_epochs=1, limit_train_batches=10, log_every_n_steps=4, accelerator="cpu", callbacks=[probe], **QUIET
+    )
+    trainer.fit(module, data)
+    until = {3: 0, 4: 4, 5: 4, 6: 4, 7: 4, 8: 8, 9: 8}  # batches that have been told; this one's callback comes earlier
+    sums, images = zip(*probe.batches, strict=True)
+    for index, mean in probe.said:
+        told = until[index]
+        assert mean == pytest.approx(sum(sums[:told]) / sum(images[:told]), rel=1e-5)
+    assert [index for index, _ in probe.said] == [4, 5, 6, 7, 8, 9]
+
+
 def test_several_steps_in_one_batch_of_lightning_change_nothing(data_root):
     settings = {"beta_schedule": {"name": "linear", "warmup": 0.5}, "lr_schedule": {"name": "linear", "warmup": 0.0}}
     ended = []
