@@ -128,6 +128,18 @@ def test_links_do_not_bring_a_picture_into_two_splits(root, load):
         load()
 
 
+def test_what_was_done_to_the_pictures_is_said_once(root, load, capsys):
+    fill(root, ["1.png", "2.png", "3.png"])
+    Image.new("RGBA", (8, 8), (0, 0, 0, 128)).save(root / "4.png")
+    load()
+    said = capsys.readouterr().err.splitlines()
+    for note in ("transparent parts laid on white", "colour made grey", "made smaller"):
+        assert f"1 of 4 pictures in {root}: {note}" in said
+    assert len(said) == 3
+    load()
+    assert not capsys.readouterr().err
+
+
 def test_a_link_to_a_folder_of_the_tree_brings_nothing_twice(root, load):
     fill(root, ["a/1.png", "b/2.png", "b/c/3.png"])
     (root / "b" / "c" / "up").symlink_to(root / "b")
@@ -226,7 +238,6 @@ def test_pictures_are_decoded_once_and_mapped(root, load, tmp_path, monkeypatch)
         file.seek(-10 * 16, 2)
         file.write(bytes([77]))
     assert train.pixels[0, 0, 0, 0] == 77  # the file itself, and no copy
-    assert json.loads((place / "index.json").read_text())["notes"] == {}
 
 
 def test_a_folder_that_looks_the_same_has_a_file_of_its_own(root, load, tmp_path):

@@ -86,7 +86,7 @@ def decode(
     root: Path, listed: list[tuple[str, str, str]], shape: Sequence[int], fit: str, background: str, to: Path
 ) -> None:
     """Write `to/pixels.npy`, the pictures that can be read in the order they are `listed` in, and `to/index.json`, all
-    else that is known of them. Raises UserError if a split would be empty."""
+    else that is known of them, and say what was done to them. Raises UserError if a split would be empty."""
     header = {"descr": "|u1", "fortran_order": False}
     kept, skipped = [], []
     counts: Counter[str] = Counter()
@@ -110,6 +110,8 @@ def decode(
     for split in {split for split, _, _ in listed}:
         if not counts[split]:
             raise UserError(f"data.root={root} has no picture for {split} that can be read: {left_out(skipped)}")
+    for note, count in notes.items():
+        print(f"{count:,} of {len(kept):,} pictures in {root}: {note}", file=sys.stderr)
     classes = sorted({label for _, label in kept}, key=natural)
     number = {label: i for i, label in enumerate(classes)}
     index = {
@@ -117,7 +119,6 @@ def decode(
         "names": [name for name, _ in kept],
         "labels": [number[label] for _, label in kept],
         "classes": None if classes == ["."] else classes,
-        "notes": notes,
         "skipped": skipped,
     }
     (to / "index.json").write_text(json.dumps(index))
