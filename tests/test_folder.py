@@ -1,6 +1,5 @@
 import importlib
 import itertools
-import json
 import multiprocessing
 import os
 import re
