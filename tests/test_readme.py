@@ -116,3 +116,17 @@ def test_every_addition_works_as_written(new_clone):
             assert re.search(r"epoch +1/1 .* price \d", output) and re.search(r"test .* price \d", output)
         if "step_counter" in command:
             assert "step 10\n" in output
+
+
+def test_the_versions_are_those_of_the_package():
+    project = (REPO / "pyproject.toml").read_text()
+    first, end, torch, lightning = (
+        re.search(pattern, project)[1]  # type: ignore[index]
+        for pattern in (
+            r'python = ">=3\.(\d+),',
+            r'python = ">=[\d.]+,<3\.(\d+)"',
+            r'"torch>=([\d.]+),',
+            r'"lightning>=([\d.]+),',
+        )
+    )
+    assert f"Python 3.{first} to 3.{int(end) - 1}, PyTorch from {torch} and Lightning from {lightning}:" in README
