@@ -48,6 +48,8 @@ def small(command: str) -> tuple[str, list[str]]:
         words = [re.sub(r"^([\w.]+=[^,\[]+,[^,]+),.*", r"\1", word) for word in words]
     if script == "scripts/benchmark.py":
         words += ["rounds=1", "epochs=1", "quality=false", "presets=[default]"]
+    if script == "scripts/benchmark_data.py":
+        words += ["n=6000", "steps=1"]
     if script == "scripts/disentanglement.py":
         words += ["images=600"]
     if script == "scripts/evaluate.py":
