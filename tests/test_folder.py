@@ -15,6 +15,7 @@ from PIL import Image
 
 from betavae.data import folder
 from betavae.data.datamodule import ImageDataModule
+from betavae.data.images import set_aside
 from betavae.data.listing import picture_files
 from betavae.errors import UserError
 
@@ -178,6 +179,12 @@ def test_a_picture_stays_in_its_split_whatever_comes_or_goes(root, tmp_path):
         }
     moved = root.rename(tmp_path / "moved")
     assert splits(moved, tmp_path) == after
+
+
+@pytest.mark.parametrize("share", [0.02, 0.2, 0.7])
+def test_a_share_is_about_that_share(share):
+    held = set_aside([f"{i}.png" for i in range(5000)], share, "data.test_size", "test/")
+    assert abs(len(held) - 5000 * share) < 4 * (5000 * share * (1 - share)) ** 0.5
 
 
 def test_a_count_is_kept_to(root, load, tmp_path):
