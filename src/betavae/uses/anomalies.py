@@ -76,15 +76,18 @@ class Detector(NamedTuple):
         components = max(1, min(COMPONENTS, len(means) // 200))
         found = GaussianMixture(components, init_params="k-means++", max_iter=20, tol=0, reg_covar=0.1, random_state=0)
         spread = means.std(0).clamp(min=1e-9)
+        alike = UserError(
+            "the training images are too much alike, or the encoder takes them all to one place: nothing can be told "
+            "from them"
+        )
+        if float(spread.max()) < 1e-6:  # rounding
+            raise alike
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that the fit did not converge: twenty steps are meant
             try:
                 found.fit((means / spread).float().numpy())
             except ValueError as error:
-                raise UserError(
-                    "the training images are too much alike, or the encoder takes them all to one place: nothing can "
-                    "be told from them"
-                ) from error
+                raise alike from error
         mixture = {"weights": found.weights_, "means": found.means_, "roots": found.precisions_cholesky_}
         state: dict[str, Any] = {
             "kernels": values[:: -(-len(values) // KERNELS)].clone(),
