@@ -189,8 +189,9 @@ def test_a_share_is_about_that_share(share):
 
 def test_a_count_is_kept_to(root, load, tmp_path):
     fill(root, [f"{i}.png" for i in range(100)])
-    found = splits(root, tmp_path, test_size=20, validation_size=1)
-    assert (len(found["test"]), len(found["validation"]), len(found["train"])) == (20, 1, 79)
+    found = splits(root, tmp_path, test_size=20, validation_size=7)
+    assert (len(found["test"]), len(found["validation"]), len(found["train"])) == (20, 7, 73)
+    assert len(splits(root, tmp_path, test_size=20, validation_size=1)["validation"]) == 1  # not all
     (root / "new.png").write_bytes((root / "3.png").read_bytes())
     assert len(found["test"] & splits(root, tmp_path, test_size=20)["test"]) >= 19
     with pytest.raises(UserError, match=r"data.test_size=0 .*101 images"):
