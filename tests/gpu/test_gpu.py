@@ -41,6 +41,20 @@ if not has_cuda():
 SMALL = [*TINY, "trainer.max_epochs=2", "callbacks.figures_every=0", f"trainer.accelerator={ACCELERATOR}"]
 INDUCTOR = {"TORCHINDUCTOR_COMPILE_THREADS": "4"}
 
+GRAPH = ["trainer.cuda_graph=true", "trainer.steps_per_batch=10"]
+# Each with what it must agree with up to rounding: the same settings without the graph. The last has a smaller batch at
+# the end of its epochs.
+GRAPHS = {
+    "graph": [],
+    "graph_clipped": ["trainer.gradient_clip_val=1.0", "optimizer=adamw"],
+    "graph_scheduled": [
+        *("data.binarize=dynamic", "objective=iwae", "beta_schedule=linear", "lr_schedule=cosine"),
+        *("model=conv", "model.hidden_dims=[4,8]", "trainer.max_steps=45"),
+    ],
+    "graph_tc": ["objective=tc", "model.likelihood=logistic_mixture", "trainer.precision=64-true"],
+    "graph_fast": ["trainer.precision=bf16-mixed"],
+    "graph_last_batch": ["data.batch_size=10000", "trainer.limit_train_batches=1.0", "trainer.max_epochs=4"],
+}
 COMPILED = {
     "compiled": ["trainer.compile=true"],
     "reduce_overhead": ["trainer.compile=reduce-overhead"],
@@ -48,6 +62,7 @@ COMPILED = {
     "reduce_overhead_accumulated": ["trainer.compile=reduce-overhead", "trainer.accumulate_grad_batches=2"],
     "compiled_conv": ["trainer.compile=true", "model=conv", "model.hidden_dims=[4,8]"],
     "fast": ["trainer=[smoke,fast]"],
+    "graph_compiled": [*GRAPH, "trainer.compile=true"],
 }
 # What each of them must agree with, up to rounding.
 EAGER = {
@@ -57,6 +72,7 @@ EAGER = {
     "reduce_overhead_accumulated": "accumulated",
     "compiled_conv": "conv",
     "fast": "bf16_ten_steps",
+    "graph_compiled": "eager_graph",
 }
 PRECISIONS = {
     "64-true": torch.float64,
@@ -92,6 +108,10 @@ RESUMED = {
     ],
     "exact_mixed": [
         *("trainer.precision=16-mixed", "objective=iwae", "trainer.steps_per_batch=2", "trainer.limit_train_batches=4"),
+    ],
+    "exact_graph": [
+        *("data.binarize=dynamic", "beta_schedule=linear", "lr_schedule=cosine"),
+        *("trainer.cuda_graph=true", "trainer.steps_per_batch=4", "trainer.limit_train_batches=2"),
     ],
 }
 NO_SYNCHRONIZATION = {
@@ -135,6 +155,9 @@ def commands_for(data_root: str) -> dict[str, Command]:
         resume(f"from_{name}", f"from_{name}", f"trainer.accelerator={second}", after=f"from_{name}_stopped")
     for name, args in TRAININGS.items():
         train(name, *args)
+    for name, args in GRAPHS.items():
+        train(name, *GRAPH, *args)
+        train(f"eager_{name}", GRAPH[1], *args)
     for precision in PRECISIONS:
         train(precision, f"trainer.precision={precision}")
     for name, args in NO_SYNCHRONIZATION.items():
@@ -364,7 +387,9 @@ def test_precision(folder: Path, name: str) -> None:
     assert record(folder / name)["test"]["neg_elbo"] == pytest.approx(wanted, rel=0.05)
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=needs(f"{name}_whole", f"{name}_again")) for name in RESUMED])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=needs(f"{name}_whole", f"{name}_again")) for name in RESUMED]
+)
 def test_a_deterministic_run_gives_the_same_weights_twice(folder: Path, name: str) -> None:
     torch.testing.assert_close(outcome(folder / f"{name}_again"), outcome(folder / f"{name}_whole"), rtol=0, atol=0)
 
@@ -374,6 +399,16 @@ def test_a_deterministic_run_gives_the_same_weights_twice(folder: Path, name: st
 )
 def test_a_resumed_run_is_the_run_that_was_never_stopped(folder: Path, name: str) -> None:
     torch.testing.assert_close(outcome(folder / name), outcome(folder / f"{name}_whole"), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=needs(name, f"eager_{name}")) for name in GRAPHS])
+def test_a_cuda_graph_computes_what_eager_steps_compute(folder: Path, name: str) -> None:
+    found, wanted = record(folder / name), record(folder / f"eager_{name}")
+    assert found["steps"] == wanted["steps"] and found["epochs"] == wanted["epochs"]
+    rel = 1e-2 if name == "graph_fast" else 1e-3
+    assert found["test"] == pytest.approx(wanted["test"], rel=rel)
+    for key in ("random_state", "cuda_random_state", "batches"):
+        torch.testing.assert_close(content(folder / name)[key], content(folder / f"eager_{name}")[key], rtol=0, atol=0)
 
 
 @each(["from_gpu", "from_cpu"])

@@ -114,11 +114,8 @@ class ImageDataModule(L.LightningDataModule):
         images, shard, trainer = self.sets[split], (0, 1), self.trainer
         if trainer is not None:
             shard = trainer.global_rank, trainer.world_size
-            if self.fits_on_device(split):
+            if math.prod(images.pixels.shape) <= LARGEST_ON_DEVICE:
                 images = images.to(trainer.strategy.root_device)
         batches = Batches(images, batch_size, *training)
         batches.share(*shard)
         return batches
-
-    def fits_on_device(self, split: str) -> bool:
-        return math.prod(self.sets[split].pixels.shape) <= LARGEST_ON_DEVICE

@@ -1,5 +1,6 @@
 """From a checked config to the data, the module and the trainer."""
 
+import math
 import os
 import sys
 from typing import Any
@@ -176,6 +177,7 @@ def check_cuda_graph(settings: dict[str, Any], datamodule: ImageDataModule) -> N
     trainer, optimizer = settings["trainer"], settings["optimizer"]
     cuda = trainer["accelerator"] in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     fused = optimizer["name"] in ("Adam", "AdamW") and optimizer.get("fused") is True
+    size = math.prod(datamodule.sets["train"].pixels.shape)
     clipped = trainer["gradient_clip_val"] and "mixed" in trainer["precision"]
     for wrong, remedy in (
         (not cuda, "a CUDA device"),
@@ -186,7 +188,7 @@ def check_cuda_graph(settings: dict[str, Any], datamodule: ImageDataModule) -> N
         (trainer["accumulate_grad_batches"] > 1, "trainer.accumulate_grad_batches=1"),
         (trainer["detect_anomaly"], "trainer.detect_anomaly=false"),
         (not fused, "optimizer=adam or adamw with optimizer.fused=true"),
-        (not datamodule.fits_on_device("train"), f"training images of at most {LARGEST_ON_DEVICE:,} bytes"),
+        (size > LARGEST_ON_DEVICE, f"training images of at most {LARGEST_ON_DEVICE:,} bytes"),
     ):
         if wrong:
             raise UserError(f"trainer.cuda_graph=true is invalid here: it needs {remedy}")
