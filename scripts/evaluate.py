@@ -36,9 +36,10 @@ def main(settings: Settings) -> None:
         from betavae.files import STAMP, writing
         from betavae.measures.latents import posterior_means, probes
         from betavae.measures.likelihood import summary
+        from betavae.precision import set_float32_precision
         from betavae.running import checkpoint, evaluation
 
-    torch.set_float32_matmul_precision(settings.matmul_precision)
+    set_float32_precision(settings.matmul_precision)
     run = checkpoint.load(settings.ckpt, settings.runs)
     x, labels = (part[: settings.first] for part in run.images("test", settings.data_root))
     device = settings.device
@@ -46,7 +47,7 @@ def main(settings: Settings) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         vae = run.vae.to(device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise UserError(f"device={device} cannot be: {checkpoint.first_line(error)}") from error
 
     folder = Path(settings.folder) if settings.folder else run.folder

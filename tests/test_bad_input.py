@@ -100,6 +100,7 @@ def refused(place: Path, script: str, *args: str) -> str:
         ("trainer.precision=12", "trainer.precision=12 .*32-true"),
         ("trainer.precision=16-mixed trainer.accelerator=cpu", "trainer.precision=16-mixed .*GPU"),
         ("trainer.devices=4096 trainer.accelerator=cpu", "trainer.devices=4096 .*cores"),
+        ("trainer=cuda_graph trainer.accelerator=cpu", "trainer.cuda_graph=true .*needs a CUDA device"),
         ("trainer=fast optimizer.name=LBFGS", "trainer.steps_per_batch=10 .* make it 1"),
         ("trainer.max_time=soon", "trainer.max_time=soon .*DD:HH:MM:SS"),
         ("trainer.limit_train_batches=0.00001", "limit_train_batches"),

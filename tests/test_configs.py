@@ -4,6 +4,7 @@ import inspect
 import re
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
@@ -41,6 +42,10 @@ def test_option_builds(option, data_root, tmp_path):
     if cfg.data.name != "mnist":  # whose images are not on this machine
         ImageDataModule(**plain(cfg.data))
         cfg.data = composed(f"data.root={data_root}").data
+    if cfg.trainer.cuda_graph and not torch.cuda.is_available():
+        with pytest.raises(UserError, match="needs a CUDA device"):
+            build(plain(cfg), RunFolder(tmp_path), Signals())
+        return
     datamodule, module, trainer = build(plain(cfg), RunFolder(tmp_path), Signals())
     assert not any(tmp_path.iterdir())
     assert trainer.max_epochs == cfg.trainer.max_epochs

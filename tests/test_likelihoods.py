@@ -82,3 +82,17 @@ def test_samples_have_the_mean_and_follow_the_generator(likelihood):
     assert torch.equal(draw, likelihood.sample(many, torch.Generator().manual_seed(3)))
     error = (draw.mean((1, 2, 3)) - likelihood.mean(params).flatten()).abs().max()
     assert error < 0.03  # six standard errors of the widest, the Gaussian
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_half_precision_sums_pixels_in_float32(name, dtype):
+    likelihood = LIKELIHOODS[name]()
+    x = (torch.randint(256, (16, 3, 64, 64)) / 255).to(dtype)
+    params = (5 * torch.randn(16, 3 * likelihood.params_per_channel, 64, 64)).to(dtype).requires_grad_()
+    value = likelihood.to(dtype).log_prob(x, params)
+    (gradient,) = torch.autograd.grad(value.mean(), params)
+    expected = likelihood.double().log_prob(x.double(), params.double())
+    assert value.dtype == torch.float32 and gradient.dtype == dtype
+    torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=0)
+    assert gradient.isfinite().all()

@@ -13,7 +13,7 @@ MACHINERY = ("running/", "sweeping/")
 RESEARCH = [name for name in FILES if not name.startswith(MACHINERY) and name != "__init__"]
 PURE = [name for name in RESEARCH if name.startswith("measures/")]
 PURE += ["networks", "activations", "resnet", "likelihoods", "logistic_mixture", "vae", "objectives", "schedules"]
-PURE += ["optimizers", "fast", "terms", "importance_weighted", "disentangling"]
+PURE += ["optimizers", "fast", "precision", "terms", "importance_weighted", "disentangling"]
 READ_FIRST = ["networks", "likelihoods", "vae", "terms", "objectives", "module"]
 READ_FIRST += [f"data/{name}" for name in ("__init__", "images", "batches", "datamodule")]  # sources aside
 

@@ -25,6 +25,9 @@ class Sums:
         self.batches.append(sums)
         self.images.append(images)
 
+    def to(self, device: torch.device) -> None:
+        self.batches = [{name: value.to(device) for name, value in batch.items()} for batch in self.batches]
+
     def rows(self, trainer: L.Trainer) -> Tensor:
         """Empties it: a row per batch, summed over all processes, in double precision on the CPU. In it the number of
         images, and then every number of every term."""
@@ -55,6 +58,9 @@ class Curves(Callback):
         self.interval = Sums()
         self.epoch: dict[str, Tensor] = {}
         self.epoch_images = 0
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.interval.to(module.device)  # a checkpoint is read on the CPU
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

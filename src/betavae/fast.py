@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from betavae.likelihoods import IMAGE_DIMS, Bernoulli
+from betavae.precision import at_least_float32
 from betavae.vae import VAE
 
 
@@ -38,9 +39,8 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, logits: Tensor) -> Tensor:
-        # A hundred halves underflow in float16.
-        at_least = torch.promote_types(x.dtype, torch.float32)
-        x, wide = x.to(at_least), logits.to(at_least)
+        x = at_least_float32(x)  # a hundred halves underflow in float16
+        wide = logits.to(x.dtype)
         ctx.save_for_backward(x, wide)
         ctx.dtype = logits.dtype
         factors = wide.abs().sigmoid_().flatten(-3)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from betavae.logistic_mixture import LogisticMixture
+from betavae.precision import at_least_float32
 
 IMAGE_DIMS = (-3, -2, -1)
 
@@ -58,9 +59,8 @@ class Bernoulli(Likelihood):
     @staticmethod
     def cross_entropy(x: Tensor, logits: Tensor) -> Tensor:
         """`(..., B)` in nats. `fast.accelerate` puts a quicker one in its place."""
-        at_least = torch.promote_types(x.dtype, torch.float32)  # sums of a thousand numbers
-        x, logits = x.to(at_least).expand_as(logits), logits.to(at_least)
-        return F.binary_cross_entropy_with_logits(logits, x, reduction="none").sum(IMAGE_DIMS)
+        x = at_least_float32(x).expand_as(logits)
+        return F.binary_cross_entropy_with_logits(logits.to(x.dtype), x, reduction="none").sum(IMAGE_DIMS)
 
     def mean(self, params: Tensor) -> Tensor:
         return torch.sigmoid(params)
@@ -93,6 +93,7 @@ class ContinuousBernoulli(Bernoulli):
     meaning, surrogate, exact = Likelihood.meaning, Likelihood.surrogate, Likelihood.exact
 
     def log_prob(self, x: Tensor, params: Tensor) -> Tensor:
+        params = at_least_float32(params)
         size = params.abs()
         small = size < 0.05
         safe = torch.where(small, 1.0, size)
@@ -126,8 +127,9 @@ class Gaussian(Likelihood):
         self.log_scale = nn.Parameter(torch.zeros(()))
 
     def log_prob(self, x: Tensor, params: Tensor) -> Tensor:
-        squares = ((x - params) * torch.exp(-self.log_scale)) ** 2
-        return (-0.5 * squares - self.log_scale - 0.5 * math.log(2 * math.pi)).sum(IMAGE_DIMS)
+        log_scale = at_least_float32(self.log_scale)
+        squares = ((at_least_float32(x) - at_least_float32(params)) * torch.exp(-log_scale)) ** 2
+        return (-0.5 * squares - log_scale - 0.5 * math.log(2 * math.pi)).sum(IMAGE_DIMS)
 
     def mean(self, params: Tensor) -> Tensor:
         return params

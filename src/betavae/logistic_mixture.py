@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from betavae.precision import at_least_float32, to_float64
+
 # A scale of e^-15 is a certainty, at e^15 only the bytes 0 and 255 are left: beyond, the scale stays what it is there.
 LARGEST_LOG_SCALE = 15.0
 
@@ -33,8 +35,8 @@ def log_pixels(x: Tensor, params: Tensor, components: int, with_gradient: bool) 
     in which nothing cancels, in the furthest tail either; for bytes 0 and 255 it is its first factor alone, with the
     distance to their one edge. e^-max(d, 0) is taken out of it and into the mixture's log-sum-exp.
     """
+    x = at_least_float32(x).unsqueeze(-4)
     logits, means, log_scales = split(params.to(x.dtype), components)
-    x = x.unsqueeze(-4)
     lowest, highest = x <= 0, x >= 1
     inside = ~(lowest | highest)
     per_scale = torch.exp(-log_scales)
@@ -65,7 +67,7 @@ def log_pixels(x: Tensor, params: Tensor, components: int, with_gradient: bool) 
         -by_distance * side * per_scale,
         torch.where(free, -by_distance * distance - by_width * width, 0.0),
     )
-    return log_prob, torch.stack(gradient, -5).flatten(-5, -3).to(params.dtype)
+    return log_prob, torch.stack(gradient, -5).flatten(-5, -3)
 
 
 class LogProb(torch.autograd.Function):
@@ -78,6 +80,9 @@ class LogProb(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, params: Tensor, components: int) -> Tensor:
         log_prob, gradient = log_pixels(x, params, components, ctx.needs_input_grad[1])
+        ctx.dtype = params.dtype
+        if gradient is not None and params.dtype != torch.float16:  # whose range is too small before the batch's mean
+            gradient = gradient.to(params.dtype)
         ctx.save_for_backward(gradient)
         return log_prob.sum((-3, -2, -1))
 
@@ -85,7 +90,7 @@ class LogProb(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:  # type: ignore[override]
         (gradient,) = ctx.saved_tensors
-        return None, gradient * grad[..., None, None, None].to(gradient.dtype), None
+        return None, (gradient * grad[..., None, None, None].to(gradient.dtype)).to(ctx.dtype), None
 
 
 class LogisticMixture(nn.Module):
@@ -104,17 +109,17 @@ class LogisticMixture(nn.Module):
 
     def probabilities(self, params: Tensor) -> Tensor:
         """Of all bytes, `(..., C, H, W, 256)`."""
-        bytes_ = torch.arange(256, dtype=params.dtype, device=params.device) / 255
+        bytes_ = at_least_float32(torch.arange(256, dtype=params.dtype, device=params.device)) / 255
         x = bytes_.view(-1, *[1] * params.ndim)
         return log_pixels(x, params, self.components, False)[0].exp().movedim(0, -1)
 
     def mean(self, params: Tensor) -> Tensor:
         """`(..., C, H, W)` in [0, 1], of the mixture before its bytes are rounded: at most half a byte from theirs."""
-        logits, means, log_scales = split(params.double(), self.components)
+        logits, means, log_scales = split(to_float64(params), self.components)
         scale = log_scales.exp()
         # 1 less the integral of F over [0, 1]
         below = scale * (nn.functional.softplus((1 - means) / scale) - nn.functional.softplus(-means / scale))
-        return (logits.softmax(-4) * (1 - below)).sum(-4).clamp(0, 1).to(params.dtype)
+        return (logits.softmax(-4) * (1 - below)).sum(-4).clamp(0, 1).to(params)
 
     def params_of(self, mean: Tensor) -> Tensor:
         """Parameters of about this mean image: components evenly over [0, 1], weighted binomially, 0.1 wide."""

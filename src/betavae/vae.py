@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from betavae.errors import UserError
 from betavae.likelihoods import LIKELIHOODS
 from betavae.networks import NETWORKS
+from betavae.precision import at_least_float32
 
 
 class Posterior(NamedTuple):
@@ -73,7 +74,7 @@ class VAE(nn.Module):
     def encode(self, x: Tensor) -> Posterior:
         """`(B, C, H, W)` in [0, 1] -> the posterior."""
         # In single precision also under autocast: bfloat16 knows a KL of 25 nats to an eighth only.
-        params = self.encoder(x).to(torch.promote_types(x.dtype, torch.float32))
+        params = at_least_float32(self.encoder(x))
         return Posterior(*params.chunk(2, dim=-1))
 
     def decode_params(self, z: Tensor) -> Tensor:

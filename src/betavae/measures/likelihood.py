@@ -12,6 +12,7 @@ from torch import Tensor
 
 from betavae.importance_weighted import log_ratio
 from betavae.measures.latents import aggregate
+from betavae.precision import to_float64
 from betavae.terms import ACTIVE_UNIT_VARIANCE, gaussian_kl
 from betavae.vae import VAE, Posterior
 
@@ -54,18 +55,18 @@ def importance_sample(
         images = x[first : first + GROUP].to(device)
         posterior = vae.encode(images)
         generator = torch.Generator().manual_seed(seed + 1_000_003 * (first // GROUP))
-        log_weights = torch.empty(samples, len(images), dtype=torch.float64, device=device)
-        log_px_sum = torch.zeros(len(images), dtype=torch.float64, device=device)
+        log_px_sum = to_float64(torch.zeros(len(images), device=device))
+        log_weights = log_px_sum.new_empty(samples, len(images))
         for chunk in log_weights.split(at_once):
             # Drawn for a whole group, on the CPU: the same on every device and for any number of images.
             noise = torch.randn(len(chunk), GROUP, vae.latent_dim, generator=generator)[:, : len(images)]
             z = posterior.rsample(noise.to(images))
             log_px = vae.likelihood.log_prob(images, vae.decode_params(z))
             chunk.copy_(log_px + log_ratio(z, posterior))
-            log_px_sum += log_px.double().sum(0)
+            log_px_sum += to_float64(log_px).sum(0)
         nll = [math.log(k) - log_weights[: samples // k * k].unflatten(0, (-1, k)).logsumexp(1).mean(0) for k in ks]
         rows = (-log_px_sum / samples, gaussian_kl(posterior), torch.stack(nll, 1), *posterior)
-        yield PerImage(*(row.double().cpu() for row in rows))
+        yield PerImage(*(row.cpu().double() for row in rows))
 
 
 def floats_per_image(vae: VAE) -> int:

@@ -167,7 +167,10 @@ class LRSchedule(Settings):
 
 
 class Trainer(Open):
-    """Lightning's, whose further arguments are settings too; and `matmul_precision`, `compile`, `steps_per_batch`."""
+    """Lightning's, whose further arguments are settings too.
+
+    This project adds `matmul_precision`, `compile`, `cuda_graph` and `steps_per_batch`.
+    """
 
     max_epochs: Count
     max_steps: kind(
@@ -187,6 +190,7 @@ class Trainer(Open):
     precision: one_of(lambda: ["32-true", "bf16-mixed", "16-mixed", "64-true", "bf16-true", "16-true"])
     matmul_precision: one_of(lambda: ["highest", "high", "medium"])
     compile: one_of(lambda: [False, True, "default", "reduce-overhead", "max-autotune"])
+    cuda_graph: Flag
     steps_per_batch: Count
     gradient_clip_val: kind(Annotated[float, Field(ge=0, allow_inf_nan=False)] | None, "null or a number from 0 up")
     gradient_clip_algorithm: one_of(lambda: ["norm", "value"])

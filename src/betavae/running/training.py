@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from betavae.errors import Diverged, Interrupted, Pruned, UserError
 from betavae.files import write_whole
 from betavae.kept import fingerprint
+from betavae.precision import set_float32_precision
 from betavae.running import loggers
 from betavae.running.building import build, too_large
 from betavae.running.checkpoint import first_line
@@ -131,7 +132,7 @@ class Training:
     def run(self) -> float:
         # The seed comes before anything is built, so that it decides the first weight too.
         L.seed_everything(self.cfg.seed, verbose=False)
-        torch.set_float32_matmul_precision(self.cfg.trainer.matmul_precision)
+        set_float32_precision(self.cfg.trainer.matmul_precision)
         quiet()
         self.datamodule, self.module, self.trainer = build(plain(self.cfg), self.folder, self.signals)
         if self.sweep and self.trainer.world_size > 1:
