@@ -586,7 +586,7 @@ def script_words(rng: random.Random, name: str, data: str, run: str) -> list[str
     if "seed" in keys:
         values["seed"] = ["0", "1", str(2**63 - 1)]
     if "data_root" in keys:
-        values["data_root"] = [quoted(data), "nothing"]
+        values["data_root"] = ["data"] if data in ("mnist", "sprites") else [quoted(data), "nothing"]
     fast = {"evaluate": {"k": "5"}, "fidelity": {"n": "5", "repeats": "2"}, "disentanglement": {"images": "200"}}
     chosen = {**fast.get(name, {})} | ({"ckpt": run} if "ckpt" in keys and not run.startswith("runs/") else {})
     for key, options in values.items():
