@@ -84,7 +84,7 @@ def test_lightning_notes_the_running_hook_in_current_fx_name():
 
 
 def test_lightning_calls_callbacks_before_the_module_and_hands_on_what_a_step_returned():
-    """curves.py and running/resuming.py: StopAtDivergence, Curves."""
+    """curves.py: Curves."""
 
     class See(Callback):
         def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):

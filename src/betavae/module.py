@@ -7,7 +7,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from betavae.curves import Curves, Sums
+from betavae.curves import Curves, Totals
 from betavae.errors import UserError
 from betavae.objectives import chosen
 from betavae.optimizers import optimizer_class
@@ -70,9 +70,11 @@ class VAEModule(L.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         # The same noise at every evaluation, so that two epochs differ by their weights alone.
-        self.evaluation, self.generator = Sums(), torch.Generator().manual_seed(EVALUATION_SEED)
+        self.evaluation, self.generator = Totals(), torch.Generator().manual_seed(EVALUATION_SEED)
 
     def evaluate(self, x: Tensor, beta: float, draws: int) -> None:
+        if not len(x):
+            return
         size = draws * self.k * self.vae.latent_dim
         # Rows of whole sixteens: torch draws normals in blocks of 16, so no image's noise depends on the batch size.
         # Nor on the number of processes: each takes the rows of its own images.
@@ -85,7 +87,7 @@ class VAEModule(L.LightningModule):
 
     def on_validation_epoch_end(self, split: str = "val") -> None:
         """Means over all images of all processes, and the number of active units."""
-        sums, images = self.evaluation.take(self.trainer)
+        sums, images = self.evaluation.gather(self.trainer)
         variance = sums.pop("square") / images - (sums.pop("mean") / images) ** 2
         means = {f"{split}/{name}": value / images for name, value in sums.items()}
         means[f"{split}/active_units"] = (variance > ACTIVE_UNIT_VARIANCE).sum().double()

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
-from betavae.curves import Sums
+from betavae.curves import Curves
 from betavae.errors import Diverged, UserError
 from betavae.kept import fingerprint
 from betavae.running import checkpoint
@@ -168,25 +168,13 @@ class ExactResume(Callback):
 
 
 class StopAtDivergence(Callback):
-    """Ends a run whose loss or weights are not finite, before a checkpoint of it is saved. Raises Diverged."""
+    """End a run whose loss or weights are not finite, before a checkpoint of it is saved. Raises Diverged."""
 
     def __init__(self) -> None:
-        self.seen = Sums()
         self.last: dict[str, float] = {}
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        for sums, images in outputs["sums"]:
-            self.seen.add(sums, images)
-        if len(self.seen) >= trainer.log_every_n_steps or trainer.is_last_batch:  # type: ignore[attr-defined]
-            self.look(trainer, module)
-
-    def look(self, trainer: L.Trainer, module: Any) -> None:
-        if not len(self.seen):
-            return
-        names = list(self.seen.batches[0])
-        rows = self.seen.rows(trainer)
+    def on_train_sums(self, trainer: L.Trainer, module: Any, names: list[str], rows: torch.Tensor) -> None:
+        """Look at the rows that `Curves` reads: all processes see the same."""
         finite = rows.isfinite().all(1).tolist()
         good = finite.index(False) if not all(finite) else len(finite)
         if good:
@@ -198,7 +186,9 @@ class StopAtDivergence(Callback):
             raise Diverged(f"the loss of step {step} is not finite", self.last)
 
     def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint_: dict[str, Any]) -> None:
-        self.look(trainer, module)
+        curves = next(c for c in trainer.callbacks if isinstance(c, Curves))  # type: ignore[attr-defined]
+        if len(curves.interval):
+            curves.read(trainer, module)
         if not torch.stack([p.isfinite().all() for p in module.parameters()]).all():
             raise Diverged(f"the weights after step {trainer.global_step} are not finite", self.last)
 
