@@ -360,6 +360,8 @@ def test_images_that_are_not_those_of_the_training_are_refused(tmp_path):
     assert said.startswith("error: resume: the data in more.npy are not those that this run began with")
     assert before == ((folder / "checkpoints" / "best.ckpt").read_bytes(), (folder / "metrics.json").read_text())
     # What cannot be is said before anything is written, too.
+    said = run("images=x.npy", "out=.", cwd=tmp_path, script="scripts/detect.py", code=1)
+    assert "is not empty and not a report of betavae" in said and not list(folder.glob("*.pt"))
     text = run("images=x.npy", "alarm=0.001", cwd=tmp_path, script="scripts/detect.py", code=1)
     assert "alarm=0.001 needs at least 999 validation images, and there are 100" in text
     assert not (tmp_path / "anomalies").exists()

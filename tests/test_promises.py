@@ -1,6 +1,7 @@
 """What a run and a sweep promise where something is not as it should be: tried on whole commands."""
 
 import json
+import re
 import signal
 from pathlib import Path
 
@@ -45,10 +46,12 @@ def test_a_sweep_over_data_folders_and_one_whose_defaults_have_changed(tmp_path,
         ("trainer.gradient_clip_val=0", "trainer.gradient_clip_val=0 clips nothing"),
         ("model.hidden_dims=[2000000,2000000]", "does not fit into memory"),
         ("trainer.precision=16-mixed trainer.accelerator=cpu", "needs a GPU"),
+        ("hydra.run.dir=new/run data.validation_size=100000", "data.validation_size=100000"),
+        ("hydra.run.dir='new/a run' beta=-1", "beta=-1"),
     ],
 )
 def test_no_setting_is_taken_and_ignored(tmp_path, data_root, words, said):
-    text = run(*TINY, f"data.root={data_root}", *words.split(), cwd=tmp_path, code=1)
+    text = run(*TINY, f"data.root={data_root}", *re.split(r" (?=\S+=)", words), cwd=tmp_path, code=1)
     assert text.startswith("error: ") and said in text and text.count("\n") == 1
     assert not list(tmp_path.iterdir())
 

@@ -160,7 +160,9 @@ class Command:
         self.failure, self.begun = None, False
         jobs.SweepCallback.folder = None
         typed = (word.partition("=") for word in sys.argv[1:])
-        named = [Path(value) for key, _, value in typed if key in ("resume", "hydra.run.dir")]
+        named = [Path(value.strip("'\"")) for key, _, value in typed if key in ("resume", "hydra.run.dir")]
+        # Hydra makes a named folder itself, with the folders above it.
+        run_dir.made = [parent for path in named for parent in path.parents if not parent.exists()]
         run_dir.there = {Path.cwd(), *(path.resolve() for path in named if path.is_dir())}
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import json
+import os
 import re
 import subprocess
 from collections.abc import Iterator
@@ -35,30 +36,40 @@ def mark_of(path: Path) -> str | None:
         return None
 
 
+def check_mark(path: Path, mark: str, key: str) -> bool:
+    """Return whether `path` is a folder with this mark already. Writes nothing.
+
+    Raises UserError if `put_mark` would.
+    """
+    if not path.is_dir():
+        if os.path.lexists(path):
+            raise UserError(f"{key}: {path} is a file; name a folder")
+        return False
+    if (found := mark_of(path)) is not None and found != mark:
+        raise UserError(f"{key}: {path} is {found.strip()}, not {mark.strip()}; name another folder")
+    if found is not None or legacy(path, mark):
+        return True
+    if others := sorted(item.name for item in path.iterdir()):
+        raise UserError(
+            f"{key}: {path} is not empty and not {mark.strip()} (it holds {others[0]}); name another folder"
+        )
+    return False
+
+
 def put_mark(path: Path, mark: str, key: str) -> bool:
     """Make `path` a folder of ours. False if it was one already.
 
     Raises UserError if anything else is there, or it cannot be made.
     """
     try:
+        if check_mark(path, mark, key):
+            return False
         path.mkdir(parents=True, exist_ok=True)
-        if (found := mark_of(path)) is not None:
-            if found != mark:
-                raise UserError(f"{key}: {path} is {found.strip()}, not {mark.strip()}; name another folder")
-            return False
-        if legacy(path, mark):
-            return False
-        if others := sorted(item.name for item in path.iterdir()):
-            raise UserError(
-                f"{key}: {path} is not empty and not {mark.strip()} (it holds {others[0]}); name another folder"
-            )
-        with open(path / MARK, "x") as file:  # of two at once, one
+        with open(path / MARK, "x") as file:
             file.write(mark)
         return True
-    except FileExistsError:
-        if path.is_dir():
-            return False
-        raise UserError(f"{key}: {path} is a file; name a folder") from None
+    except FileExistsError:  # of two at once, the other was first
+        return False
     except OSError as error:
         raise UserError(f"{key}: cannot make {path} ({error.strerror})") from error
 

@@ -16,7 +16,7 @@ from betavae.errors import UserError
 from betavae.measures.disentanglement import SCORES
 from betavae.running import checkpoint, evaluation
 from betavae.running.evaluation import DISENTANGLEMENT
-from betavae.running.run_folder import REPORT, put_mark, read_json
+from betavae.running.run_folder import REPORT, check_mark, put_mark, read_json
 from betavae.sweeping import pareto
 from betavae.sweeping.jobs import RECORDED, SEARCH, STATUSES, Job, counted, read_jobs, scores, sort_key
 
@@ -332,6 +332,7 @@ def pareto_front(sweep: Path, found: Sequence[Setting]) -> tuple[Any, str]:
 def write(sweep: Path, out: Path, keys: Sequence[str] | None, metric: str, seed: int) -> list[str]:
     """Everything into the folder `out`; the names of the files. A score of disentanglement is measured where it was
     not yet."""
+    check_mark(out, REPORT, "out")
     found = settings(sweep)
     if metric in SCORES:
         lacking = [job for setting in found for job in setting.finished if metric not in numbers(job)]
