@@ -72,7 +72,8 @@ def build_module(settings: dict[str, Any], datamodule: ImageDataModule) -> light
         train = datamodule.sets["train"]
         some = train.pixels.index_select(0, torch.arange(min(len(train), 60_000)))
         module.vae.centre(some.float().mean(0) / 255)
-    accelerate(module.vae)
+    if settings["trainer"]["accelerator"] == "cpu" or not gpu_there():
+        accelerate(module.vae)  # which a GPU would only launch more kernels for
     return module
 
 
@@ -173,7 +174,7 @@ def build_trainer(
 
 
 def check_cuda_graph(settings: dict[str, Any], datamodule: ImageDataModule) -> None:
-    """Raise UserError for settings that `CUDAGraphStep` has no graph for."""
+    """Raise UserError for settings that `CUDAGraphSteps` has no graph for."""
     trainer, optimizer = settings["trainer"], settings["optimizer"]
     cuda = trainer["accelerator"] in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     fused = optimizer["name"] in ("Adam", "AdamW") and optimizer.get("fused") is True
