@@ -1,4 +1,4 @@
-"""The project on a GPU: `python -m pytest tests/gpu -n 0` takes about two minutes on an H100 with 16 cores.
+"""Whole commands on a CUDA GPU: `python -m pytest tests/gpu -n 0`, in at most four minutes on 16 cores.
 
 This process must never initialize CUDA, since it forks the commands. It reads checkpoints with `map_location="cpu"`.
 """
