@@ -75,7 +75,7 @@ def dip(
     """
     posterior, _, params = vae(x, noise)
     recon, kl = -vae.likelihood.log_prob(x, params).mean(0), gaussian_kl(posterior)
-    covariance = posterior.mean.T.cov(correction=0)
+    covariance = torch.atleast_2d(posterior.mean.T.cov(correction=0))  # of one dimension a scalar
     if variant == "ii":
         covariance = covariance + posterior.logvar.exp().mean(0).diag()
     variances = covariance.diag()
