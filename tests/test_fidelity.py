@@ -10,7 +10,7 @@ import torch
 
 from betavae.data.images import Images
 from betavae.errors import UserError
-from betavae.measures import features
+from betavae.measures import features, fidelity
 from betavae.measures.fidelity import Moments, frechet, imbalance, kernel_distance, moments, nearest, shares, summary
 from betavae.running import checkpoint
 from betavae.sweeping import report
@@ -108,6 +108,26 @@ def test_nearest_imbalance_and_summary():
     assert found == {"mean": pytest.approx(3), "se": pytest.approx(math.sqrt(7) / math.sqrt(3))}
 
 
+def test_distances_hold_far_from_zero():
+    """Features of a common offset have the shares and the neighbors of the same features without it."""
+    real, fake = torch.randn(2, 300, 8).mul(2**10).round() / 2**10  # so that the offset rounds none of them
+    fake = torch.cat((fake, real[:20]))
+    assert shares(real + 512, fake + 512) == shares(real, fake)
+    assert shares(real, fake).precision < 0.99
+    for one, two in zip(nearest(fake + 512, real + 512, 3), nearest(fake, real, 3), strict=True):
+        assert torch.equal(one, two)
+    distance, place = nearest(fake + 512, real + 512)
+    assert place[-20:, 0].tolist() == list(range(20)) and not distance[-20:].any()
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"), [((1, 28, 28), 784), ((1, 1, 2000), 1000), ((3, 2000, 1), 750), ((1, 3, 1001), 1002)]
+)
+def test_pixels_of_any_shape_are_averaged_down(shape, size):
+    found = fidelity.pixels(torch.full((2, *shape), 0.25))
+    assert found.shape == (2, size) and (found == 0.25).all()
+
+
 def bars(n):
     """Bars across or down, at any place: two classes."""
     labels = torch.arange(n) % 2
@@ -135,7 +155,7 @@ def test_the_classifier_learns_is_kept_and_is_made_anew_for_other_data(tmp_path,
     assert "once" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 64, 48), (3, 5, 9)])
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 64, 48), (3, 5, 9), (1, 1, 2000), (3, 1, 1)])
 def test_a_classifier_takes_any_shape(shape):
     assert features.Classifier(shape, 7)(torch.rand(2, *shape)).shape == (2, 7)
 

@@ -91,7 +91,7 @@ def trainer(**settings):
     return L.Trainer(accelerator="cpu", num_sanity_val_steps=0, **quiet, **settings)
 
 
-def test_a_test_weighs_with_the_full_beta_wherever_training_ended(data_root):
+def test_validation_and_test_weigh_with_the_full_beta_wherever_its_schedule_is(data_root):
     settings = {"beta": 8.0, "beta_schedule": {"name": "linear", "warmup": 1.0}}
     module, data = VAEModule(**MODULE | settings), ImageDataModule(**DATA | {"root": data_root})
 
@@ -99,12 +99,15 @@ def test_a_test_weighs_with_the_full_beta_wherever_training_ended(data_root):
         def on_train_batch_end(self, trainer, *args):
             trainer.should_stop = trainer.global_step >= 4
 
-    ended = trainer(max_epochs=50, min_steps=1, limit_train_batches=10, limit_val_batches=0, callbacks=[Stop()])
+    ended = trainer(max_epochs=50, min_steps=1, limit_train_batches=10, limit_val_batches=1, callbacks=[Stop()])
     ended.fit(module, data)
     assert 0 < module.current_beta() < 1
+    found = dict(ended.callback_metrics)
     ended.test(module, data, verbose=False)
-    test = {name: float(value) for name, value in ended.callback_metrics.items()}
-    assert test["test/loss"] == pytest.approx(test["test/recon"] + 8 * test["test/kl"], rel=1e-5)
+    found |= ended.callback_metrics
+    for split in ("val", "test"):
+        loss, recon, kl = (found[f"{split}/{name}"].item() for name in ("loss", "recon", "kl"))
+        assert loss == pytest.approx(recon + 8 * kl, rel=1e-5)
 
 
 def test_overfitting_sees_the_same_batches_in_every_epoch(data_root):

@@ -16,7 +16,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from betavae.module import VAEModule
-from betavae.running.progress import Pictures
+from betavae.running.training import Training
 from tests.commands import TINY, Child, run
 
 # Random numbers in the data and the model, schedules of both kinds, pictures, early stopping's memory.
@@ -151,7 +151,7 @@ def test_killed_after_the_test_its_points_are_not_there_twice(
     tmp_path: Path, root: str, rich: tuple[dict[str, Any], float]
 ) -> None:
     def die_late() -> None:
-        Pictures.on_test_end = lambda *args: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+        Training.finish = lambda *args: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
 
     assert go_on(tmp_path, [*RICH, root], prepare=die_late).wait() == -signal.SIGKILL
     assert go_on(tmp_path, [*RICH, root]).wait() == 0

@@ -125,7 +125,13 @@ class RunFolder:
             # On a full disk: what fits into the blocks that the file has. A run must not seem to be running, and one
             # whose numbers are lost is not finished.
             status = "failed" if record["status"] == "finished" else record["status"]
-            short = json.dumps({"status": status, "error": record.get("error", "OSError: the disk is full")[:200]})
+            short = json.dumps(
+                {
+                    "status": status,
+                    "trained": record.get("trained", False),
+                    "error": record.get("error", "OSError: the disk is full")[:200],
+                }
+            )
             with open(path, "r+b", buffering=0) as file:
                 file.write(short.encode().ljust(path.stat().st_size))
             raise

@@ -6,6 +6,7 @@ To widen a setting (a new network, data set, ...), name it in its own table, whi
 # mypy: disable-error-code="valid-type"
 
 import difflib
+import functools
 import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -276,6 +277,14 @@ def keys_of(model: type[BaseModel], prefix: str = "") -> list[str]:
         if group := group_of(field):
             keys += keys_of(group, f"{prefix}{name}.")
     return keys
+
+
+@functools.cache
+def has_words(group: str, key: str) -> bool:
+    """Return whether a setting of a group may be a text or a list, as far as it is known."""
+    schema = Train.model_fields[group].annotation.model_json_schema()["properties"].get(key, {"type": "number"})  # type: ignore
+    types = {option.get("type", "enum") for option in schema.get("anyOf", [schema])}
+    return not types <= {"integer", "number", "boolean", "null"}
 
 
 def validated(model: type[BaseModel], values: Any, prefix: str = "") -> Any:

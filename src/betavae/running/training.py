@@ -27,13 +27,13 @@ from betavae.precision import set_float32_precision
 from betavae.running import loggers
 from betavae.running.building import build, too_large
 from betavae.running.checkpoint import first_line
-from betavae.running.log import close_log, quiet, start_log
+from betavae.running.log import close_log, quiet, start_log, warn_on_error
 from betavae.running.processes import from_rank_zero, rank, started_by_lightning
-from betavae.running.progress import NAMES, Bar, EpochLines, ValidationNumbers
+from betavae.running.progress import NAMES, Bar, EpochLines, Pictures, ValidationNumbers
 from betavae.running.resuming import Signals, reopen
 from betavae.running.run_folder import RUN, RunFolder, git_commit, put_mark
 from betavae.running.run_logger import loggers_of
-from betavae.running.settings import check_settings, plain
+from betavae.running.settings import check_settings, has_words, plain
 from betavae.sweeping.jobs import ONE_DEVICE
 from betavae.sweeping.pruning import pruning
 
@@ -151,13 +151,13 @@ class Training:
                 self.trainer.loggers = [DummyLogger()]  # Lightning's own callbacks ask for one
             self.fit()
             scalars = self.test()
+            if rank() == 0:
+                self.finish(scalars)
         except BaseException as error:
             ending = self.ended_early(too_large(error) if isinstance(error, RuntimeError) else error)
             if ending is error:
                 raise
             raise ending from error
-        if rank() == 0:
-            self.finish(scalars)
         return scalars["neg_elbo"]
 
     def begin(self) -> None:
@@ -214,16 +214,12 @@ class Training:
             raise Diverged(f"the test numbers of {self.chosen} are not finite", {})
         if self.module.vae.likelihood.exact(self.cfg.data.binarize):
             test["bits_per_dimension"] = test["neg_elbo"] / math.log(2) / math.prod(self.module.vae.image_shape)
-        scalars = {name: round(value, 4) for name, value in test.items()}
-        if self.trainer.is_global_zero:
-            outcome = {f"test/{name}": value for name, value in scalars.items()}
-            for logger in loggers_of(self.trainer):
-                logger.log_outcome(flat(self.cfg), outcome)
-        return scalars
+        return {name: round(value, 4) for name, value in test.items()}
 
     def finish(self, scalars: dict[str, float]) -> None:
+        """Write the record; after it whatever is only displayed."""
         likelihood, binarize = self.module.vae.likelihood, self.cfg.data.binarize
-        self.record |= {
+        record = self.record | {
             "status": "finished",
             "checkpoint": str(self.chosen.relative_to(self.folder.path)),
             "test": scalars,
@@ -233,10 +229,25 @@ class Training:
         if self.chosen == self.folder.best:
             # Of that very checkpoint: Lightning winds callbacks back to the one that is tested.
             validation = next(c for c in self.trainer.callbacks if isinstance(c, ValidationNumbers))  # type: ignore
-            self.record["validation"] = {name: round(value, 4) for name, value in validation.numbers.items()}
-        if likelihood.surrogate(binarize):
-            self.record["note"] = likelihood.meaning(binarize)
-        self.folder.write_record(self.record)
+            record["validation"] = {name: round(value, 4) for name, value in validation.numbers.items()}
+        if not likelihood.exact(binarize):
+            record["note"] = likelihood.meaning(binarize)
+        self.folder.write_record(record)
+        self.record = record
+        self.say(scalars)
+        for logger in loggers_of(self.trainer):
+            with warn_on_error(f"sending test numbers to {type(logger).__name__}"):
+                logger.log_outcome(flat(self.cfg), {f"test/{name}": value for name, value in scalars.items()})
+        next(c for c in self.trainer.callbacks if isinstance(c, Pictures)).finish(self.trainer, self.module.vae)  # type: ignore
+        if not self.sweep:
+            log.info("      docs/numbers.md says what these numbers are")
+            log.info("run   %s", self.folder.path)
+            kept = [logger.look for logger in loggers_of(self.trainer) if logger.look]
+            following = [*kept, f"python scripts/sample.py ckpt={self.chosen}"]
+            log.info("next  %s", "\n      ".join(following))
+        self.end_loggers("finished")
+
+    def say(self, scalars: dict[str, float]) -> None:
         apart = ("active_units", "neg_elbo", "bits_per_dimension")
         main = {name: scalars[name] for name in scalars if name not in apart}
         terms = "  ".join(f"{NAMES.get(name, name)} {value:.2f}" for name, value in main.items())
@@ -248,17 +259,11 @@ class Training:
             log.info("      %.4f bits per dimension", scalars["bits_per_dimension"])
         if "note" in self.record:
             log.info("note  %s", self.record["note"])
-        if not self.sweep:
-            log.info("      docs/numbers.md says what these numbers are")
-            log.info("run   %s", self.folder.path)
-            kept = [logger.look for logger in loggers_of(self.trainer) if logger.look]
-            following = [*kept, f"python scripts/sample.py ckpt={self.chosen}"]
-            log.info("next  %s", "\n      ".join(following))
-        self.end_loggers("finished")
 
     def end_loggers(self, status: str) -> None:
         for logger in loggers_of(self.trainer):
-            logger.end(status)
+            with warn_on_error(f"closing {type(logger).__name__}"):
+                logger.end(status)
 
     def ended_early(self, error: BaseException) -> BaseException:
         """What to raise for a run that did not come to its end, after its folder says why."""
@@ -275,6 +280,10 @@ class Training:
         return Interrupted(128 + (asked or signal.SIGINT))
 
     def say_why(self, error: BaseException, stopped: bool) -> None:
+        if self.record["status"] == "finished":
+            log.info("stopped while pictures were drawn; %s is finished", self.folder.path)
+            self.end_loggers("finished")
+            return
         named = {Diverged: "diverged", Pruned: "pruned"}
         status = "interrupted" if stopped else named.get(type(error), "failed")
         steps = self.trainer.global_step
@@ -285,7 +294,7 @@ class Training:
             return
         self.record |= {"status": status, "epochs": self.trainer.current_epoch, "steps": steps}
         if status in ("failed", "diverged"):
-            self.record["error"] = f"{type(error).__name__}: {error}"
+            self.record |= {"error": f"{type(error).__name__}: {error}", "trained": self.trainer.fit_loop.done}
             log.debug("%s", "".join(traceback.format_exception(error)))
         with contextlib.suppress(OSError):  # of a full disk: the error that is under way says it
             self.folder.write_record(self.record)
@@ -303,9 +312,12 @@ def log_to_terminal(line: str) -> None:
 
 
 def flat(cfg: DictConfig) -> dict[str, Any]:
-    """Settings for a table of hyper-parameters."""
+    """Return settings for a table of hyper-parameters, each key's values of one type in all runs: null is left out."""
     values: dict[str, Any] = {"seed": cfg.seed, "beta": cfg.beta}
     for group in ("model", "data", "objective", "beta_schedule", "optimizer", "lr_schedule", "trainer"):
         for key, value in cfg[group].items():
-            values[f"{group}.{key}"] = value if isinstance(value, int | float) else str(value)
+            if value is not None:
+                values[f"{group}.{key}"] = (
+                    value if isinstance(value, int | float) and not has_words(group, key) else str(value)
+                )
     return values

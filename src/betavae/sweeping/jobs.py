@@ -87,8 +87,8 @@ def is_search(hydra_cfg: Any) -> bool:
 
 def run_job(task: Callable[[DictConfig], float], cfg: DictConfig) -> float:
     """Run a job; in a sweep, in a folder that may hold an earlier try of it: finished and pruned jobs are kept,
-    interrupted ones go on from their last checkpoint, failed ones are tried afresh. Returns the validation number that
-    a run goes by, nan for a job without.
+    interrupted ones, and those that failed after training, go on from their last checkpoint, other failed ones are
+    tried afresh. Returns the validation number that a run goes by, nan for a job without.
 
     Raises UserError if the folder is somebody else's, or holds a job of other settings.
     """
@@ -133,8 +133,10 @@ def scores(record: dict[str, Any], objectives: Sequence[str]) -> list[float]:
 def earlier_try(run: RunFolder, cfg: DictConfig, overrides: list[str]) -> str:
     """What an earlier try left in a job's folder: "finished", "pruned", "interrupted" (to be resumed), or "", cleared
     up."""
-    status = run.record().get("status", "")
-    kept = status in ENDED or (status in UNFINISHED and run.last.exists())
+    record = run.record()
+    status = record.get("status", "")
+    trained = status == "failed" and record.get("trained", False)  # and failed after that: the weights are good
+    kept = status in ENDED or ((status in UNFINISHED or trained) and run.last.exists())
     if kept:
         if difference := first_difference(run.path / "config.yaml", cfg):
             key, then, now = difference
@@ -254,6 +256,8 @@ def print_jobs(interrupted: bool = False) -> bool:
         cells = (cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
         print("  ".join(cells).rstrip())
     print(counted(jobs))
+    for note in sorted({job.record["note"] for job in jobs if job.test and "note" in job.record}):
+        print(f"note  {note}")
     bad = [job for job in jobs if job.status in ("failed", "diverged")]
     for job in bad:
         print(f"failed: {job.record['error']} ({job.folder / 'train.log'})")

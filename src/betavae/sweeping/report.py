@@ -149,7 +149,9 @@ def markdown(found: Sequence[Setting]) -> str:
     lines += [counted([job for setting in found for job in setting.jobs]) + "."]
     lines += [f"Note: {note}." for note in sorted(notes) if note]
     if len(notes) > 1:
-        lines.append("Jobs with and without that note are on different scales and cannot be compared.")
+        lines.append(
+            "Jobs with different notes, or with and without one, are on different scales: compare none of them."
+        )
     for setting in found:
         lines += [f"Failed: {job.folder.name}: {job.record['error']}" for job in setting.jobs if "error" in job.record]
     return "\n".join(lines) + "\n"

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from betavae.errors import UserError
 from betavae.kept import digest, kept
+from betavae.measures.fidelity import nearest
 from betavae.vae import VAE
 
 COMPONENTS = 20
@@ -87,10 +88,7 @@ def mixture(z: Tensor) -> Mixture:
 def knn(z: Tensor) -> Neighbours:
     points = z[torch.randperm(len(z), generator=torch.Generator().manual_seed(0))[:MOST_POINTS]]
     # The nearest is the point itself.
-    nearest = [
-        torch.cdist(part, points).topk(NEIGHBOURS + 1, largest=False).indices[:, 1:] for part in points.split(1000)
-    ]
-    return Neighbours(points, torch.cat(nearest))
+    return Neighbours(points, nearest(points, points, NEIGHBOURS + 1)[1][:, 1:])
 
 
 SAMPLERS: dict[str, Callable[[Tensor], Latents]] = {
