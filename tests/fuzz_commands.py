@@ -10,12 +10,15 @@ import functools
 import hashlib
 import json
 import math
+import os
 import random
 import re
 import resource
+import select
 import shlex
 import signal
 import string
+import subprocess
 import sys
 import tempfile
 import time
@@ -56,6 +59,7 @@ class Step:
     code: str = ""
     stop: tuple[int, float] | None = None  # a signal and the seconds after which it is sent
     fresh: bool = False  # in a new process: distributed training starts itself again
+    terminal: bool = False  # with the progress bar
 
     def shell(self) -> str:
         if not self.script:
@@ -132,7 +136,8 @@ class Session:
             except Exception as error:
                 kind = f"{type(error).__name__}: {normalized(str(error))}"
                 raise Fault(kind, self.steps, traceback.format_exc()) from error
-            self.own |= {name: value for name, value in listing(self.root).items() if before.get(name) != value}
+            changed = {name: value for name, value in listing(self.root).items() if before.get(name) != value}
+            self.own |= {name: value for name, value in changed.items() if not self.in_run(name)}
             return 0, ""
         code, text = self.run(step)
         if self.tell:
@@ -144,23 +149,43 @@ class Session:
             raise Fault(kind, self.steps, f"exit status {code}\n{text}")
         return code, text
 
+    def in_run(self, name: str) -> bool:
+        return any((folder / ".betavae").exists() for folder in (self.root / name).parents)
+
     def run(self, step: Step) -> tuple[int, str]:
         if step.fresh:
             process = started(str(REPO / step.script), *step.words, cwd=self.cwd, HOME=str(self.root / "home"))
-            text, _ = process.communicate(timeout=MAX_SECONDS)
+            try:
+                text, _ = process.communicate(timeout=MAX_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                return -signal.SIGKILL, process.communicate()[0]
             return process.returncode, text
-        home = {"HOME": str(self.root / "home")}
-        child = Child(*step.words, cwd=self.cwd, script=step.script, prepare=limit_memory, environment=home)
+        ours, theirs = os.openpty() if step.terminal else (None, None)
+        child = Child(
+            *step.words,
+            cwd=self.cwd,
+            script=step.script,
+            prepare=limit_memory,
+            terminal=theirs,
+            environment={"HOME": str(self.root / "home")},
+        )
         number, seconds = step.stop or (signal.SIGKILL, MAX_SECONDS)
-        code = None
-        while code is None and time.perf_counter() - child.started < seconds:
+        code, shown = None, b""
+        while code is None:
             time.sleep(0.01)
             code = child.poll()
-        if code is None:
-            child.send(number)
-            code = child.wait()
+            while ours is not None and select.select([ours], [], [], 0)[0]:
+                shown += os.read(ours, 2**16)
+            if code is None and time.perf_counter() - child.started > seconds:
+                child.send(number)
+                code = child.wait()
         self.seconds = time.perf_counter() - child.started
-        return code, child.text
+        if ours is None or theirs is None:
+            return code, child.text
+        os.close(ours)
+        os.close(theirs)
+        return code, shown.decode().replace("\r\n", "\n").replace("\r", "\n")
 
     def broken(self, step: Step, code: int, text: str, before: dict[str, str]) -> str | None:
         """The kind of the first promise that a command has broken."""
@@ -597,35 +622,94 @@ def play(rng: random.Random, session: Session) -> None:
         words.append(hostile_word(rng, keys))
     kind = rng.choice(["train"] * 4 + ["resume", "resume", "longer", "longer", "sweep", "sweep"])
     if kind == "sweep":
-        trained = sweep(rng, session, words)
+        sweep(rng, session, words)
     else:
         if not any(word.startswith("hydra.run.dir") for word in words):
             words.append("hydra.run.dir=runs/run")
-        code, text = session.command("train.py", *words)
-        trained = code == 0
-        if trained and kind == "resume":
+        distributed = rng.random() < 0.02 and not any(word.startswith("trainer=") for word in words)
+        words += ["trainer=ddp", "trainer.accelerator=cpu"] * distributed
+        code, text = session.command("train.py", *words, fresh=distributed, terminal=rng.random() < 0.1)
+        if code:
+            return
+        if kind == "resume" and not distributed:
             interrupt(rng, session, words)
-        if trained and kind == "longer":
+        if kind == "longer":
             longer(rng, session, words)
-        if (
-            trained
-            and rng.random() < 0.3
-            and (match := re.search(r"^next  .*?(python scripts/.*)$", text, re.M | re.S))
-        ):
-            script, *following = shlex.split(match[1].splitlines()[0])[1:]
-            must_work(session, script, *following)
-    if not trained:
-        return
+        printed = re.search(r"^next  .*?python (scripts/.*?)$", text, re.MULTILINE | re.DOTALL)
+        if printed and rng.random() < 0.3:
+            must_work(session, *shlex.split(printed[1]))
     runs = [path.parent for path in sorted(session.cwd.rglob("metrics.json")) if '"finished"' in path.read_text()]
+    if not runs:
+        return
     run = str(rng.choice(runs).relative_to(session.cwd))
+    harm = rng.choice([None] * 8 + [damage, change_data])
+    if harm:
+        harm(rng, session, data, run)
     pool = [*SCRIPTS, *["sweep_report"] * (8 * (kind == "sweep"))]
     for name in rng.sample(pool, rng.choice((1, 3, 5))):
-        for _ in range(rng.choice((1, 1, 2))):
-            code, _ = session.command(f"scripts/{name}.py", *script_words(rng, name, data, run))
-        if code == 0 and name == "encode":
-            session.command("scripts/decode.py", *script_words(rng, "decode", data, run))
-        if code == 0 and name == "compress":
-            session.command("scripts/decompress.py", *script_words(rng, "decompress", data, run))
+        use(rng, session, name, data, run)
+    if harm:
+        session.command("train.py", f"resume={quoted(run)}", "trainer.max_epochs=6")
+
+
+def use(rng: random.Random, session: Session, name: str, data: str, run: str) -> None:
+    """A script, perhaps stopped, twice, and what reads what it wrote."""
+    script, words = f"scripts/{name}.py", script_words(rng, name, data, run)
+    if rng.random() < 0.1:
+        number = rng.choice((signal.SIGKILL, signal.SIGTERM, signal.SIGINT))
+        session.command(script, *words, stop=(number, rng.uniform(0.05, 1.5)))
+    code, _ = session.command(script, *words)
+    if code:
+        return
+    before = listing(session.root)
+    if name in ("sample", "reconstruct", "interpolate", "encode") and rng.random() < 0.3:
+        session.command(script, *words)
+        if before != listing(session.root):
+            raise Fault(f"{name}.py: the same seed gives another file", session.steps, "")
+    if name == "encode":
+        session.command("scripts/decode.py", *script_words(rng, "decode", data, run))
+    if name == "compress":
+        session.command("scripts/decompress.py", *script_words(rng, "decompress", data, run))
+
+
+def damage(rng: random.Random, session: Session, data: str, run: str) -> None:
+    """Harm one file of a run."""
+    files = sorted(path for path in (session.cwd / run).rglob("*") if path.is_file() and path.stat().st_size)
+    path = rng.choice(files).relative_to(session.cwd)
+    session.python(
+        f"from pathlib import Path\npath = Path({str(path)!r})\ncontent = path.read_bytes()\n"
+        f"at = int({rng.random()} * len(content))\n"
+        + rng.choice(
+            [
+                "path.write_bytes(content[:at])\n",
+                "path.write_bytes(content[:at] + bytes([content[at] ^ 255]) + content[at + 1 :])\n",
+                "path.write_bytes(b'')\n",
+                "path.unlink()\n",
+                "path.unlink()\npath.mkdir()\n",
+                "path.write_text('{}')\n",
+            ]
+        )
+    )
+
+
+def change_data(rng: random.Random, session: Session, data: str, run: str) -> None:
+    """Give the user's own data more, fewer or other images."""
+    if data.endswith(".npy"):
+        change = rng.choice(["np.concatenate([x, x[:1]])", "x[:-1]", "x ^ 1", "255 - x", "x[..., :-1]", "x[:0]"])
+        session.python(f"import numpy as np\nx = np.load({data!r})\nnp.save({data!r}, {change})\n")
+        unseen = rng.choice(("evaluate", "detect"))
+        code, text = session.command(f"scripts/{unseen}.py", f"ckpt={quoted(run)}")
+        if code == 0:
+            raise Fault(f"{unseen}.py: reports on changed data", session.steps, text)
+    elif (session.cwd / data).is_dir():
+        change = rng.choice(
+            ["path.unlink()", "path.write_bytes(b'no picture')", "path.rename(path.parent / 'new.png')"]
+        )
+        session.python(
+            "from pathlib import Path\n"
+            f"paths = sorted(path for path in Path({data!r}).rglob('*') if path.is_file())\n"
+            f"for path in paths[:: {rng.choice((1, 2, 5))}]:\n    {change}\n"
+        )
 
 
 def must_work(session: Session, script: str, *words: str) -> str:
@@ -669,8 +753,8 @@ def longer(rng: random.Random, session: Session, words: list[str]) -> None:
     session.command("train.py", resume, f"trainer.max_epochs={rng.choice((1, 4, 6))}", *changes)
 
 
-def sweep(rng: random.Random, session: Session, words: list[str]) -> bool:
-    """A sweep, perhaps killed, and the same command again. Returns whether there is a finished job."""
+def sweep(rng: random.Random, session: Session, words: list[str]) -> None:
+    """A sweep, perhaps killed, and the same command again."""
     words = [word for word in words if not word.startswith(("hydra.run.dir", "beta=", "seed="))]
     axes = rng.choice([["beta=0.5,2"], ["seed=1,2"], ["beta=1,-1"], ["beta=1", "seed=3,4"], ["optimizer.lr=1e-3,1e30"]])
     axes = (
@@ -683,8 +767,7 @@ def sweep(rng: random.Random, session: Session, words: list[str]) -> bool:
     stop = (rng.choice((signal.SIGKILL, signal.SIGTERM, signal.SIGINT)), rng.uniform(0.3, 2.0))
     code, _ = session.command("train.py", *words, stop=stop if rng.random() < 0.5 else None)
     if code != 1 or rng.random() < 0.3:
-        code, _ = session.command("train.py", *words)
-    return any('"finished"' in path.read_text() for path in session.cwd.glob("sweep/*/metrics.json"))
+        session.command("train.py", *words)
 
 
 def repeated(steps: Iterable[Step], data: Path) -> Fault | None:
@@ -694,8 +777,6 @@ def repeated(steps: Iterable[Step], data: Path) -> Fault | None:
         try:
             for step in steps:
                 session.take(step)
-                if step.script == "train.py" and step.stop and not session.cwd.is_dir():
-                    return None
         except Fault as fault:
             return fault
     return None
