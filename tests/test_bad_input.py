@@ -248,7 +248,7 @@ def test_a_config_that_is_hostile(place, tmp_path):
     for number, text in enumerate(
         (
             f"model: !!python/object/apply:os.system ['touch {victim}']",
-            f"name: ${{run_dir:null,{victim}}}",
+            f"trainer: {{max_epochs: '${{run_dir:null,{victim}}}'}}",
             f"model: {{_target_: os.system, command: 'touch {victim}'}}",
             "model: [",
             "- 1",
@@ -257,8 +257,7 @@ def test_a_config_that_is_hostile(place, tmp_path):
         copy = tmp_path / f"run{number}"
         shutil.copytree(place / "run", copy)
         interrupt(copy)
-        with open(copy / "config.yaml", "a" if text.startswith("name") else "w") as file:
-            file.write(text + "\n")
+        (copy / "config.yaml").write_text(text + "\n")
         assert "config.yaml" in refused(place, "train.py", f"resume={copy}")
         assert not victim.exists()
 
@@ -280,8 +279,24 @@ def test_without_asserts_a_damaged_config_is_said_to_be_all_the_same(place, tmp_
     (copy / "config.yaml").write_text("- 1\n")
     before = contents(copy)
     text = fresh("-O", str(REPO / "train.py"), f"resume={copy}", cwd=place, code=1)
-    assert text == refused(place, "train.py", f"resume={copy}") and "is damaged" in text
+    assert text == refused(place, "train.py", f"resume={copy}") and "does not hold the settings of a run" in text
     assert contents(copy) == before
+
+
+def test_an_interpolation_in_a_config_is_never_resolved(place, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(place / "run", copy)
+    text = (copy / "config.yaml").read_text()
+    hostile = {"name:": f"name: ${{run_dir:null,{tmp_path}/victim}}", "  precision:": "  precision: ${oc.env:HOME}"}
+    for key, line in hostile.items():
+        interrupt(copy)
+        (copy / "config.yaml").write_text(re.sub(f"(?m)^{key}.*", line, text))
+        if key == "name:":
+            run(f"resume={copy}", "trainer.max_epochs=3", cwd=place)
+            assert line in (copy / "config.yaml").read_text()
+        else:
+            assert "precision=${oc.env:HOME} " in refused(place, "train.py", f"resume={copy}")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def interrupt(run_folder: Path) -> None:

@@ -128,7 +128,7 @@ def load(ckpt: str | Path | None = None, runs: str = "runs") -> Run:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """What a checkpoint file of this project holds: tensors and plain values, unharmed, as of today's format."""
+    """What a checkpoint file of this project holds: tensors and plain values, unharmed."""
     if not path.exists():
         raise UserError(f"ckpt: {path} does not exist; name a .ckpt file or a run folder")
     if path.is_dir():
@@ -151,24 +151,6 @@ def read(path: Path) -> dict[str, Any]:
         raise UserError(
             f"ckpt: {path} is from a newer betavae (format {written}, this one reads up to {FORMAT}); update betavae"
         )
-    return upgraded(content)
-
-
-def upgraded(content: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint of an older format as today's code would have saved it."""
-    if content["betavae_format"] == 1:
-        # The sums of an epoch under way were the module's.
-        interval, images, epoch, epoch_images = content.pop("running_sums")
-
-        def named(sums: Tensor) -> dict[str, Tensor]:
-            loss, recon, kl = sums
-            return {"loss": loss, "recon": recon, "kl": kl, "neg_elbo": recon + kl}
-
-        content["callbacks"]["Curves"] = {
-            "interval": [[named(sums) for sums in interval], images],
-            "epoch": named(epoch) if epoch_images else {},
-            "epoch_images": epoch_images,
-        }
     return content
 
 

@@ -295,11 +295,14 @@ def validated(model: type[BaseModel], values: Any, prefix: str = "") -> Any:
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
     path = problem["loc"]
-    if problem["type"] == "extra_forbidden":
-        key = ".".join(map(str, path))
+    if not isinstance(values, dict):
+        raise UserError(f"{prefix.rstrip('.') or 'the settings'} must be a group of settings, and is {values}")
+    if problem["type"] in ("extra_forbidden", "invalid_key"):
+        key = ".".join(str(name) for name in path if name != "[key]")
         raise UserError(f"{prefix}{key} is not a setting{nearest(key, keys_of(model))}") from None
     # Behind the names of settings come items of lists and branches of unions.
-    key, value, group = prefix, values, model
+    key, group = prefix, model
+    value: Any = values
     for name in path:
         field = group.model_fields[str(name)]
         key, value, inner = f"{key}{name}", value.get(name) if isinstance(value, dict) else None, group_of(field)
