@@ -178,6 +178,7 @@ def broken_checkpoints(good: Path, folder: Path, victim: Path) -> dict[str, str]
     torch.save({"state_dict": {"w": torch.zeros(3)}, "epoch": 3}, folder / "others")
     torch.save(torch.zeros(3), folder / "tensor")
     saved("newer", betavae_format=checkpoint.FORMAT + 1)
+    saved("older", betavae_format=checkpoint.FORMAT - 1)
     settings = content["hyper_parameters"]
     for name, change in {
         "shapes": {"latent_dim": 7},
@@ -198,7 +199,8 @@ def broken_checkpoints(good: Path, folder: Path, victim: Path) -> dict[str, str]
         **dict.fromkeys(("empty", "text", "truncated", "bare_pickle", "old_format", "pickle"), "damaged or not a"),
         "flipped": "checksum",
         **dict.fromkeys(("others", "tensor"), "not one of betavae"),
-        "newer": "newer betavae",
+        "newer": f"this betavae reads format {checkpoint.FORMAT}; update betavae",
+        "older": "; train the model again",
         **dict.fromkeys(("shapes", "huge"), "do not fit"),
         "network": "model.network=os.system",
         "target": "_target_",

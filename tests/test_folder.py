@@ -15,8 +15,8 @@ from PIL import Image
 
 from betavae.data import folder
 from betavae.data.datamodule import ImageDataModule
-from betavae.data.images import set_aside
 from betavae.data.listing import picture_files
+from betavae.data.splits import set_aside
 from betavae.errors import UserError
 
 module = importlib.import_module("betavae.data.folder")  # whose name in the package is the function's

@@ -103,13 +103,6 @@ def test_lightning_callback_metrics_is_one_dictionary_that_can_be_added_to():
     assert run.callback_metrics["x"] == 1
 
 
-def test_lightning_names_a_callbacks_state_after_its_class():
-    """running/checkpoint.py: `upgraded` puts the sums of old checkpoints where Curves finds them."""
-    from betavae.curves import Curves
-
-    assert Curves().state_key == "Curves"
-
-
 def test_lightning_model_checkpoint_remembers_the_best_under_these_names():
     """running/resuming.py: RunCheckpoint."""
     wanted = {"best_model_path", "kth_best_model_path", "last_model_path", "best_k_models", "dirpath"}

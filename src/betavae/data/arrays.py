@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from betavae.data.images import Images, Subset, count_of
+from betavae.data.images import Images, Subset
+from betavae.data.splits import count_of
 from betavae.errors import UserError
 
 SPLIT_SEED = 0  # one test set for everybody, whatever the seed of the run

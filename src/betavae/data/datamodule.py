@@ -1,5 +1,6 @@
 """`ImageDataModule`: a source's images as training, validation and test batches."""
 
+import functools
 import inspect
 import math
 from dataclasses import replace
@@ -9,9 +10,11 @@ from typing import Any
 import lightning as L
 import torch
 
-from betavae.data import SOURCES
+from betavae.data import OWN, SOURCES
 from betavae.data.batches import Batches, binarized
-from betavae.data.images import Images, count_of, set_aside
+from betavae.data.fingerprint import fingerprint
+from betavae.data.images import Images
+from betavae.data.splits import count_of, set_aside
 from betavae.errors import UserError
 
 # One validation split and one binarised test set for everybody, whatever the seed of the run.
@@ -51,29 +54,37 @@ class ImageDataModule(L.LightningDataModule):
         self.source, self.name, self.settings, self.root = SOURCES[name], name, settings, Path(root).expanduser()
         self.validation_size, self.batch_size, self.eval_batch_size = validation_size, batch_size, eval_batch_size
         self.binarize, self.seed = binarize, seed
+        self.originals: dict[str, Images] = {}  # the splits before they are binarised
         self.sets: dict[str, Images] = {}
 
     def setup(self, stage: str | None = None) -> None:
         if self.sets:
             return
+        self.originals = self.load_training() | {"test": self.load("test")}
+        left = len(self.originals["train"])
+        if self.batch_size > left:
+            raise UserError(
+                f"data.batch_size={self.batch_size} cannot be: {left} images are left to train on; lower it"
+            )
+        self.sets = {name: part if name == "train" else self.fixed(part) for name, part in self.originals.items()}
+
+    @functools.cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """The hash of each split, known after `setup`; {} for a data set whose name says which images it holds."""
+        return {name: fingerprint(part) for name, part in self.originals.items()} if self.name in OWN else {}
+
+    def load_training(self) -> dict[str, Images]:
+        """Load the training and validation images."""
         train, validation = self.load("train"), self.source(self.root, "validation", **self.settings)
         if validation is None:
             train, validation = self.split(train)
-        if self.batch_size > len(train):
-            raise UserError(
-                f"data.batch_size={self.batch_size} cannot be: {len(train)} images are left to train on; lower it"
-            )
-        self.sets = {"train": train, "validation": self.fixed(validation), "test": self.test_set()}
+        return {"train": train, "validation": validation}
 
     def load(self, split: str) -> Images:
         images = self.source(self.root, split, **self.settings)
         if images is None or not len(images):
             raise UserError(f"data: {self.name} in {self.root} has no {split} images")
         return images
-
-    def test_set(self) -> Images:
-        """The test images alone, without a look at the others."""
-        return self.fixed(self.load("test"))
 
     def split(self, images: Images) -> tuple[Images, Images]:
         n, size = len(images), self.validation_size

@@ -16,9 +16,10 @@ import torch
 from filelock import FileLock, Timeout
 
 from betavae.data.arrays import as_tensor
-from betavae.data.images import Images, set_aside
+from betavae.data.images import Images
 from betavae.data.listing import SPLIT_FOLDERS, SUFFIXES, label_of, natural, picture_files, split_folders
 from betavae.data.pictures import UnreadablePicture, check_fit, left_out, read_each
+from betavae.data.splits import set_aside
 from betavae.errors import UserError
 from betavae.files import STAMP
 

@@ -46,8 +46,6 @@ def put_mark(path: Path, mark: str, key: str) -> bool:
             if found != mark:
                 raise UserError(f"{key}: {path} is {found.strip()}, not {mark.strip()}; name another folder")
             return False
-        if legacy(path, mark):
-            return False
         if others := sorted(item.name for item in path.iterdir()):
             raise UserError(
                 f"{key}: {path} is not empty and not {mark.strip()} (it holds {others[0]}); name another folder"
@@ -61,17 +59,6 @@ def put_mark(path: Path, mark: str, key: str) -> bool:
         raise UserError(f"{key}: {path} is a file; name a folder") from None
     except OSError as error:
         raise UserError(f"{key}: cannot make {path} ({error.strerror})") from error
-
-
-def legacy(path: Path, mark: str) -> bool:
-    """Whether a folder is of a version that left no mark."""
-    if mark == SWEEP:
-        jobs = {config.parent for config in path.glob("*/config.yaml")}
-        others = {item.name for item in path.iterdir() if item not in jobs} - {"multirun.yaml", "study.db", ".submitit"}
-        return bool(jobs) and not others and all(legacy(job, RUN) for job in jobs)
-    record = read_json(path / "metrics.json")
-    whole = all((path / name).is_file() for name in ("config.yaml", "overrides.yaml"))
-    return mark == RUN and whole and {"status", "seed", "parameters", "git_commit", "versions"} <= set(record)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -98,7 +85,7 @@ class RunFolder:
         return self.path / "checkpoints" / "best.ckpt"
 
     def is_run(self) -> bool:
-        return mark_of(self.path) == RUN or legacy(self.path, RUN)
+        return mark_of(self.path) == RUN
 
     def record(self) -> dict[str, Any]:
         """metrics.json, the one place that says how a run is or was."""
@@ -181,9 +168,6 @@ class RunFolder:
         """Without what a run that goes on will make again whole."""
         for name in ("metadata.tsv", "sprite.png", "tensors.tsv"):
             (self.path / "projector" / "posterior_means" / name).unlink(missing_ok=True)
-        if mark_of(self.path) is None:  # of a version whose pictures have no stamp
-            for name in ("reconstructions", "samples", "traversal", "manifold"):
-                (self.path / "figures" / f"{name}.png").unlink(missing_ok=True)
         self.clear_parts()
 
 
