@@ -46,7 +46,9 @@ def main(settings: Settings) -> None:
         print('classification of the labels left out: it comes with `pip install -e ".[evaluation]"`')
     elif settings.probes and len(labels.unique()) < 2:
         print("classification of the labels left out: there is one class")
-    elif settings.probes and labels.ndim == 1:
+    elif settings.probes and labels.ndim > 1:
+        print("classification of the labels left out: these data have several factors in place of one label")
+    elif settings.probes:
         train = run.subset("train", settings.data_root)
     device = settings.device
     if device == "auto":

@@ -140,6 +140,7 @@ def test_training_refuses(place, mistake, said):
         ("sample", "ckpt=null runs=data", "no finished run under data"),
         ("interpolate", "digits=[3,12]", "digits=\\[3, 12\\]"),
         ("interpolate", "digits=[3]", "digits=\\[3\\]"),
+        ("interpolate", "images=[1,2] rows=3", "rows=3 goes without images"),
         ("interpolate", "images=[1,10000]", "images=\\[1, 10000\\] .*9999"),
         ("traverse", "image=10000", "image=10000 .*9999"),
         ("manifold", "size=8", "latent_dim=2"),

@@ -104,6 +104,33 @@ def test_the_splits_of_a_folder_are_kept(root, load):
         load()
 
 
+@pytest.mark.parametrize("source", ["folder", "arrays"])
+def test_a_size_of_a_split_that_the_data_have_is_rejected(root, tmp_path, source):
+    if source == "folder":
+        fill(root, [f"{split}/{i}.png" for split in ("train", "val", "test") for i in range(20)])
+        settings = {"image_size": 4, "channels": 1, "cache": str(tmp_path / "cache")}
+    else:
+        root = tmp_path / "x.npz"
+        np.savez(root, x_train=np.zeros((40, 4, 4), np.uint8), x_test=np.zeros((20, 4, 4), np.uint8))
+        settings = {}
+
+    def sizes(validation_size=None, **more):
+        data = ImageDataModule(source, str(root), validation_size, 5, 5, "none", 0, **settings, **more)
+        data.setup()
+        return [len(data.sets[split]) for split in ("train", "validation", "test")]
+
+    assert sizes() == ([20, 20, 20] if source == "folder" else [36, 4, 20])
+    assert sizes(0) == ([20, 0, 20] if source == "folder" else [40, 0, 20])
+    for size in (0.1, 5):
+        with pytest.raises(UserError, match=f"data.test_size={size} is invalid: expected null .* own test images"):
+            sizes(test_size=size)
+        if source == "folder":
+            with pytest.raises(UserError, match=f"data.validation_size={size} is invalid: expected null or 0"):
+                sizes(size)
+        else:
+            assert sizes(size)[1] == (4 if size == 0.1 else 5)
+
+
 def test_a_class_that_is_called_as_a_split_is(root, load, capsys):
     """Beside other classes, it is one of them; two such folders may be splits, and are asked about."""
     fill(root, ["bus/1.png", "train/2.png", "train/3.png", "car/4.png"])

@@ -14,7 +14,7 @@ from betavae.data import OWN, SOURCES
 from betavae.data.batches import Batches, binarized
 from betavae.data.fingerprint import fingerprint
 from betavae.data.images import Images
-from betavae.data.splits import count_of, set_aside
+from betavae.data.splits import DEFAULT_SIZE, count_of, set_aside
 from betavae.errors import UserError
 
 # One validation split and one binarised test set for everybody, whatever the seed of the run.
@@ -27,7 +27,8 @@ class ImageDataModule(L.LightningDataModule):
     """The images of one of `SOURCES`, on the training device where they are held in memory.
 
     `validation_size` of the training images, a number or (below 1) a share, are set aside (0: none), by their names
-    where they have any, as `set_aside` says, else by a fixed seed; unless the source has validation images of its own.
+    where they have any, as `set_aside` says, else by a fixed seed; with None the source's own validation images are
+    taken, or a tenth where it has none.
     `binarize`: "none" keeps grey values, "threshold" sets pixels above 127, "dynamic" draws Bernoulli pixels, afresh
     for every training batch and once, from a fixed seed, for validation and test. `settings` are the source's own.
     Raises UserError for what the images cannot fulfil.
@@ -37,7 +38,7 @@ class ImageDataModule(L.LightningDataModule):
         self,
         name: str,
         root: str,
-        validation_size: float,
+        validation_size: float | None,
         batch_size: int,
         eval_batch_size: int,
         binarize: str,
@@ -76,8 +77,13 @@ class ImageDataModule(L.LightningDataModule):
     def load_training(self) -> dict[str, Images]:
         """Load the training and validation images."""
         train, validation = self.load("train"), self.source(self.root, "validation", **self.settings)
-        if validation is None:
+        if validation is None or self.validation_size == 0:
             train, validation = self.split(train)
+        elif self.validation_size is not None:
+            raise UserError(
+                f"data.validation_size={self.validation_size} is invalid: expected null or 0 (data.name={self.name} in "
+                f"{self.root} has its own validation images)"
+            )
         return {"train": train, "validation": validation}
 
     def load(self, split: str) -> Images:
@@ -87,7 +93,7 @@ class ImageDataModule(L.LightningDataModule):
         return images
 
     def split(self, images: Images) -> tuple[Images, Images]:
-        n, size = len(images), self.validation_size
+        n, size = len(images), DEFAULT_SIZE if self.validation_size is None else self.validation_size
         if images.names and size:
             held = set_aside(images.names, size, "data.validation_size", "validation/")
         else:

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from betavae.errors import UserError
 
+DEFAULT_SIZE = 0.1  # of what is held out, where neither the user nor the source says which images
+
 
 def count_of(size: float, n: int, key: str) -> int:
     """How many of `n` images `size` means: a count, or, below 1, a share (of at least one image).
