@@ -141,6 +141,7 @@ def test_training_refuses(place, mistake, said):
         ("sample", "ckpt=null runs=data", "no finished run under data"),
         ("interpolate", "digits=[3,12]", "digits=\\[3, 12\\]"),
         ("interpolate", "digits=[3]", "digits=\\[3\\]"),
+        ("interpolate", "images=[1,2] rows=3", "rows=3 goes without images"),
         ("interpolate", "images=[1,10000]", "images=\\[1, 10000\\] .*9999"),
         ("traverse", "image=10000", "image=10000 .*9999"),
         ("manifold", "size=8", "latent_dim=2"),
@@ -179,6 +180,7 @@ def broken_checkpoints(good: Path, folder: Path, victim: Path) -> dict[str, str]
     torch.save({"state_dict": {"w": torch.zeros(3)}, "epoch": 3}, folder / "others")
     torch.save(torch.zeros(3), folder / "tensor")
     saved("newer", betavae_format=checkpoint.FORMAT + 1)
+    saved("older", betavae_format=checkpoint.FORMAT - 1)
     settings = content["hyper_parameters"]
     for name, change in {
         "shapes": {"latent_dim": 7},
@@ -199,7 +201,8 @@ def broken_checkpoints(good: Path, folder: Path, victim: Path) -> dict[str, str]
         **dict.fromkeys(("empty", "text", "truncated", "bare_pickle", "old_format", "pickle"), "damaged or not a"),
         "flipped": "checksum",
         **dict.fromkeys(("others", "tensor"), "not one of betavae"),
-        "newer": "newer betavae",
+        "newer": f"this betavae reads format {checkpoint.FORMAT}; update betavae",
+        "older": "; train the model again",
         **dict.fromkeys(("shapes", "huge"), "do not fit"),
         "network": "model.network=os.system",
         "target": "_target_",

@@ -51,7 +51,7 @@ def test_a_checkpoint_is_the_whole_recipe_in_a_fresh_process(data_root, tmp_path
     x = data.sets["test"].pixels[:8] / 255
     torch.save((x, module.eval()(x)), tmp_path / "expected.pt")
     assert torch.load(tmp_path / "a.ckpt", weights_only=True)["hyper_parameters"] == module.hparams
-    assert checkpoint.read(tmp_path / "a.ckpt")["betavae_format"] == 2
+    assert checkpoint.read(tmp_path / "a.ckpt")["betavae_format"] == checkpoint.FORMAT
     code = """
 import torch, betavae
 x, expected = torch.load("expected.pt")

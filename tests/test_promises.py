@@ -48,6 +48,10 @@ def test_a_sweep_over_data_folders_and_one_whose_defaults_have_changed(tmp_path,
         ("trainer.precision=16-mixed trainer.accelerator=cpu", "needs a GPU"),
         ("hydra.run.dir=new/run data.validation_size=100000", "data.validation_size=100000"),
         ("hydra.run.dir='new/a run' beta=-1", "beta=-1"),
+        ("trainer.gradient_clip_algorithm=value", "needs trainer.gradient_clip_val"),
+        ("objective=dreg objective.resample=5", "objective.resample=5 is invalid: expected null or fewer than"),
+        ("+objective.images=10", "objective.images is not a setting"),
+        ("data=sprites data.validation_size=100", "data.validation_size=100 is invalid: expected null or 0"),
     ],
 )
 def test_no_setting_is_taken_and_ignored(tmp_path, data_root, words, said):

@@ -11,8 +11,10 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
+from betavae.data import OWN
 from betavae.data.batches import binarized
 from betavae.data.datamodule import BINARIZE_SEED, SPLIT_SEED, ImageDataModule
+from betavae.data.fingerprint import fingerprint
 from betavae.data.images import Images
 from betavae.errors import UserError
 from betavae.fast import accelerate
@@ -21,8 +23,7 @@ from betavae.running.run_folder import read_json
 from betavae.running.settings import check_group
 from betavae.vae import VAE
 
-# Of the checkpoints that VAEModule makes. One more when an older version could not make sense of them.
-FORMAT = 2
+FORMAT = 3  # of a checkpoint; each format is read by the versions that write it
 
 
 class Run(NamedTuple):
@@ -32,7 +33,7 @@ class Run(NamedTuple):
     path: Path
     settings: dict[str, Any]  # the arguments of VAEModule
     data: dict[str, Any]  # the arguments of ImageDataModule
-    set_aside: str | None = None  # the `fingerprint` of the validation images, if they could become others
+    fingerprints: dict[str, str] = {}  # noqa: RUF012 - of each split, where its images can change
 
     @property
     def folder(self) -> Path:
@@ -64,20 +65,30 @@ class Run(NamedTuple):
         images = self.subset(split, root, most)
         return images.pixels.float() / 255, images.labels
 
-    def subset(self, split: str, root: str | None = None, most: int | None = None) -> Images:
-        """The same as uint8, in memory, with what else is known of them."""
+    def split(self, split: str, root: str | None = None) -> Images:
+        """The uint8 images of a split, those for evaluation binarised as in training.
+
+        Raises UserError if they have changed since the training.
+        """
         datamodule = self.datamodule(root)
-        if split == "test":
-            images: Images = datamodule.test_set()
-        else:
-            datamodule.setup()
-            images = datamodule.sets[split]
+        images = datamodule.load("test") if split == "test" else datamodule.load_training()[split]
+        if datamodule.name in OWN and fingerprint(images) != self.fingerprints.get(split):
+            raise UserError(
+                f"{datamodule.root}: the {split} images have changed since {self.path} was trained, so images that it "
+                "has seen could count as unseen; restore the data or pass a copy by data_root=PATH, or pass other "
+                "images by images=PATH where the command takes it"
+            )
+        return images if split == "train" else datamodule.fixed(images)
+
+    def subset(self, split: str, root: str | None = None, most: int | None = None) -> Images:
+        """The same in memory; of dynamically binarised training images one draw, and at most `most` images."""
+        images = self.split(split, root)
         if most is not None and len(images) > most:
             chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(SPLIT_SEED))[:most]
             images = images.take(chosen.sort().values)
         pixels = images.tensor()
-        if split == "train" and datamodule.binarize != "none":
-            bits = binarized(pixels, datamodule.binarize, torch.Generator().manual_seed(BINARIZE_SEED))
+        if split == "train" and self.data["binarize"] != "none":
+            bits = binarized(pixels, self.data["binarize"], torch.Generator().manual_seed(BINARIZE_SEED))
             pixels = bits.to(torch.uint8) * 255
         return replace(images, pixels=pixels)
 
@@ -102,7 +113,6 @@ def load(ckpt: str | Path | None = None, runs: str = "runs") -> Run:
         path = next((p for n in ("best", "last") if (p := path / "checkpoints" / f"{n}.ckpt").exists()), path)
     content = read(path)
     settings, data = content["hyper_parameters"], content.get("datamodule_hyper_parameters", {})
-    set_aside = content.get("set_aside")
     shape = settings["model"].get("image_shape")
     for group, values in (
         ("model", {k: v for k, v in settings["model"].items() if k != "image_shape"}),
@@ -124,7 +134,7 @@ def load(ckpt: str | Path | None = None, runs: str = "runs") -> Run:
     except Exception as error:
         reason = first_line(error)
         raise UserError(f"{path} is not a betavae checkpoint that this version can read ({reason})") from error
-    return Run(accelerate(vae.eval().requires_grad_(False)), path, settings, data, set_aside)
+    return Run(accelerate(vae.eval().requires_grad_(False)), path, settings, data, content.get("fingerprints", {}))
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -145,12 +155,14 @@ def read(path: Path) -> dict[str, Any]:
     except Exception as error:
         raise UserError(f"ckpt: {path} is damaged or not a checkpoint ({first_line(error)[:120]})") from error
     written = content.get("betavae_format") if isinstance(content, dict) else None
-    if not isinstance(written, int) or not isinstance(content.get("hyper_parameters", {}).get("model"), dict):
+    if not isinstance(written, int):
         raise UserError(f"ckpt: {path} is a checkpoint, but not one of betavae")
-    if written > FORMAT:
-        raise UserError(
-            f"ckpt: {path} is from a newer betavae (format {written}, this one reads up to {FORMAT}); update betavae"
-        )
+    if written != FORMAT:
+        remedy = "update betavae" if written > FORMAT else "train the model again"
+        raise UserError(f"ckpt: {path} has format {written}, and this betavae reads format {FORMAT}; {remedy}")
+    groups = content.get("hyper_parameters", {}).get("model"), content.get("fingerprints", {})
+    if not all(isinstance(group, dict) for group in groups):
+        raise UserError(f"ckpt: {path} is a checkpoint, but not one of betavae")
     return content
 
 

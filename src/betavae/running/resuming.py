@@ -15,7 +15,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from betavae.curves import Curves
 from betavae.errors import Diverged, UserError
-from betavae.kept import fingerprint
 from betavae.running import checkpoint
 from betavae.running.lightning import stop_after_this_step
 from betavae.running.run_folder import RunFolder
@@ -124,8 +123,7 @@ class ExactResume(Callback):
 
     def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint_: dict[str, Any]) -> None:
         checkpoint_["betavae_format"] = checkpoint.FORMAT
-        if sets := getattr(trainer.datamodule, "sets", None):  # type: ignore[attr-defined]
-            checkpoint_["set_aside"] = fingerprint(sets["validation"])
+        checkpoint_["fingerprints"] = getattr(trainer.datamodule, "fingerprints", {})  # type: ignore[attr-defined]
         # One state of the random numbers per process.
         states: Any = trainer.strategy.all_gather(torch.get_rng_state().to(module.device))
         checkpoint_["random_state"] = states.view(trainer.world_size, -1).cpu()
@@ -163,7 +161,6 @@ class ExactResume(Callback):
             torch.set_rng_state(states[trainer.global_rank].clone())
         if "cuda_random_state" in content and module.device.type == "cuda":
             states = content["cuda_random_state"].cpu()
-            states = states.view(-1, states.shape[-1])  # of older versions one for all
             if len(states) == trainer.world_size:
                 torch.cuda.set_rng_state(states[trainer.global_rank].clone(), module.device)
 

@@ -128,9 +128,13 @@ class Data(Open):
     name: one_of(lambda: tables().SOURCES)
     root: Text
     validation_size: kind(
-        Annotated[float, Field(ge=0, lt=1)] | CountOrZero,
-        "a whole number from 0 up (images), or a number below 1 (a share)",
+        Annotated[float, Field(ge=0, lt=1)] | CountOrZero | None,
+        "null, a whole number from 0 up (images), or a number below 1 (a share)",
     )
+    test_size: kind(
+        Annotated[float, Field(gt=0, lt=1)] | Count | None,
+        "null, a whole number from 1 up (images), or a number below 1 (a share)",
+    ) = Absent
     batch_size: Count
     eval_batch_size: Count
     binarize: one_of(lambda: ["none", "threshold", "dynamic"])
@@ -348,6 +352,17 @@ def check_settings(cfg: DictConfig) -> None:
     trainer = values["trainer"]
     if trainer["gradient_clip_val"] == 0:
         raise UserError("trainer.gradient_clip_val=0 clips nothing: make it null, or a number above 0")
+    if trainer["gradient_clip_val"] is None and trainer["gradient_clip_algorithm"] != "norm":
+        algorithm = trainer["gradient_clip_algorithm"]
+        raise UserError(
+            f"trainer.gradient_clip_algorithm={algorithm} needs trainer.gradient_clip_val, a number above 0"
+        )
+    objective = values["objective"]
+    if (objective.get("resample") or 0) >= objective["k"]:
+        resample, k = objective["resample"], objective["k"]
+        raise UserError(f"objective.resample={resample} is invalid: expected null or fewer than objective.k={k}")
+    if "images" in objective:
+        raise UserError("objective.images is not a setting: it is the number of training images")
     if trainer["steps_per_batch"] > 1 and values["optimizer"]["name"] == "LBFGS":
         steps = trainer["steps_per_batch"]
         raise UserError(f"trainer.steps_per_batch={steps} cannot be with LBFGS: make it 1 (trainer=fast makes it 10)")

@@ -21,7 +21,6 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 
 from betavae.errors import Diverged, Interrupted, Pruned, UserError
-from betavae.kept import fingerprint
 from betavae.precision import set_float32_precision
 from betavae.running import loggers
 from betavae.running.building import build, too_large
@@ -128,10 +127,12 @@ class Training:
         self.datamodule, self.module, self.trainer = build(self.settings, self.folder, self.signals)
         if self.sweep and self.trainer.world_size > 1:
             raise UserError(ONE_DEVICE)
-        if self.state and self.state.get("set_aside") not in (None, fingerprint(self.datamodule.sets["validation"])):
+        found = self.datamodule.fingerprints
+        known = self.state.get("fingerprints", {}) if self.state else found
+        if changed := [split for split in found if found[split] != known.get(split)]:
             raise UserError(
-                f"resume: the data in {self.settings['data']['root']} are not those that this run began with: images "
-                "that it has trained on would now be set aside; bring the old ones back, or start a new run"
+                f"resume: {self.datamodule.root}: the {', '.join(changed)} images have changed since this run "
+                "began; restore the data or pass a copy by data.root=PATH, or start a new run"
             )
         self.trainer.callbacks += pruning(HydraConfig.get(), self.settings["trainer"]["max_epochs"])  # type: ignore[attr-defined]
         self.seconds = next(c for c in self.trainer.callbacks if isinstance(c, EpochLines))  # type: ignore[attr-defined]
