@@ -14,6 +14,7 @@ from betavae.data import OWN
 from betavae.data.listing import picture_files
 from betavae.errors import UserError
 from betavae.files import STAMP, made_here, writing
+from betavae.torch_file import load_torch_file
 
 if TYPE_CHECKING:
     from betavae.data.datamodule import ImageDataModule
@@ -31,7 +32,7 @@ def kept(path: Path, asked: dict[str, Any], make: Callable[[], dict[str, Any]]) 
     """
     if path.is_file() and made_here(path):
         try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = load_torch_file(path)
             if content["asked"] == asked:
                 return content["made"]
         except Exception:  # harmed
