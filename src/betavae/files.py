@@ -135,5 +135,5 @@ def made_here(path: Path) -> bool:
         content = json.loads(path.read_text()) if path.suffix == ".json" else {}
         # Evaluations of older versions have no stamp.
         return content.get("made_by") == STAMP or {"aggregate", "kl_per_dimension"} <= set(content)
-    except (OSError, ValueError, AttributeError, IndexError, zipfile.BadZipFile):
+    except (OSError, ValueError, AttributeError, IndexError, RecursionError, zipfile.BadZipFile):
         return False

@@ -108,7 +108,6 @@ def load(ckpt: str | Path | None = None, runs: str = "runs") -> Run:
     content = read(path)
     settings, data = content["hyper_parameters"], content.get("datamodule_hyper_parameters", {})
     set_aside = content.get("set_aside")
-    check_stored_settings("data", data, path)
     vae = VAE(**settings["model"])
     vae.load_state_dict({key.removeprefix("vae."): value for key, value in content["state_dict"].items()})
     return Run(accelerate(vae.eval().requires_grad_(False)), path, settings, data, set_aside)
@@ -141,13 +140,19 @@ def read(path: Path) -> dict[str, Any]:
             f"ckpt: {path} is from a newer betavae (format {written}, this one reads up to {FORMAT}); update betavae"
         )
     model = content["hyper_parameters"]["model"]
+    data = content.get("datamodule_hyper_parameters", {})
     check_stored_settings("model", {key: value for key, value in model.items() if key != "image_shape"}, path)
+    check_stored_settings("data", data, path)
     try:
         weights = {key.removeprefix("vae."): value.shape for key, value in content["state_dict"].items()}
         if weights != model_shapes(model, MAX_PARTS * len(weights)):
             raise ValueError(
                 "its weights do not fit its settings" if "image_shape" in model else "it has no image_shape"
             )
+        if data.get("name") == "folder":  # whose pictures are made that large
+            size = data["image_size"]
+            if list(model["image_shape"][1:]) != ([size, size] if isinstance(size, int) else list(size)):
+                raise ValueError(f"data.image_size={size} is not the size of the model's images")
     except Exception as error:
         reason = first_line(error)
         raise UserError(f"{path} is not a betavae checkpoint that this version can read ({reason})") from error
