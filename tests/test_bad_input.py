@@ -1,16 +1,19 @@
 """Real mistakes: each gets one sentence that names the key or the file, and nothing is written or lost."""
 
 import hashlib
+import io
 import pickle
 import re
 import shutil
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from betavae.data import mnist
+from betavae.data.dsprites import FILE as DSPRITES
 from betavae.errors import UserError
 from betavae.running import checkpoint
 from tests.commands import REPO, TINY, fresh, run
@@ -187,8 +190,14 @@ def broken_checkpoints(good: Path, folder: Path, victim: Path) -> dict[str, str]
         "huge": {"latent_dim": 10**9},
         "network": {"network": "os.system"},
         "target": {"_target_": "os.system", "command": f"touch {victim}"},
+        "deep": {"network": "resnet", "blocks": 10**9},
     }.items():
         saved(name, hyper_parameters=settings | {"model": settings["model"] | change})
+    wide = settings["model"] | {"hidden_dims": [10_000]}
+    weights = {f"vae.{key}": torch.zeros(1).expand(shape) for key, shape in checkpoint.model_shapes(wide, 100).items()}
+    saved("strides", hyper_parameters=settings | {"model": wide}, state_dict=weights)
+    data = content["datamodule_hyper_parameters"] | {"name": "folder", "root": str(folder), "image_size": 10**6}
+    saved("pictures", datamodule_hyper_parameters=data)
     torch.save(content | {"attack": Attack(victim)}, folder / "pickle")
     (folder / "bare_pickle").write_bytes(pickle.dumps(Attack(victim)))
     torch.save(Attack(victim), folder / "old_format", _use_new_zipfile_serialization=False)
@@ -199,7 +208,7 @@ def broken_checkpoints(good: Path, folder: Path, victim: Path) -> dict[str, str]
             )
     return {
         **dict.fromkeys(("empty", "text", "truncated", "bare_pickle", "old_format", "pickle"), "damaged or not a"),
-        "flipped": "checksum",
+        "flipped": "Bad CRC",
         **dict.fromkeys(("others", "tensor"), "not one of betavae"),
         "newer": f"this betavae reads format {checkpoint.FORMAT}; update betavae",
         "older": "; train the model again",
@@ -207,6 +216,9 @@ def broken_checkpoints(good: Path, folder: Path, victim: Path) -> dict[str, str]
         "network": "model.network=os.system",
         "target": "_target_",
         "bomb": "unpacks to more",
+        "deep": "fewer than its settings ask for",
+        "strides": "more memory than its size allows",
+        "pictures": "data.image_size=1000000 is not the size",
     }
 
 
@@ -216,15 +228,14 @@ def test_a_checkpoint_that_is_broken_or_hostile(place, tmp_path):
         sentence = refused(place, "scripts/sample.py", f"ckpt={tmp_path / name}")
         assert said in sentence and str(tmp_path / name) in sentence, (name, sentence)
         assert not victim.exists(), name
-        if name not in ("huge", "target", "network"):
-            # The same as the last checkpoint of a run that is to go on.
-            copy = tmp_path / f"run_{name}"
-            shutil.copytree(place / "run", copy)
-            interrupt(copy)
-            shutil.copy(tmp_path / name, copy / "checkpoints" / "last.ckpt")
-            before = contents(copy)
-            sentence = refused(place, "train.py", f"resume={copy}")
-            assert "last.ckpt" in sentence and contents(copy) == before
+        # The same as the last checkpoint of a run that is to go on.
+        copy = tmp_path / f"run_{name}"
+        shutil.copytree(place / "run", copy)
+        interrupt(copy)
+        shutil.copy(tmp_path / name, copy / "checkpoints" / "last.ckpt")
+        before = contents(copy)
+        sentence = refused(place, "train.py", f"resume={copy}")
+        assert said in sentence and "last.ckpt" in sentence and contents(copy) == before, (name, sentence)
         assert not victim.exists(), name
 
 
@@ -332,6 +343,36 @@ def test_data_files_that_are_harmed(data_root, tmp_path):
     file.unlink()
     (file.parent / "train-labels-idx1-ubyte").unlink()
     assert mnist(tmp_path, "train").pixels.shape == (60_000, 1, 28, 28)
+
+
+@pytest.mark.parametrize("kind", ["lzma", "claim", "parquet"])
+def test_small_files_of_data_that_claim_too_much(place, tmp_path, kind):
+    """By compression without a limit, by a shape of more bytes than there are, and by runs of one value."""
+    if kind == "parquet":
+        pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        columns = {name: pyarrow.array(np.zeros(10**6, np.float32)) for name in ("name", "mean_0", "mean_1", "mean_2")}
+        parquet.write_table(pyarrow.table(columns), tmp_path / "x.parquet", compression="zstd")
+    else:
+        method, count = (zipfile.ZIP_LZMA, 10**6) if kind == "lzma" else (zipfile.ZIP_DEFLATED, 10**14)
+        with zipfile.ZipFile(tmp_path / "x.npz", "w", method) as file:
+            for name, shape in (
+                ("images", (count, 4, 2)),
+                ("mean", (count, 3)),
+                ("names", (count,)),
+                ("imgs", (count, 8, 8)),
+            ):
+                header = io.BytesIO()
+                dtype = {"mean": "<f4", "names": "<U1"}.get(name, "|u1")
+                np.lib.format.write_array_header_1_0(header, {"descr": dtype, "fortran_order": False, "shape": shape})
+                file.writestr(f"{name}.npy", header.getvalue() + bytes(10**6 * 16 if kind == "lzma" else 1000))
+    path = next(tmp_path.iterdir())
+    assert path.stat().st_size < 50_000
+    assert str(path) in refused(place, "scripts/decode.py", "ckpt=run", f"latents={path}")
+    if kind != "parquet":
+        assert str(path) in refused(place, "scripts/encode.py", "ckpt=run", f"images={path}")
+        assert str(path) in refused(place, "train.py", "data=arrays", f"data.root={path}")
+        shutil.copy(path, tmp_path / DSPRITES)
+        assert DSPRITES in refused(place, "train.py", "data=dsprites", f"data.root={tmp_path}")
 
 
 def test_as_a_shell_sees_it(place):

@@ -134,5 +134,5 @@ def made_here(path: Path) -> bool:
             return f"made by {STAMP}".encode() in start.splitlines()[0]
         content = json.loads(path.read_text()) if path.suffix == ".json" else {}
         return content.get("made_by") == STAMP
-    except (OSError, ValueError, AttributeError, IndexError, zipfile.BadZipFile):
+    except (OSError, ValueError, AttributeError, IndexError, RecursionError, zipfile.BadZipFile):
         return False

@@ -11,6 +11,7 @@ import torch
 
 from betavae.errors import UserError
 from betavae.files import STAMP, made_here, writing
+from betavae.torch_file import load_torch_file
 
 
 def kept(path: Path, asked: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -21,7 +22,7 @@ def kept(path: Path, asked: dict[str, Any], make: Callable[[], dict[str, Any]]) 
     """
     if path.is_file() and made_here(path):
         try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = load_torch_file(path)
             if content["asked"] == asked:
                 return content["made"]
         except Exception:  # harmed

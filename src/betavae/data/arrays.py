@@ -1,6 +1,7 @@
 """Images in a NumPy file, FILE.npy or FILE.npz, as `np.save` and `np.savez` write them. Nothing is ever unpickled."""
 
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -33,11 +34,20 @@ def open_arrays(path: Path) -> Mapping[str, np.ndarray]:
     """
     try:
         held = np.load(path, mmap_mode="r", allow_pickle=False)
+        if not isinstance(held, np.ndarray):
+            check_compression(held.zip)
     except FileNotFoundError as error:
         raise UserError(f"{path} cannot be read: there is no such file") from error
     except Exception as error:  # ValueError, EOFError, BadZipFile, OSError, ...
         raise UserError(f"{path} is not a whole NumPy file of plain arrays ({error})") from error
     return {"images": held} if isinstance(held, np.ndarray) else held
+
+
+def check_compression(archive: zipfile.ZipFile) -> None:
+    """Raises ValueError for other compression than NumPy's, whose ratio is at most 1032, where theirs has no limit."""
+    for part in archive.infolist():
+        if part.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ValueError(f"{part.filename} is compressed by a method that NumPy does not write")
 
 
 def array_of(held: Mapping[str, np.ndarray], key: str, path: Path) -> np.ndarray:

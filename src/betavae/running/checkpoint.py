@@ -2,7 +2,6 @@
 
 import io
 import os
-import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 from betavae.data import OWN
 from betavae.data.batches import binarized
@@ -21,9 +24,11 @@ from betavae.fast import accelerate
 from betavae.files import write_whole
 from betavae.running.run_folder import read_json
 from betavae.running.settings import check_group
+from betavae.torch_file import load_torch_file
 from betavae.vae import VAE
 
 FORMAT = 3  # of a checkpoint; each format is read by the versions that write it
+MAX_PARTS = 20  # modules and parameters of a network, per weight that its checkpoint holds
 
 
 class Run(NamedTuple):
@@ -113,45 +118,27 @@ def load(ckpt: str | Path | None = None, runs: str = "runs") -> Run:
         path = next((p for n in ("best", "last") if (p := path / "checkpoints" / f"{n}.ckpt").exists()), path)
     content = read(path)
     settings, data = content["hyper_parameters"], content.get("datamodule_hyper_parameters", {})
-    shape = settings["model"].get("image_shape")
-    for group, values in (
-        ("model", {k: v for k, v in settings["model"].items() if k != "image_shape"}),
-        ("data", data),
-    ):
-        try:
-            check_group(group, values)
-        except UserError as error:
-            raise UserError(f"{path} holds a setting that cannot be: {error}") from error
-    try:
-        state = {key.removeprefix("vae."): value for key, value in content["state_dict"].items()}
-        # First without memory: what the settings ask for must be what the file holds, before any of it is made.
-        with torch.device("meta"):
-            shapes = {key: value.shape for key, value in VAE(**settings["model"]).state_dict().items()}
-        if shapes != {key: value.shape for key, value in state.items()}:
-            raise ValueError("its weights do not fit its settings" if shape else "it has no image_shape")
-        vae = VAE(**settings["model"])
-        vae.load_state_dict(state)
-    except Exception as error:
-        reason = first_line(error)
-        raise UserError(f"{path} is not a betavae checkpoint that this version can read ({reason})") from error
+    vae = VAE(**settings["model"])
+    vae.load_state_dict({key.removeprefix("vae."): value for key, value in content["state_dict"].items()})
     return Run(accelerate(vae.eval().requires_grad_(False)), path, settings, data, content.get("fingerprints", {}))
 
 
+def check_stored_settings(group: str, values: dict[str, Any], path: Path) -> None:
+    """Raises UserError for a setting in the checkpoint `path` that is not valid."""
+    try:
+        check_group(group, values)
+    except UserError as error:
+        raise UserError(f"{path} holds a setting that cannot be: {error}") from error
+
+
 def read(path: Path) -> dict[str, Any]:
-    """What a checkpoint file of this project holds: tensors and plain values, unharmed."""
+    """Read a checkpoint of this project: tensors and plain values, with the weights that its settings describe."""
     if not path.exists():
         raise UserError(f"ckpt: {path} does not exist; name a .ckpt file or a run folder")
     if path.is_dir():
         raise UserError(f"ckpt: {path} is a folder without checkpoints/best.ckpt or checkpoints/last.ckpt")
     try:
-        # torch reads past wrong checksums, and unpacks whatever it is given.
-        with zipfile.ZipFile(path) as archive:
-            parts = archive.infolist()
-            if sum(part.file_size for part in parts) > path.stat().st_size:
-                raise ValueError("it unpacks to more than its size")
-            if harmed := archive.testzip():
-                raise ValueError(f"the checksum of {harmed} is wrong")
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load_torch_file(path)
     except Exception as error:
         raise UserError(f"ckpt: {path} is damaged or not a checkpoint ({first_line(error)[:120]})") from error
     written = content.get("betavae_format") if isinstance(content, dict) else None
@@ -163,7 +150,42 @@ def read(path: Path) -> dict[str, Any]:
     groups = content.get("hyper_parameters", {}).get("model"), content.get("fingerprints", {})
     if not all(isinstance(group, dict) for group in groups):
         raise UserError(f"ckpt: {path} is a checkpoint, but not one of betavae")
+    model = content["hyper_parameters"]["model"]
+    data = content.get("datamodule_hyper_parameters", {})
+    check_stored_settings("model", {key: value for key, value in model.items() if key != "image_shape"}, path)
+    check_stored_settings("data", data, path)
+    try:
+        weights = {key.removeprefix("vae."): value.shape for key, value in content["state_dict"].items()}
+        if weights != model_shapes(model, MAX_PARTS * len(weights)):
+            raise ValueError(
+                "its weights do not fit its settings" if "image_shape" in model else "it has no image_shape"
+            )
+        if data.get("name") == "folder":  # whose pictures are made that large
+            size = data["image_size"]
+            if list(model["image_shape"][1:]) != ([size, size] if isinstance(size, int) else list(size)):
+                raise ValueError(f"data.image_size={size} is not the size of the model's images")
+    except Exception as error:
+        reason = first_line(error)
+        raise UserError(f"{path} is not a betavae checkpoint that this version can read ({reason})") from error
     return content
+
+
+def model_shapes(settings: dict[str, Any], limit: int) -> dict[str, torch.Size]:
+    """The shapes of the weights of a VAE, for which no memory is allocated. Raises ValueError above `limit` parts."""
+    parts = 0
+
+    def count(*registered: Any) -> None:
+        nonlocal parts
+        parts += 1
+        if parts > limit:
+            raise ValueError("its weights are fewer than its settings ask for")
+
+    with (
+        torch.device("meta"),
+        register_module_parameter_registration_hook(count),
+        register_module_module_registration_hook(count),
+    ):
+        return {key: value.shape for key, value in VAE(**settings).state_dict().items()}
 
 
 def first_line(error: Exception) -> str:

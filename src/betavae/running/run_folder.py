@@ -78,7 +78,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """What a JSON file holds; nothing, if it is not there or harmed."""
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 
