@@ -150,8 +150,9 @@ class ExactResume(Callback):
         for optimizer in trainer.optimizers:
             for parameter, state in optimizer.state.items():
                 for name, value in state.items():
-                    if isinstance(value, torch.Tensor) and value.ndim == 4:
-                        state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+                    if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                        same_layout = torch.empty_like(parameter, dtype=value.dtype, device=value.device)
+                        state[name] = same_layout.copy_(value)
         # Lightning does not, once `estimated_stepping_batches` has asked for the loader.
         if "batches" in content:
             trainer.train_dataloader.load_state_dict(content["batches"])  # type: ignore[union-attr]
