@@ -341,6 +341,8 @@ def check_settings(cfg: DictConfig) -> None:
     trainer = values["trainer"]
     if trainer["gradient_clip_val"] == 0:
         raise UserError("trainer.gradient_clip_val=0 clips nothing: make it null, or a number above 0")
+    if set(trainer["max_time"] or "1") <= {"0", ":"}:
+        raise UserError(f"trainer.max_time={trainer['max_time']} is invalid: expected null or a time above 0")
     if trainer["steps_per_batch"] > 1 and values["optimizer"]["name"] == "LBFGS":
         steps = trainer["steps_per_batch"]
         raise UserError(f"trainer.steps_per_batch={steps} cannot be with LBFGS: make it 1 (trainer=fast makes it 10)")

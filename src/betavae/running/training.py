@@ -33,7 +33,8 @@ from betavae.running.resuming import Signals, reopen
 from betavae.running.run_folder import RUN, RunFolder, git_commit, put_mark
 from betavae.running.run_logger import loggers_of
 from betavae.running.settings import check_settings, has_words, plain
-from betavae.sweeping.jobs import ONE_DEVICE
+from betavae.running.validation import never_validates
+from betavae.sweeping.jobs import ONE_DEVICE, chooses_by_validation
 from betavae.sweeping.pruning import pruning
 
 log = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ def train(cfg: DictConfig) -> float:
         # A job of a sweep goes on with the very settings it has.
         cfg, state = reopen(run, [] if sweep else overrides, lambda old: completed(old, cfg))
         done = run.record()
-        if done.get("status") == "finished" and len(overrides) == 1:
+        if done.get("status") == "finished" and done.get("displayed", True) and len(overrides) == 1:
             log_to_terminal(f"{run.path} is finished; to train it longer: resume={run.path} trainer.max_epochs=N")
             return done["test"]["neg_elbo"]
     check_settings(cfg)
@@ -136,6 +137,9 @@ class Training:
         self.datamodule, self.module, self.trainer = build(plain(self.cfg), self.folder, self.signals)
         if self.sweep and self.trainer.world_size > 1:
             raise UserError(ONE_DEVICE)
+        search = self.sweep and chooses_by_validation(HydraConfig.get())
+        if search and (why := never_validates(plain(self.cfg), self.datamodule.sets)):
+            raise UserError(f"a search chooses by validation numbers, and this run never validates ({why})")
         if self.state and self.state.get("set_aside") not in (None, fingerprint(self.datamodule.sets["validation"])):
             raise UserError(
                 f"resume: the data in {self.cfg.data.root} are not those that this run began with: images that it has "
@@ -220,6 +224,7 @@ class Training:
         likelihood, binarize = self.module.vae.likelihood, self.cfg.data.binarize
         record = self.record | {
             "status": "finished",
+            "displayed": False,  # killed before it is, the run is tested and displayed again by a resume
             "checkpoint": str(self.chosen.relative_to(self.folder.path)),
             "test": scalars,
             "threads": torch.get_num_threads(),
@@ -238,6 +243,8 @@ class Training:
             with warn_on_error(f"sending test numbers to {type(logger).__name__}"):
                 logger.log_outcome(flat(self.cfg), {f"test/{name}": value for name, value in scalars.items()})
         next(c for c in self.trainer.callbacks if isinstance(c, Pictures)).finish(self.trainer, self.module.vae)  # type: ignore
+        with warn_on_error("noting in metrics.json that all is drawn"):
+            self.folder.write_record(record | {"displayed": True})
         if not self.sweep:
             log.info("      docs/numbers.md says what these numbers are")
             log.info("run   %s", self.folder.path)
@@ -280,7 +287,8 @@ class Training:
 
     def say_why(self, error: BaseException, stopped: bool) -> None:
         if self.record["status"] == "finished":
-            log.info("stopped while pictures were drawn; %s is finished", self.folder.path)
+            log.info("stopped while pictures were drawn, after the test; draw them with")
+            log.info("  python train.py resume=%s", self.folder.path)
             self.end_loggers("finished")
             return
         named = {Diverged: "diverged", Pruned: "pruned"}
