@@ -106,28 +106,35 @@ def test_a_failure_is_one_warning(tmp_path, broken, said):
     assert found["status"] == "finished" and found["test"]["neg_elbo"] > 0
 
 
-def test_the_numbers_come_before_the_pictures(tmp_path):
-    """Stopped, and killed, while the last pictures are drawn."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_the_numbers_come_before_the_pictures(tmp_path, number):
+    """Stopped while the last pictures are drawn; then drawn by the line that goes on, in a sweep by its command."""
     images(tmp_path, 6, 6)
 
-    def die(number: int) -> Any:
+    def die() -> None:
         def tiles(*args: Any) -> Any:
             os.kill(os.getpid(), number)
             return real(*args)
 
-        def prepare() -> None:
-            pictures.tiles = tiles
+        real, pictures.tiles = pictures.tiles, tiles
 
-        real = pictures.tiles
-        return prepare
-
-    child = Child(*SMALL, cwd=tmp_path, prepare=die(signal.SIGINT))
-    assert child.wait() == 130 and "run is finished" in child.text and "resume" not in child.text
-    stopped = record(tmp_path / "run")
-    assert Child(*SMALL[:-1], "hydra.run.dir=killed", cwd=tmp_path, prepare=die(signal.SIGKILL)).wait() == -9
-    killed = record(tmp_path / "killed")
-    assert stopped["status"] == killed["status"] == "finished" and stopped["test"] == killed["test"]
-    assert run("resume=run", cwd=tmp_path).startswith("run is finished")
+    commands = {"run": ([*SMALL], ["resume=run"])}
+    commands["sweep"] = (["-m", *SMALL[:-1], "beta=1", "hydra.sweep.dir=sweep"],) * 2
+    tests = []
+    for name, (command, again) in commands.items():
+        child = Child(*command, cwd=tmp_path, prepare=die)
+        assert child.wait() == (130 if number == signal.SIGINT else -number), child.text
+        assert name == "sweep" or number == signal.SIGKILL or child.text.endswith("python train.py resume=run\n")
+        (folder,) = (path.parent for path in (tmp_path / name).rglob("metrics.json"))
+        stopped = record(folder)
+        assert stopped["status"] == "finished" and not (folder / "projector").exists()
+        assert "epoch " not in run(*again, cwd=tmp_path) and (folder / "projector").exists()
+        assert record(folder)["test"] == stopped["test"]
+        drawn = (folder / "figures" / "samples.png").stat().st_mtime_ns
+        assert "is finished" in run(*again, cwd=tmp_path)
+        assert (folder / "figures" / "samples.png").stat().st_mtime_ns == drawn
+        tests.append(stopped["test"])
+    assert tests[0] == tests[1]
 
 
 def fails_at(hook: str) -> Any:

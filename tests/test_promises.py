@@ -41,8 +41,11 @@ def test_a_sweep_over_data_folders_and_one_whose_defaults_have_changed(tmp_path,
     [
         ("+trainer.logger=csv", "trainer.logger is not a setting: this project sets it itself"),
         ("+trainer.callbacks=[x]", "trainer.callbacks is not a setting"),
-        ("callbacks.early_stopping_patience=2 data.validation_size=0", "needs validation images"),
-        ("callbacks.monitor=loss data.validation_size=0", "callbacks.monitor=loss needs validation images"),
+        (
+            "callbacks.early_stopping_patience=2 data.validation_size=0",
+            "data.validation_size=0 leaves no validation images",
+        ),
+        ("callbacks.monitor=loss data.validation_size=0", "callbacks.monitor=loss is invalid: this run never"),
         ("trainer.gradient_clip_val=0", "trainer.gradient_clip_val=0 clips nothing"),
         ("model.hidden_dims=[2000000,2000000]", "does not fit into memory"),
         ("trainer.precision=16-mixed trainer.accelerator=cpu", "needs a GPU"),

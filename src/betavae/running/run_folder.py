@@ -109,7 +109,8 @@ class RunFolder:
         try:
             write_whole(path, text.encode())
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not path.exists():
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            if not full or not path.exists() or self.record().get("status") == record["status"]:
                 raise
             # On a full disk: what fits into the blocks that the file has. A run must not seem to be running, and one
             # whose numbers are lost is not finished.

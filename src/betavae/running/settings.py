@@ -363,6 +363,8 @@ def check_settings(cfg: DictConfig) -> None:
         raise UserError(f"objective.resample={resample} is invalid: expected null or fewer than objective.k={k}")
     if "images" in objective:
         raise UserError("objective.images is not a setting: it is the number of training images")
+    if set(trainer["max_time"] or "1") <= {"0", ":"}:
+        raise UserError(f"trainer.max_time={trainer['max_time']} is invalid: expected null or a time above 0")
     if trainer["steps_per_batch"] > 1 and values["optimizer"]["name"] == "LBFGS":
         steps = trainer["steps_per_batch"]
         raise UserError(f"trainer.steps_per_batch={steps} cannot be with LBFGS: make it 1 (trainer=fast makes it 10)")

@@ -32,8 +32,9 @@ from betavae.running.resuming import Signals, reopen
 from betavae.running.run_folder import RUN, RunFolder, git_commit, put_mark
 from betavae.running.run_logger import loggers_of
 from betavae.running.settings import check_settings, has_words, plain
+from betavae.running.validation import never_validates
 from betavae.running.yaml_files import write_yaml
-from betavae.sweeping.jobs import ONE_DEVICE
+from betavae.sweeping.jobs import ONE_DEVICE, chooses_by_validation
 from betavae.sweeping.pruning import pruning
 
 log = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ def train(cfg: DictConfig) -> float:
         # A job of a sweep goes on with the very settings it has.
         settings, state = reopen(run, cfg, [] if sweep else overrides)
         done = run.record()
-        if done.get("status") == "finished" and len(overrides) == 1:
+        if done.get("status") == "finished" and done.get("displayed", True) and len(overrides) == 1:
             log_to_terminal(f"{run.path} is finished; to train it longer: resume={run.path} trainer.max_epochs=N")
             return done["test"]["neg_elbo"]
     check_settings(settings)
@@ -127,6 +128,9 @@ class Training:
         self.datamodule, self.module, self.trainer = build(self.settings, self.folder, self.signals)
         if self.sweep and self.trainer.world_size > 1:
             raise UserError(ONE_DEVICE)
+        search = self.sweep and chooses_by_validation(HydraConfig.get())
+        if search and (why := never_validates(self.settings, self.datamodule.sets)):
+            raise UserError(f"a search chooses by validation numbers, and this run never validates ({why})")
         found = self.datamodule.fingerprints
         known = self.state.get("fingerprints", {}) if self.state else found
         if changed := [split for split in found if found[split] != known.get(split)]:
@@ -211,6 +215,7 @@ class Training:
         likelihood, binarize = self.module.vae.likelihood, self.settings["data"]["binarize"]
         record = self.record | {
             "status": "finished",
+            "displayed": False,  # killed before it is, the run is tested and displayed again by a resume
             "checkpoint": str(self.chosen.relative_to(self.folder.path)),
             "test": scalars,
             "threads": torch.get_num_threads(),
@@ -229,6 +234,8 @@ class Training:
             with warn_on_error(f"sending test numbers to {type(logger).__name__}"):
                 logger.log_outcome(flat(self.settings), {f"test/{name}": value for name, value in scalars.items()})
         next(c for c in self.trainer.callbacks if isinstance(c, Pictures)).finish(self.trainer, self.module.vae)  # type: ignore
+        with warn_on_error("noting in metrics.json that all is drawn"):
+            self.folder.write_record(record | {"displayed": True})
         if not self.sweep:
             log.info("      docs/numbers.md says what these numbers are")
             log.info("run   %s", self.folder.path)
@@ -271,7 +278,8 @@ class Training:
 
     def say_why(self, error: BaseException, stopped: bool) -> None:
         if self.record["status"] == "finished":
-            log.info("stopped while pictures were drawn; %s is finished", self.folder.path)
+            log.info("stopped while pictures were drawn, after the test; draw them with")
+            log.info("  python train.py resume=%s", self.folder.path)
             self.end_loggers("finished")
             return
         named = {Diverged: "diverged", Pruned: "pruned"}

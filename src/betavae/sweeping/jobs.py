@@ -71,7 +71,7 @@ class SweepCallback(Callback):
         if several or processes.side_by_side():
             raise UserError(ONE_DEVICE)
         search = is_search(config.hydra)
-        if search and config.data.validation_size == 0:
+        if chooses_by_validation(config.hydra) and config.data.validation_size == 0:
             raise UserError(
                 "a search chooses by validation images, and data.validation_size=0 leaves none: give it a number"
             )
@@ -83,6 +83,11 @@ class SweepCallback(Callback):
 def is_search(hydra_cfg: Any) -> bool:
     """Whether a sweeper chooses the settings by the jobs' results."""
     return not hydra_cfg.sweeper["_target_"].endswith(".BasicSweeper")
+
+
+def chooses_by_validation(hydra_cfg: Any) -> bool:
+    """Return whether a sweeper chooses the settings by validation numbers of the jobs."""
+    return is_search(hydra_cfg) and not set(hydra_cfg.sweeper.get("objectives") or ["neg_elbo"]) <= set(RECORDED)
 
 
 def run_job(task: Callable[[DictConfig], float], cfg: DictConfig) -> float:
@@ -122,12 +127,9 @@ def objective(run: RunFolder, cfg: DictConfig) -> float:
 
 
 def scores(record: dict[str, Any], objectives: Sequence[str]) -> list[float]:
-    """What a search makes small, of a finished job. Raises UserError for a name that its record does not have."""
+    """Return what a search makes small, of a finished job; nothing where one of them is missing: it never validated."""
     known = record.get("validation", {}) | {name: record[name] for name in RECORDED if name in record}
-    for name in objectives:
-        if name not in known:
-            raise UserError(f"hydra.sweeper.objectives: {name} is not known of a job; it has {', '.join(known)}")
-    return [float(known[name]) for name in objectives]
+    return [float(known[name]) for name in objectives] if set(objectives) <= known.keys() else []
 
 
 def earlier_try(run: RunFolder, cfg: DictConfig, overrides: list[str]) -> str:
@@ -135,16 +137,18 @@ def earlier_try(run: RunFolder, cfg: DictConfig, overrides: list[str]) -> str:
     up."""
     record = run.record()
     status = record.get("status", "")
-    trained = status == "failed" and record.get("trained", False)  # and failed after that: the weights are good
-    kept = status in ENDED or ((status in UNFINISHED or trained) and run.last.exists())
-    if kept:
+    # What was killed while it was drawn, or failed after its training, has good weights.
+    undrawn = status == "finished" and not record.get("displayed", True)
+    goes_on = status in UNFINISHED or undrawn or (status == "failed" and record.get("trained", False))
+    goes_on = goes_on and run.last.exists()
+    if goes_on or status in ENDED:
         if difference := first_difference(run.path / "config.yaml", cfg):
             key, then, now = difference
             raise UserError(
                 f"{run.path} holds a job with {key}={then}, and this one {key}={now}: name another hydra.sweep.dir, "
                 "or delete that folder"
             )
-        return status if status in ENDED else "interrupted"
+        return "interrupted" if goes_on else status
     run.clear()
     write_whole(run.path / "overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(overrides)).encode())
     return ""

@@ -317,10 +317,11 @@ def contact_sheet(found: Sequence[Setting], seed: int) -> Any:
 def pareto_front(sweep: Path, found: Sequence[Setting]) -> tuple[Any, str]:
     """Of a search with two objectives: its picture, and a line for each of its jobs; else nothing."""
     objectives = read_json(sweep / SEARCH).get("objectives", [])
-    named = [(setting.label, job) for setting in found for job in setting.finished]
+    finished = [(setting.label, scores(job.record, objectives)) for setting in found for job in setting.finished]
+    named = [(label, point) for label, point in finished if point]
     if len(objectives) != 2 or not named:
         return None, ""
-    points = [scores(job.record, objectives) for _, job in named]
+    points = [point for _, point in named]
     best = pareto.front(points)
     labels = [
         NAMES.get(name, name) if name in RECORDED else f"validation {NAMES.get(name, name)}" for name in objectives
