@@ -373,3 +373,46 @@ def test_ddp_makes_one_run_whose_checkpoint_loads_anywhere(tmp_path: Path, data:
     assert (folder / "train.log").read_text().count("test  loss") == 1
     assert checkpoint.load(folder).vae.latent_dim == 20
     assert run("n=4", cwd=tmp_path, script="scripts/sample.py").startswith("4 samples of")
+
+
+def hostile(tmp_path: Path, task: list[str]) -> None:
+    """A sweep whose YAML files hold interpolations that would read a secret or make a folder."""
+    secret, folder = "${oc.env:SECRET}", f"${{run_dir:null,{tmp_path}/victim}}"
+    sweep = tmp_path / "sweep"
+    write_job(sweep, ["beta=1"], "failed")
+    write_job(sweep, ["beta=2", f"name={secret}", "data.root=there", f"model.latent_dim={folder}"], "failed")
+    here = sweep / "beta_1"
+    (here / "config.yaml").write_text(json.dumps({"beta": 1, "name": secret, "data": folder, "model": {"x": folder}}))
+    (sweep / "multirun.yaml").write_text(
+        json.dumps({"hydra": {"sweeper": {"params": {"seed": secret}}, "overrides": {"task": task}}, "x": folder})
+    )
+    (here / "evaluation.json").write_text(
+        '{"neg_elbo": {"mean": 1}, "nll_1": {"mean": 1}, "k": [1], "active_units": 1, "data": "d", "likelihood": "l",'
+        '"images": 1, "note": "n"}'
+    )
+    (here / "metrics.json").write_text(
+        '{"status": "failed", "error": "E", "fit_seconds": 1, "epochs": 1, "machine": "m", "threads": 1}'
+    )
+
+
+def test_a_report_of_a_shared_sweep_resolves_nothing(tmp_path: Path) -> None:
+    hostile(tmp_path, ["beta=3,${oc.env:SECRET}", f"name=${{run_dir:null,{tmp_path}/victim}}"])
+    how = {"cwd": tmp_path, "environment": {"SECRET": "hunter2"}}
+    text = run("sweep=sweep", script="scripts/sweep_report.py", **how)
+    assert "${oc.env:SECRET}" in text and "2 missing" in text
+    text += run("runs=sweep", script="scripts/results.py", **how)
+    for path in (path for path in tmp_path.rglob("*") if path.is_file()):
+        text += path.read_text()
+    assert "hunter2" not in text and not (tmp_path / "victim").exists()
+
+
+@pytest.mark.parametrize("values", ["shuffle(range(1,1e12))", ",".join("ab" * 600)])
+def test_a_sweep_that_claims_too_many_jobs_is_rejected(tmp_path: Path, values: str) -> None:
+    hostile(tmp_path, [f"beta={values}", f"name={values}"])
+    with pytest.raises(UserError, match=r"multirun\.yaml is too large"):
+        jobs.read_jobs(tmp_path / "sweep")
+
+
+def test_jobs_of_a_glob_are_not_listed_before_they_begin(tmp_path: Path) -> None:
+    hostile(tmp_path, ["optimizer=glob(ad*)"])
+    assert len(jobs.read_jobs(tmp_path / "sweep")) == 2
