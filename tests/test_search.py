@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 
 from betavae.errors import Pruned, UserError
 from betavae.module import VAEModule
+from betavae.running.cli import safe_name
 from betavae.sweeping import jobs, pareto, report, search
 from betavae.sweeping.pruning import Pruning, pruning
 from tests.commands import REPO, Child, fresh, run, wait_for
@@ -194,7 +195,8 @@ def test_a_search_survives_divergence_and_being_killed(tmp_path: Path, data: str
     listed = subprocess.run(optuna_cli, cwd=tmp_path, capture_output=True, text=True).stdout
     assert all(state.name in listed for state in {trial.state for trial in trials})
     for trial in trials:
-        (job,) = folder.glob(f"*optimizer.lr_{trial.params['optimizer.lr']},*,seed_{trial.params['seed']},*")
+        lr = safe_name(trial.params["optimizer.lr"])
+        (job,) = folder.glob(f"*optimizer.lr_{lr},*,seed_{trial.params['seed']},*")
         assert (
             record(job)["status"] == {"COMPLETE": "finished", "FAIL": "diverged", "PRUNED": "pruned"}[trial.state.name]
         )

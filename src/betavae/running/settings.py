@@ -299,8 +299,6 @@ def validated(model: type[BaseModel], values: Any, prefix: str = "") -> Any:
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
     path = problem["loc"]
-    if not isinstance(values, dict):
-        raise UserError(f"{prefix.rstrip('.') or 'the settings'} must be a group of settings, and is {values}")
     if problem["type"] in ("extra_forbidden", "invalid_key"):
         key = ".".join(str(name) for name in path if name != "[key]")
         raise UserError(f"{prefix}{key} is not a setting{nearest(key, keys_of(model))}") from None

@@ -43,18 +43,21 @@ def write_yaml(path: Path, values: Any) -> None:
     write_whole(path, yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True).encode())
 
 
-def read_yaml(path: Path) -> Any:
-    """Read a YAML file as plain values. An interpolation stays the text that it is.
+def read_yaml(path: Path, kind: type = dict) -> Any:
+    """Read a YAML file that holds a dict or a list of plain values. An interpolation stays the text that it is.
 
     Raises:
-        UserError: If the file cannot be read, is not YAML, or is larger than MAX_BYTES.
+        UserError: If the file cannot be read, is larger than MAX_BYTES, is not YAML, or holds another type.
     """
     try:
         with open(path, "rb") as file:
             content = file.read(MAX_BYTES + 1)
         if len(content) > MAX_BYTES:
             raise ValueError(f"it is larger than {MAX_BYTES:,} bytes")
-        return yaml.load(content.decode(), Loader)
+        values = yaml.load(content.decode(), Loader)
+        if not isinstance(values, kind):
+            raise ValueError(f"it holds a {type(values).__name__}, not a {kind.__name__}")
+        return values
     except Exception as error:  # PyYAML raises AttributeError and others too
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
