@@ -85,7 +85,8 @@ def test_tensors_and_plain_values_come_back_as_torch_loads_them(tmp_path):
     assert found["views"][0][3, 0] == 0
 
 
-def test_no_other_reader_is_used():
-    for path in (*(REPO / "src").rglob("*.py"), *(REPO / "scripts").rglob("*.py")):
-        for unsafe in ("torch.load(", "import pickle\n", "joblib.load", "allow_pickle=True"):
+def test_no_other_reader_is_used_or_recommended():
+    pages = [REPO / "README.md", *(REPO / "docs").glob("*.md"), *(REPO / "docs").glob("*.ipynb")]
+    for path in (*(REPO / "src").rglob("*.py"), *(REPO / "scripts").rglob("*.py"), *pages):
+        for unsafe in ("torch.load(", "load_from_checkpoint(", "import pickle\n", "joblib.load", "allow_pickle=True"):
             assert unsafe not in path.read_text() or path.name == "torch_file.py", (path, unsafe)
