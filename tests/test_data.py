@@ -89,7 +89,7 @@ def test_a_source_with_a_validation_split_of_its_own_is_not_split(data_root, mon
         return numbered(sizes[split], torch.full((sizes[split], 1, 2, 2), shade, dtype=torch.uint8))
 
     monkeypatch.setitem(data.SOURCES, "own", source)
-    made = module("nowhere", name="own", shade=7, batch_size=5)
+    made = module("nowhere", name="own", shade=7, batch_size=5, validation_size=None)
     assert {name: len(images) for name, images in made.sets.items()} == sizes
     assert {shade for _, _, shade in seen} == {7} and made.sets["validation"].pixels.unique().tolist() == [7]
     with pytest.raises(UserError, match=r"data.colour is not a setting of data.name=own"):

@@ -146,7 +146,7 @@ def test_a_graph_that_is_off_is_refused(tmp_path, monkeypatch):
 @pytest.fixture
 def lone(tmp_path):
     path = tmp_path / "theirs" / "lone.ckpt"
-    content = {"betavae_format": 2, "hyper_parameters": MODULE | {"model": MODELS["mlp"]}}
+    content = {"betavae_format": checkpoint.FORMAT, "hyper_parameters": MODULE | {"model": MODELS["mlp"]}}
     content["state_dict"] = {f"vae.{key}": value for key, value in made("mlp").state_dict().items()}
     data = DATA | {"name": "folder", "root": "/home/me/secret", "cache": "/home/me/scratch", "image_size": 28}
     checkpoint.save(content | {"datamodule_hyper_parameters": data | {"channels": 1, "fit": "pad"}}, path)

@@ -2,27 +2,30 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from betavae.data.datamodule import ImageDataModule
 from betavae.module import TEST_DRAWS, VAEModule
 from betavae.objectives import elbo
 from betavae.running import checkpoint
 from betavae.running.lightning import Steps, grouped
-from betavae.running.resuming import ExactResume
+from betavae.running.resuming import ExactResume, StopAtDivergence
 from tests.commands import fresh
 from tests.conftest import DATA, MODULE
 
 QUIET = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
 
 
-def fit(data_root, seed=0, module=MODULE, callbacks=(), **changes):
+def fit(data_root, seed=0, module=MODULE, callbacks=(), strategy="auto", **changes):
     L.seed_everything(seed, verbose=False)
     data = ImageDataModule(**DATA | {"root": data_root} | changes)
     made = VAEModule(**module)
     trainer = L.Trainer(
         max_epochs=1,
         limit_train_batches=10,
+        log_every_n_steps=5,
         accelerator="cpu",
+        strategy=strategy,
         num_sanity_val_steps=0,
         callbacks=list(callbacks),
         **QUIET,
@@ -48,12 +51,10 @@ def test_a_checkpoint_is_the_whole_recipe_in_a_fresh_process(data_root, tmp_path
     x = data.sets["test"].pixels[:8] / 255
     torch.save((x, module.eval()(x)), tmp_path / "expected.pt")
     assert torch.load(tmp_path / "a.ckpt", weights_only=True)["hyper_parameters"] == module.hparams
-    assert checkpoint.read(tmp_path / "a.ckpt")["betavae_format"] == 2
+    assert checkpoint.read(tmp_path / "a.ckpt")["betavae_format"] == checkpoint.FORMAT
     code = """
 import torch, betavae
 x, expected = torch.load("expected.pt")
-module = betavae.VAEModule.load_from_checkpoint("a.ckpt", weights_only=True, map_location="cpu")
-assert torch.equal(module.eval()(x), expected)
 assert torch.equal(betavae.load("a.ckpt").vae.reconstruct(x), expected)
 """
     fresh("-c", code, cwd=tmp_path)
@@ -155,6 +156,18 @@ def test_the_means_of_the_epoch_so_far_are_there_at_each_log_line(data_root):
         told = until[index]
         assert mean == pytest.approx(sum(sums[:told]) / sum(images[:told]), rel=1e-5)
     assert [index for index, _ in probe.said] == [4, 5, 6, 7, 8, 9]
+
+
+def test_training_sums_are_reduced_once_per_interval(data_root):
+    class Counting(SingleDeviceStrategy):
+        reductions = 0
+
+        def reduce(self, tensor, *args, **kwargs):
+            self.reductions += tensor.ndim == 2  # not of a yes or no
+            return super().reduce(tensor, *args, **kwargs)
+
+    _, _, trainer = fit(data_root, callbacks=[StopAtDivergence()], strategy=Counting("cpu"))
+    assert trainer.strategy.reductions == 2  # of 10 steps with `log_every_n_steps=5`
 
 
 def test_several_steps_in_one_batch_of_lightning_change_nothing(data_root):

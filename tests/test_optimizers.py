@@ -1,15 +1,19 @@
+import lightning as L
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from betavae.data.datamodule import ImageDataModule
 from betavae.errors import UserError
 from betavae.likelihoods import LIKELIHOODS
 from betavae.module import VAEModule
 from betavae.objectives import elbo
-from betavae.optimizers import POLYNOMIALS, MuonAdam, orthogonalize
+from betavae.optimizers import POLYNOMIALS, MuonAdam, names, orthogonalize
 from betavae.running.lightning import compile_loss
+from betavae.running.resuming import ExactResume
 from betavae.vae import VAE
-from tests.conftest import MODEL, MODULE
+from tests.conftest import DATA, MODEL, MODULE
 
 SETTINGS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.0, "vector_lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8}
 
@@ -82,6 +86,28 @@ def test_its_state_survives_a_checkpoint(tmp_path):
     for seed in (2, 3):
         step(*again, seed)
     assert all(map(torch.equal, again[0].parameters(), whole[0].parameters()))
+
+
+@pytest.mark.parametrize("network", ["mlp", "conv", "resnet"])
+@pytest.mark.parametrize("name", [name for name in names() if name != "Muon"])  # which takes no biases
+def test_every_optimizer_resumes_bit_for_bit(tmp_path, name, network):
+    np.save(tmp_path / "images.npy", np.random.default_rng(0).integers(0, 256, (40, 8, 8), dtype=np.uint8))
+    data = DATA | {"name": "arrays", "validation_size": 0, "batch_size": 12, "test_size": 4}
+    model = MODEL | {"network": network, "hidden_dims": [8], "latent_dim": 2, "image_shape": [1, 8, 8]}
+    optimizer = {"name": name} | (SETTINGS if name == "MuonAdam" else {"lr": 1e-2})
+
+    def fit(epochs, ckpt=None):
+        L.seed_everything(0, verbose=False)
+        module = VAEModule(**MODULE | {"model": model, "optimizer": optimizer})
+        quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+        trainer = L.Trainer(max_epochs=epochs, accelerator="cpu", callbacks=[ExactResume()], **quiet)
+        trainer.fit(module, ImageDataModule(**data | {"root": str(tmp_path / "images.npy")}), ckpt_path=ckpt)
+        return trainer, module
+
+    fit(1)[0].save_checkpoint(tmp_path / "half.ckpt")
+    resumed, whole = fit(2, tmp_path / "half.ckpt")[1], fit(2)[1]
+    for ours, theirs in zip(resumed.parameters(), whole.parameters(), strict=True):
+        assert ours.isfinite().all() and torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)

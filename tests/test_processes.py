@@ -11,11 +11,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from betavae.running import processes
-from tests.commands import ENVIRONMENT, REPO, Child, wait_for
+from tests.commands import ENVIRONMENT, REPO, Child, run, wait_for
 
 SETTINGS = [
     *("trainer=[smoke,ddp]", "trainer.accelerator=cpu", "trainer.max_epochs=4", "trainer.limit_train_batches=8"),
@@ -129,6 +130,22 @@ def test_killed_and_gone_on_with(whole: tuple[Path, str], tmp_path: Path, data_r
     for worker in workers:
         worker.wait()
     go_on_and_compare(whole, tmp_path, exact=True)
+
+
+@pytest.mark.parametrize(("test", "validation"), [(101, 11), (1, 3)])
+def test_two_processes_evaluate_every_image_once(tmp_path: Path, test: int, validation: int) -> None:
+    """Neither their images nor their batches need be equally many; the weights stay as they are seeded."""
+    np.save(tmp_path / "images.npy", np.random.default_rng(0).integers(0, 256, (150, 5, 5), dtype=np.uint8))
+    images = ("data=arrays", "data.root=images.npy", f"data.test_size={test}", f"data.validation_size={validation}")
+    frozen = ("optimizer=sgd", "optimizer.lr=1e-30", "data.batch_size=4", "data.eval_batch_size=10")
+    limits = ("trainer.max_epochs=1", "trainer.limit_val_batches=1.0", "trainer.limit_test_batches=1.0")
+    args = [*SETTINGS, *images, *frozen, *limits, "objective.k=2"]
+    run(*args, "trainer.devices=1", "hydra.run.dir=one", cwd=tmp_path)
+    workers = two(tmp_path, *args, "hydra.run.dir=two")
+    assert [worker.wait() for worker in workers] == [0, 0], [worker.text for worker in workers]
+    one, both = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
+    for split in ("test", "validation"):
+        assert both[split] == pytest.approx(one[split], rel=1e-5)
 
 
 def test_a_mistake_that_only_the_first_process_sees_ends_all(tmp_path: Path, data_root: str) -> None:

@@ -7,9 +7,11 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from betavae.precision import to_float64
+
 
 class Sums:
-    """Sums over images of named terms of any shape, kept on the device until they are read.
+    """Named sums over the images of each training batch, kept on the device until they are read.
 
     Reading, or `self.log`, at every step would cost a third of an epoch.
     """
@@ -28,23 +30,38 @@ class Sums:
     def to(self, device: torch.device) -> None:
         self.batches = [{name: value.to(device) for name, value in batch.items()} for batch in self.batches]
 
-    def rows(self, trainer: L.Trainer) -> Tensor:
-        """Empties it: a row per batch, summed over all processes, in double precision on the CPU. In it the number of
-        images, and then every number of every term."""
-        flat = torch.cat([value.reshape(-1) for batch in self.batches for value in batch.values()])
-        flat = flat.view(len(self), -1)
+    def reduce_rows(self, trainer: L.Trainer) -> Tensor:
+        """Sum over all processes, which have equally many batches, in one reduction.
+
+        Returns: float64 `(batches, 1 + terms)` on the CPU, the number of images first.
+        """
+        flat = torch.stack([value for batch in self.batches for value in batch.values()]).view(len(self), -1)
         images = torch.tensor(self.images, dtype=flat.dtype, device=flat.device)
-        self.batches, self.images = [], []
         rows: Any = trainer.strategy.reduce(torch.cat((images[:, None], flat), 1), reduce_op="sum")
         return rows.cpu().double()
 
-    def take(self, trainer: L.Trainer) -> tuple[dict[str, Tensor], int]:
-        """Empties it: the sums over all batches, and how many images they are over."""
-        shapes = {name: value.shape for name, value in self.batches[0].items()}
-        total = self.rows(trainer).sum(0)
-        parts = total[1:].split([shape.numel() for shape in shapes.values()])
-        sums = {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
-        return sums, int(total[0])
+
+class Totals:
+    """Named sums, of any shape, over all images of an evaluation, in double precision."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.images = 0
+
+    def add(self, sums: dict[str, Tensor], images: int) -> None:
+        self.sums |= {name: self.sums.get(name, 0) + to_float64(value) for name, value in sums.items()}
+        self.images += images
+
+    def gather(self, trainer: L.Trainer) -> tuple[dict[str, Tensor], int]:
+        """Add up the sums and the numbers of images of all processes; one without an image has no terms."""
+        own: Any = ({name: value.cpu() for name, value in self.sums.items()}, self.images)
+        parts = [own] * trainer.world_size
+        if trainer.world_size > 1:
+            torch.distributed.all_gather_object(parts, own)
+        total = Totals()
+        for part in parts:
+            total.add(*part)
+        return total.sums, total.images
 
 
 class Curves(Callback):
@@ -70,8 +87,22 @@ class Curves(Callback):
         if trainer.is_last_batch or len(self.interval) >= trainer.log_every_n_steps:  # type: ignore[attr-defined]
             self.end_interval(trainer, module)
 
+    def read(self, trainer: L.Trainer, module: L.LightningModule) -> tuple[list[str], Tensor]:
+        """Reduce the rows of the interval so far, and pass them to every callback with `on_train_sums`.
+
+        Returns: the names of the terms, and `Sums.reduce_rows`.
+        """
+        names, rows = list(self.interval.batches[0]), self.interval.reduce_rows(trainer)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if hook := getattr(callback, "on_train_sums", None):
+                hook(trainer, module, names, rows)
+        return names, rows
+
     def end_interval(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        sums, images = self.interval.take(trainer)
+        names, rows = self.read(trainer, module)
+        self.interval = Sums()
+        count, *totals = rows.sum(0)
+        sums, images = dict(zip(names, totals, strict=True)), int(count)
         self.epoch = {name: self.epoch.get(name, 0) + value for name, value in sums.items()}
         self.epoch_images += images
         means = {f"train/{name}": value / images for name, value in sums.items()}

@@ -133,7 +133,6 @@ def made_here(path: Path) -> bool:
         if path.suffix == ".csv":
             return f"made by {STAMP}".encode() in start.splitlines()[0]
         content = json.loads(path.read_text()) if path.suffix == ".json" else {}
-        # Evaluations of older versions have no stamp.
-        return content.get("made_by") == STAMP or {"aggregate", "kl_per_dimension"} <= set(content)
-    except (OSError, ValueError, AttributeError, IndexError, zipfile.BadZipFile):
+        return content.get("made_by") == STAMP
+    except (OSError, ValueError, AttributeError, IndexError, RecursionError, zipfile.BadZipFile):
         return False

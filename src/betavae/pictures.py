@@ -12,6 +12,8 @@ from betavae.errors import UserError
 from betavae.files import STAMP, writing
 from betavae.vae import VAE
 
+MAX_SPRITE_SIDE = 4096  # pixels; of a larger image of all tiles, a browser may show nothing
+
 
 def grid(images: Tensor, columns: int) -> Tensor:
     """`(N, C, H, W)` -> one picture `(C, rows * (H + 2) + 2, columns * (W + 2) + 2)`, with black lines between."""
@@ -140,6 +142,20 @@ def coloured(x: Tensor, labels: Tensor) -> Tensor:
     first = labels if labels.ndim == 1 else labels[:, 0]
     colours = torch.tensor(matplotlib.colormaps["tab10"].colors)[first.cpu() % 10]  # type: ignore[attr-defined]
     return 1 - x.mean(1, keepdim=True) * (1 - colours.view(-1, 3, 1, 1))
+
+
+def tiles(x: Tensor, labels: Tensor, most: int) -> Tensor:
+    """Square tiles `(N, 3, side, side)` of images as `coloured`, shrunk to a side of at most `most`, centered on white.
+
+    TensorBoard's sprite of tiles that are not square fails or is unreadable (torch 2.14).
+    """
+    drawn, (height, width) = coloured(x, labels), x.shape[-2:]
+    side = min(most, max(height, width))
+    if max(height, width) > side:
+        height, width = (max(1, size * side // max(height, width)) for size in (height, width))
+        drawn = torch.nn.functional.interpolate(drawn, (height, width), mode="area")
+    left, top = (side - width) // 2, (side - height) // 2
+    return torch.nn.functional.pad(drawn, (left, side - width - left, top, side - height - top), value=1.0)
 
 
 def as_image(picture: Tensor, scale: int = 2) -> Any:

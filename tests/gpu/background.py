@@ -10,7 +10,7 @@ import torch
 
 from tests.commands import Child
 
-AT_ONCE = 8  # more processes would only take turns on the GPU
+AT_ONCE = 10  # more processes would only take turns on the GPU
 TIMEOUT = 200  # seconds until a command counts as hanging
 
 

@@ -35,9 +35,10 @@ class Batches:
     def share(self, rank: int, processes: int) -> None:
         """Only the images of one of several processes: every `processes`-th in this order."""
         self.rank, self.processes = rank, processes
-        # Training shares are of equal size, since every step waits for all processes; evaluation covers every image.
+        # Training shares are of equal size, since every step waits for all processes. Evaluation covers every image, in
+        # as many batches on each process: the last one may be empty.
         n = len(self.images)
-        self.size = n // processes if self.epoch else len(range(rank, n, processes))
+        self.size = n // processes if self.epoch else -(-n // processes)
 
     def __len__(self) -> int:
         return -(-self.size // self.batch_size)
@@ -55,9 +56,9 @@ class Batches:
             generator = torch.Generator().manual_seed(self.seed + 1_000_003 * epoch * self.reshuffle)
             order = torch.randperm(len(order), generator=generator)
         mine = order[self.rank :: self.processes][: self.size].to(self.images.labels.device)
-        for number, index in enumerate(mine.split(self.batch_size)[start : len(self)], start + 1):
-            self.position = {"epoch": epoch, "batches": number}
-            yield index
+        for number in range(start, len(self)):
+            self.position = {"epoch": epoch, "batches": number + 1}
+            yield mine[number * self.batch_size : (number + 1) * self.batch_size]
 
     def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
         pixels = self.images.pixels.index_select(0, index)  # a tenth of the time of pixels[index]

@@ -28,6 +28,7 @@ from betavae.running.resuming import (
 )
 from betavae.running.run_folder import RunFolder
 from betavae.running.settings import check_arguments
+from betavae.running.validation import check_validation
 from betavae.schedules import BETA_SCHEDULES
 
 # Arguments of Lightning's Trainer that are this project's business.
@@ -72,7 +73,8 @@ def build_module(settings: dict[str, Any], datamodule: ImageDataModule) -> light
         train = datamodule.sets["train"]
         some = train.pixels.index_select(0, torch.arange(min(len(train), 60_000)))
         module.vae.centre(some.float().mean(0) / 255)
-    accelerate(module.vae)
+    if settings["trainer"]["accelerator"] == "cpu" or not gpu_there():
+        accelerate(module.vae)  # which a GPU would only launch more kernels for
     return module
 
 
@@ -103,11 +105,6 @@ def build_callbacks(settings: dict[str, Any], run: RunFolder, signals: Signals, 
         callbacks.append(RunCheckpoint(filename="best", monitor=monitor, save_on_train_epoch_end=False, **checkpoints))  # type: ignore
         if (patience := wanted["early_stopping_patience"]) is not None:
             callbacks.append(Patience(monitor, patience=patience, check_on_train_epoch_end=False))
-    # The default monitor asks for nothing: the last checkpoint is then the one that counts.
-    for key, unasked in (("early_stopping_patience", None), ("monitor", "neg_elbo")):
-        if not validates and wanted[key] != unasked:
-            asked = f"callbacks.{key}={wanted[key]}"
-            raise UserError(f"{asked} needs validation images: data.validation_size=0 leaves none")
     if settings["trainer"]["enable_progress_bar"] and sys.stdout.isatty():
         callbacks.append(Bar())
     for name, arguments in wanted["own"].items():
@@ -173,7 +170,7 @@ def build_trainer(
 
 
 def check_cuda_graph(settings: dict[str, Any], datamodule: ImageDataModule) -> None:
-    """Raise UserError for settings that `CUDAGraphStep` has no graph for."""
+    """Raise UserError for settings that `CUDAGraphSteps` has no graph for."""
     trainer, optimizer = settings["trainer"], settings["optimizer"]
     cuda = trainer["accelerator"] in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     fused = optimizer["name"] in ("Adam", "AdamW") and optimizer.get("fused") is True
@@ -205,4 +202,6 @@ def build(
     datamodule = build_data(settings["data"])
     module = build_module(settings, datamodule)
     callbacks = build_callbacks(settings, run, signals, len(datamodule.sets["validation"]) > 0)
-    return datamodule, module, build_trainer(settings, module, datamodule, callbacks)
+    trainer = build_trainer(settings, module, datamodule, callbacks)
+    check_validation(settings, datamodule.sets, module, trainer.world_size)
+    return datamodule, module, trainer

@@ -15,7 +15,7 @@ from betavae.data.batches import Batches
 from betavae.module import VAEModule
 from betavae.networks import ConvEncoder
 from betavae.resnet import ResNetEncoder
-from betavae.running.cuda_graph import CUDAGraphStep
+from betavae.running.cuda_graph import CUDAGraphSteps
 
 
 class Steps(VAEModule):
@@ -25,7 +25,7 @@ class Steps(VAEModule):
     accumulate = 1  # batches for each of them
     clip: tuple[float | None, str] = (None, "norm")
     in_cuda_graph = False
-    cuda_graph: CUDAGraphStep | None = None
+    cuda_graph: CUDAGraphSteps | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Lightning notes the running hook's name here 40 times a step by nn.Module's slow way of setting an attribute,
@@ -46,7 +46,7 @@ class Steps(VAEModule):
         if self.in_cuda_graph:
             if self.cuda_graph is None:
                 batches = self.trainer.train_dataloader.batches  # type: ignore[union-attr]
-                self.cuda_graph = CUDAGraphStep(self, batches, self.per_call, self.clip)
+                self.cuda_graph = CUDAGraphSteps(self, batches, self.per_call, self.clip)
             return {"sums": self.cuda_graph.run(batch)}
         optimizer: Any = self.optimizers()
         scheduler: Any = self.lr_schedulers()

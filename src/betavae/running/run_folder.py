@@ -47,7 +47,7 @@ def check_mark(path: Path, mark: str, key: str) -> bool:
         return False
     if (found := mark_of(path)) is not None and found != mark:
         raise UserError(f"{key}: {path} is {found.strip()}, not {mark.strip()}; name another folder")
-    if found is not None or legacy(path, mark):
+    if found is not None:
         return True
     if others := sorted(item.name for item in path.iterdir()):
         raise UserError(
@@ -74,22 +74,11 @@ def put_mark(path: Path, mark: str, key: str) -> bool:
         raise UserError(f"{key}: cannot make {path} ({error.strerror})") from error
 
 
-def legacy(path: Path, mark: str) -> bool:
-    """Whether a folder is of a version that left no mark."""
-    if mark == SWEEP:
-        jobs = {config.parent for config in path.glob("*/config.yaml")}
-        others = {item.name for item in path.iterdir() if item not in jobs} - {"multirun.yaml", "study.db", ".submitit"}
-        return bool(jobs) and not others and all(legacy(job, RUN) for job in jobs)
-    record = read_json(path / "metrics.json")
-    whole = all((path / name).is_file() for name in ("config.yaml", "overrides.yaml"))
-    return mark == RUN and whole and {"status", "seed", "parameters", "git_commit", "versions"} <= set(record)
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """What a JSON file holds; nothing, if it is not there or harmed."""
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 
@@ -109,7 +98,7 @@ class RunFolder:
         return self.path / "checkpoints" / "best.ckpt"
 
     def is_run(self) -> bool:
-        return mark_of(self.path) == RUN or legacy(self.path, RUN)
+        return mark_of(self.path) == RUN
 
     def record(self) -> dict[str, Any]:
         """metrics.json, the one place that says how a run is or was."""
@@ -120,12 +109,19 @@ class RunFolder:
         try:
             write_whole(path, text.encode())
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not path.exists():
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            if not full or not path.exists() or self.record().get("status") == record["status"]:
                 raise
             # On a full disk: what fits into the blocks that the file has. A run must not seem to be running, and one
             # whose numbers are lost is not finished.
             status = "failed" if record["status"] == "finished" else record["status"]
-            short = json.dumps({"status": status, "error": record.get("error", "OSError: the disk is full")[:200]})
+            short = json.dumps(
+                {
+                    "status": status,
+                    "trained": record.get("trained", False),
+                    "error": record.get("error", "OSError: the disk is full")[:200],
+                }
+            )
             with open(path, "r+b", buffering=0) as file:
                 file.write(short.encode().ljust(path.stat().st_size))
             raise
@@ -190,11 +186,11 @@ class RunFolder:
 
     def rewind(self) -> None:
         """Without what a run that goes on will make again whole."""
+        embedding = self.path / "projector" / "posterior_means"
         for name in ("metadata.tsv", "sprite.png", "tensors.tsv"):
-            (self.path / "projector" / "posterior_means" / name).unlink(missing_ok=True)
-        if mark_of(self.path) is None:  # of a version whose pictures have no stamp
-            for name in ("reconstructions", "samples", "traversal", "manifold"):
-                (self.path / "figures" / f"{name}.png").unlink(missing_ok=True)
+            (embedding / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # TensorBoard warns of a folder that exists
+            embedding.rmdir()
         self.clear_parts()
 
 
