@@ -34,7 +34,7 @@ def main(settings: Settings) -> None:
         from betavae import pictures
         from betavae.errors import UserError
         from betavae.files import STAMP, writing
-        from betavae.measures.latents import posterior_means, probes
+        from betavae.measures.latents import NEIGHBORS, posterior_means, probes
         from betavae.measures.likelihood import summary
         from betavae.precision import set_float32_precision
         from betavae.running import checkpoint, evaluation
@@ -53,6 +53,9 @@ def main(settings: Settings) -> None:
         print("classification of the labels left out: these data have several factors in place of one label")
     elif settings.probes:
         train = run.subset("train", settings.data_root)
+        if len(train) < NEIGHBORS or len(train.labels.unique()) < 2:
+            print(f"classification of the labels left out: it needs {NEIGHBORS} training images of two classes")
+            train = None
     device = settings.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -314,13 +314,13 @@ def hostile_word(rng: random.Random, keys: list[str]) -> str:
 
 
 SHAPES = [(1, 1), (1, 28), (10, 8), (7, 5), (28, 28), (2000, 1), (1, 300), (8, 8), (3, 64), (33, 17), (4, 3)]
-COUNTS = [2, 3, 5, 12, 40, 60, 130]
+COUNTS = [2, 5, 12, 20, 40, 60, 130, 300]
 SIZES = ["1", "2", "0.1", "0.3", "0.5"] * 4 + ["5", "0.99", "100"]
 FILE_NAMES = ["a.npy", "my images.npy", "ünï.npy", "a,b.npy", "a=b.npy", "x+y.npy"]
 
 
 def array_file(rng: random.Random, session: Session) -> tuple[list[str], str]:
-    (height, width), n = rng.choice(SHAPES), rng.choice(COUNTS[2:] if rng.random() < 0.9 else COUNTS)
+    (height, width), n = rng.choice(SHAPES), rng.choice(COUNTS[3:] if rng.random() < 0.9 else COUNTS)
     shape = rng.choice([(n, height, width)] * 3 + [(n, height, width, 3), (n, 3, height, width), (n, height, width, 1)])
     drawn = rng.choice(["rng.integers(0, 256, SHAPE)", "rng.integers(0, 2, SHAPE) * 255", "np.full(SHAPE, 255)"])
     drawn = drawn if rng.random() < 0.3 else "rng.integers(0, 256, SHAPE)"
@@ -341,7 +341,7 @@ def array_file(rng: random.Random, session: Session) -> tuple[list[str], str]:
         code += f"np.save({name!r}, images)\n"
     session.python(code)
     words = ["data=arrays", f"data.root={quoted(name)}"]
-    if rng.random() < 0.6:
+    if rng.random() < (0.02 if "x_test" in code else 0.6):
         words.append(f"data.test_size={rng.choice(SIZES)}")
     return words, name
 
@@ -353,7 +353,7 @@ def picture_folder(rng: random.Random, session: Session) -> tuple[list[str], str
     session.python(
         "from pathlib import Path\nimport numpy as np\nfrom PIL import Image\n"
         f"rng = np.random.default_rng({rng.randrange(100)})\n"
-        f"for i in range({rng.choice(COUNTS[2:])}):\n"
+        f"for i in range({rng.choice(COUNTS[3:])}):\n"
         f"    path = Path({name!r}, {folders}[i % {len(folders)}], f'{{i}}.{ending}')\n"
         "    path.parent.mkdir(parents=True, exist_ok=True)\n"
         f"    size = rng.integers(1, {rng.choice([2, 9, 40])}, 2)\n"
@@ -366,7 +366,7 @@ def picture_folder(rng: random.Random, session: Session) -> tuple[list[str], str
         "channels": ["1", "3"],
         "fit": ["crop", "pad"],
         "background": ["black", "white"],
-        "test_size": SIZES,
+        **({} if "test" in folders else {"test_size": SIZES}),
         "cache": ["cache", "'my cache'"],
     }.items():
         if rng.random() < 0.3:
@@ -509,7 +509,7 @@ TRAINING: dict[str, list[str]] = {
 def training_words(rng: random.Random) -> list[str]:
     groups = rng.sample(list(TRAINING), rng.choice((1, 2, 3, 4, 6, 9)))
     words = [word for group in groups for word in shlex.split(rng.choice(TRAINING[group]))]
-    defaults = {"model.hidden_dims": "[8]", "data.batch_size": "8", "trainer.max_epochs": "2"}
+    defaults = {"model.hidden_dims": "[8]", "data.batch_size": "4", "trainer.max_epochs": "2"}
     named = {word.lstrip("+~").partition("=")[0] for word in words}
     return [f"{key}={value}" for key, value in defaults.items() if key not in named] + words
 
@@ -625,19 +625,23 @@ def play(rng: random.Random, session: Session) -> None:
 
     keys = [key for key in all_keys() if not key.startswith(NOT_HERE)]
     canary(session)
-    words, data = rng.choice([array_file] * 3 + [picture_folder] * 2 + [packaged])(rng, session)
-    words += training_words(rng)
-    if rng.random() < 0.1:
-        words.append(hostile_word(rng, keys))
+    given, data = rng.choice([array_file] * 3 + [picture_folder] * 2 + [packaged])(rng, session)
     kind = rng.choice(["train"] * 4 + ["resume", "resume", "longer", "longer", "sweep", "sweep"])
-    if kind == "sweep":
-        sweep(rng, session, words)
-    else:
-        if not any(word.startswith("hydra.run.dir") for word in words):
-            words.append("hydra.run.dir=runs/run")
-        distributed = rng.random() < 0.02 and not any(word.startswith("trainer=") for word in words)
-        words += ["trainer=ddp", "trainer.accelerator=cpu"] * distributed
-        code, text = session.command("train.py", *words, fresh=distributed, terminal=rng.random() < 0.1)
+    for _ in range(4):  # until one is accepted
+        words = given + training_words(rng)
+        if rng.random() < 0.1:
+            words.append(hostile_word(rng, keys))
+        if kind == "sweep":
+            code, text = sweep(rng, session, words)
+        else:
+            if not any(word.startswith("hydra.run.dir") for word in words):
+                words.append("hydra.run.dir=runs/run")
+            distributed = rng.random() < 0.02 and not any(word.startswith("trainer=") for word in words)
+            words += ["trainer=ddp", "trainer.accelerator=cpu"] * distributed
+            code, text = session.command("train.py", *words, fresh=distributed, terminal=rng.random() < 0.1)
+        if code == 0:
+            break
+    if kind != "sweep":
         if code:
             return
         if kind == "resume" and not distributed:
@@ -762,7 +766,7 @@ def longer(rng: random.Random, session: Session, words: list[str]) -> None:
     session.command("train.py", resume, f"trainer.max_epochs={rng.choice((1, 4, 6))}", *changes)
 
 
-def sweep(rng: random.Random, session: Session, words: list[str]) -> None:
+def sweep(rng: random.Random, session: Session, words: list[str]) -> tuple[int, str]:
     """A sweep, perhaps killed, and the same command again."""
     words = [word for word in words if not word.startswith(("hydra.run.dir", "beta=", "seed="))]
     axes = rng.choice([["beta=0.5,2"], ["seed=1,2"], ["beta=1,-1"], ["beta=1", "seed=3,4"], ["optimizer.lr=1e-3,1e30"]])
@@ -772,11 +776,12 @@ def sweep(rng: random.Random, session: Session, words: list[str]) -> None:
     if rng.random() < 0.2:
         axes = ["sweep=optuna", "hydra.sweeper.n_trials=2"]
         axes += rng.choice([[], ["hydra.sweeper.objectives=[recon,kl]"], ["hydra.sweeper.objectives=[nope]"]])
-    words = ["-m", *words, *axes, "hydra.sweep.dir=sweep"]
+    words = ["-m", *words, *axes, f"hydra.sweep.dir={rng.choice(('sweep', 'sweep', 'a/sweep'))}"]
     stop = (rng.choice((signal.SIGKILL, signal.SIGTERM, signal.SIGINT)), rng.uniform(0.3, 2.0))
-    code, _ = session.command("train.py", *words, stop=stop if rng.random() < 0.5 else None)
+    code, text = session.command("train.py", *words, stop=stop if rng.random() < 0.5 else None)
     if code != 1 or rng.random() < 0.3:
-        session.command("train.py", *words)
+        code, text = session.command("train.py", *words)
+    return code, text
 
 
 def repeated(steps: Iterable[Step], data: Path) -> Fault | None:
@@ -830,7 +835,7 @@ def main(seconds: float = 60, seed: int = 0, out: str = "fuzz", case: int | None
     folder.mkdir(parents=True, exist_ok=True)
     faults: Counter[str] = Counter()
     rejected: Counter[str] = Counter()
-    accepted = number = 0
+    accepted = 0
     end = time.perf_counter() + seconds
     with tempfile.TemporaryDirectory(prefix="fuzz-data-") as data:
         for split in ("train", "test"):
@@ -852,10 +857,11 @@ def main(seconds: float = 60, seed: int = 0, out: str = "fuzz", case: int | None
                 if faults[fault.kind] == 1:
                     print(f"case {number}: {fault.kind}", flush=True)
                     write(reduced(fault, Path(data)), folder, f"seed={seed} case={number}")
-    lines = [f"{number} cases, {accepted} commands accepted, {rejected.total()} rejected, {faults.total()} faults", ""]
-    lines += [f"{count:5}  {name_of(kind)}  {kind}" for kind, count in faults.most_common()]
-    lines += ["", *(f"{count:5}  {sentence}" for sentence, count in rejected.most_common())]
-    (folder / "summary.txt").write_text("\n".join(lines) + "\n")
+            counts = f"{accepted} commands accepted, {rejected.total()} rejected, {faults.total()} faults"
+            lines = [f"{number + 1} cases, {counts}", ""]
+            lines += [f"{count:5}  {name_of(kind)}  {kind}" for kind, count in faults.most_common()]
+            lines += ["", *(f"{count:5}  {sentence}" for sentence, count in rejected.most_common())]
+            (folder / "summary.txt").write_text("\n".join(lines) + "\n")
     print(lines[0])
 
 

@@ -238,3 +238,15 @@ def test_one_test_image_has_no_standard_error(tmp_path):
     said = run("ckpt=run", "k=2", cwd=tmp_path, script="scripts/evaluate.py", code=1)
     assert said.startswith("error: run/checkpoints/best.ckpt: its data have 1 test image; expected at least 2")
     assert said.count("\n") == 1 and not (tmp_path / "run" / "evaluation.json").exists()
+
+
+@pytest.mark.parametrize(("n", "classes", "left_out"), [(20, 1, True), (4, 2, True), (30, 25, False)])
+def test_labels_that_cannot_be_learned_are_left_out(tmp_path, n, classes, left_out):
+    x = np.random.default_rng(0).integers(0, 256, (n, 4, 4), np.uint8)
+    labels = np.arange(n) % classes
+    np.savez(tmp_path / "x.npz", x_train=x, y_train=labels, x_test=x, y_test=np.arange(n))
+    words = ["data=arrays", "data.root=x.npz", "data.validation_size=0", "data.batch_size=2", "hydra.run.dir=run"]
+    run(*TINY, *words, "callbacks.figures_every=0", cwd=tmp_path)
+    said = run("ckpt=run", "k=2", cwd=tmp_path, script="scripts/evaluate.py")
+    assert ("left out: it needs 5 training images of two classes" in said) == left_out
+    assert ("5 nearest neighbours" in said) != left_out and "Warning" not in said

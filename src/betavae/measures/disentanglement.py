@@ -144,7 +144,9 @@ def sap(latents: Tensor, factors: Tensor, seed: int = 0) -> float:
         present = np.unique(values[test])
         accuracy = [1 / len(present)]  # of no dimension
         for code in z.T[:, :, None]:
-            tree = DecisionTreeClassifier(max_leaf_nodes=values.max() + 1, class_weight="balanced", random_state=seed)
+            tree = DecisionTreeClassifier(
+                max_leaf_nodes=values.max() + 1, class_weight="balanced", random_state=seed % 2**32
+            )
             right = tree.fit(code[train], values[train]).predict(code[test]) == values[test]
             accuracy.append(np.mean([right[values[test] == value].mean() for value in present]))
         second, first = np.sort(accuracy)[-2:]
@@ -179,7 +181,7 @@ def dci(latents: Tensor, factors: Tensor, seed: int = 0, trees: int = 20) -> DCI
     for values, train, test in tasks(v, seed):
         fit, check = np.split(train, [3 * len(train) // 4])
         forests = [
-            RandomForestClassifier(trees, min_samples_leaf=leaf, max_features=None, random_state=seed)
+            RandomForestClassifier(trees, min_samples_leaf=leaf, max_features=None, random_state=seed % 2**32)
             for leaf in LEAVES
         ]
         checked = np.array([forest.fit(z[fit], values[fit]).score(z[check], values[check]) for forest in forests])

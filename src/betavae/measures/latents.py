@@ -1,11 +1,14 @@
 """What the latent space of a trained VAE holds."""
 
 import math
+import warnings
 
 import torch
 from torch import Tensor
 
 from betavae.vae import VAE, Posterior
+
+NEIGHBORS = 5  # of the nearest-neighbor classifier, which needs as many training images
 
 
 def aggregate(posterior: Posterior, seed: int = 0, rows: int = 500) -> dict[str, float]:
@@ -56,8 +59,10 @@ def probes(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tenso
     from sklearn.preprocessing import StandardScaler
 
     classifiers = {
-        "knn_accuracy": KNeighborsClassifier(5, algorithm="brute"),
+        "knn_accuracy": KNeighborsClassifier(NEIGHBORS, algorithm="brute"),
         "linear_accuracy": make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)),
     }
     pairs = [part.numpy() for part in (train, train_labels, test, test_labels)]
-    return {name: float(c.fit(*pairs[:2]).score(*pairs[2:])) for name, c in classifiers.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # scikit-learn's, about classes with few images and unfinished optimization
+        return {name: float(c.fit(*pairs[:2]).score(*pairs[2:])) for name, c in classifiers.items()}
