@@ -89,29 +89,36 @@ def check_writable(out: str | Path, key: str = "out") -> None:
 
 @contextlib.contextmanager
 def filling(out: str | Path, key: str = "out") -> Iterator[Path]:
-    """A new folder to write into, beside the path that a user named by the setting `key`; it becomes that path when the
-    block ends, so that a process that is killed leaves no half of a folder there.
+    """Yield a temporary folder to write into; its content becomes that of `out` when the block ends without an error.
 
-    Raises UserError where anything but an empty folder is there, whoever made it, and if it cannot be written.
+    An empty folder is filled in place, since it may be the working folder, a mount point or linked to.
+
+    Raises:
+        UserError: If `out`, named by the setting `key`, exists and is not an empty folder, or is not writable.
     """
     path = Path(out).expanduser()
-    taken = f"{key}: {path} is there already; delete it or name another folder"
-    if os.path.lexists(path) and (path.is_symlink() or not path.is_dir() or any(path.iterdir())):
-        raise UserError(taken)
-    path = path.absolute()
-    part = path.with_name(f"{PART_START}{secrets.token_hex(4)}-{path.name}")
+    taken = UserError(f"{key}: {path} is there already; delete it or name another folder")
+    there, part = path.is_dir(), None
     try:
+        if os.path.lexists(path) and (not there or any(path.iterdir())):
+            raise taken
+        part = (path if there else path.absolute().parent) / f"{PART_START}{secrets.token_hex(4)}"
         part.mkdir(parents=True)
         yield part
-        with contextlib.suppress(FileNotFoundError):
-            path.rmdir()  # Windows moves nothing to where a folder is
-        part.rename(path)
+        if there:
+            if list(path.iterdir()) != [part]:
+                raise taken
+            for item in part.iterdir():
+                item.rename(path / item.name)
+        else:
+            part.rename(path)
     except OSError as error:
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):  # of two at once, one was first
-            raise UserError(taken) from error
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):  # another process was first
+            raise taken from error
         raise UserError(f"{key}: cannot make {out} ({error.strerror or error})") from error
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        if part:
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def made_here(path: Path) -> bool:
