@@ -135,6 +135,7 @@ class Data(Open):
         Annotated[float, Field(gt=0, lt=1)] | Count | None,
         "null, a whole number from 1 up (images), or a number below 1 (a share)",
     ) = Absent
+    download: Flag = Absent
     batch_size: Count
     eval_batch_size: Count
     binarize: one_of(lambda: ["none", "threshold", "dynamic"])
