@@ -92,11 +92,14 @@ def normalized(text: str) -> str:
 
 
 def listing(root: Path) -> dict[str, str]:
-    """Every file below `root` with a hash, every folder; without locks and the data folder."""
+    """Every file below `root` with a hash, every folder; without locks and caches."""
     found = {}
     for path in root.rglob("*"):
         name = str(path.relative_to(root))
-        if name.startswith(("home/work/data", "home/work/cache", "home/work/my cache")) or path.name == ".lock":
+        if (
+            name.startswith(("home/.", "home/work/data", "home/work/cache", "home/work/my cache"))
+            or path.name == ".lock"
+        ):
             continue
         is_file = path.is_file() and not path.is_symlink()
         found[name] = hashlib.sha256(path.read_bytes()).hexdigest() if is_file else ""
@@ -201,6 +204,8 @@ class Session:
             line = next(line for line in text.splitlines() if found[0].strip() in line)
             line = re.sub(r"^.*?(?=[A-Z]\w*Warning)", "", line)
             return f"{script}: not our line: {normalized(line)}"
+        if found := re.search(r"^warning: (.*)$", text, re.MULTILINE):
+            return f"{script}: a warning: {normalized(found[1])}"
         if code == -signal.SIGKILL and not step.stop:
             return f"{script}: runs longer than {MAX_SECONDS} s"
         if not stopped and code not in (0, 1):
@@ -586,7 +591,7 @@ def script_words(rng: random.Random, name: str, data: str, run: str) -> list[str
     if "seed" in keys:
         values["seed"] = ["0", "1", str(2**63 - 1)]
     if "data_root" in keys:
-        values["data_root"] = [quoted(data), "nothing"]
+        values["data_root"] = ["data"] if data in ("mnist", "sprites") else [quoted(data), "nothing"]
     fast = {"evaluate": {"k": "5"}, "fidelity": {"n": "5", "repeats": "2"}, "disentanglement": {"images": "200"}}
     chosen = {**fast.get(name, {})} | ({"ckpt": run} if "ckpt" in keys and not run.startswith("runs/") else {})
     for key, options in values.items():
