@@ -3,13 +3,15 @@
 reference: the tutorial's own loop, an item at a time through ToTensor. bare: the same net and batches as ours in a
 plain in-memory loop. train.py: the real command, logging and checkpoints on, in the trainer's presets. floor: the
 matrix products of an epoch alone. Each runs in a process of its own, in turn, so that a machine whose speed drifts
-treats all alike.
+treats all alike. On a CUDA device, `trainer=cuda_graph` is among the presets, and sixteen runs side by side are
+compared with one.
 """
 
 # mypy: disable-error-code="valid-type"
 
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -23,20 +25,24 @@ from pydantic import Field
 
 from betavae.errors import UserError, last_words
 from betavae.running.cli import ScriptSettings, script
-from betavae.running.settings import Count, Flag, Text, kind, one_of
+from betavae.running.settings import Count, Text, kind, one_of
 
 REPO = Path(__file__).parents[1]
 PRESETS = ["default", "default trainer.steps_per_batch=10", "fast"]
+CUDA_PRESETS = ["cuda_graph", "cuda_graph trainer.compile=true"]
+SWEEP_JOBS = 16
 IMAGES, BATCH, HIDDEN, LATENT, PIXELS = 60_000, 128, 400, 20, 784
 
 
 class Settings(ScriptSettings):
     rounds: Count = Field(3, title="of everything in turn; medians and ranges are over rounds")
     epochs: Count = Field(5, title="of each training in a round; the first is warm-up where there are more")
-    presets: kind(list[str], "a list of presets of the trainer", min_length=1) = Field(
-        PRESETS, title="of the trainer, with what changes them"
+    presets: kind(list[str] | None, "null or a list of presets of the trainer") = Field(
+        None, title="presets of the trainer, each with its changes; null: all that the device has"
     )
-    quality: Flag = Field(True, title="also the time to the tutorial's result (adds a minute per round)")
+    quality: kind(bool | None, "null, true or false") = Field(
+        None, title="also the time to the tutorial's result (a minute per round); null: only on a CPU"
+    )
     data_root: Text = Field("data", title="the data folder")
     only: one_of(lambda: [None, "reference", "bare", "floor"]) = Field(
         None, title="run one part in this process and print its numbers: reference, bare, floor"
@@ -180,6 +186,23 @@ def train(overrides: list[str], settings: Settings, folder: Path) -> dict[str, A
     return json.loads((run / "metrics.json").read_text()) | {"process_seconds": seconds, "memory_gb": memory}
 
 
+def sweep(settings: Settings, folder: Path) -> dict[str, Any]:
+    """Train one run and `SWEEP_JOBS` runs side by side on one device, ten epochs each, and time the whole commands."""
+    root = Path(settings.data_root).absolute()
+    command = [str(REPO / "train.py"), "experiment=tutorial", "trainer=cuda_graph", f"data.root='{root}'"]
+    _, one, _ = measured([*command, "hydra.run.dir=one"], folder)
+    side_by_side = [
+        *("-m", "hydra/launcher=joblib", f"hydra.launcher.n_jobs={SWEEP_JOBS}", f"seed=range({SWEEP_JOBS})"),
+        "hydra.sweep.dir=many",
+    ]
+    _, many, _ = measured([*command, *side_by_side], folder)
+    fit = json.loads((folder / "one" / "metrics.json").read_text())["fit_seconds"]
+    jobs = [json.loads(path.read_text()) for path in folder.glob("many/*/metrics.json")]
+    for name in ("one", "many"):
+        shutil.rmtree(folder / name)
+    return {"one": one, "many": many, "one_fit": fit, "many_fit": [job["fit_seconds"] for job in jobs]}
+
+
 def spread(values: list[float]) -> str:
     return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
@@ -191,6 +214,7 @@ def main(settings: Settings) -> None:
         print(json.dumps(loop(settings.data_root, settings.epochs)))
         return
 
+    import torch
     from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
     from betavae.data import mnist
@@ -201,9 +225,12 @@ def main(settings: Settings) -> None:
     root.mkdir(parents=True, exist_ok=True)
     for split in ("train", "test"):
         mnist(root, split)  # unpacked
+    cuda = torch.cuda.is_available()
+    presets = settings.presets or PRESETS + CUDA_PRESETS * cuda
+    quality = settings.quality if settings.quality is not None else not cuda
     warm = slice(1 if settings.epochs > 1 else 0, None)
     results: dict[str, list[Any]] = {}
-    steps = 3 + len(settings.presets) + 2 * settings.quality
+    steps = 3 + len(presets) + 2 * quality + cuda
     bar = Tqdm(total=settings.rounds * steps, desc="benchmark", file=sys.stderr)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -216,16 +243,18 @@ def main(settings: Settings) -> None:
             note("floor", part("floor", settings, folder, 1))
             note("reference", part("reference", settings, folder, settings.epochs))
             note("bare", part("bare", settings, folder, settings.epochs))
-            for preset in settings.presets:
+            for preset in presets:
                 epochs = f"trainer.max_epochs={settings.epochs}"
                 overrides = ["experiment=tutorial", *f"trainer={preset}".split(), epochs]
                 note(f"train.py trainer={preset}", train(overrides, settings, folder))
-            if settings.quality:
+            if quality:
                 note("reference, 10 epochs", part("reference", settings, folder, 10))
                 note("speedrun", train(["experiment=speedrun"], settings, folder))
+            if cuda:
+                note("sweep", sweep(settings, folder))
     bar.close()
 
-    loops = ["reference", "bare", *(f"train.py trainer={preset}" for preset in settings.presets)]
+    loops = ["reference", "bare", *(f"train.py trainer={preset}" for preset in presets)]
     epoch = {name: [statistics.median(r["epoch_seconds"][warm]) for r in results[name]] for name in loops}
     rounds = settings.rounds
     print(f"seconds per epoch of {IMAGES:,} images: median (range) of {rounds} rounds; ratios are within a round\n")
@@ -244,13 +273,13 @@ def main(settings: Settings) -> None:
         if not name.endswith("fast"):  # which multiplies in another precision
             ratios = [a / b for a, b in zip(epoch[name], epoch["bare"], strict=True)]
             print(f"{name} over the bare loop: {spread(ratios)}")
-    if settings.quality:
+    if quality:
         slow, quick = results["reference, 10 epochs"], results["speedrun"]
         fits = [sum(a["epoch_seconds"]) / sum(b["epoch_seconds"]) for a, b in zip(slow, quick, strict=True)]
         processes = [a["process_seconds"] / b["process_seconds"] for a, b in zip(slow, quick, strict=True)]
         print("\nto the tutorial's result after 10 epochs, reference against experiment=speedrun")
-        quality = [r["neg_elbo"] for r in slow], [r["test"]["neg_elbo"] for r in quick]
-        print(f"  test neg. ELBO     {spread(quality[0])}, {spread(quality[1])}")
+        results_of = [r["neg_elbo"] for r in slow], [r["test"]["neg_elbo"] for r in quick]
+        print(f"  test neg. ELBO     {spread(results_of[0])}, {spread(results_of[1])}")
         print(
             f"  training seconds   {spread([sum(r['epoch_seconds']) for r in slow])}, "
             f"{spread([sum(r['epoch_seconds']) for r in quick])}: {spread(fits)} times sooner"
@@ -259,6 +288,14 @@ def main(settings: Settings) -> None:
             f"  whole process      {spread([r['process_seconds'] for r in slow])}, "
             f"{spread([r['process_seconds'] for r in quick])}: {spread(processes)} times sooner"
         )
+
+    if cuda:
+        ratios = [r["many"] / r["one"] for r in results["sweep"]]
+        print(f"\n{SWEEP_JOBS} runs side by side against one, trainer=cuda_graph, ten epochs, whole commands")
+        one, many = ([r[name] for r in results["sweep"]] for name in ("one", "many"))
+        print(f"  seconds            {spread(many)} against {spread(one)}: {spread(ratios)} times as long")
+        alone, beside = [r["one_fit"] for r in results["sweep"]], [s for r in results["sweep"] for s in r["many_fit"]]
+        print(f"  training seconds   {spread(beside)} each against {spread(alone)}")
 
     with writing(Path(settings.out).with_suffix(".json")) as path:
         path.write_text(json.dumps({"made_by": STAMP} | results, indent=1) + "\n")

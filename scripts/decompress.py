@@ -22,10 +22,11 @@ def main(settings: Settings) -> None:
 
         from betavae.running import checkpoint
         from betavae.uses.compressed_file import image_files, read_file, write_images
-        from betavae.uses.compression import decompress
+        from betavae.uses.compression import check_model, decompress
 
     run = checkpoint.load(settings.ckpt, settings.runs)
     compressed, out = read_file(Path(settings.file)), Path(settings.out)
+    check_model(run.vae, compressed)
     image_files(compressed.names, compressed.count, out)
     with tqdm(total=compressed.count, desc="decompressing", unit=" images", disable=None) as bar:
         images = decompress(run.vae, compressed, bar.update)

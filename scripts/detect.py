@@ -34,10 +34,12 @@ def main(settings: Settings) -> None:
         from betavae.files import made_here
         from betavae.running import checkpoint
         from betavae.running.inputs import is_set, named_images
-        from betavae.running.run_folder import REPORT, put_mark
+        from betavae.running.run_folder import REPORT, check_mark, put_mark
         from betavae.uses import anomaly_report
         from betavae.uses.anomalies import false_alarm_rate
 
+    out = Path(settings.out).expanduser()
+    check_mark(out, REPORT, "out")  # before what takes a while
     run = checkpoint.load(settings.ckpt, settings.runs)
     found = named_images(run, settings.images, settings.data_root)
     inside: list[bool] | None = None
@@ -56,7 +58,6 @@ def main(settings: Settings) -> None:
     anomaly_report.check_score(detector, settings.score)
     calibration = len(detector.state["calibration"][settings.score])
     rate = false_alarm_rate(settings.alarm, calibration)
-    out = Path(settings.out).expanduser()
     put_mark(out, REPORT, "out")
     result = anomaly_report.scored(detector, found.pixels, settings.score, settings.alarm)
     if inside is None and made_here(out / "roc.png"):

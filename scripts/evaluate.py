@@ -42,6 +42,15 @@ def main(settings: Settings) -> None:
     set_float32_precision(settings.matmul_precision)
     run = checkpoint.load(settings.ckpt, settings.runs)
     x, labels = (part[: settings.first] for part in run.images("test", settings.data_root))
+    train = None  # loaded before hours of sampling, since its images may have changed
+    if settings.probes and find_spec("sklearn") is None:
+        print('classification of the labels left out: it comes with `pip install -e ".[evaluation]"`')
+    elif settings.probes and len(labels.unique()) < 2:
+        print("classification of the labels left out: there is one class")
+    elif settings.probes and labels.ndim > 1:
+        print("classification of the labels left out: these data have several factors in place of one label")
+    elif settings.probes:
+        train = run.subset("train", settings.data_root)
     device = settings.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -75,13 +84,9 @@ def main(settings: Settings) -> None:
             "sampling_seconds": round(seconds, 1),
         }
         result |= summary(per_image, ks)
-        if settings.probes and find_spec("sklearn") is None:
-            print('classification of the labels left out: it comes with `pip install -e ".[evaluation]"`')
-        elif settings.probes and len(labels.unique()) < 2:
-            print("classification of the labels left out: there is one class")
-        elif settings.probes and labels.ndim == 1:
-            train, train_labels = run.images("train", settings.data_root)
-            result |= probes(posterior_means(vae, train), train_labels, per_image.mean.float(), labels)
+        if train is not None:
+            means = posterior_means(vae, train.pixels.float() / 255)
+            result |= probes(means, train.labels, per_image.mean.float(), labels)
         path.write_text(json.dumps(result, indent=2) + "\n")
     print("\n".join(evaluation.lines(result)))
     kept.unlink(missing_ok=True)

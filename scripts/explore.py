@@ -53,7 +53,7 @@ def main(settings: Settings) -> None:
     listening = server.listen(settings.host, settings.port)
     named = settings.ckpt if isinstance(settings.ckpt, list) else [settings.ckpt]
     runs = [checkpoint.load(path, settings.runs) for name in named for path in members(name)]
-    detectors = [anomaly_report.detector_if_kept(run, settings.data_root) for run in runs]
+    detectors = [anomaly_report.detector_if_kept(run) for run in runs]
     explorer = explore(runs, settings.data_root, [detector and detector.p_values for detector in detectors])
     url, warning = server.reach(listening)
     print("\n".join(str(run.path) for run in runs))

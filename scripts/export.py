@@ -42,7 +42,7 @@ def main(settings: Settings) -> None:
         state = {f"vae.{key}": value for key, value in run.vae.state_dict().items()}
         content = {"betavae_format": checkpoint.FORMAT, "hyper_parameters": run.settings, "state_dict": state}
         if data:
-            content["datamodule_hyper_parameters"] = data | {"root": "data"}
+            content |= {"datamodule_hyper_parameters": data | {"root": "data"}, "fingerprints": run.fingerprints}
         found = {name: read_json(run.folder / f"{name}.json") for name in ("metrics", "evaluation", "fidelity")}
         own = str(run.path.relative_to(run.folder))
         # Of this checkpoint, and not of one that had its name before.

@@ -38,7 +38,7 @@ def main(settings: Settings) -> None:
         from betavae import pictures
         from betavae.errors import UserError
         from betavae.files import STAMP, writing
-        from betavae.kept import digest, provenance
+        from betavae.kept import digest
         from betavae.measures import features, fidelity
         from betavae.running import checkpoint
         from betavae.running.run_folder import read_json
@@ -63,21 +63,19 @@ def main(settings: Settings) -> None:
     order = torch.randperm(len(x), generator=generator)
     x, labels = x[order], labels[order]
 
-    data = provenance(run.datamodule(settings.data_root))
     made_with: dict[str, Any] = {
         "made_by": STAMP,
         "checkpoint": str(run.path.relative_to(run.folder)),
         "sha256": digest(run.path),
-        "data": data,
+        "data": run.data["name"],
         **{"images": n, "repeats": settings.repeats, "reference": len(x), "seed": settings.seed},
     }
     classifier: features.Classifier | None = None
     space: Callable[[Tensor], Tensor] = fidelity.pixels
     everything = datamodule.load("train")
     if labels.ndim == 1 and len(labels.unique()) > 1 and len(everything) >= features.FEWEST:
-        which = {key: value for key, value in data.items() if key not in ("validation_size", "binarize")}
         path = Path(settings.runs) / "features" / f"{run.data['name']}.pt"
-        classifier, accuracy = features.trained(path, which, everything, datamodule.load("test"))
+        classifier, accuracy = features.trained(path, everything, datamodule.load("test"))
         space = classifier.features
         made_with["features"] = {"sha256": digest(path), "test_accuracy": accuracy}
         print(f"features of a classifier with test accuracy {accuracy:.2%}, {path}")
@@ -109,7 +107,7 @@ def main(settings: Settings) -> None:
         for name in [*names, "reconstructions", "test images"]:
             parts = floats(x_test)
             if name in SAMPLERS:
-                sampler = fitted(name, run.vae, training, data, run.path, run.folder)
+                sampler = fitted(name, run.vae, training, run.path, run.folder)
                 latents[name] = sampler.sample(total, torch.Generator().manual_seed(settings.seed))
                 parts = decoded(latents[name])
             elif name == "reconstructions":

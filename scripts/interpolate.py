@@ -28,6 +28,9 @@ def main(settings: Settings) -> None:
 
     run = checkpoint.load(settings.ckpt, settings.runs)
     chosen = settings.images
+    for key in ("digits", "rows"):
+        if chosen is not None and getattr(settings, key) != Settings.model_fields[key].default:
+            raise UserError(f"{key}={getattr(settings, key)} goes without images")
     if chosen is not None and not all(isinstance(image, int) for image in chosen):
         if not isinstance(chosen, str) and any(isinstance(image, int) for image in chosen):
             raise UserError(f"images={chosen} cannot be: it must be two numbers, or two pictures")

@@ -5,11 +5,10 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-
 from betavae.errors import UserError
 from betavae.running.cli import RunsSettings, script
-from betavae.sweeping.jobs import INCIDENTAL
+from betavae.running.yaml_files import read_yaml
+from betavae.sweeping.jobs import INCIDENTAL, flat_settings
 
 # What may differ between runs of one row.
 SEEDS = ("seed", "data.seed", "data.root", *INCIDENTAL)
@@ -50,16 +49,13 @@ def main(settings: Settings) -> None:
         try:
             evaluation = json.loads(path.read_text())
             run = json.loads((path.parent / "metrics.json").read_text()) | {"evaluation": evaluation}
-            run["overrides"] = OmegaConf.to_container(OmegaConf.load(path.parent / "overrides.yaml"))
-            config = OmegaConf.load(path.parent / "config.yaml")
+            run["overrides"] = read_yaml(path.parent / "overrides.yaml", list)
+            config = flat_settings(read_yaml(path.parent / "config.yaml"))
         except (OSError, ValueError) as error:
             raise UserError(f"{path.parent} is not a whole run that was evaluated ({error})") from error
-        if not isinstance(config, DictConfig):
-            raise UserError(f"{path.parent / 'config.yaml'} is damaged")
-        for key in SEEDS:
-            OmegaConf.update(config, key, None)
+        config = {key: value for key, value in config.items() if key not in SEEDS}
         title = f"{evaluation['data']}, {evaluation['likelihood']} likelihood, {evaluation['images']:,} test images"
-        key = f"{OmegaConf.to_yaml(config)} {evaluation['k']}"
+        key = f"{config} {evaluation['k']}"
         tables.setdefault(f"{title}: {evaluation['note']}", {}).setdefault(key, []).append(run)
     if not tables:
         how = "`python scripts/evaluate.py ckpt=RUN_FOLDER` makes one"

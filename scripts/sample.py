@@ -34,7 +34,6 @@ def main(settings: Settings) -> None:
 
         from betavae import pictures
         from betavae.errors import UserError
-        from betavae.kept import provenance
         from betavae.running import checkpoint
         from betavae.uses.sampling import MOST_IMAGES, fitted
 
@@ -49,7 +48,6 @@ def main(settings: Settings) -> None:
             settings.sampler,
             run.vae,
             lambda: run.images("train", settings.data_root, MOST_IMAGES),
-            provenance(run.datamodule(settings.data_root)),
             run.path,
             run.folder,
             settings.digit,

@@ -352,14 +352,16 @@ def test_images_that_are_not_those_of_the_training_are_refused(tmp_path):
     run(*tiny, "callbacks.figures_every=0", cwd=tmp_path)
     np.save(tmp_path / "more.npy", x)
     said = run("images=x.npy", "data_root=more.npy", cwd=tmp_path, script="scripts/detect.py", code=1)
-    assert said.startswith("error: the data in more.npy are not those that this model was trained with")
+    assert said.startswith("error: more.npy: the validation images have changed since runs/")
     assert not (tmp_path / "anomalies").exists()
     folder = max((tmp_path / "runs").iterdir())
     before = (folder / "checkpoints" / "best.ckpt").read_bytes(), (folder / "metrics.json").read_text()
     said = run(f"resume={folder}", "trainer.max_epochs=9", "data.root=more.npy", cwd=tmp_path, code=1)
-    assert said.startswith("error: resume: the data in more.npy are not those that this run began with")
+    assert said.startswith("error: resume: more.npy: the train, validation, test images have changed since this run")
     assert before == ((folder / "checkpoints" / "best.ckpt").read_bytes(), (folder / "metrics.json").read_text())
     # What cannot be is said before anything is written, too.
+    said = run("images=x.npy", "out=.", cwd=tmp_path, script="scripts/detect.py", code=1)
+    assert "is not empty and not a report of betavae" in said and not list(folder.glob("*.pt"))
     text = run("images=x.npy", "alarm=0.001", cwd=tmp_path, script="scripts/detect.py", code=1)
     assert "alarm=0.001 needs at least 999 validation images, and there are 100" in text
     assert not (tmp_path / "anomalies").exists()

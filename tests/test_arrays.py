@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from betavae.data.arrays import arrays
-from betavae.data.images import Subset, count_of
+from betavae.data.images import Subset
+from betavae.data.splits import count_of
 from betavae.errors import UserError
 
 RNG = np.random.default_rng(0)

@@ -1,16 +1,19 @@
 """Real mistakes: each gets one sentence that names the key or the file, and nothing is written or lost."""
 
 import hashlib
+import io
 import pickle
 import re
 import shutil
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from betavae.data import mnist
+from betavae.data.dsprites import FILE as DSPRITES
 from betavae.errors import UserError
 from betavae.running import checkpoint
 from tests.commands import REPO, TINY, fresh, run
@@ -100,6 +103,7 @@ def refused(place: Path, script: str, *args: str) -> str:
         ("trainer.precision=12", "trainer.precision=12 .*32-true"),
         ("trainer.precision=16-mixed trainer.accelerator=cpu", "trainer.precision=16-mixed .*GPU"),
         ("trainer.devices=4096 trainer.accelerator=cpu", "trainer.devices=4096 .*cores"),
+        ("trainer=cuda_graph trainer.accelerator=cpu", "trainer.cuda_graph=true .*needs a CUDA device"),
         ("trainer=fast optimizer.name=LBFGS", "trainer.steps_per_batch=10 .* make it 1"),
         ("trainer.max_time=soon", "trainer.max_time=soon .*DD:HH:MM:SS"),
         ("trainer.limit_train_batches=0.00001", "limit_train_batches"),
@@ -132,7 +136,9 @@ def test_training_refuses(place, mistake, said):
         ("sample", "n=many", "n=many"),
         ("sample", "temperature=-1", "temperature=-1"),
         ("sample", "out=/proc/nowhere/x.png", "out: .*/proc/nowhere"),
-        ("sample", "out=x.nope", "out: .*x.nope"),
+        ("sample", "out=x.nope", "out=x.nope is invalid: expected a name that ends in .png, .jpg"),
+        ("sample", "out=x.svg", "out=x.svg is invalid: expected a name that ends in .png, .jpg"),
+        ("traverse", "out=x.gif", "out=x.gif is invalid: .* .tiff, .pdf, .svg"),
         ("sample", "ckpt=nowhere", "ckpt: nowhere does not exist"),
         ("sample", "ckpt=data", "ckpt: data is a folder"),
         ("sample", "nn=3", "nn is not a setting; did you mean n?"),
@@ -140,6 +146,7 @@ def test_training_refuses(place, mistake, said):
         ("sample", "ckpt=null runs=data", "no finished run under data"),
         ("interpolate", "digits=[3,12]", "digits=\\[3, 12\\]"),
         ("interpolate", "digits=[3]", "digits=\\[3\\]"),
+        ("interpolate", "images=[1,2] rows=3", "rows=3 goes without images"),
         ("interpolate", "images=[1,10000]", "images=\\[1, 10000\\] .*9999"),
         ("traverse", "image=10000", "image=10000 .*9999"),
         ("manifold", "size=8", "latent_dim=2"),
@@ -178,14 +185,21 @@ def broken_checkpoints(good: Path, folder: Path, victim: Path) -> dict[str, str]
     torch.save({"state_dict": {"w": torch.zeros(3)}, "epoch": 3}, folder / "others")
     torch.save(torch.zeros(3), folder / "tensor")
     saved("newer", betavae_format=checkpoint.FORMAT + 1)
+    saved("older", betavae_format=checkpoint.FORMAT - 1)
     settings = content["hyper_parameters"]
     for name, change in {
         "shapes": {"latent_dim": 7},
         "huge": {"latent_dim": 10**9},
         "network": {"network": "os.system"},
         "target": {"_target_": "os.system", "command": f"touch {victim}"},
+        "deep": {"network": "resnet", "blocks": 10**9},
     }.items():
         saved(name, hyper_parameters=settings | {"model": settings["model"] | change})
+    wide = settings["model"] | {"hidden_dims": [10_000]}
+    weights = {f"vae.{key}": torch.zeros(1).expand(shape) for key, shape in checkpoint.model_shapes(wide, 100).items()}
+    saved("strides", hyper_parameters=settings | {"model": wide}, state_dict=weights)
+    data = content["datamodule_hyper_parameters"] | {"name": "folder", "root": str(folder), "image_size": 10**6}
+    saved("pictures", datamodule_hyper_parameters=data)
     torch.save(content | {"attack": Attack(victim)}, folder / "pickle")
     (folder / "bare_pickle").write_bytes(pickle.dumps(Attack(victim)))
     torch.save(Attack(victim), folder / "old_format", _use_new_zipfile_serialization=False)
@@ -196,13 +210,17 @@ def broken_checkpoints(good: Path, folder: Path, victim: Path) -> dict[str, str]
             )
     return {
         **dict.fromkeys(("empty", "text", "truncated", "bare_pickle", "old_format", "pickle"), "damaged or not a"),
-        "flipped": "checksum",
+        "flipped": "Bad CRC",
         **dict.fromkeys(("others", "tensor"), "not one of betavae"),
-        "newer": "newer betavae",
+        "newer": f"this betavae reads format {checkpoint.FORMAT}; update betavae",
+        "older": "; train the model again",
         **dict.fromkeys(("shapes", "huge"), "do not fit"),
         "network": "model.network=os.system",
         "target": "_target_",
         "bomb": "unpacks to more",
+        "deep": "fewer than its settings ask for",
+        "strides": "more memory than its size allows",
+        "pictures": "data.image_size=1000000 is not the size",
     }
 
 
@@ -212,15 +230,14 @@ def test_a_checkpoint_that_is_broken_or_hostile(place, tmp_path):
         sentence = refused(place, "scripts/sample.py", f"ckpt={tmp_path / name}")
         assert said in sentence and str(tmp_path / name) in sentence, (name, sentence)
         assert not victim.exists(), name
-        if name not in ("huge", "target", "network"):
-            # The same as the last checkpoint of a run that is to go on.
-            copy = tmp_path / f"run_{name}"
-            shutil.copytree(place / "run", copy)
-            interrupt(copy)
-            shutil.copy(tmp_path / name, copy / "checkpoints" / "last.ckpt")
-            before = contents(copy)
-            sentence = refused(place, "train.py", f"resume={copy}")
-            assert "last.ckpt" in sentence and contents(copy) == before
+        # The same as the last checkpoint of a run that is to go on.
+        copy = tmp_path / f"run_{name}"
+        shutil.copytree(place / "run", copy)
+        interrupt(copy)
+        shutil.copy(tmp_path / name, copy / "checkpoints" / "last.ckpt")
+        before = contents(copy)
+        sentence = refused(place, "train.py", f"resume={copy}")
+        assert said in sentence and "last.ckpt" in sentence and contents(copy) == before, (name, sentence)
         assert not victim.exists(), name
 
 
@@ -247,7 +264,7 @@ def test_a_config_that_is_hostile(place, tmp_path):
     for number, text in enumerate(
         (
             f"model: !!python/object/apply:os.system ['touch {victim}']",
-            f"name: ${{run_dir:null,{victim}}}",
+            f"trainer: {{max_epochs: '${{run_dir:null,{victim}}}'}}",
             f"model: {{_target_: os.system, command: 'touch {victim}'}}",
             "model: [",
             "- 1",
@@ -256,8 +273,7 @@ def test_a_config_that_is_hostile(place, tmp_path):
         copy = tmp_path / f"run{number}"
         shutil.copytree(place / "run", copy)
         interrupt(copy)
-        with open(copy / "config.yaml", "a" if text.startswith("name") else "w") as file:
-            file.write(text + "\n")
+        (copy / "config.yaml").write_text(text + "\n")
         assert "config.yaml" in refused(place, "train.py", f"resume={copy}")
         assert not victim.exists()
 
@@ -279,8 +295,24 @@ def test_without_asserts_a_damaged_config_is_said_to_be_all_the_same(place, tmp_
     (copy / "config.yaml").write_text("- 1\n")
     before = contents(copy)
     text = fresh("-O", str(REPO / "train.py"), f"resume={copy}", cwd=place, code=1)
-    assert text == refused(place, "train.py", f"resume={copy}") and "is damaged" in text
+    assert text == refused(place, "train.py", f"resume={copy}") and "does not hold the settings of a run" in text
     assert contents(copy) == before
+
+
+def test_an_interpolation_in_a_config_is_never_resolved(place, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(place / "run", copy)
+    text = (copy / "config.yaml").read_text()
+    hostile = {"name:": f"name: ${{run_dir:null,{tmp_path}/victim}}", "  precision:": "  precision: ${oc.env:HOME}"}
+    for key, line in hostile.items():
+        interrupt(copy)
+        (copy / "config.yaml").write_text(re.sub(f"(?m)^{key}.*", line, text))
+        if key == "name:":
+            run(f"resume={copy}", "trainer.max_epochs=3", cwd=place)
+            assert line in (copy / "config.yaml").read_text()
+        else:
+            assert "precision=${oc.env:HOME} " in refused(place, "train.py", f"resume={copy}")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def interrupt(run_folder: Path) -> None:
@@ -313,6 +345,36 @@ def test_data_files_that_are_harmed(data_root, tmp_path):
     file.unlink()
     (file.parent / "train-labels-idx1-ubyte").unlink()
     assert mnist(tmp_path, "train").pixels.shape == (60_000, 1, 28, 28)
+
+
+@pytest.mark.parametrize("kind", ["lzma", "claim", "parquet"])
+def test_small_files_of_data_that_claim_too_much(place, tmp_path, kind):
+    """By compression without a limit, by a shape of more bytes than there are, and by runs of one value."""
+    if kind == "parquet":
+        pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        columns = {name: pyarrow.array(np.zeros(10**6, np.float32)) for name in ("name", "mean_0", "mean_1", "mean_2")}
+        parquet.write_table(pyarrow.table(columns), tmp_path / "x.parquet", compression="zstd")
+    else:
+        method, count = (zipfile.ZIP_LZMA, 10**6) if kind == "lzma" else (zipfile.ZIP_DEFLATED, 10**14)
+        with zipfile.ZipFile(tmp_path / "x.npz", "w", method) as file:
+            for name, shape in (
+                ("images", (count, 4, 2)),
+                ("mean", (count, 3)),
+                ("names", (count,)),
+                ("imgs", (count, 8, 8)),
+            ):
+                header = io.BytesIO()
+                dtype = {"mean": "<f4", "names": "<U1"}.get(name, "|u1")
+                np.lib.format.write_array_header_1_0(header, {"descr": dtype, "fortran_order": False, "shape": shape})
+                file.writestr(f"{name}.npy", header.getvalue() + bytes(10**6 * 16 if kind == "lzma" else 1000))
+    path = next(tmp_path.iterdir())
+    assert path.stat().st_size < 50_000
+    assert str(path) in refused(place, "scripts/decode.py", "ckpt=run", f"latents={path}")
+    if kind != "parquet":
+        assert str(path) in refused(place, "scripts/encode.py", "ckpt=run", f"images={path}")
+        assert str(path) in refused(place, "train.py", "data=arrays", f"data.root={path}")
+        shutil.copy(path, tmp_path / DSPRITES)
+        assert DSPRITES in refused(place, "train.py", "data=dsprites", f"data.root={tmp_path}")
 
 
 def test_as_a_shell_sees_it(place):

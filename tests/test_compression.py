@@ -203,6 +203,8 @@ def test_another_model_is_refused():
     next(other.parameters()).view(-1)[0].add_(1e-6)
     with refused("another model"):
         decompress(other, compressed)
+    with refused("another model"):  # whose images are larger than the file says
+        decompress(vae, replace(compressed, image_shape=[1, 1, 1]))
     relu = VAE("mlp", [6], 2, "relu", "logistic_mixture", (1, 4, 3))
     relu.load_state_dict(vae.state_dict())
     with refused("another model"):
@@ -296,43 +298,46 @@ def with_header(whole, change):
         {"initial_bits": 10**400},
         {"model": 5},
         {"images": "0" * 63},
-        {"names": "twelve"},
-        {"names": list(range(12))},
+        {"batches": [12] * 10_000},  # more images than there are bytes
+        {"image_shape": [3, 2**16, 2**16]},
         {"names": ["one"]},
-        {"names": ["\0", *"abcdefghijk"]},
-        {"names": ["\ud800", *"abcdefghijk"]},
         {"another": 1},
     ],
     ids=str,
 )
 def test_a_header_that_nobody_wrote_is_refused(file, changes):
     def change(header):
-        return lzma.compress(json.dumps(json.loads(lzma.decompress(header)) | changes).encode(), lzma.FORMAT_ALONE)
+        fields = lzma.decompress(header).partition(b"\n")[0]  # without names, whose number may be wrong too
+        return packed(json.dumps(json.loads(fields) | changes).encode())
 
     file.write_bytes(with_header(file.read_bytes(), change))
     with refused("header that this project does not write"):
         read_file(file)
 
 
-def test_a_header_that_is_none_is_refused(file, monkeypatch):
+def test_a_header_that_is_none_is_refused(file):
     whole = file.read_bytes()
+    fields, _, names = lzma.decompress(with_header_of(whole)).partition(b"\n")
     lacking = b'{"batches": [12]}'
     for header in (b"", b"[", b"[1]", b"null", b"\xff", b"[" * 10**5, b"9" * 5000, lacking):
-        file.write_bytes(with_header(whole, lambda _, header=header: lzma.compress(header, lzma.FORMAT_ALONE)))
+        file.write_bytes(with_header(whole, lambda _, header=header: packed(header)))
         with refused("header that this project does not write"):
             read_file(file)
     for raw in (b"", b"not LZMA", b"\x5d\xff\xff\xff\xff" + b"\xff" * 8 + b"\0" * 9):  # a dictionary of 4 GB
         file.write_bytes(with_header(whole, lambda _, raw=raw: raw))
         with refused("header that this project does not write"):
             read_file(file)
-    # What would be a header, were its million spaces unpacked.
-    monkeypatch.setattr(compressed_file, "LARGEST_HEADER", 10**5)
-    spaces = lzma.compress(b" " * 10**6 + lzma.decompress(with_header_of(whole)), lzma.FORMAT_ALONE)
-    file.write_bytes(with_header(whole, lambda _: spaces))
-    with refused("header that this project does not write"):
-        read_file(file)
-    monkeypatch.undo()
+    # Other numbers of names, and what would be a header, were its million spaces unpacked.
+    for header in (fields + b"\n", fields + b"\n" + names + b"\0", b" " * 2**21 + fields + b"\n" + names):
+        file.write_bytes(with_header(whole, lambda _, header=header: packed(header)))
+        with refused("header that this project does not write"):
+            read_file(file)
+    file.write_bytes(with_header(whole, lambda _: packed(fields + b"\n" + names)))
     assert read_file(file).count == 12
+
+
+def packed(header):
+    return lzma.compress(header, lzma.FORMAT_ALONE)
 
 
 def with_header_of(whole):
@@ -352,11 +357,26 @@ def test_names_that_count_up_cost_next_to_nothing(file):
     assert sizes[1] - sizes[0] < 4096  # less than a byte each
 
 
+def test_images_of_next_to_no_bits_take_a_byte_each(tmp_path):
+    """Or a file could claim any number of images."""
+    vae, images = small("bernoulli"), torch.zeros(20_000, 1, 4, 3, dtype=torch.uint8)
+    vae.decoder[-2].bias.fill_(-30)
+    for parameter in (vae.encoder[-1].weight, vae.encoder[-1].bias, vae.decoder[-2].weight):
+        parameter.zero_()
+    compressed = compress(vae, images)
+    assert len(compressed.payload) == 20_060
+    names = [f"ü/{i}\udcff.png" for i in range(len(images))]
+    write_file(tmp_path / "a", replace(compressed, names=names))
+    assert torch.equal(decompress(vae, read_file(tmp_path / "a")), images) and read_file(tmp_path / "a").names == names
+    with refused("names of the images are too long"):
+        write_file(tmp_path / "a", replace(compressed, names=[f"{i:0200}" for i in range(len(images))]))
+
+
 def test_a_newer_format_is_named(file, monkeypatch):
-    monkeypatch.setattr(compressed_file, "FORMAT", 3)
+    monkeypatch.setattr(compressed_file, "FORMAT", 4)
     write_file(file, read_only := compress(small(), noise(2)))
     monkeypatch.undo()
-    with refused("has format 3"):
+    with refused("has format 4"):
         read_file(file)
     write_file(file, read_only)  # it is a file of this project all the same
     assert read_file(file) == read_only

@@ -4,6 +4,7 @@ import inspect
 import re
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
@@ -13,6 +14,7 @@ from betavae.running.building import build
 from betavae.running.resuming import Signals
 from betavae.running.run_folder import RunFolder
 from betavae.running.settings import check_settings, plain, validated
+from betavae.running.training import flat
 from tests.commands import REPO, module_of
 
 CONFIGS = REPO / "configs"
@@ -41,6 +43,10 @@ def test_option_builds(option, data_root, tmp_path):
     if cfg.data.name != "mnist":  # whose images are not on this machine
         ImageDataModule(**plain(cfg.data))
         cfg.data = composed(f"data.root={data_root}").data
+    if cfg.trainer.cuda_graph and not torch.cuda.is_available():
+        with pytest.raises(UserError, match="needs a CUDA device"):
+            build(plain(cfg), RunFolder(tmp_path), Signals())
+        return
     datamodule, module, trainer = build(plain(cfg), RunFolder(tmp_path), Signals())
     assert not any(tmp_path.iterdir())
     assert trainer.max_epochs == cfg.trainer.max_epochs
@@ -49,6 +55,21 @@ def test_option_builds(option, data_root, tmp_path):
     # What goes into the checkpoint is plain: it survives a round trip through YAML unchanged.
     hparams = dict(module.hparams)
     assert OmegaConf.to_container(OmegaConf.create(OmegaConf.to_yaml(OmegaConf.create(hparams)))) == hparams
+
+
+def test_a_column_of_hparams_has_values_of_one_type():
+    """Else TensorBoard shows it and does not filter by it: null beside 1.0, false beside a mode, 1 beside auto."""
+    groups = [f"objective={name}" for name in ("elbo", "iwae", "dreg", "tc", "dip", "capacity")]
+    other = ["trainer.gradient_clip_val=1.0", "trainer.compile=default", "trainer.deterministic=warn"]
+    other += ["trainer.devices=auto", "trainer.max_time=00:00:00:09", "trainer.limit_train_batches=20"]
+    tables = [flat(composed(*words)) for words in ([], other, ["trainer.devices=[0]"], *([group] for group in groups))]
+    tables += [flat(composed("objective=dreg", "objective.resample=2", "trainer.compile=true"))]
+    columns: dict[str, set[str]] = {}
+    for table in tables:
+        for key, value in table.items():
+            columns.setdefault(key, set()).add("number" if isinstance(value, float | int) else type(value).__name__)
+    assert all(len(types) == 1 for types in columns.values()), columns
+    assert columns["trainer.gradient_clip_val"] == columns["objective.resample"] == columns["beta"] == {"number"}
 
 
 def test_presets_of_the_trainer_go_over_experiments_and_combine():

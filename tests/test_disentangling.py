@@ -129,6 +129,18 @@ def test_tcs_gradient_is_that_of_finite_differences(vae, x):
         assert ((above - below) / 2e-5).item() == pytest.approx(gradient[place].item(), rel=1e-5, abs=1e-8)
 
 
+@pytest.mark.parametrize("images", [1, 7])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_one_latent_dimension_and_one_image_are_enough(x, name, images):
+    own = {"dip": {"variant": "i", "off_diagonal": 2.0, "diagonal": 5.0}, "capacity": {"gamma": 9.0}}
+    objective = chosen({"name": name, "kl_parts": True, "images": 9, **own.get(name, {})})
+    vae = VAE(**SMALL | {"latent_dim": 1}).double()
+    terms = objective(vae, x[:images], torch.randn(2, images, 1, dtype=torch.float64), 2.0)
+    terms.loss.backward()
+    assert terms.loss.isfinite() and all(value.isfinite() for value in terms.sums().values())
+    assert all(weight.grad.isfinite().all() for weight in vae.parameters())
+
+
 @pytest.mark.parametrize("variant", ["i", "ii"])
 def test_dip_prices_a_covariance_that_is_not_the_identity(vae, x, variant):
     noise = torch.randn(1, 7, 3, dtype=torch.float64)

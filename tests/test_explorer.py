@@ -30,6 +30,7 @@ pytest.importorskip("starlette", reason='the explorer needs pip install -e ".[ex
 
 from starlette.testclient import TestClient
 
+from betavae.data.fingerprint import fingerprint
 from betavae.data.pictures import read_picture
 from betavae.kept import kept
 from betavae.uses import anomaly_report
@@ -84,15 +85,14 @@ def test_runs_of_different_data_or_too_many_are_refused(data_root):
 
 
 def test_runs_of_one_folder_of_pictures_are_of_the_same_data_wherever_it_is_kept(tmp_path):
-    for name in ("ours", "theirs"):
-        np.save(tmp_path / f"{name}.npy", np.random.default_rng(len(name)).integers(0, 255, (40, 28, 28), np.uint8))
+    np.save(tmp_path / "ours.npy", np.random.default_rng(0).integers(0, 255, (40, 28, 28), np.uint8))
     run = a_run(2, 1.0, str(tmp_path / "ours.npy"), "arrays")
-    other = run._replace(data=run.data | {"validation_size": 7, "batch_size": 3})
+    run = run._replace(fingerprints={"test": fingerprint(run.datamodule().load("test"))})
+    other = run._replace(data=run.data | {"validation_size": 7, "batch_size": 3, "root": "moved.npy"})
     assert len(explored.explore([run, other]).runs) == 2
-    other = run._replace(data=run.data | {"root": str(tmp_path / "theirs.npy")})
-    with pytest.raises(UserError, match="different data"):
-        explored.explore([run, other])
-    assert len(explored.explore([run, other], str(tmp_path / "ours.npy")).runs) == 2
+    for runs in ([run, other._replace(fingerprints={"test": "0"})], [run._replace(fingerprints={}), other]):
+        with pytest.raises(UserError, match=r"different data|have changed since"):
+            explored.explore(runs)
 
 
 def test_principal_components_are_those_of_a_singular_value_decomposition(explorer):
@@ -146,9 +146,9 @@ def test_the_anomaly_detectors_p_value_is_there_once_it_was_fitted(data_root, tm
     fresh.path.parent.mkdir()
     fresh.path.write_bytes(b"weights")
     assert anomaly_report.detector_if_kept(fresh) is None
-    images = run.datamodule().test_set().pixels
+    images = run.split("test").pixels
     detector = Detector.fit(run.vae, images[:600], images[600:800])
-    kept(anomaly_report.place(fresh), anomaly_report.asked(None), lambda: detector.state)
+    kept(anomaly_report.place(fresh), anomaly_report.ASKED, lambda: detector.state)
     found = anomaly_report.detector_if_kept(fresh)
     under = explored.explore([fresh], None, [found.p_values]).runs[0]
     (score,) = [score for score in explored.encode(under, x)[1] if score.name == "p-value"]
@@ -423,7 +423,11 @@ def sweep(tmp_path_factory):
         run = a_run(2, beta, str(folder / "data"))
         weights = {f"vae.{key}": value for key, value in run.vae.state_dict().items()}
         (folder / f"beta_{beta:g}" / "checkpoints").mkdir(parents=True)
-        content = {"betavae_format": 2, "hyper_parameters": run.settings, "datamodule_hyper_parameters": run.data}
+        content = {
+            "betavae_format": checkpoint.FORMAT,
+            "hyper_parameters": run.settings,
+            "datamodule_hyper_parameters": run.data,
+        }
         checkpoint.save(content | {"state_dict": weights}, folder / f"beta_{beta:g}" / "checkpoints" / "last.ckpt")
     return folder
 

@@ -15,8 +15,8 @@ from PIL import Image
 
 from betavae.data import folder
 from betavae.data.datamodule import ImageDataModule
-from betavae.data.images import set_aside
 from betavae.data.listing import picture_files
+from betavae.data.splits import set_aside
 from betavae.errors import UserError
 
 module = importlib.import_module("betavae.data.folder")  # whose name in the package is the function's
@@ -102,6 +102,33 @@ def test_the_splits_of_a_folder_are_kept(root, load):
     shutil.rmtree(root / "train")
     with pytest.raises(UserError, match="has a folder validation, but none that is called train"):
         load()
+
+
+@pytest.mark.parametrize("source", ["folder", "arrays"])
+def test_a_size_of_a_split_that_the_data_have_is_rejected(root, tmp_path, source):
+    if source == "folder":
+        fill(root, [f"{split}/{i}.png" for split in ("train", "val", "test") for i in range(20)])
+        settings = {"image_size": 4, "channels": 1, "cache": str(tmp_path / "cache")}
+    else:
+        root = tmp_path / "x.npz"
+        np.savez(root, x_train=np.zeros((40, 4, 4), np.uint8), x_test=np.zeros((20, 4, 4), np.uint8))
+        settings = {}
+
+    def sizes(validation_size=None, **more):
+        data = ImageDataModule(source, str(root), validation_size, 5, 5, "none", 0, **settings, **more)
+        data.setup()
+        return [len(data.sets[split]) for split in ("train", "validation", "test")]
+
+    assert sizes() == ([20, 20, 20] if source == "folder" else [36, 4, 20])
+    assert sizes(0) == ([20, 0, 20] if source == "folder" else [40, 0, 20])
+    for size in (0.1, 5):
+        with pytest.raises(UserError, match=f"data.test_size={size} is invalid: expected null .* own test images"):
+            sizes(test_size=size)
+        if source == "folder":
+            with pytest.raises(UserError, match=f"data.validation_size={size} is invalid: expected null or 0"):
+                sizes(size)
+        else:
+            assert sizes(size)[1] == (4 if size == 0.1 else 5)
 
 
 def test_a_class_that_is_called_as_a_split_is(root, load, capsys):

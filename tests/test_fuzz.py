@@ -2,7 +2,6 @@
 
 import os
 import random
-import string
 from pathlib import Path
 
 import pytest
@@ -26,6 +25,7 @@ from betavae.running.run_folder import RunFolder
 from betavae.running.settings import Train, check_settings, keys_of, plain
 from betavae.schedules import BETA_SCHEDULES, LR_DECAYS, lr_factor
 from betavae.vae import VAE
+from tests.fuzz_commands import Session, hostile_word, play
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)
 
@@ -167,76 +167,6 @@ def test_the_splits(validation, binarize, seeds):
         assert set(x.unique().tolist()) <= {0, 1}
 
 
-VALUES = [
-    *(
-        "0",
-        "1",
-        "-1",
-        "2",
-        "3",
-        "7",
-        "0.5",
-        "-0.5",
-        "1e-3",
-        "1e400",
-        "nan",
-        "inf",
-        "-inf",
-        "true",
-        "false",
-        "null",
-        "''",
-    ),
-    *(
-        "[]",
-        "[1]",
-        "[0]",
-        "[3,2]",
-        "[[1]]",
-        "{}",
-        "{a: 1}",
-        "abc",
-        "'a b'",
-        "mlp",
-        "conv",
-        "adam",
-        "SGD",
-        "linear",
-        "cosine",
-    ),
-    *(
-        "cyclical",
-        "constant",
-        "gaussian",
-        "auto",
-        "cpu",
-        "gpu",
-        "ddp",
-        "16-mixed",
-        "64-true",
-        "warn",
-        "00:00:00:01",
-        "ü",
-    ),
-    *(
-        "${beta}",
-        "${nope}",
-        "${seed}",
-        "${oc.env:NOPE}",
-        "../..",
-        "a=b",
-        "\\",
-        "'",
-        "[",
-        "{",
-        "$",
-        "1,2",
-        "~",
-        "?",
-        "???",
-    ),
-]
-
 GOOD = [
     *(
         "beta=4",
@@ -258,13 +188,7 @@ def command_line(rng: random.Random, keys: list[str]) -> list[str]:
         if rng.random() < 0.4:
             line.append(rng.choice(GOOD))
             continue
-        key, value = rng.choice(keys), rng.choice(VALUES)
-        if rng.random() < 0.15:  # a slip of the finger
-            at = rng.randrange(len(key))
-            key = key[:at] + rng.choice(string.ascii_letters + "._-/@=") + key[at + rng.randrange(2) :]
-        if rng.random() < 0.1:
-            value = "".join(rng.choice(string.printable[:95]) for _ in range(rng.randrange(6)))
-        line.append(rng.choice(("", "", "", "", "+", "++", "~")) + key + rng.choice(("=",) * 9 + ("",)) + value)
+        line.append(hostile_word(rng, keys))
     return line
 
 
@@ -293,3 +217,9 @@ def test_command_lines_that_nobody_thought_of(monkeypatch, tmp_path):
                 refused += 1
     assert built > 10 and refused > 10
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [0, 1, 2, 3, 4, 5])
+def test_sessions_of_whole_commands(tmp_path, data_root, number):
+    """What `python -m tests.fuzz_commands` runs for hours."""
+    play(random.Random(f"test-{number}"), Session(tmp_path, Path(data_root)))

@@ -4,9 +4,8 @@ from pathlib import Path
 
 import torch
 
-from betavae.data.images import Images
 from betavae.files import STAMP
-from betavae.kept import fingerprint, kept
+from betavae.kept import kept
 
 
 class Hostile:
@@ -27,14 +26,3 @@ def test_a_kept_file_is_data_and_never_run(tmp_path):
     assert not (tmp_path / "run").exists()
     assert kept(tmp_path / "a.pt", {}, lambda: {"x": 2}) == {"x": 1}, "it was made anew, and then kept"
     assert kept(tmp_path / "a.pt", {"seed": 1}, lambda: {"x": 3}) == {"x": 3}
-
-
-def test_a_fingerprint_tells_one_image_more_and_another_order():
-    pixels = torch.randint(0, 256, (130, 1, 2, 2), dtype=torch.uint8)
-
-    def of(x: torch.Tensor, names: list[str] | None = None) -> str | None:
-        return fingerprint(Images(x, torch.zeros(len(x)).long(), names=names))
-
-    assert of(pixels) == of(pixels.clone()) != of(pixels[1:])
-    assert of(pixels) not in (of(pixels[:-40]), of(pixels.flip(0)))
-    assert of(pixels, ["a"] * 130) is None and of(pixels[:0]) is None

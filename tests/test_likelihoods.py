@@ -1,8 +1,12 @@
+import json
+
+import numpy as np
 import pytest
 import torch
 from torch import distributions as D
 
 from betavae.likelihoods import LIKELIHOODS, Bernoulli, ContinuousBernoulli, Gaussian
+from tests.commands import TINY, run
 
 SHAPE = (3, 4, 1, 5, 5)  # 3 posterior samples of 4 images
 
@@ -37,9 +41,27 @@ def test_the_continuous_bernoulli_near_zero_by_its_formula():
     torch.testing.assert_close(ContinuousBernoulli().log_prob(x, params), expected.flatten(), rtol=0, atol=1e-10)
 
 
-def test_which_of_them_is_no_log_likelihood_of_grey_pixels():
-    found = {name for name, likelihood in LIKELIHOODS.items() if likelihood().surrogate("none")}
-    assert found == {"bernoulli"} and not Bernoulli().surrogate("dynamic")
+def test_which_of_them_is_a_probability():
+    found = {how: {name for name in LIKELIHOODS if LIKELIHOODS[name]().exact(how)} for how in ("none", "dynamic")}
+    assert found == {"none": {"logistic_mixture"}, "dynamic": {"bernoulli"}}
+
+
+def test_numbers_that_are_no_log_likelihood_say_so_wherever_they_are(tmp_path):
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).integers(0, 256, (60, 6, 6), dtype=np.uint8))
+    names = ["bernoulli", "continuous_bernoulli", "gaussian", "logistic_mixture"]
+    data = ["data=arrays", "data.root=x.npy", "data.validation_size=9", "data.test_size=9", "data.batch_size=9"]
+    sweep = [f"model.likelihood={','.join(names)}", "hydra.sweep.dir=sweep", "trainer.max_epochs=1"]
+    text = run("-m", *TINY, *data, *sweep, cwd=tmp_path)
+    notes = [LIKELIHOODS[name]().meaning("none") for name in names[:2]]
+    assert "may be above 0" in notes[1] and "surrogate" in notes[0]
+    for name, note in zip(names, [*notes, notes[1], None], strict=True):
+        (path,) = tmp_path.glob(f"sweep/*likelihood_{name},*/metrics.json")
+        assert json.loads(path.read_text()).get("note") == note
+    job_lines, table = text.split("test, in nats per image:")
+    assert [job_lines.count(f"note  {note}") for note in notes] == [1, 2]
+    assert [table.count(f"note  {note}") for note in notes] == [1, 1]
+    report = run("sweep=sweep", cwd=tmp_path, script="scripts/sweep_report.py")
+    assert all(report.count(f"Note: {note}.") == 1 for note in notes) and "on different scales" in report
 
 
 def test_bernoulli_gradient_is_exact_and_twice_differentiable():

@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from betavae.module import VAEModule
 from betavae.running.progress import Pictures
+from betavae.running.training import Training
 from tests.commands import TINY, Child, run
 
 HEAVY = [name for name in ("wandb", "mlflow") if importlib.util.find_spec(name)]
@@ -107,7 +108,7 @@ def test_a_csv_goes_on_to_the_byte(place, tmp_path, data_root):
     assert not list(place.folder.rglob("*part*"))
 
     def die_late() -> None:
-        Pictures.on_test_end = lambda *args: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+        Training.finish = lambda *args: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
 
     args = (*TINY, "callbacks.figures_every=0", "logger=csv", f"data.root={data_root}", "hydra.run.dir=run")
     folder = tmp_path / "run"

@@ -15,7 +15,6 @@ import lightning as L
 import optuna
 import pytest
 import torch
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from tests.commands import REPO
@@ -103,13 +102,6 @@ def test_lightning_callback_metrics_is_one_dictionary_that_can_be_added_to():
     assert run.callback_metrics["x"] == 1
 
 
-def test_lightning_names_a_callbacks_state_after_its_class():
-    """running/checkpoint.py: `upgraded` puts the sums of old checkpoints where Curves finds them."""
-    from betavae.curves import Curves
-
-    assert Curves().state_key == "Curves"
-
-
 def test_lightning_model_checkpoint_remembers_the_best_under_these_names():
     """running/resuming.py: RunCheckpoint."""
     wanted = {"best_model_path", "kth_best_model_path", "last_model_path", "best_k_models", "dirpath"}
@@ -190,15 +182,6 @@ def test_torch_load_reads_a_file_with_a_comment(tmp_path):
     assert torch.equal(torch.load(path, weights_only=True), torch.arange(3)) and made_here(path)
 
 
-def test_hydra_has_its_basic_sweeper_where_it_was():
-    """sweeping/jobs.py: planned, the jobs of a grid."""
-    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-
-    parsed = OverridesParser.create().parse_overrides(["a=1,2", "b=3"])
-    jobs = BasicSweeper.split_arguments(parsed, max_batch_size=None)
-    assert [list(job) for batch in jobs for job in batch] == [["a=1", "b=3"], ["a=2", "b=3"]]
-
-
 @pytest.mark.parametrize(
     ("override", "words"), [("nope=1", "Could not override 'nope'"), ("model=nope", "Could not find 'model/nope'")]
 )
@@ -251,5 +234,4 @@ def test_nothing_else_of_others_is_used():
     used -= {"_asdict", "_replace"}  # a named tuple's, which are documented
     assert used == {
         *("_signal_connector", "_iteration_based_training", "_get_file_writer", "_trial_id", "_gamma"),
-        "hydra._internal.core_plugins.basic_sweeper",
     }

@@ -1,6 +1,7 @@
 """What a run and a sweep promise where something is not as it should be: tried on whole commands."""
 
 import json
+import re
 import signal
 from pathlib import Path
 
@@ -40,15 +41,24 @@ def test_a_sweep_over_data_folders_and_one_whose_defaults_have_changed(tmp_path,
     [
         ("+trainer.logger=csv", "trainer.logger is not a setting: this project sets it itself"),
         ("+trainer.callbacks=[x]", "trainer.callbacks is not a setting"),
-        ("callbacks.early_stopping_patience=2 data.validation_size=0", "needs validation images"),
-        ("callbacks.monitor=loss data.validation_size=0", "callbacks.monitor=loss needs validation images"),
+        (
+            "callbacks.early_stopping_patience=2 data.validation_size=0",
+            "data.validation_size=0 leaves no validation images",
+        ),
+        ("callbacks.monitor=loss data.validation_size=0", "callbacks.monitor=loss is invalid: this run never"),
         ("trainer.gradient_clip_val=0", "trainer.gradient_clip_val=0 clips nothing"),
         ("model.hidden_dims=[2000000,2000000]", "does not fit into memory"),
         ("trainer.precision=16-mixed trainer.accelerator=cpu", "needs a GPU"),
+        ("hydra.run.dir=new/run data.validation_size=100000", "data.validation_size=100000"),
+        ("hydra.run.dir='new/a run' beta=-1", "beta=-1"),
+        ("trainer.gradient_clip_algorithm=value", "needs trainer.gradient_clip_val"),
+        ("objective=dreg objective.resample=5", "objective.resample=5 is invalid: expected null or fewer than"),
+        ("+objective.images=10", "objective.images is not a setting"),
+        ("data=sprites data.validation_size=100", "data.validation_size=100 is invalid: expected null or 0"),
     ],
 )
 def test_no_setting_is_taken_and_ignored(tmp_path, data_root, words, said):
-    text = run(*TINY, f"data.root={data_root}", *words.split(), cwd=tmp_path, code=1)
+    text = run(*TINY, f"data.root={data_root}", *re.split(r" (?=\S+=)", words), cwd=tmp_path, code=1)
     assert text.startswith("error: ") and said in text and text.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
@@ -88,7 +98,7 @@ def trainer(**settings):
     return L.Trainer(accelerator="cpu", num_sanity_val_steps=0, **quiet, **settings)
 
 
-def test_a_test_weighs_with_the_full_beta_wherever_training_ended(data_root):
+def test_validation_and_test_weigh_with_the_full_beta_wherever_its_schedule_is(data_root):
     settings = {"beta": 8.0, "beta_schedule": {"name": "linear", "warmup": 1.0}}
     module, data = VAEModule(**MODULE | settings), ImageDataModule(**DATA | {"root": data_root})
 
@@ -96,12 +106,15 @@ def test_a_test_weighs_with_the_full_beta_wherever_training_ended(data_root):
         def on_train_batch_end(self, trainer, *args):
             trainer.should_stop = trainer.global_step >= 4
 
-    ended = trainer(max_epochs=50, min_steps=1, limit_train_batches=10, limit_val_batches=0, callbacks=[Stop()])
+    ended = trainer(max_epochs=50, min_steps=1, limit_train_batches=10, limit_val_batches=1, callbacks=[Stop()])
     ended.fit(module, data)
     assert 0 < module.current_beta() < 1
+    found = dict(ended.callback_metrics)
     ended.test(module, data, verbose=False)
-    test = {name: float(value) for name, value in ended.callback_metrics.items()}
-    assert test["test/loss"] == pytest.approx(test["test/recon"] + 8 * test["test/kl"], rel=1e-5)
+    found |= ended.callback_metrics
+    for split in ("val", "test"):
+        loss, recon, kl = (found[f"{split}/{name}"].item() for name in ("loss", "recon", "kl"))
+        assert loss == pytest.approx(recon + 8 * kl, rel=1e-5)
 
 
 def test_overfitting_sees_the_same_batches_in_every_epoch(data_root):

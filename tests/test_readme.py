@@ -118,6 +118,8 @@ def test_every_addition_works_as_written(new_clone):
             assert re.search(r"epoch +1/1 .* price \d", output) and re.search(r"test .* price \d", output)
         if "step_counter" in command:
             assert "step 10\n" in output
+        folder = re.search(r"^run +(\S+)$", output, re.MULTILINE)[1]
+        assert "epoch   2/2" in clone.run(script, f"resume={folder}", "trainer.max_epochs=2")
 
 
 def test_the_versions_are_those_of_the_package():

@@ -16,7 +16,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from betavae.module import VAEModule
-from betavae.running.progress import Pictures
+from betavae.running.training import Training
+from betavae.running.yaml_files import read_yaml
 from tests.commands import TINY, Child, run
 
 # Random numbers in the data and the model, schedules of both kinds, pictures, early stopping's memory.
@@ -151,7 +152,7 @@ def test_killed_after_the_test_its_points_are_not_there_twice(
     tmp_path: Path, root: str, rich: tuple[dict[str, Any], float]
 ) -> None:
     def die_late() -> None:
-        Pictures.on_test_end = lambda *args: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+        Training.finish = lambda *args: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
 
     assert go_on(tmp_path, [*RICH, root], prepare=die_late).wait() == -signal.SIGKILL
     assert go_on(tmp_path, [*RICH, root]).wait() == 0
@@ -241,3 +242,28 @@ def test_a_compiled_run_that_goes_on_uncompiled_keeps_each_moment_with_its_weigh
     run("resume=other", "trainer.compile=false", "trainer.max_epochs=4", cwd=tmp_path)
     for name, value in weights("plain").items():
         torch.testing.assert_close(weights("other")[name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_every_kind_of_setting_resumes(tmp_path, root):
+    """Settings that are added, deleted or of the user's own code, and text that is no interpolation."""
+
+    def register():
+        from lightning.pytorch.callbacks import LearningRateMonitor
+
+        from betavae.callbacks import CALLBACKS
+
+        CALLBACKS["rate"] = LearningRateMonitor
+
+    name = r"name='\${oc.env:HOME} [1]: # \'é\''"
+    added = ["+trainer.benchmark=true", "+trainer.profiler=simple", "+optimizer.amsgrad=true", "~optimizer.fused"]
+    added += ["+model.components=2", "model.likelihood=logistic_mixture", "logger=[tensorboard,csv]"]
+    added += ["+callbacks.own.rate={logging_interval: epoch}", "trainer.max_time='12:34:56:10'", name]
+    run(*TINY, root, *added, "trainer.max_epochs=1", "hydra.run.dir=run", cwd=tmp_path, prepare=register)
+    before = read_yaml(tmp_path / "run" / "config.yaml")
+    assert before["name"] == "${oc.env:HOME} [1]: # 'é'"
+    changes = ["trainer.max_epochs=2", "+trainer.benchmark=false", "+callbacks.own.rate.logging_interval=step"]
+    text = run("resume=run", *changes, cwd=tmp_path, prepare=register)
+    assert "epoch   2/2" in text and "warning" not in text.lower()
+    before["trainer"] |= {"max_epochs": 2, "benchmark": False}
+    before["callbacks"]["own"]["rate"]["logging_interval"] = "step"
+    assert read_yaml(tmp_path / "run" / "config.yaml") == before

@@ -5,7 +5,7 @@ from betavae.schedules import BETA_SCHEDULES, cyclical, linear, lr_factor
 
 def test_beta_schedules():
     assert [linear(s, 100, warmup=0.5) for s in (0, 25, 50, 99)] == [0, 0.5, 1, 1]
-    assert linear(0, 100, warmup=0.0) == 0 and linear(1, 100, warmup=0.0) == 1
+    assert [linear(s, 100, warmup=0.0) for s in (0, 1)] == [1, 1]  # no warm-up
     assert [cyclical(s, 80, cycles=2, ramp=0.5) for s in (0, 10, 20, 39, 40, 50, 80, 90)] == [
         0,
         0.5,

@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import json
 import os
+import re
 import shlex
 import signal
 import sys
@@ -12,11 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from betavae.errors import UserError
 from betavae.running import checkpoint
-from betavae.running.cli import safe_name
+from betavae.running.cli import job_name, safe_name
 from betavae.running.run_folder import RUN, SWEEP, RunFolder, put_mark
 from betavae.sweeping import jobs, report
 from tests.commands import REPO, Child, fresh, run, started, wait_for
@@ -24,6 +27,9 @@ from tests.commands import REPO, Child, fresh, run, started, wait_for
 TRAIN = str(REPO / "train.py")
 SMALL = ["trainer=smoke", "model=mlp_small", "trainer.limit_train_batches=2", "callbacks.figures_every=0"]
 SMALL += ["data.validation_size=200"]
+# Of overrides, few letters, so that many look alike.
+KEYS = st.text("ab_.", min_size=1, max_size=4)
+OVERRIDES = st.text("ab_.+-/=[]'\"A日,", max_size=5) | st.text("ab", min_size=199, max_size=203)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +65,7 @@ def killed_and_resumed(tmp_path_factory: pytest.TempPathFactory, data: str) -> t
     cwd = tmp_path_factory.mktemp("sweep")
     args = ["-m", *SMALL, data, "trainer.max_epochs=12", "beta=0.5,-1,2,3,4", "hydra.sweep.dir=sweep"]
     put_mark(cwd / "sweep", SWEEP, "")
-    earlier = cwd / "sweep" / safe_name(",".join(sorted([*SMALL, data, "trainer.max_epochs=12", "beta=4"])))
+    earlier = cwd / "sweep" / job_name(",".join(sorted([*SMALL, data, "trainer.max_epochs=12", "beta=4"])))
     put_mark(earlier, RUN, "")
     (earlier / "checkpoints").mkdir(parents=True)
     (earlier / "metrics.json").write_text('{"status": "failed", "error": "OSError: disk full"}')
@@ -232,10 +238,28 @@ def test_charts_show_the_numbers(made: Path) -> None:
     assert grid.filled(-1).tolist() == [[5.0, 7.0, -1.0], [3.0, -1.0, 4.0]]
 
 
-def test_two_long_names_stay_two() -> None:
-    long = [safe_name("a" * 200 + end) for end in "xy"]
-    assert long[0] != long[1] and max(map(len, long)) <= 200
-    assert safe_name("beta=0.5,model.hidden_dims=[400,200],seed=1") == "beta_0.5,model.hidden_dims_400,200,seed_1"
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.lists(st.lists(st.tuples(KEYS, OVERRIDES), max_size=3), min_size=2, max_size=4))
+def test_different_overrides_have_different_folders(jobs: list[list[tuple[str, str]]]) -> None:
+    texts = [",".join(f"{key}={value}" for key, value in job) for job in jobs]
+    names = [job_name(text) for text in texts]
+    assert len({name.lower() for name in names}) == len(set(texts))
+    assert all(re.fullmatch(r"[A-Za-z0-9.,_-]{1,200}", name) for name in names)
+
+
+def test_folders_are_named_after_their_overrides() -> None:
+    assert job_name("beta=0.5,model.latent_dim=2,seed=-1") == "beta_0.5,model.latent_dim_2,seed_-1"
+    assert re.fullmatch("beta_1,model.hidden_dims_400,200_[0-9a-f]{8}", job_name("beta=1,model.hidden_dims=[400,200]"))
+    assert re.fullmatch("trainer.benchmark_true_[0-9a-f]{8}", job_name("+trainer.benchmark=true"))
+
+
+def test_values_that_look_alike_get_a_job_each(tmp_path: Path, data: str) -> None:
+    names = ["'日本'", "'中国'", "d/x", "d_x"]
+    text = run("-m", *SMALL, data, "trainer.max_epochs=1", f"name={','.join(names)}", "hydra.sweep.dir=s", cwd=tmp_path)
+    assert f"{len(names)} jobs: {len(names)} finished" in text
+    assert sorted(jobs.read_job(path.parent).overrides["name"] for path in tmp_path.glob("s/*/metrics.json")) == sorted(
+        names
+    )
 
 
 @pytest.mark.parametrize("status", ["finished", "interrupted"])
@@ -373,3 +397,46 @@ def test_ddp_makes_one_run_whose_checkpoint_loads_anywhere(tmp_path: Path, data:
     assert (folder / "train.log").read_text().count("test  loss") == 1
     assert checkpoint.load(folder).vae.latent_dim == 20
     assert run("n=4", cwd=tmp_path, script="scripts/sample.py").startswith("4 samples of")
+
+
+def hostile(tmp_path: Path, task: list[str]) -> None:
+    """A sweep whose YAML files hold interpolations that would read a secret or make a folder."""
+    secret, folder = "${oc.env:SECRET}", f"${{run_dir:null,{tmp_path}/victim}}"
+    sweep = tmp_path / "sweep"
+    write_job(sweep, ["beta=1"], "failed")
+    write_job(sweep, ["beta=2", f"name={secret}", "data.root=there", f"model.latent_dim={folder}"], "failed")
+    here = sweep / "beta_1"
+    (here / "config.yaml").write_text(json.dumps({"beta": 1, "name": secret, "data": folder, "model": {"x": folder}}))
+    (sweep / "multirun.yaml").write_text(
+        json.dumps({"hydra": {"sweeper": {"params": {"seed": secret}}, "overrides": {"task": task}}, "x": folder})
+    )
+    (here / "evaluation.json").write_text(
+        '{"neg_elbo": {"mean": 1}, "nll_1": {"mean": 1}, "k": [1], "active_units": 1, "data": "d", "likelihood": "l",'
+        '"images": 1, "note": "n"}'
+    )
+    (here / "metrics.json").write_text(
+        '{"status": "failed", "error": "E", "fit_seconds": 1, "epochs": 1, "machine": "m", "threads": 1}'
+    )
+
+
+def test_a_report_of_a_shared_sweep_resolves_nothing(tmp_path: Path) -> None:
+    hostile(tmp_path, ["beta=3,${oc.env:SECRET}", f"name=${{run_dir:null,{tmp_path}/victim}}"])
+    how = {"cwd": tmp_path, "environment": {"SECRET": "hunter2"}}
+    text = run("sweep=sweep", script="scripts/sweep_report.py", **how)
+    assert "${oc.env:SECRET}" in text and "2 missing" in text
+    text += run("runs=sweep", script="scripts/results.py", **how)
+    for path in (path for path in tmp_path.rglob("*") if path.is_file()):
+        text += path.read_text()
+    assert "hunter2" not in text and not (tmp_path / "victim").exists()
+
+
+@pytest.mark.parametrize("values", ["shuffle(range(1,1e12))", ",".join("ab" * 600)])
+def test_a_sweep_that_claims_too_many_jobs_is_rejected(tmp_path: Path, values: str) -> None:
+    hostile(tmp_path, [f"beta={values}", f"name={values}"])
+    with pytest.raises(UserError, match=r"multirun\.yaml is too large"):
+        jobs.read_jobs(tmp_path / "sweep")
+
+
+def test_jobs_of_a_glob_are_not_listed_before_they_begin(tmp_path: Path) -> None:
+    hostile(tmp_path, ["optimizer=glob(ad*)"])
+    assert len(jobs.read_jobs(tmp_path / "sweep")) == 2

@@ -75,7 +75,9 @@ def dip(
     """
     posterior, _, params = vae(x, noise)
     recon, kl = -vae.likelihood.log_prob(x, params).mean(0), gaussian_kl(posterior)
-    covariance = posterior.mean.T.cov(correction=0)
+    # Not `Tensor.cov`, which asks the GPU whether there are enough images, and waits for the answer (torch 2.14).
+    centered = posterior.mean - posterior.mean.mean(0)
+    covariance = centered.T @ centered / len(x)
     if variant == "ii":
         covariance = covariance + posterior.logvar.exp().mean(0).diag()
     variances = covariance.diag()

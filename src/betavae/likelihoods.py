@@ -38,10 +38,6 @@ class Likelihood(nn.Module):
         """What numbers under it are, for images binarised so (a setting of the data)."""
         return "a log-density of pixels in [0, 1], which may be above 0: compare it with other densities only"
 
-    def surrogate(self, binarize: str) -> bool:
-        """Whether the loss is no log-likelihood of such images at all."""
-        return False
-
     def exact(self, binarize: str) -> bool:
         """Whether it is a probability of just what such images are, so that it has a number of bits."""
         return False
@@ -73,12 +69,9 @@ class Bernoulli(Likelihood):
         return torch.bernoulli(torch.sigmoid(params), generator=generator)
 
     def meaning(self, binarize: str) -> str:
-        if self.surrogate(binarize):
+        if not self.exact(binarize):
             return "a Bernoulli likelihood of pixels that are not binary: the tutorial's surrogate, no log-likelihood"
         return "a log-likelihood of binarised images: compare it with others on images binarised the same way only"
-
-    def surrogate(self, binarize: str) -> bool:
-        return binarize == "none"
 
     def exact(self, binarize: str) -> bool:
         return binarize != "none"
@@ -90,7 +83,7 @@ class ContinuousBernoulli(Bernoulli):
     With l the logit its normaliser is C = l / tanh(l / 2), which is even, smooth, and 2 at l = 0.
     """
 
-    meaning, surrogate, exact = Likelihood.meaning, Likelihood.surrogate, Likelihood.exact
+    meaning, exact = Likelihood.meaning, Likelihood.exact
 
     def log_prob(self, x: Tensor, params: Tensor) -> Tensor:
         params = at_least_float32(params)

@@ -132,9 +132,6 @@ class LogisticMixture(nn.Module):
     def meaning(self, binarize: str) -> str:
         return "a log-likelihood of images of bytes: compare it, in bits per dimension, with others on the same images"
 
-    def surrogate(self, binarize: str) -> bool:
-        return False
-
     def exact(self, binarize: str) -> bool:
         return binarize == "none"
 

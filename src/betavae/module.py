@@ -63,16 +63,17 @@ class VAEModule(L.LightningModule):
         return [Curves()]
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.evaluate(batch[0], self.current_beta(), draws=1)
+        self.evaluate(batch[0], draws=1)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        self.evaluate(batch[0], self.beta, TEST_DRAWS)  # the full beta, wherever in its schedule training ended
+        self.evaluate(batch[0], TEST_DRAWS)
 
     def on_validation_epoch_start(self) -> None:
         # The same noise at every evaluation, so that two epochs differ by their weights alone.
         self.evaluation, self.generator = Totals(), torch.Generator().manual_seed(EVALUATION_SEED)
 
-    def evaluate(self, x: Tensor, beta: float, draws: int) -> None:
+    def evaluate(self, x: Tensor, draws: int) -> None:
+        """Add the terms at the full beta, so that losses of two epochs compare the models and not the schedule."""
         if not len(x):
             return
         size = draws * self.k * self.vae.latent_dim
@@ -81,7 +82,7 @@ class VAEModule(L.LightningModule):
         processes, rank = self.trainer.world_size, self.trainer.global_rank
         noise = torch.randn(len(x) * processes, -(-size // 16) * 16, generator=self.generator)[rank::processes, :size]
         for draw in noise.to(x).view(len(x), draws, self.k, -1).permute(1, 2, 0, 3):
-            terms = self.objective(self.vae, x, draw, beta)
+            terms = self.objective(self.vae, x, draw, self.beta)
             mean = terms.posterior.mean
             self.evaluation.add(terms.sums() | {"mean": mean.sum(0), "square": (mean**2).sum(0)}, len(x))
 
@@ -102,8 +103,8 @@ class VAEModule(L.LightningModule):
         self.on_validation_epoch_end("test")
 
     def current_beta(self) -> float:
-        """Beta at the global step of a training; its full value where none has begun."""
-        return self.beta * (self.beta_factor(self.global_step, self.total_steps) if self.total_steps else 1)
+        """Beta at the global step of a training."""
+        return self.beta * self.beta_factor(self.global_step, self.total_steps)
 
     def configure_optimizers(self) -> Any:
         self.total_steps = self.count_steps()

@@ -12,6 +12,9 @@ from betavae.errors import UserError
 from betavae.files import STAMP, writing
 from betavae.vae import VAE
 
+MAX_SPRITE_SIDE = 4096  # pixels; of a larger image of all tiles, a browser may show nothing
+PIXELS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
+
 
 def grid(images: Tensor, columns: int) -> Tensor:
     """`(N, C, H, W)` -> one picture `(C, rows * (H + 2) + 2, columns * (W + 2) + 2)`, with black lines between."""
@@ -142,6 +145,20 @@ def coloured(x: Tensor, labels: Tensor) -> Tensor:
     return 1 - x.mean(1, keepdim=True) * (1 - colours.view(-1, 3, 1, 1))
 
 
+def tiles(x: Tensor, labels: Tensor, most: int) -> Tensor:
+    """Square tiles `(N, 3, side, side)` of images as `coloured`, shrunk to a side of at most `most`, centered on white.
+
+    TensorBoard's sprite of tiles that are not square fails or is unreadable (torch 2.14).
+    """
+    drawn, (height, width) = coloured(x, labels), x.shape[-2:]
+    side = min(most, max(height, width))
+    if max(height, width) > side:
+        height, width = (max(1, size * side // max(height, width)) for size in (height, width))
+        drawn = torch.nn.functional.interpolate(drawn, (height, width), mode="area")
+    left, top = (side - width) // 2, (side - height) // 2
+    return torch.nn.functional.pad(drawn, (left, side - width - left, top, side - height - top), value=1.0)
+
+
 def as_image(picture: Tensor, scale: int = 2) -> Any:
     """A `(C, H, W)` picture in [0, 1] as one of Pillow's, each pixel `scale` by `scale`."""
     from PIL import Image
@@ -155,16 +172,36 @@ def save_picture(picture: Tensor, out: str | Path, scale: int = 2) -> None:
     """Write a `(C, H, W)` picture in [0, 1] to a file, each pixel `scale` by `scale`."""
     from PIL.PngImagePlugin import PngInfo
 
-    stamp = PngInfo()
-    stamp.add_text("Software", STAMP)
+    check_ending(out, (*PIXELS, ".pdf"))
+    text = PngInfo()
+    text.add_text("Software", STAMP)
+    marks: dict[str, dict[str, Any]] = {".png": {"pnginfo": text}, ".pdf": {"creator": STAMP}}
     with writing(out) as path:
-        as_image(picture, scale).save(path, pnginfo=stamp)
+        as_image(picture, scale).save(path, **marks.get(path.suffix.lower(), {"exif": exif_mark()}))
 
 
 def save_figure(figure: Any, out: str | Path) -> None:
+    """Write a matplotlib figure to a file."""
+    check_ending(out, (*PIXELS, ".pdf", ".svg"))
     with writing(out) as path:
-        stamp = {"metadata": {"Software": STAMP}} if path.suffix == ".png" else {}
-        figure.savefig(path, dpi=150, bbox_inches="tight", **stamp)
+        name = {".png": "Software", ".pdf": "Creator", ".svg": "Creator"}.get(path.suffix.lower())
+        mark = {"metadata": {name: STAMP}} if name else {"pil_kwargs": {"exif": exif_mark()}}
+        figure.savefig(path, dpi=150, bbox_inches="tight", **mark)
+
+
+def exif_mark() -> Any:
+    """Name this project as the software in the metadata of a JPEG, WebP or TIFF."""
+    from PIL import ExifTags, Image
+
+    exif = Image.Exif()
+    exif[ExifTags.Base.Software] = STAMP
+    return exif
+
+
+def check_ending(out: str | Path, endings: Sequence[str]) -> None:
+    """Reject a format that has no place for the mark of this project, by which a file may be replaced later."""
+    if Path(out).suffix.lower() not in endings:
+        raise UserError(f"out={out} is invalid: expected a name that ends in {', '.join(endings)}")
 
 
 def save_tensor(tensor: Any, out: str | Path) -> Path:

@@ -13,7 +13,8 @@ def constant(step: int, total_steps: float) -> float:
 
 def linear(step: int, total_steps: float, warmup: float) -> float:
     """From 0 to 1 over the first `warmup` (a fraction of all steps), then 1 (Bowman et al. 2016)."""
-    return min(1.0, step / max(1.0, warmup * total_steps))
+    warmup_steps = warmup * total_steps
+    return step / warmup_steps if step < warmup_steps else 1.0
 
 
 def cyclical(step: int, total_steps: float, cycles: int, ramp: float) -> float:

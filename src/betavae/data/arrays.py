@@ -1,6 +1,7 @@
 """Images in a NumPy file, FILE.npy or FILE.npz, as `np.save` and `np.savez` write them. Nothing is ever unpickled."""
 
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from betavae.data.images import Images, Subset, count_of
+from betavae.data.images import Images, Subset
+from betavae.data.splits import DEFAULT_SIZE, count_of
 from betavae.errors import UserError
 
 SPLIT_SEED = 0  # one test set for everybody, whatever the seed of the run
@@ -32,11 +34,20 @@ def open_arrays(path: Path) -> Mapping[str, np.ndarray]:
     """
     try:
         held = np.load(path, mmap_mode="r", allow_pickle=False)
+        if not isinstance(held, np.ndarray):
+            check_compression(held.zip)
     except FileNotFoundError as error:
         raise UserError(f"{path} cannot be read: there is no such file") from error
     except Exception as error:  # ValueError, EOFError, BadZipFile, OSError, ...
         raise UserError(f"{path} is not a whole NumPy file of plain arrays ({error})") from error
     return {"images": held} if isinstance(held, np.ndarray) else held
+
+
+def check_compression(archive: zipfile.ZipFile) -> None:
+    """Raises ValueError for other compression than NumPy's, whose ratio is at most 1032, where theirs has no limit."""
+    for part in archive.infolist():
+        if part.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ValueError(f"{part.filename} is compressed by a method that NumPy does not write")
 
 
 def array_of(held: Mapping[str, np.ndarray], key: str, path: Path) -> np.ndarray:
@@ -92,23 +103,25 @@ def labels_of(held: Mapping[str, np.ndarray], key: str, n: int, path: Path) -> T
     return numbers[:, 0] if numbers.shape[1:] == (1,) else numbers
 
 
-def arrays(root: Path, split: str, test_size: float = 0.1) -> Images | None:
+def arrays(root: Path, split: str, test_size: float | None = None) -> Images | None:
     """`root` is FILE.npy or FILE.npz with `images` (uint8) and, if there are any, `labels`; or with `x_train`,
     `y_train`, `x_test`, `y_test`, as Keras publishes its sets.
 
-    Where it has no test images of its own, `test_size` of them (a share or a count) are set aside by a fixed seed.
-    A .npy stays in its file and is mapped into memory.
+    Where it has no test images of its own, `test_size` of them (a share or a count; None: a tenth) are set aside by a
+    fixed seed. A .npy stays in its file and is mapped into memory.
     """
     path = Path(root).expanduser()
     held = open_arrays(path)
     if split == "validation":
         return None
     if "x_train" in held:
+        if test_size is not None:
+            raise UserError(f"data.test_size={test_size} is invalid: expected null ({path} has its own test images)")
         pixels = pixels_of(held, path, f"x_{split}")
         return Images(pixels, labels_of(held, f"y_{split}", len(pixels), path))
     pixels = pixels_of(held, path)
     labels = labels_of(held, "labels", len(pixels), path)
     order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(SPLIT_SEED))
-    test = count_of(test_size, len(pixels), "data.test_size")
+    test = count_of(DEFAULT_SIZE if test_size is None else test_size, len(pixels), "data.test_size")
     index = (order[:test] if split == "test" else order[test:]).sort().values
     return Images(Subset(pixels, index), labels[index])

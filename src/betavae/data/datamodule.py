@@ -1,5 +1,6 @@
 """`ImageDataModule`: a source's images as training, validation and test batches."""
 
+import functools
 import inspect
 import math
 from dataclasses import replace
@@ -9,9 +10,11 @@ from typing import Any
 import lightning as L
 import torch
 
-from betavae.data import SOURCES
+from betavae.data import OWN, SOURCES
 from betavae.data.batches import Batches, binarized
-from betavae.data.images import Images, count_of, set_aside
+from betavae.data.fingerprint import fingerprint
+from betavae.data.images import Images
+from betavae.data.splits import DEFAULT_SIZE, count_of, set_aside
 from betavae.errors import UserError
 
 # One validation split and one binarised test set for everybody, whatever the seed of the run.
@@ -24,7 +27,8 @@ class ImageDataModule(L.LightningDataModule):
     """The images of one of `SOURCES`, on the training device where they are held in memory.
 
     `validation_size` of the training images, a number or (below 1) a share, are set aside (0: none), by their names
-    where they have any, as `set_aside` says, else by a fixed seed; unless the source has validation images of its own.
+    where they have any, as `set_aside` says, else by a fixed seed; with None the source's own validation images are
+    taken, or a tenth where it has none.
     `binarize`: "none" keeps grey values, "threshold" sets pixels above 127, "dynamic" draws Bernoulli pixels, afresh
     for every training batch and once, from a fixed seed, for validation and test. `settings` are the source's own.
     Raises UserError for what the images cannot fulfil.
@@ -34,7 +38,7 @@ class ImageDataModule(L.LightningDataModule):
         self,
         name: str,
         root: str,
-        validation_size: float,
+        validation_size: float | None,
         batch_size: int,
         eval_batch_size: int,
         binarize: str,
@@ -51,19 +55,36 @@ class ImageDataModule(L.LightningDataModule):
         self.source, self.name, self.settings, self.root = SOURCES[name], name, settings, Path(root).expanduser()
         self.validation_size, self.batch_size, self.eval_batch_size = validation_size, batch_size, eval_batch_size
         self.binarize, self.seed = binarize, seed
+        self.originals: dict[str, Images] = {}  # the splits before they are binarised
         self.sets: dict[str, Images] = {}
 
     def setup(self, stage: str | None = None) -> None:
         if self.sets:
             return
-        train, validation = self.load("train"), self.source(self.root, "validation", **self.settings)
-        if validation is None:
-            train, validation = self.split(train)
-        if self.batch_size > len(train):
+        self.originals = self.load_training() | {"test": self.load("test")}
+        left = len(self.originals["train"])
+        if self.batch_size > left:
             raise UserError(
-                f"data.batch_size={self.batch_size} cannot be: {len(train)} images are left to train on; lower it"
+                f"data.batch_size={self.batch_size} cannot be: {left} images are left to train on; lower it"
             )
-        self.sets = {"train": train, "validation": self.fixed(validation), "test": self.test_set()}
+        self.sets = {name: part if name == "train" else self.fixed(part) for name, part in self.originals.items()}
+
+    @functools.cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """The hash of each split, known after `setup`; {} for a data set whose name says which images it holds."""
+        return {name: fingerprint(part) for name, part in self.originals.items()} if self.name in OWN else {}
+
+    def load_training(self) -> dict[str, Images]:
+        """Load the training and validation images."""
+        train, validation = self.load("train"), self.source(self.root, "validation", **self.settings)
+        if validation is None or self.validation_size == 0:
+            train, validation = self.split(train)
+        elif self.validation_size is not None:
+            raise UserError(
+                f"data.validation_size={self.validation_size} is invalid: expected null or 0 (data.name={self.name} in "
+                f"{self.root} has its own validation images)"
+            )
+        return {"train": train, "validation": validation}
 
     def load(self, split: str) -> Images:
         images = self.source(self.root, split, **self.settings)
@@ -71,12 +92,8 @@ class ImageDataModule(L.LightningDataModule):
             raise UserError(f"data: {self.name} in {self.root} has no {split} images")
         return images
 
-    def test_set(self) -> Images:
-        """The test images alone, without a look at the others."""
-        return self.fixed(self.load("test"))
-
     def split(self, images: Images) -> tuple[Images, Images]:
-        n, size = len(images), self.validation_size
+        n, size = len(images), DEFAULT_SIZE if self.validation_size is None else self.validation_size
         if images.names and size:
             held = set_aside(images.names, size, "data.validation_size", "validation/")
         else:

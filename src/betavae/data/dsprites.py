@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from betavae.data.arrays import check_compression
 from betavae.data.images import Images
 from betavae.data.sprites import rows_of
 from betavae.errors import UserError
@@ -61,6 +62,7 @@ def dsprites(root: Path, split: str) -> Images:
 def read_bits(path: Path, at_once: int = 8192) -> tuple[Tensor, int]:
     """The array imgs packed, and the width of an image; never all of its 3 GB at once."""
     with zipfile.ZipFile(path) as archive, archive.open("imgs.npy") as file:
+        check_compression(archive)
         version = np.lib.format.read_magic(file)
         if version != (1, 0):
             raise ValueError(f"imgs.npy is of version {version}")
@@ -68,6 +70,8 @@ def read_bits(path: Path, at_once: int = 8192) -> tuple[Tensor, int]:
         if len(shape) != 3 or columns_first or dtype != np.uint8 or shape[2] % 8:
             raise ValueError(f"imgs is {dtype} {shape}")
         n, size = shape[0], shape[1] * shape[2]
+        if n * size > archive.getinfo("imgs.npy").file_size:
+            raise ValueError(f"imgs.npy has no {shape} bytes")
         packed = np.empty((n, size // 8), np.uint8)
         for first in range(0, n, at_once):
             count = min(at_once, n - first)

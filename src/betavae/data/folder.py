@@ -16,9 +16,10 @@ import torch
 from filelock import FileLock, Timeout
 
 from betavae.data.arrays import as_tensor
-from betavae.data.images import Images, set_aside
+from betavae.data.images import Images
 from betavae.data.listing import SPLIT_FOLDERS, SUFFIXES, label_of, natural, picture_files, split_folders
 from betavae.data.pictures import UnreadablePicture, check_fit, left_out, read_each
+from betavae.data.splits import DEFAULT_SIZE, set_aside
 from betavae.errors import UserError
 from betavae.files import STAMP
 
@@ -64,7 +65,7 @@ def splits_of(root: Path, names: Sequence[str], say: bool) -> dict[str, str]:
     return splits
 
 
-def in_splits(folders: dict[str, str], names: Sequence[str], test_size: float) -> list[tuple[str, str, str]]:
+def in_splits(folders: dict[str, str], names: Sequence[str], test_size: float | None) -> list[tuple[str, str, str]]:
     """`(split, name, label)` of all pictures, split by split and there in natural order.
 
     Where there is no folder `test`, `set_aside` says which of the training pictures are for testing.
@@ -75,7 +76,7 @@ def in_splits(folders: dict[str, str], names: Sequence[str], test_size: float) -
         listed = [
             (folders[folder], name, label_of(name.partition("/")[2])) for folder, name in first if folder in folders
         ]
-    if "test" not in folders.values():
+    if test_size is not None:
         train = [name for split, name, _ in listed if split == "train"]
         test = {train[i] for i in set_aside(train, test_size, "data.test_size")}
         listed = [("test" if name in test else split, name, label) for split, name, label in listed]
@@ -190,15 +191,15 @@ def folder(
     channels: int = 3,
     fit: str = "crop",
     background: str = "white",
-    test_size: float = 0.1,
+    test_size: float | None = None,
     cache: str = "data",
 ) -> Images | None:
     """All pictures below `root`, as `read_picture` reads them, `image_size` pixels high and wide (or `[H, W]`).
 
     Labels are the first-level folders' numbers in natural order, "." being the pictures beside them; without folders
     all are 0. Where there are first-level folders `train`, `val` (or `valid`, `validation`), `test` and no others, they
-    are the splits, the labels one level below; else `test_size` (a share or a count) is for testing, as `set_aside`
-    chooses.
+    are the splits, the labels one level below; else `test_size` (a share or a count; None: a tenth) is for testing, as
+    `set_aside` chooses.
 
     The pixels are kept in a folder in `cache`, which is named after all they were made from: settings, and names,
     sizes and times of the files. It may be deleted at any time, and is made anew; then those are removed that were made
@@ -220,6 +221,10 @@ def folder(
         raise UserError(f"data.root={root} has no pictures ({', '.join(SUFFIXES)})")
     names = [file[0] for file in files]
     folders = splits_of(root, names, split == "train")
+    if "test" not in folders.values():
+        test_size = DEFAULT_SIZE if test_size is None else test_size
+    elif test_size is not None:
+        raise UserError(f"data.test_size={test_size} is invalid: expected null ({root} has its own test images)")
     made_of = {"made_by": STAMP, "settings": [str(root.resolve()), shape, fit, background, test_size]}
     recipe = json.dumps([FORMAT, made_of["settings"], folders, files])
     digest = hashlib.sha256(recipe.encode()).hexdigest()[:16]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from betavae.data.fingerprint import fingerprint
 from betavae.data.images import Images
 from betavae.errors import UserError
 from betavae.kept import kept
@@ -75,8 +76,8 @@ def train(images: Images, seed: int = 0, epochs: int = EPOCHS, batch: int = FEWE
     return model.eval().requires_grad_(False)
 
 
-def trained(path: Path, data: dict[str, Any], train_set: Images, test_set: Images) -> tuple[Classifier, float]:
-    """The classifier of the data that `data` names, kept in the file `path`, and its accuracy on the test set."""
+def trained(path: Path, train_set: Images, test_set: Images) -> tuple[Classifier, float]:
+    """The classifier of `train_set`, kept in the file `path`, and its accuracy on `test_set`."""
     shape, classes = tuple(train_set.pixels.shape[1:]), int(train_set.labels.max()) + 1
 
     def make() -> dict[str, Any]:
@@ -85,7 +86,8 @@ def trained(path: Path, data: dict[str, Any], train_set: Images, test_set: Image
         found = model.classify(model.features(test_set.tensor().float() / 255))
         return {"state": model.state_dict(), "accuracy": (found == test_set.labels).float().mean().item()}
 
-    made = kept(path, {"data": data, "shape": list(shape), "classes": classes, "version": 1}, make)
+    data = [fingerprint(images, labels=True) for images in (train_set, test_set)]
+    made = kept(path, {"data": data, "shape": list(shape), "classes": classes, "version": 2}, make)
     model = Classifier(shape, classes)
     model.load_state_dict(made["state"])
     return model.eval().requires_grad_(False), made["accuracy"]

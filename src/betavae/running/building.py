@@ -1,5 +1,6 @@
 """From a checked config to the data, the module and the trainer."""
 
+import math
 import os
 import sys
 from typing import Any
@@ -10,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from betavae.callbacks import CALLBACKS
-from betavae.data.datamodule import ImageDataModule
+from betavae.data.datamodule import LARGEST_ON_DEVICE, ImageDataModule
 from betavae.errors import UserError
 from betavae.fast import accelerate
 from betavae.objectives import OBJECTIVES, own_settings
@@ -27,6 +28,7 @@ from betavae.running.resuming import (
 )
 from betavae.running.run_folder import RunFolder
 from betavae.running.settings import check_arguments
+from betavae.running.validation import check_validation
 from betavae.schedules import BETA_SCHEDULES
 
 # Arguments of Lightning's Trainer that are this project's business.
@@ -71,7 +73,8 @@ def build_module(settings: dict[str, Any], datamodule: ImageDataModule) -> light
         train = datamodule.sets["train"]
         some = train.pixels.index_select(0, torch.arange(min(len(train), 60_000)))
         module.vae.centre(some.float().mean(0) / 255)
-    accelerate(module.vae)
+    if settings["trainer"]["accelerator"] == "cpu" or not gpu_there():
+        accelerate(module.vae)  # which a GPU would only launch more kernels for
     return module
 
 
@@ -102,11 +105,6 @@ def build_callbacks(settings: dict[str, Any], run: RunFolder, signals: Signals, 
         callbacks.append(RunCheckpoint(filename="best", monitor=monitor, save_on_train_epoch_end=False, **checkpoints))  # type: ignore
         if (patience := wanted["early_stopping_patience"]) is not None:
             callbacks.append(Patience(monitor, patience=patience, check_on_train_epoch_end=False))
-    # The default monitor asks for nothing: the last checkpoint is then the one that counts.
-    for key, unasked in (("early_stopping_patience", None), ("monitor", "neg_elbo")):
-        if not validates and wanted[key] != unasked:
-            asked = f"callbacks.{key}={wanted[key]}"
-            raise UserError(f"{asked} needs validation images: data.validation_size=0 leaves none")
     if settings["trainer"]["enable_progress_bar"] and sys.stdout.isatty():
         callbacks.append(Bar())
     for name, arguments in wanted["own"].items():
@@ -135,8 +133,10 @@ def build_trainer(
     if cpu and isinstance(wanted["devices"], int) and wanted["devices"] > (os.cpu_count() or 1):
         raise UserError(f"trainer.devices={wanted['devices']} cannot be: there are {os.cpu_count()} CPU cores")
     wanted.pop("matmul_precision")
-    mode, per_call = wanted.pop("compile"), wanted.pop("steps_per_batch")
-    if per_call > 1:
+    mode, per_call, in_graph = wanted.pop("compile"), wanted.pop("steps_per_batch"), wanted.pop("cuda_graph")
+    if in_graph:
+        check_cuda_graph(settings, datamodule)
+    if per_call > 1 or in_graph:
         clip, algorithm = wanted.pop("gradient_clip_val"), wanted.pop("gradient_clip_algorithm")
         accumulate = wanted.pop("accumulate_grad_batches")
         if clip and precision == "16-mixed":
@@ -144,7 +144,9 @@ def build_trainer(
                 "trainer.gradient_clip_val with 16-mixed needs trainer.steps_per_batch=1 (trainer=fast makes it 10)"
             )
         module.several(per_call, accumulate, clip, algorithm)
-        datamodule.train_dataloader = lightning.grouped(datamodule.train_dataloader, per_call * accumulate)  # type: ignore
+        module.in_cuda_graph = in_graph
+        loader = lightning.grouped(datamodule.train_dataloader, per_call * accumulate, in_graph)
+        datamodule.train_dataloader = loader  # type: ignore[method-assign,assignment]
     if mode:
         lightning.compile_loss(module, None if mode is True else mode)
     if not len(datamodule.sets["validation"]):
@@ -167,6 +169,28 @@ def build_trainer(
     return trainer
 
 
+def check_cuda_graph(settings: dict[str, Any], datamodule: ImageDataModule) -> None:
+    """Raise UserError for settings that `CUDAGraphSteps` has no graph for."""
+    trainer, optimizer = settings["trainer"], settings["optimizer"]
+    cuda = trainer["accelerator"] in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    fused = optimizer["name"] in ("Adam", "AdamW") and optimizer.get("fused") is True
+    size = math.prod(datamodule.sets["train"].pixels.shape)
+    clipped = trainer["gradient_clip_val"] and "mixed" in trainer["precision"]
+    for wrong, remedy in (
+        (not cuda, "a CUDA device"),
+        (trainer["devices"] not in (1, [0]) or trainer["num_nodes"] > 1, "trainer.devices=1"),
+        (trainer["precision"] == "16-mixed", "trainer.precision=bf16-mixed or 32-true"),
+        (clipped, "trainer.gradient_clip_val=null with mixed precision"),
+        (trainer["compile"] in ("reduce-overhead", "max-autotune"), "trainer.compile=true or false"),
+        (trainer["accumulate_grad_batches"] > 1, "trainer.accumulate_grad_batches=1"),
+        (trainer["detect_anomaly"], "trainer.detect_anomaly=false"),
+        (not fused, "optimizer=adam or adamw with optimizer.fused=true"),
+        (size > LARGEST_ON_DEVICE, f"training images of at most {LARGEST_ON_DEVICE:,} bytes"),
+    ):
+        if wrong:
+            raise UserError(f"trainer.cuda_graph=true is invalid here: it needs {remedy}")
+
+
 def gpu_there() -> bool:
     return torch.cuda.is_available() or torch.backends.mps.is_available()
 
@@ -178,4 +202,6 @@ def build(
     datamodule = build_data(settings["data"])
     module = build_module(settings, datamodule)
     callbacks = build_callbacks(settings, run, signals, len(datamodule.sets["validation"]) > 0)
-    return datamodule, module, build_trainer(settings, module, datamodule, callbacks)
+    trainer = build_trainer(settings, module, datamodule, callbacks)
+    check_validation(settings, datamodule.sets, module, trainer.world_size)
+    return datamodule, module, trainer

@@ -1,8 +1,7 @@
 """A path in, a ready model out, safely: nothing that a checkpoint names is ever run."""
 
+import inspect
 import io
-import os
-import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,19 +9,26 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
+from betavae.data import OWN, SOURCES
 from betavae.data.batches import binarized
 from betavae.data.datamodule import BINARIZE_SEED, SPLIT_SEED, ImageDataModule
+from betavae.data.fingerprint import fingerprint
 from betavae.data.images import Images
 from betavae.errors import UserError
 from betavae.fast import accelerate
 from betavae.files import write_whole
 from betavae.running.run_folder import read_json
 from betavae.running.settings import check_group
+from betavae.torch_file import load_torch_file
 from betavae.vae import VAE
 
-# Of the checkpoints that VAEModule makes. One more when an older version could not make sense of them.
-FORMAT = 2
+FORMAT = 3  # of a checkpoint; each format is read by the versions that write it
+MAX_PARTS = 20  # modules and parameters of a network, per weight that its checkpoint holds
 
 
 class Run(NamedTuple):
@@ -32,7 +38,7 @@ class Run(NamedTuple):
     path: Path
     settings: dict[str, Any]  # the arguments of VAEModule
     data: dict[str, Any]  # the arguments of ImageDataModule
-    set_aside: str | None = None  # the `fingerprint` of the validation images, if they could become others
+    fingerprints: dict[str, str] = {}  # noqa: RUF012 - of each split, where its images can change
 
     @property
     def folder(self) -> Path:
@@ -46,17 +52,18 @@ class Run(NamedTuple):
         """
         if not self.data:
             raise UserError(f"{self.path} does not say which data it was trained on, so it has no images")
-        # A checkpoint may say where data are, but not where to put them.
-        known = self.data["root"]
-        if not root and not Path(known).expanduser().exists():
-            if self.data["name"] not in ("mnist", "sprites"):  # which come with the package
-                raise UserError(
-                    f"{self.path} was trained on data={self.data['name']} in {known}, and there is nothing there now "
-                    f"(seen from {Path.cwd()}): say where it is, by data_root=PATH"
-                )
-            known = os.devnull
-        cache = {"cache": "data"} if "cache" in self.data else {}
-        return ImageDataModule(**(self.data | cache | {"root": root or known}))
+        known, name = self.data["root"], self.data["name"]
+        # MNIST and sprites come with the package.
+        if not root and not Path(known).expanduser().exists() and name not in ("mnist", "sprites"):
+            raise UserError(
+                f"{self.path} was trained on data={name} in {known}, and there is nothing there now "
+                f"(seen from {Path.cwd()}): say where it is, by data_root=PATH"
+            )
+        # A path that a checkpoint names is only read: whoever wrote it does not choose where files are put.
+        ours = {"cache": "data", "download": bool(root)}
+        taken = inspect.signature(SOURCES[name]).parameters
+        settings = {key: value for key, value in ours.items() if key in taken}
+        return ImageDataModule(**(self.data | settings | {"root": root or known}))
 
     def images(self, split: str = "test", root: str | None = None, most: int | None = None) -> tuple[Tensor, Tensor]:
         """Images `(N, C, H, W)` in [0, 1] of "train", "validation" or "test", as the model sees them, and their labels;
@@ -64,20 +71,30 @@ class Run(NamedTuple):
         images = self.subset(split, root, most)
         return images.pixels.float() / 255, images.labels
 
-    def subset(self, split: str, root: str | None = None, most: int | None = None) -> Images:
-        """The same as uint8, in memory, with what else is known of them."""
+    def split(self, split: str, root: str | None = None) -> Images:
+        """The uint8 images of a split, those for evaluation binarised as in training.
+
+        Raises UserError if they have changed since the training.
+        """
         datamodule = self.datamodule(root)
-        if split == "test":
-            images: Images = datamodule.test_set()
-        else:
-            datamodule.setup()
-            images = datamodule.sets[split]
+        images = datamodule.load("test") if split == "test" else datamodule.load_training()[split]
+        if datamodule.name in OWN and fingerprint(images) != self.fingerprints.get(split):
+            raise UserError(
+                f"{datamodule.root}: the {split} images have changed since {self.path} was trained, so images that it "
+                "has seen could count as unseen; restore the data or pass a copy by data_root=PATH, or pass other "
+                "images by images=PATH where the command takes it"
+            )
+        return images if split == "train" else datamodule.fixed(images)
+
+    def subset(self, split: str, root: str | None = None, most: int | None = None) -> Images:
+        """The same in memory; of dynamically binarised training images one draw, and at most `most` images."""
+        images = self.split(split, root)
         if most is not None and len(images) > most:
             chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(SPLIT_SEED))[:most]
             images = images.take(chosen.sort().values)
         pixels = images.tensor()
-        if split == "train" and datamodule.binarize != "none":
-            bits = binarized(pixels, datamodule.binarize, torch.Generator().manual_seed(BINARIZE_SEED))
+        if split == "train" and self.data["binarize"] != "none":
+            bits = binarized(pixels, self.data["binarize"], torch.Generator().manual_seed(BINARIZE_SEED))
             pixels = bits.to(torch.uint8) * 255
         return replace(images, pixels=pixels)
 
@@ -102,74 +119,74 @@ def load(ckpt: str | Path | None = None, runs: str = "runs") -> Run:
         path = next((p for n in ("best", "last") if (p := path / "checkpoints" / f"{n}.ckpt").exists()), path)
     content = read(path)
     settings, data = content["hyper_parameters"], content.get("datamodule_hyper_parameters", {})
-    set_aside = content.get("set_aside")
-    shape = settings["model"].get("image_shape")
-    for group, values in (
-        ("model", {k: v for k, v in settings["model"].items() if k != "image_shape"}),
-        ("data", data),
-    ):
-        try:
-            check_group(group, values)
-        except UserError as error:
-            raise UserError(f"{path} holds a setting that cannot be: {error}") from error
+    vae = VAE(**settings["model"])
+    vae.load_state_dict({key.removeprefix("vae."): value for key, value in content["state_dict"].items()})
+    return Run(accelerate(vae.eval().requires_grad_(False)), path, settings, data, content.get("fingerprints", {}))
+
+
+def check_stored_settings(group: str, values: dict[str, Any], path: Path) -> None:
+    """Raises UserError for a setting in the checkpoint `path` that is not valid."""
     try:
-        state = {key.removeprefix("vae."): value for key, value in content["state_dict"].items()}
-        # First without memory: what the settings ask for must be what the file holds, before any of it is made.
-        with torch.device("meta"):
-            shapes = {key: value.shape for key, value in VAE(**settings["model"]).state_dict().items()}
-        if shapes != {key: value.shape for key, value in state.items()}:
-            raise ValueError("its weights do not fit its settings" if shape else "it has no image_shape")
-        vae = VAE(**settings["model"])
-        vae.load_state_dict(state)
-    except Exception as error:
-        reason = first_line(error)
-        raise UserError(f"{path} is not a betavae checkpoint that this version can read ({reason})") from error
-    return Run(accelerate(vae.eval().requires_grad_(False)), path, settings, data, set_aside)
+        check_group(group, values)
+    except UserError as error:
+        raise UserError(f"{path} holds a setting that cannot be: {error}") from error
 
 
 def read(path: Path) -> dict[str, Any]:
-    """What a checkpoint file of this project holds: tensors and plain values, unharmed, as of today's format."""
+    """Read a checkpoint of this project: tensors and plain values, with the weights that its settings describe."""
     if not path.exists():
         raise UserError(f"ckpt: {path} does not exist; name a .ckpt file or a run folder")
     if path.is_dir():
         raise UserError(f"ckpt: {path} is a folder without checkpoints/best.ckpt or checkpoints/last.ckpt")
     try:
-        # torch reads past wrong checksums, and unpacks whatever it is given.
-        with zipfile.ZipFile(path) as archive:
-            parts = archive.infolist()
-            if sum(part.file_size for part in parts) > path.stat().st_size:
-                raise ValueError("it unpacks to more than its size")
-            if harmed := archive.testzip():
-                raise ValueError(f"the checksum of {harmed} is wrong")
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load_torch_file(path)
     except Exception as error:
         raise UserError(f"ckpt: {path} is damaged or not a checkpoint ({first_line(error)[:120]})") from error
     written = content.get("betavae_format") if isinstance(content, dict) else None
-    if not isinstance(written, int) or not isinstance(content.get("hyper_parameters", {}).get("model"), dict):
+    if not isinstance(written, int):
         raise UserError(f"ckpt: {path} is a checkpoint, but not one of betavae")
-    if written > FORMAT:
-        raise UserError(
-            f"ckpt: {path} is from a newer betavae (format {written}, this one reads up to {FORMAT}); update betavae"
-        )
-    return upgraded(content)
-
-
-def upgraded(content: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint of an older format as today's code would have saved it."""
-    if content["betavae_format"] == 1:
-        # The sums of an epoch under way were the module's.
-        interval, images, epoch, epoch_images = content.pop("running_sums")
-
-        def named(sums: Tensor) -> dict[str, Tensor]:
-            loss, recon, kl = sums
-            return {"loss": loss, "recon": recon, "kl": kl, "neg_elbo": recon + kl}
-
-        content["callbacks"]["Curves"] = {
-            "interval": [[named(sums) for sums in interval], images],
-            "epoch": named(epoch) if epoch_images else {},
-            "epoch_images": epoch_images,
-        }
+    if written != FORMAT:
+        remedy = "update betavae" if written > FORMAT else "train the model again"
+        raise UserError(f"ckpt: {path} has format {written}, and this betavae reads format {FORMAT}; {remedy}")
+    groups = content.get("hyper_parameters", {}).get("model"), content.get("fingerprints", {})
+    if not all(isinstance(group, dict) for group in groups):
+        raise UserError(f"ckpt: {path} is a checkpoint, but not one of betavae")
+    model = content["hyper_parameters"]["model"]
+    data = content.get("datamodule_hyper_parameters", {})
+    check_stored_settings("model", {key: value for key, value in model.items() if key != "image_shape"}, path)
+    check_stored_settings("data", data, path)
+    try:
+        weights = {key.removeprefix("vae."): value.shape for key, value in content["state_dict"].items()}
+        if weights != model_shapes(model, MAX_PARTS * len(weights)):
+            raise ValueError(
+                "its weights do not fit its settings" if "image_shape" in model else "it has no image_shape"
+            )
+        if data.get("name") == "folder":  # whose pictures are made that large
+            size = data["image_size"]
+            if list(model["image_shape"][1:]) != ([size, size] if isinstance(size, int) else list(size)):
+                raise ValueError(f"data.image_size={size} is not the size of the model's images")
+    except Exception as error:
+        reason = first_line(error)
+        raise UserError(f"{path} is not a betavae checkpoint that this version can read ({reason})") from error
     return content
+
+
+def model_shapes(settings: dict[str, Any], limit: int) -> dict[str, torch.Size]:
+    """The shapes of the weights of a VAE, for which no memory is allocated. Raises ValueError above `limit` parts."""
+    parts = 0
+
+    def count(*registered: Any) -> None:
+        nonlocal parts
+        parts += 1
+        if parts > limit:
+            raise ValueError("its weights are fewer than its settings ask for")
+
+    with (
+        torch.device("meta"),
+        register_module_parameter_registration_hook(count),
+        register_module_module_registration_hook(count),
+    ):
+        return {key: value.shape for key, value in VAE(**settings).state_dict().items()}
 
 
 def first_line(error: Exception) -> str:

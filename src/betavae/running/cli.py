@@ -71,10 +71,20 @@ class Seeded(ScriptSettings):
 
 
 def safe_name(text: Any) -> str:
-    """A folder name that needs no quoting in a shell, a URL or a Hydra override."""
-    name = re.sub(r"[^A-Za-z0-9.,_+-]+", "_", re.sub(r"[\[\]{}'\"]", "", str(text))).strip("_.")
-    # File systems take 255 bytes; two long names that begin alike must not become one.
-    return name if len(name) <= 200 else f"{name[:191].rstrip(',_')}_{hashlib.sha1(name.encode()).hexdigest()[:8]}"
+    """Shorten a text to a folder name that needs no quoting in a shell, a URL or a Hydra override."""
+    name = re.sub(r"[^A-Za-z0-9.,_-]+", "_", re.sub(r"[\[\]{}'\"]", "", str(text))).strip("_.")
+    return name[:200]  # file systems allow 255 bytes
+
+
+def job_name(overrides: str) -> str:
+    """Name the folder of a sweep's job; different overrides have different names, even if case is ignored."""
+    name = safe_name(overrides)
+    # Nothing is lost but "=", and each value follows the last "_".
+    plain = re.fullmatch(r"[a-z0-9._]+=[a-z0-9.-]+(,[a-z0-9._]+=[a-z0-9.-]+)*", overrides)
+    if plain and name == overrides.replace("=", "_"):
+        return name
+    digest = hashlib.sha1(overrides.encode(errors="surrogateescape")).hexdigest()[:8]
+    return f"{name[:191].rstrip(',_')}_{digest}".lstrip("_") if overrides else "job"
 
 
 class RunDir:
@@ -120,7 +130,7 @@ class RunDir:
 
 run_dir = RunDir()
 OmegaConf.register_new_resolver("run_dir", run_dir)
-OmegaConf.register_new_resolver("job_name", lambda text: safe_name(text) or "job")
+OmegaConf.register_new_resolver("job_name", job_name)
 OmegaConf.register_new_resolver("safe_name", safe_name)
 
 
@@ -160,7 +170,9 @@ class Command:
         self.failure, self.begun = None, False
         jobs.SweepCallback.folder = None
         typed = (word.partition("=") for word in sys.argv[1:])
-        named = [Path(value) for key, _, value in typed if key in ("resume", "hydra.run.dir")]
+        named = [Path(value.strip("'\"")) for key, _, value in typed if key in ("resume", "hydra.run.dir")]
+        # Hydra makes a named folder itself, with the folders above it.
+        run_dir.made = [parent for path in named for parent in path.parents if not parent.exists()]
         run_dir.there = {Path.cwd(), *(path.resolve() for path in named if path.is_dir())}
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))

@@ -17,6 +17,7 @@ from betavae.kept import stamped
 from betavae.measures.disentanglement import scores_with_errors
 from betavae.measures.likelihood import GROUP, PerImage, importance_sample
 from betavae.running.checkpoint import Run
+from betavae.torch_file import load_torch_file
 from betavae.vae import VAE
 
 SAVE_EVERY = 5  # seconds
@@ -52,7 +53,7 @@ def resumable(
 def unfinished(kept: Path, asked: dict[str, Any]) -> list[PerImage]:
     """What an evaluation that was stopped has left, if it was asked the same."""
     try:
-        content = torch.load(kept, weights_only=True)
+        content = load_torch_file(kept)
         return [PerImage(*part) for part in content["parts"]] if content["asked"] == asked else []
     except Exception:  # there is none, or it is no such file
         return []

@@ -15,6 +15,7 @@ from betavae.data.batches import Batches
 from betavae.module import VAEModule
 from betavae.networks import ConvEncoder
 from betavae.resnet import ResNetEncoder
+from betavae.running.cuda_graph import CUDAGraphSteps
 
 
 class Steps(VAEModule):
@@ -23,6 +24,8 @@ class Steps(VAEModule):
     per_call = 1
     accumulate = 1  # batches for each of them
     clip: tuple[float | None, str] = (None, "norm")
+    in_cuda_graph = False
+    cuda_graph: CUDAGraphSteps | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Lightning notes the running hook's name here 40 times a step by nn.Module's slow way of setting an attribute,
@@ -40,6 +43,11 @@ class Steps(VAEModule):
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         if self.automatic_optimization:
             return super().training_step(batch, batch_idx)
+        if self.in_cuda_graph:
+            if self.cuda_graph is None:
+                batches = self.trainer.train_dataloader.batches  # type: ignore[union-attr]
+                self.cuda_graph = CUDAGraphSteps(self, batches, self.per_call, self.clip)
+            return {"sums": self.cuda_graph.run(batch)}
         optimizer: Any = self.optimizers()
         scheduler: Any = self.lr_schedulers()
         sums = []
@@ -73,16 +81,16 @@ class Steps(VAEModule):
 
 
 class Groups:
-    """`size` batches at a time, each made when its turn comes."""
+    """`size` batches at a time, each made when its turn comes; or only their indices."""
 
-    def __init__(self, batches: Batches, size: int):
-        self.batches, self.size = batches, size
+    def __init__(self, batches: Batches, size: int, only_indices: bool):
+        self.batches, self.size, self.only_indices = batches, size, only_indices
 
     def __len__(self) -> int:
         return -(-len(self.batches) // self.size)
 
     def __iter__(self) -> Iterator[Iterator[Any]]:
-        batches = iter(self.batches)
+        batches: Iterator[Any] = self.batches.indices() if self.only_indices else iter(self.batches)
         for first in batches:
             yield itertools.chain([first], itertools.islice(batches, self.size - 1))
 
@@ -93,8 +101,8 @@ class Groups:
         self.batches.load_state_dict(state)
 
 
-def grouped(loader: Callable[[], Batches], size: int) -> Callable[[], Groups]:
-    return lambda: Groups(loader(), size)
+def grouped(loader: Callable[[], Batches], size: int, only_indices: bool) -> Callable[[], Groups]:
+    return lambda: Groups(loader(), size, only_indices)
 
 
 def compile_loss(module: VAEModule, mode: str | None) -> None:

@@ -1,11 +1,17 @@
 """What the terminal and `train.log` show: our own lines, and nobody else's."""
 
+import contextlib
 import logging
 import sys
+import traceback
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 from betavae.running import processes
+
+log = logging.getLogger(__name__)
+WARNED: set[str] = set()  # what this run has warned of
 
 
 def quiet() -> None:
@@ -30,6 +36,7 @@ def quiet() -> None:
 
 def start_log(folder: Path, console_lines: bool, label: str) -> None:
     """Everything to `train.log` with the time; lines behind `label` to the terminal, each epoch's only if asked."""
+    WARNED.clear()
     logging.raiseExceptions = False  # a full disk must not print a traceback for each line
     root = logging.getLogger()
     close_log()
@@ -54,3 +61,16 @@ def close_log() -> None:
     for handler in root.handlers[:]:
         root.removeHandler(handler)
         handler.close()
+
+
+@contextlib.contextmanager
+def warn_on_error(what: str) -> Iterator[None]:
+    """Turn an error in what is only displayed into a warning, once a run; its traceback goes to `train.log`."""
+    try:
+        yield
+    except Exception as error:
+        log.debug("%s", "".join(traceback.format_exception(error)))
+        if what not in WARNED:
+            WARNED.add(what)
+            reason = (str(error).splitlines() or [""])[0]
+            log.warning("warning: %s failed (%s: %s); the run is not affected", what, type(error).__name__, reason)

@@ -69,6 +69,8 @@ class TensorBoard(RunLogger, TensorBoardLogger):
         writer = self.experiment._get_file_writer()
         writer.add_summary(start)
         writer.add_summary(end)
+
+    def end(self, status: str) -> None:
         self.experiment.close()
 
 

@@ -1,7 +1,10 @@
 """What a person sees while it trains: pictures, the bar or the lines in the terminal."""
 
+import contextlib
 import logging
+import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,35 +16,46 @@ from torch import Tensor
 
 from betavae import pictures
 from betavae.curves import Curves
+from betavae.running.log import warn_on_error
 from betavae.running.run_logger import loggers_of
 from betavae.terms import gaussian_kl
+from betavae.vae import VAE
 
 log = logging.getLogger(__name__)
 SHOWN = ("recon", "kl")  # after the loss, on a line of an epoch; an objective's own terms follow
+EMBEDDED = 2000  # test images in the embedding projector
+PART = 500  # images at once
 NAMES = {"kl": "KL", "neg_elbo": "neg. ELBO"}
 
 
 class Pictures(Callback):
-    """Every `every` epochs (0: never) and after the test: reconstructions of fixed test images, samples from fixed z, a
-    latent traversal, KL per dimension, in two dimensions the manifold; after the test also the embedding projector, and
-    the pictures as files in `folder`."""
+    """Draw every `every` epochs (0: never), and once more when `finish` is called after the test.
+
+    Reconstructions of fixed test images, samples from fixed z, a latent traversal, KL per dimension, in two dimensions
+    the manifold; after the test also the embedding projector, and the pictures as files in `folder`. A picture that
+    fails is a warning.
+    """
 
     def __init__(self, every: int, folder: Path):
         self.every, self.folder = every, folder
 
-    @torch.no_grad()
-    def draw(self, trainer: L.Trainer, vae: Any) -> tuple[dict[str, Tensor], Tensor]:
-        """`name -> (C, H, W)` in [0, 1], and the KL per latent dimension in nats."""
-        device = next(vae.parameters()).device
+    def images(self, trainer: L.Trainer, vae: VAE, most: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the first `most` test images in parts, on the device and in the dtype of the weights, with labels."""
         test = trainer.datamodule.sets["test"]  # type: ignore[attr-defined]
-        images = test.pixels.index_select(0, torch.arange(min(1000, len(test)))).to(device).float() / 255
-        z = torch.randn(64, vae.latent_dim, generator=torch.Generator().manual_seed(0)).to(device)
-        kl = gaussian_kl(vae.encode(images)).mean(0).cpu()
-        span = torch.linspace(-3, 3, 11, device=device)
+        for index in torch.arange(min(most, len(test))).split(PART):
+            x = test.pixels.index_select(0, index).float() / 255
+            yield x.to(next(vae.parameters())), test.labels[index]
+
+    def draw(self, trainer: L.Trainer, vae: VAE) -> tuple[dict[str, Tensor], Tensor]:
+        """`name -> (C, H, W)` in [0, 1], and the KL per latent dimension in nats."""
+        kl = torch.cat([gaussian_kl(vae.encode(x)) for x, _ in self.images(trainer, vae, 1000)]).mean(0).cpu()
+        x, _ = next(self.images(trainer, vae, 16))
+        z = torch.randn(64, vae.latent_dim, generator=torch.Generator().manual_seed(0)).to(x.device)
         by_kl = kl.argsort(descending=True).tolist()[:10]
-        rows = pictures.traversal(vae, vae.encode(images[:1]).mean[0], by_kl, span)
+        span = torch.linspace(-3, 3, 11, device=x.device)
+        rows = pictures.traversal(vae, vae.encode(x[:1]).mean[0], by_kl, span)
         drawn = {
-            "reconstructions": pictures.grid(pictures.reconstructions(vae, images[:16]), 8),
+            "reconstructions": pictures.grid(pictures.reconstructions(vae, x), 8),
             "samples": pictures.grid(vae.decode(z), 8),
             "traversal": pictures.grid(rows, len(span)),
         }
@@ -49,31 +63,54 @@ class Pictures(Callback):
             drawn["manifold"] = pictures.grid(pictures.manifold(vae, 20), 20)
         return drawn, kl
 
-    def show(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, Tensor]:
-        drawn, kl = self.draw(trainer, module.vae)
-        for logger in loggers_of(trainer):
+    @torch.no_grad()
+    def show(self, trainer: L.Trainer, vae: VAE, final: bool) -> None:
+        drawn: dict[str, Tensor] = {}
+        with evaluating(vae), warn_on_error("drawing pictures of the model"):
+            drawn, kl = self.draw(trainer, vae)
+        for logger in loggers_of(trainer) if drawn else []:
+            with warn_on_error(f"sending pictures to {type(logger).__name__}"):
+                for name, picture in drawn.items():
+                    logger.log_picture(name, picture, trainer.global_step)
+                logger.log_figure("latent/kl_per_dimension", pictures.kl_bars(kl), trainer.global_step)
+        if not final:
+            return
+        with warn_on_error(f"writing pictures to {self.folder}"):
             for name, picture in drawn.items():
-                logger.log_picture(name, picture, trainer.global_step)
-            logger.log_figure("latent/kl_per_dimension", pictures.kl_bars(kl), trainer.global_step)
-        return drawn
+                pictures.save_picture(picture, self.folder / f"{name}.png")
+        with evaluating(vae), warn_on_error("drawing the embedding projector"):
+            n = min(EMBEDDED, len(trainer.datamodule.sets["test"]))  # type: ignore[attr-defined]
+            side = pictures.MAX_SPRITE_SIDE // math.ceil(math.sqrt(n))
+            parts = [
+                (vae.encode(x).mean.cpu(), labels, pictures.tiles(x.float().cpu(), labels, side))
+                for x, labels in self.images(trainer, vae, n)
+            ]
+            means, labels, tiles = zip(*parts, strict=True)
+            for logger in loggers_of(trainer):
+                logger.log_embedding(torch.cat(means), torch.cat(labels).tolist(), torch.cat(tiles))
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         epoch = trainer.current_epoch + 1
         if self.every and epoch % self.every == 0 and epoch != trainer.max_epochs and trainer.is_global_zero:
-            self.show(trainer, module)
+            self.show(trainer, module.vae, final=False)  # type: ignore[arg-type]
 
-    def on_test_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if not trainer.is_global_zero:
-            return
-        for name, picture in self.show(trainer, module).items():
-            pictures.save_picture(picture, self.folder / f"{name}.png")
-        test = trainer.datamodule.sets["test"]  # type: ignore[attr-defined]
-        x = test.pixels.index_select(0, torch.arange(min(2000, len(test)))).to(module.device).float() / 255
-        labels = test.labels[: len(x)]
-        with torch.no_grad():
-            means = module.vae.encode(x).mean.cpu()  # type: ignore[operator,union-attr]
-        for logger in loggers_of(trainer):
-            logger.log_embedding(means, labels.tolist(), pictures.coloured(x.cpu(), labels))
+    def finish(self, trainer: L.Trainer, vae: VAE) -> None:
+        """Draw everything, once the numbers of the run are on disk."""
+        with warn_on_error("drawing pictures of the model"):
+            vae.to(trainer.strategy.root_device)  # Lightning has moved it to the CPU
+        self.show(trainer, vae, final=True)
+
+
+@contextlib.contextmanager
+def evaluating(vae: VAE) -> Iterator[None]:
+    """Put the model into evaluation mode, and each of its modules back into the mode it had."""
+    modes = [(module, module.training) for module in vae.modules()]
+    vae.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def shown(metrics: dict[str, Any], split: str) -> dict[str, float]:

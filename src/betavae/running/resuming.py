@@ -3,7 +3,6 @@
 import signal
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from betavae.curves import Curves
 from betavae.errors import Diverged, UserError
-from betavae.kept import fingerprint
 from betavae.running import checkpoint
 from betavae.running.lightning import stop_after_this_step
 from betavae.running.run_folder import RunFolder
 from betavae.running.run_logger import loggers_of
+from betavae.running.settings import check_settings, plain
+from betavae.running.yaml_files import read_yaml
 
 # What may change when a run goes on; everything else is the experiment itself.
 CHANGEABLE = ("trainer.", "callbacks.", "data.root", "data.eval_batch_size", "debug")
@@ -123,8 +123,7 @@ class ExactResume(Callback):
 
     def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint_: dict[str, Any]) -> None:
         checkpoint_["betavae_format"] = checkpoint.FORMAT
-        if sets := getattr(trainer.datamodule, "sets", None):  # type: ignore[attr-defined]
-            checkpoint_["set_aside"] = fingerprint(sets["validation"])
+        checkpoint_["fingerprints"] = getattr(trainer.datamodule, "fingerprints", {})  # type: ignore[attr-defined]
         # One state of the random numbers per process.
         states: Any = trainer.strategy.all_gather(torch.get_rng_state().to(module.device))
         checkpoint_["random_state"] = states.view(trainer.world_size, -1).cpu()
@@ -163,7 +162,6 @@ class ExactResume(Callback):
             torch.set_rng_state(states[trainer.global_rank].clone())
         if "cuda_random_state" in content and module.device.type == "cuda":
             states = content["cuda_random_state"].cpu()
-            states = states.view(-1, states.shape[-1])  # of older versions one for all
             if len(states) == trainer.world_size:
                 torch.cuda.set_rng_state(states[trainer.global_rank].clone(), module.device)
 
@@ -217,44 +215,47 @@ class Patience(EarlyStopping):
             trainer.should_stop = True
 
 
-def reopen(
-    run: RunFolder, overrides: list[str], complete: Callable[[Any], DictConfig]
-) -> tuple[DictConfig, dict[str, Any] | None]:
-    """The config that `run` was started with, `complete` with what settings came later, and with what this command
-    changes; and its last checkpoint, None if it was stopped before the first."""
+def reopen(run: RunFolder, now: DictConfig, overrides: list[str]) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Read the settings that `run` was started with, and its last checkpoint.
+
+    Args:
+        now: The config of this command.
+        overrides: What this command changes; the changed values are those of `now`.
+
+    Returns:
+        The settings, and the checkpoint, or None if the run was stopped before its first.
+
+    Raises:
+        UserError: If the folder does not hold a run, or an override is not one of CHANGEABLE.
+    """
     path = run.path / "config.yaml"
     if not path.is_file():
         raise UserError(f"resume: {run.path} is not a run folder (it has no config.yaml)")
     if not run.is_run():
         raise UserError(f"resume: {run.path} is not a run folder of betavae")
+    settings = read_yaml(path)
     try:
-        loaded = OmegaConf.load(path)
-        if not isinstance(loaded, DictConfig) or not {"model", "trainer", "resume"} <= set(loaded):
-            raise ValueError("settings are missing")
-        # It was written with everything filled in; and what it names must not run.
-        if "${" in str(OmegaConf.to_container(loaded)):
-            raise ValueError("it holds an interpolation")
-        model: Any = OmegaConf.to_container(loaded.model)
-        cfg = complete(loaded)
-        OmegaConf.set_struct(cfg, True)
-    except Exception as error:
-        raise UserError(f"resume: {path} is damaged ({checkpoint.first_line(error)})") from error
-    changes = [item for item in overrides if not item.lstrip("+").startswith("resume=")]
-    for item in changes:
-        if not item.startswith(CHANGEABLE) or "=" not in item or item.startswith("trainer.steps_per_batch"):
+        check_settings(settings)
+    except UserError as error:
+        raise UserError(f"resume: {path} does not hold the settings of a run: {error}") from error
+    model = dict(settings["model"])
+    for change in OverridesParser.create().parse_overrides(overrides):
+        key = change.key_or_group
+        if key == "resume":
+            continue
+        if change.is_delete() or not key.startswith(CHANGEABLE) or key == "trainer.steps_per_batch":
             raise UserError(
-                f"resume: {item} cannot change when a run goes on (what can: trainer.* but "
+                f"resume: {change.input_line} cannot change when a run goes on (what can: trainer.* but "
                 "steps_per_batch, callbacks.*, data.root, data.eval_batch_size, debug); start a new run for it"
             )
-    if cfg.trainer.steps_per_batch > 1 and any(item.startswith("trainer.accumulate_grad_batches") for item in changes):
-        raise UserError(
-            "resume: trainer.accumulate_grad_batches cannot change where trainer.steps_per_batch is above 1"
-        )
-    for change in OverridesParser.create().parse_overrides(changes):
-        OmegaConf.update(cfg, change.key_or_group, change.value(), force_add=change.is_add())
-    cfg.resume = str(run.path)
+        if key == "trainer.accumulate_grad_batches" and settings["trainer"]["steps_per_batch"] > 1:
+            raise UserError(
+                "resume: trainer.accumulate_grad_batches cannot change where trainer.steps_per_batch is above 1"
+            )
+        set_nested(settings, key, plain(OmegaConf.select(now, key)))
+    settings["resume"] = str(run.path)
     if not run.last.exists():
-        return cfg, None
+        return settings, None
     content = checkpoint.read(run.last)
     trained = {key: value for key, value in content["hyper_parameters"]["model"].items() if key != "image_shape"}
     if trained != model:
@@ -263,4 +264,14 @@ def reopen(
             f"resume: {run.last} holds a model with {key}={trained.get(key)}, but config.yaml says {model.get(key)}; "
             "they are not from the same run"
         )
-    return cfg, content
+    return settings, content
+
+
+def set_nested(settings: dict[str, Any], key: str, value: Any) -> None:
+    """Set the value of a dotted key, and add the groups that it lacks."""
+    *groups, name = key.split(".")
+    for group in groups:
+        if not isinstance(settings.get(group), dict):
+            settings[group] = {}
+        settings = settings[group]
+    settings[name] = value

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import json
+import os
 import re
 import subprocess
 from collections.abc import Iterator
@@ -35,50 +36,49 @@ def mark_of(path: Path) -> str | None:
         return None
 
 
+def check_mark(path: Path, mark: str, key: str) -> bool:
+    """Return whether `path` is a folder with this mark already. Writes nothing.
+
+    Raises UserError if `put_mark` would.
+    """
+    if not path.is_dir():
+        if os.path.lexists(path):
+            raise UserError(f"{key}: {path} is a file; name a folder")
+        return False
+    if (found := mark_of(path)) is not None and found != mark:
+        raise UserError(f"{key}: {path} is {found.strip()}, not {mark.strip()}; name another folder")
+    if found is not None:
+        return True
+    if others := sorted(item.name for item in path.iterdir()):
+        raise UserError(
+            f"{key}: {path} is not empty and not {mark.strip()} (it holds {others[0]}); name another folder"
+        )
+    return False
+
+
 def put_mark(path: Path, mark: str, key: str) -> bool:
     """Make `path` a folder of ours. False if it was one already.
 
     Raises UserError if anything else is there, or it cannot be made.
     """
     try:
+        if check_mark(path, mark, key):
+            return False
         path.mkdir(parents=True, exist_ok=True)
-        if (found := mark_of(path)) is not None:
-            if found != mark:
-                raise UserError(f"{key}: {path} is {found.strip()}, not {mark.strip()}; name another folder")
-            return False
-        if legacy(path, mark):
-            return False
-        if others := sorted(item.name for item in path.iterdir()):
-            raise UserError(
-                f"{key}: {path} is not empty and not {mark.strip()} (it holds {others[0]}); name another folder"
-            )
-        with open(path / MARK, "x") as file:  # of two at once, one
+        with open(path / MARK, "x") as file:
             file.write(mark)
         return True
-    except FileExistsError:
-        if path.is_dir():
-            return False
-        raise UserError(f"{key}: {path} is a file; name a folder") from None
+    except FileExistsError:  # of two at once, the other was first
+        return False
     except OSError as error:
         raise UserError(f"{key}: cannot make {path} ({error.strerror})") from error
-
-
-def legacy(path: Path, mark: str) -> bool:
-    """Whether a folder is of a version that left no mark."""
-    if mark == SWEEP:
-        jobs = {config.parent for config in path.glob("*/config.yaml")}
-        others = {item.name for item in path.iterdir() if item not in jobs} - {"multirun.yaml", "study.db", ".submitit"}
-        return bool(jobs) and not others and all(legacy(job, RUN) for job in jobs)
-    record = read_json(path / "metrics.json")
-    whole = all((path / name).is_file() for name in ("config.yaml", "overrides.yaml"))
-    return mark == RUN and whole and {"status", "seed", "parameters", "git_commit", "versions"} <= set(record)
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """What a JSON file holds; nothing, if it is not there or harmed."""
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 
@@ -98,7 +98,7 @@ class RunFolder:
         return self.path / "checkpoints" / "best.ckpt"
 
     def is_run(self) -> bool:
-        return mark_of(self.path) == RUN or legacy(self.path, RUN)
+        return mark_of(self.path) == RUN
 
     def record(self) -> dict[str, Any]:
         """metrics.json, the one place that says how a run is or was."""
@@ -109,12 +109,19 @@ class RunFolder:
         try:
             write_whole(path, text.encode())
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not path.exists():
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            if not full or not path.exists() or self.record().get("status") == record["status"]:
                 raise
             # On a full disk: what fits into the blocks that the file has. A run must not seem to be running, and one
             # whose numbers are lost is not finished.
             status = "failed" if record["status"] == "finished" else record["status"]
-            short = json.dumps({"status": status, "error": record.get("error", "OSError: the disk is full")[:200]})
+            short = json.dumps(
+                {
+                    "status": status,
+                    "trained": record.get("trained", False),
+                    "error": record.get("error", "OSError: the disk is full")[:200],
+                }
+            )
             with open(path, "r+b", buffering=0) as file:
                 file.write(short.encode().ljust(path.stat().st_size))
             raise
@@ -179,11 +186,11 @@ class RunFolder:
 
     def rewind(self) -> None:
         """Without what a run that goes on will make again whole."""
+        embedding = self.path / "projector" / "posterior_means"
         for name in ("metadata.tsv", "sprite.png", "tensors.tsv"):
-            (self.path / "projector" / "posterior_means" / name).unlink(missing_ok=True)
-        if mark_of(self.path) is None:  # of a version whose pictures have no stamp
-            for name in ("reconstructions", "samples", "traversal", "manifold"):
-                (self.path / "figures" / f"{name}.png").unlink(missing_ok=True)
+            (embedding / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # TensorBoard warns of a folder that exists
+            embedding.rmdir()
         self.clear_parts()
 
 

@@ -29,7 +29,7 @@ class RunLogger(Logger):
         """A figure of matplotlib."""
 
     def log_embedding(self, means: Tensor, labels: list[Any], tiles: Tensor) -> None:
-        """Latent points `(N, latent_dim)`, each with a label and a picture `(3, H, W)`."""
+        """Latent points `(N, latent_dim)`, each with a label and a square tile `(3, side, side)`."""
 
     def log_outcome(self, settings: dict[str, Any], metrics: dict[str, float]) -> None:
         """The settings again, with the test numbers that metrics.json has."""

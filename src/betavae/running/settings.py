@@ -6,6 +6,7 @@ To widen a setting (a new network, data set, ...), name it in its own table, whi
 # mypy: disable-error-code="valid-type"
 
 import difflib
+import functools
 import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -127,9 +128,14 @@ class Data(Open):
     name: one_of(lambda: tables().SOURCES)
     root: Text
     validation_size: kind(
-        Annotated[float, Field(ge=0, lt=1)] | CountOrZero,
-        "a whole number from 0 up (images), or a number below 1 (a share)",
+        Annotated[float, Field(ge=0, lt=1)] | CountOrZero | None,
+        "null, a whole number from 0 up (images), or a number below 1 (a share)",
     )
+    test_size: kind(
+        Annotated[float, Field(gt=0, lt=1)] | Count | None,
+        "null, a whole number from 1 up (images), or a number below 1 (a share)",
+    ) = Absent
+    download: Flag = Absent
     batch_size: Count
     eval_batch_size: Count
     binarize: one_of(lambda: ["none", "threshold", "dynamic"])
@@ -167,7 +173,10 @@ class LRSchedule(Settings):
 
 
 class Trainer(Open):
-    """Lightning's, whose further arguments are settings too; and `matmul_precision`, `compile`, `steps_per_batch`."""
+    """Lightning's, whose further arguments are settings too.
+
+    This project adds `matmul_precision`, `compile`, `cuda_graph` and `steps_per_batch`.
+    """
 
     max_epochs: Count
     max_steps: kind(
@@ -187,6 +196,7 @@ class Trainer(Open):
     precision: one_of(lambda: ["32-true", "bf16-mixed", "16-mixed", "64-true", "bf16-true", "16-true"])
     matmul_precision: one_of(lambda: ["highest", "high", "medium"])
     compile: one_of(lambda: [False, True, "default", "reduce-overhead", "max-autotune"])
+    cuda_graph: Flag
     steps_per_batch: Count
     gradient_clip_val: kind(Annotated[float, Field(ge=0, allow_inf_nan=False)] | None, "null or a number from 0 up")
     gradient_clip_algorithm: one_of(lambda: ["norm", "value"])
@@ -274,6 +284,14 @@ def keys_of(model: type[BaseModel], prefix: str = "") -> list[str]:
     return keys
 
 
+@functools.cache
+def has_words(group: str, key: str) -> bool:
+    """Return whether a setting of a group may be a text or a list, as far as it is known."""
+    schema = Train.model_fields[group].annotation.model_json_schema()["properties"].get(key, {"type": "number"})  # type: ignore
+    types = {option.get("type", "enum") for option in schema.get("anyOf", [schema])}
+    return not types <= {"integer", "number", "boolean", "null"}
+
+
 def validated(model: type[BaseModel], values: Any, prefix: str = "") -> Any:
     """`values` as a `model`. Raises UserError, in one sentence, for the first setting that is unknown, missing, or
     cannot be; `prefix` is put before its key."""
@@ -282,11 +300,12 @@ def validated(model: type[BaseModel], values: Any, prefix: str = "") -> Any:
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
     path = problem["loc"]
-    if problem["type"] == "extra_forbidden":
-        key = ".".join(map(str, path))
+    if problem["type"] in ("extra_forbidden", "invalid_key"):
+        key = ".".join(str(name) for name in path if name != "[key]")
         raise UserError(f"{prefix}{key} is not a setting{nearest(key, keys_of(model))}") from None
     # Behind the names of settings come items of lists and branches of unions.
-    key, value, group = prefix, values, model
+    key, group = prefix, model
+    value: Any = values
     for name in path:
         field = group.model_fields[str(name)]
         key, value, inner = f"{key}{name}", value.get(name) if isinstance(value, dict) else None, group_of(field)
@@ -332,6 +351,19 @@ def check_settings(cfg: DictConfig) -> None:
     trainer = values["trainer"]
     if trainer["gradient_clip_val"] == 0:
         raise UserError("trainer.gradient_clip_val=0 clips nothing: make it null, or a number above 0")
+    if trainer["gradient_clip_val"] is None and trainer["gradient_clip_algorithm"] != "norm":
+        algorithm = trainer["gradient_clip_algorithm"]
+        raise UserError(
+            f"trainer.gradient_clip_algorithm={algorithm} needs trainer.gradient_clip_val, a number above 0"
+        )
+    objective = values["objective"]
+    if (objective.get("resample") or 0) >= objective["k"]:
+        resample, k = objective["resample"], objective["k"]
+        raise UserError(f"objective.resample={resample} is invalid: expected null or fewer than objective.k={k}")
+    if "images" in objective:
+        raise UserError("objective.images is not a setting: it is the number of training images")
+    if set(trainer["max_time"] or "1") <= {"0", ":"}:
+        raise UserError(f"trainer.max_time={trainer['max_time']} is invalid: expected null or a time above 0")
     if trainer["steps_per_batch"] > 1 and values["optimizer"]["name"] == "LBFGS":
         steps = trainer["steps_per_batch"]
         raise UserError(f"trainer.steps_per_batch={steps} cannot be with LBFGS: make it 1 (trainer=fast makes it 10)")

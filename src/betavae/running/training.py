@@ -18,23 +18,23 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from betavae.errors import Diverged, Interrupted, Pruned, UserError
-from betavae.files import write_whole
-from betavae.kept import fingerprint
 from betavae.precision import set_float32_precision
 from betavae.running import loggers
 from betavae.running.building import build, too_large
 from betavae.running.checkpoint import first_line
-from betavae.running.log import close_log, quiet, start_log
+from betavae.running.log import close_log, quiet, start_log, warn_on_error
 from betavae.running.processes import from_rank_zero, rank, started_by_lightning
-from betavae.running.progress import NAMES, Bar, EpochLines, ValidationNumbers
+from betavae.running.progress import NAMES, Bar, EpochLines, Pictures, ValidationNumbers
 from betavae.running.resuming import Signals, reopen
 from betavae.running.run_folder import RUN, RunFolder, git_commit, put_mark
 from betavae.running.run_logger import loggers_of
-from betavae.running.settings import check_settings, plain
-from betavae.sweeping.jobs import ONE_DEVICE
+from betavae.running.settings import check_settings, has_words, plain
+from betavae.running.validation import never_validates
+from betavae.running.yaml_files import write_yaml
+from betavae.sweeping.jobs import ONE_DEVICE, chooses_by_validation
 from betavae.sweeping.pruning import pruning
 
 log = logging.getLogger(__name__)
@@ -51,32 +51,23 @@ def train(cfg: DictConfig) -> float:
     sweep = hydra_cfg.mode == RunMode.MULTIRUN
     overrides = list(hydra_cfg.overrides.task)
     run = RunFolder(os.path.relpath(hydra_cfg.runtime.output_dir))
-    resume, state = cfg.resume is not None, None
+    settings, state = plain(cfg), None
+    resume = settings["resume"] is not None
     if resume:
         # A job of a sweep goes on with the very settings it has.
-        cfg, state = reopen(run, [] if sweep else overrides, lambda old: completed(old, cfg))
+        settings, state = reopen(run, cfg, [] if sweep else overrides)
         done = run.record()
-        if done.get("status") == "finished" and len(overrides) == 1:
+        if done.get("status") == "finished" and done.get("displayed", True) and len(overrides) == 1:
             log_to_terminal(f"{run.path} is finished; to train it longer: resume={run.path} trainer.max_epochs=N")
             return done["test"]["neg_elbo"]
-    check_settings(cfg)
-    if state and cfg.trainer.max_epochs <= state["epoch"]:
+    check_settings(settings)
+    if state and settings["trainer"]["max_epochs"] <= state["epoch"]:
         raise UserError(
-            f"resume: trainer.max_epochs={cfg.trainer.max_epochs} is past: it is in epoch {state['epoch'] + 1}"
+            f"resume: trainer.max_epochs={settings['trainer']['max_epochs']} is past: it is in epoch "
+            f"{state['epoch'] + 1}"
         )
     with Signals() as signals, claimed(run, new=not resume and not sweep, sweep=sweep):
-        return Training(cfg, run, overrides, sweep, state, signals).run()
-
-
-def completed(old: DictConfig, today: DictConfig) -> DictConfig:
-    """A run's config with the settings that came after it, as today's defaults have them."""
-    cfg = old.copy()
-    for key in today:
-        if key not in cfg:
-            cfg[key] = today[key]
-    for group in ("trainer", "callbacks"):
-        cfg[group] = OmegaConf.merge(today[group], old[group])
-    return cfg
+        return Training(settings, run, overrides, sweep, state, signals).run()
 
 
 @contextlib.contextmanager
@@ -118,31 +109,36 @@ class Training:
 
     def __init__(
         self,
-        cfg: DictConfig,
+        settings: dict[str, Any],
         run: RunFolder,
         overrides: list[str],
         sweep: bool,
         state: dict[str, Any] | None,
         signals: Signals,
     ):
-        self.cfg, self.folder, self.overrides, self.sweep = cfg, run, overrides, sweep
+        self.settings, self.folder, self.overrides, self.sweep = settings, run, overrides, sweep
         self.state, self.signals = state, signals
         self.record: dict[str, Any] = {}
 
     def run(self) -> float:
         # The seed comes before anything is built, so that it decides the first weight too.
-        L.seed_everything(self.cfg.seed, verbose=False)
-        set_float32_precision(self.cfg.trainer.matmul_precision)
+        L.seed_everything(self.settings["seed"], verbose=False)
+        set_float32_precision(self.settings["trainer"]["matmul_precision"])
         quiet()
-        self.datamodule, self.module, self.trainer = build(plain(self.cfg), self.folder, self.signals)
+        self.datamodule, self.module, self.trainer = build(self.settings, self.folder, self.signals)
         if self.sweep and self.trainer.world_size > 1:
             raise UserError(ONE_DEVICE)
-        if self.state and self.state.get("set_aside") not in (None, fingerprint(self.datamodule.sets["validation"])):
+        search = self.sweep and chooses_by_validation(HydraConfig.get())
+        if search and (why := never_validates(self.settings, self.datamodule.sets)):
+            raise UserError(f"a search chooses by validation numbers, and this run never validates ({why})")
+        found = self.datamodule.fingerprints
+        known = self.state.get("fingerprints", {}) if self.state else found
+        if changed := [split for split in found if found[split] != known.get(split)]:
             raise UserError(
-                f"resume: the data in {self.cfg.data.root} are not those that this run began with: images that it has "
-                "trained on would now be set aside; bring the old ones back, or start a new run"
+                f"resume: {self.datamodule.root}: the {', '.join(changed)} images have changed since this run "
+                "began; restore the data or pass a copy by data.root=PATH, or start a new run"
             )
-        self.trainer.callbacks += pruning(HydraConfig.get(), self.cfg.trainer.max_epochs)  # type: ignore[attr-defined]
+        self.trainer.callbacks += pruning(HydraConfig.get(), self.settings["trainer"]["max_epochs"])  # type: ignore[attr-defined]
         self.seconds = next(c for c in self.trainer.callbacks if isinstance(c, EpochLines))  # type: ignore[attr-defined]
         try:
             if rank() == 0:
@@ -151,37 +147,35 @@ class Training:
                 self.trainer.loggers = [DummyLogger()]  # Lightning's own callbacks ask for one
             self.fit()
             scalars = self.test()
+            if rank() == 0:
+                self.finish(scalars)
         except BaseException as error:
             ending = self.ended_early(too_large(error) if isinstance(error, RuntimeError) else error)
             if ending is error:
                 raise
             raise ending from error
-        if rank() == 0:
-            self.finish(scalars)
         return scalars["neg_elbo"]
 
     def begin(self) -> None:
         """The files that say what is run, before its first step."""
-        if self.cfg.resume is not None:
+        if self.settings["resume"] is not None:
             self.folder.rewind()
         bar = isinstance(self.trainer.progress_bar_callback, Bar)
         side_by_side = self.sweep and not HydraConfig.get().launcher["_target_"].endswith(".BasicLauncher")
         start_log(self.folder.path, not bar, f"{self.folder.path.name}  " if side_by_side else "")
-        if self.cfg.resume is None:
-            text = OmegaConf.to_yaml(OmegaConf.create(self.overrides))
-            write_whole(self.folder.path / "overrides.yaml", text.encode())
+        if self.settings["resume"] is None:
+            write_yaml(self.folder.path / "overrides.yaml", self.overrides)
         # Also on resume: a run that is stopped again goes on with what this command changed.
-        config = OmegaConf.to_yaml(OmegaConf.merge(self.cfg, {"resume": None}), resolve=True)
-        write_whole(self.folder.path / "config.yaml", config.encode())
-        kept = loggers.start(plain(self.cfg.logger), self.folder, self.state)
+        write_yaml(self.folder.path / "config.yaml", self.settings | {"resume": None})
+        kept = loggers.start(self.settings["logger"], self.folder, self.state)
         self.trainer.loggers = list(kept.values())
         for logger in kept.values():
-            logger.log_settings(flat(self.cfg))
+            logger.log_settings(flat(self.settings))
         device = self.trainer.strategy.root_device
         self.record = {
             "status": "running",
             "pid": os.getpid(),
-            "seed": self.cfg.seed,
+            "seed": self.settings["seed"],
             "parameters": sum(p.numel() for p in self.module.parameters()),
             "git_commit": git_commit(),
             "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, "
@@ -212,19 +206,16 @@ class Training:
         test = {name.removeprefix("test/"): value for name, value in metrics.items() if name.startswith("test/")}
         if not all(math.isfinite(value) for value in test.values()):
             raise Diverged(f"the test numbers of {self.chosen} are not finite", {})
-        if self.module.vae.likelihood.exact(self.cfg.data.binarize):
+        if self.module.vae.likelihood.exact(self.settings["data"]["binarize"]):
             test["bits_per_dimension"] = test["neg_elbo"] / math.log(2) / math.prod(self.module.vae.image_shape)
-        scalars = {name: round(value, 4) for name, value in test.items()}
-        if self.trainer.is_global_zero:
-            outcome = {f"test/{name}": value for name, value in scalars.items()}
-            for logger in loggers_of(self.trainer):
-                logger.log_outcome(flat(self.cfg), outcome)
-        return scalars
+        return {name: round(value, 4) for name, value in test.items()}
 
     def finish(self, scalars: dict[str, float]) -> None:
-        likelihood, binarize = self.module.vae.likelihood, self.cfg.data.binarize
-        self.record |= {
+        """Write the record; after it whatever is only displayed."""
+        likelihood, binarize = self.module.vae.likelihood, self.settings["data"]["binarize"]
+        record = self.record | {
             "status": "finished",
+            "displayed": False,  # killed before it is, the run is tested and displayed again by a resume
             "checkpoint": str(self.chosen.relative_to(self.folder.path)),
             "test": scalars,
             "threads": torch.get_num_threads(),
@@ -233,10 +224,27 @@ class Training:
         if self.chosen == self.folder.best:
             # Of that very checkpoint: Lightning winds callbacks back to the one that is tested.
             validation = next(c for c in self.trainer.callbacks if isinstance(c, ValidationNumbers))  # type: ignore
-            self.record["validation"] = {name: round(value, 4) for name, value in validation.numbers.items()}
-        if likelihood.surrogate(binarize):
-            self.record["note"] = likelihood.meaning(binarize)
-        self.folder.write_record(self.record)
+            record["validation"] = {name: round(value, 4) for name, value in validation.numbers.items()}
+        if not likelihood.exact(binarize):
+            record["note"] = likelihood.meaning(binarize)
+        self.folder.write_record(record)
+        self.record = record
+        self.say(scalars)
+        for logger in loggers_of(self.trainer):
+            with warn_on_error(f"sending test numbers to {type(logger).__name__}"):
+                logger.log_outcome(flat(self.settings), {f"test/{name}": value for name, value in scalars.items()})
+        next(c for c in self.trainer.callbacks if isinstance(c, Pictures)).finish(self.trainer, self.module.vae)  # type: ignore
+        with warn_on_error("noting in metrics.json that all is drawn"):
+            self.folder.write_record(record | {"displayed": True})
+        if not self.sweep:
+            log.info("      docs/numbers.md says what these numbers are")
+            log.info("run   %s", self.folder.path)
+            kept = [logger.look for logger in loggers_of(self.trainer) if logger.look]
+            following = [*kept, f"python scripts/sample.py ckpt={self.chosen}"]
+            log.info("next  %s", "\n      ".join(following))
+        self.end_loggers("finished")
+
+    def say(self, scalars: dict[str, float]) -> None:
         apart = ("active_units", "neg_elbo", "bits_per_dimension")
         main = {name: scalars[name] for name in scalars if name not in apart}
         terms = "  ".join(f"{NAMES.get(name, name)} {value:.2f}" for name, value in main.items())
@@ -248,17 +256,11 @@ class Training:
             log.info("      %.4f bits per dimension", scalars["bits_per_dimension"])
         if "note" in self.record:
             log.info("note  %s", self.record["note"])
-        if not self.sweep:
-            log.info("      docs/numbers.md says what these numbers are")
-            log.info("run   %s", self.folder.path)
-            kept = [logger.look for logger in loggers_of(self.trainer) if logger.look]
-            following = [*kept, f"python scripts/sample.py ckpt={self.chosen}"]
-            log.info("next  %s", "\n      ".join(following))
-        self.end_loggers("finished")
 
     def end_loggers(self, status: str) -> None:
         for logger in loggers_of(self.trainer):
-            logger.end(status)
+            with warn_on_error(f"closing {type(logger).__name__}"):
+                logger.end(status)
 
     def ended_early(self, error: BaseException) -> BaseException:
         """What to raise for a run that did not come to its end, after its folder says why."""
@@ -275,17 +277,23 @@ class Training:
         return Interrupted(128 + (asked or signal.SIGINT))
 
     def say_why(self, error: BaseException, stopped: bool) -> None:
+        if self.record["status"] == "finished":
+            log.info("stopped while pictures were drawn, after the test; draw them with")
+            log.info("  python train.py resume=%s", self.folder.path)
+            self.end_loggers("finished")
+            return
         named = {Diverged: "diverged", Pruned: "pruned"}
         status = "interrupted" if stopped else named.get(type(error), "failed")
         steps = self.trainer.global_step
-        if status == "failed" and isinstance(error, UserError) and not steps and not self.sweep and not self.cfg.resume:
+        new = not self.sweep and self.settings["resume"] is None
+        if status == "failed" and isinstance(error, UserError) and not steps and new:
             self.end_loggers(status)
             close_log()
             self.folder.clear()  # nothing ever began
             return
         self.record |= {"status": status, "epochs": self.trainer.current_epoch, "steps": steps}
         if status in ("failed", "diverged"):
-            self.record["error"] = f"{type(error).__name__}: {error}"
+            self.record |= {"error": f"{type(error).__name__}: {error}", "trained": self.trainer.fit_loop.done}
             log.debug("%s", "".join(traceback.format_exception(error)))
         with contextlib.suppress(OSError):  # of a full disk: the error that is under way says it
             self.folder.write_record(self.record)
@@ -302,10 +310,13 @@ def log_to_terminal(line: str) -> None:
     print(line)
 
 
-def flat(cfg: DictConfig) -> dict[str, Any]:
-    """Settings for a table of hyper-parameters."""
-    values: dict[str, Any] = {"seed": cfg.seed, "beta": cfg.beta}
+def flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings for a table of hyper-parameters, each key's values of one type in all runs: null is left out."""
+    values: dict[str, Any] = {"seed": settings["seed"], "beta": settings["beta"]}
     for group in ("model", "data", "objective", "beta_schedule", "optimizer", "lr_schedule", "trainer"):
-        for key, value in cfg[group].items():
-            values[f"{group}.{key}"] = value if isinstance(value, int | float) else str(value)
+        for key, value in settings[group].items():
+            if value is not None:
+                values[f"{group}.{key}"] = (
+                    value if isinstance(value, int | float) and not has_words(group, key) else str(value)
+                )
     return values

@@ -1,5 +1,6 @@
 """Sweeps: many jobs in one folder, that can be left alone, killed, started again and read afterwards. No torch here."""
 
+import itertools
 import logging
 import math
 import os
@@ -9,21 +10,24 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, RangeSweep
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from betavae.errors import Pruned, UserError
-from betavae.files import write_whole
 from betavae.running import processes
 from betavae.running.run_folder import MARK, RUN, SWEEP, UNFINISHED, RunFolder, put_mark
+from betavae.running.settings import plain
+from betavae.running.yaml_files import read_yaml, write_yaml
 
 log = logging.getLogger(__name__)
 
 ENDED = ("finished", "pruned")
+MAX_VALUES = 1_000_000  # settings of all jobs of a sweep
 ONE_DEVICE = (
     "a sweep trains each job on one device: leave trainer.devices and trainer.num_nodes at 1 and run jobs side by side "
     "(hydra/launcher=joblib), or give up -m and start the runs on many devices one by one"
@@ -71,7 +75,7 @@ class SweepCallback(Callback):
         if several or processes.side_by_side():
             raise UserError(ONE_DEVICE)
         search = is_search(config.hydra)
-        if search and config.data.validation_size == 0:
+        if chooses_by_validation(config.hydra) and config.data.validation_size == 0:
             raise UserError(
                 "a search chooses by validation images, and data.validation_size=0 leaves none: give it a number"
             )
@@ -85,10 +89,15 @@ def is_search(hydra_cfg: Any) -> bool:
     return not hydra_cfg.sweeper["_target_"].endswith(".BasicSweeper")
 
 
+def chooses_by_validation(hydra_cfg: Any) -> bool:
+    """Return whether a sweeper chooses the settings by validation numbers of the jobs."""
+    return is_search(hydra_cfg) and not set(hydra_cfg.sweeper.get("objectives") or ["neg_elbo"]) <= set(RECORDED)
+
+
 def run_job(task: Callable[[DictConfig], float], cfg: DictConfig) -> float:
     """Run a job; in a sweep, in a folder that may hold an earlier try of it: finished and pruned jobs are kept,
-    interrupted ones go on from their last checkpoint, failed ones are tried afresh. Returns the validation number that
-    a run goes by, nan for a job without.
+    interrupted ones, and those that failed after training, go on from their last checkpoint, other failed ones are
+    tried afresh. Returns the validation number that a run goes by, nan for a job without.
 
     Raises UserError if the folder is somebody else's, or holds a job of other settings.
     """
@@ -122,37 +131,37 @@ def objective(run: RunFolder, cfg: DictConfig) -> float:
 
 
 def scores(record: dict[str, Any], objectives: Sequence[str]) -> list[float]:
-    """What a search makes small, of a finished job. Raises UserError for a name that its record does not have."""
+    """Return what a search makes small, of a finished job; nothing where one of them is missing: it never validated."""
     known = record.get("validation", {}) | {name: record[name] for name in RECORDED if name in record}
-    for name in objectives:
-        if name not in known:
-            raise UserError(f"hydra.sweeper.objectives: {name} is not known of a job; it has {', '.join(known)}")
-    return [float(known[name]) for name in objectives]
+    return [float(known[name]) for name in objectives] if set(objectives) <= known.keys() else []
 
 
 def earlier_try(run: RunFolder, cfg: DictConfig, overrides: list[str]) -> str:
     """What an earlier try left in a job's folder: "finished", "pruned", "interrupted" (to be resumed), or "", cleared
     up."""
-    status = run.record().get("status", "")
-    kept = status in ENDED or (status in UNFINISHED and run.last.exists())
-    if kept:
+    record = run.record()
+    status = record.get("status", "")
+    # What was killed while it was drawn, or failed after its training, has good weights.
+    undrawn = status == "finished" and not record.get("displayed", True)
+    goes_on = status in UNFINISHED or undrawn or (status == "failed" and record.get("trained", False))
+    goes_on = goes_on and run.last.exists()
+    if goes_on or status in ENDED:
         if difference := first_difference(run.path / "config.yaml", cfg):
             key, then, now = difference
             raise UserError(
                 f"{run.path} holds a job with {key}={then}, and this one {key}={now}: name another hydra.sweep.dir, "
                 "or delete that folder"
             )
-        return status if status in ENDED else "interrupted"
+        return "interrupted" if goes_on else status
     run.clear()
-    write_whole(run.path / "overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(overrides)).encode())
+    write_yaml(run.path / "overrides.yaml", overrides)
     return ""
 
 
 def first_difference(path: Path, cfg: DictConfig) -> tuple[str, Any, Any] | None:
     """The first setting that differs between a config file and `cfg`, and its two values; what cannot change a result,
     and settings that the file is too old to have, aside."""
-    then = flat_settings(loaded(path))
-    now = flat_settings(OmegaConf.to_container(cfg, resolve=True))
+    then, now = flat_settings(read_yaml(path)), flat_settings(plain(cfg))
     for key in sorted({*then, *now} - set(INCIDENTAL)):
         newer = key not in then and key.startswith(("trainer.", "callbacks.", "objective."))
         if not newer and not key.startswith("logger.") and then.get(key) != now.get(key):
@@ -160,19 +169,12 @@ def first_difference(path: Path, cfg: DictConfig) -> tuple[str, Any, Any] | None
     return None
 
 
-def loaded(path: Path) -> Any:
-    """What a YAML file of a job holds. Raises UserError if it is damaged."""
-    try:
-        return OmegaConf.to_container(OmegaConf.load(path))
-    except Exception as error:
-        raise UserError(f"{path} is damaged; delete that job's folder, and the sweep makes it anew") from error
-
-
-def flat_settings(values: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested settings by their dotted keys."""
+def flat_settings(values: Any, prefix: str = "", depth: float = math.inf) -> dict[str, Any]:
+    """Nested settings by their dotted keys, which join at most `depth` names."""
     found: dict[str, Any] = {}
     for key, value in values.items():
-        found |= flat_settings(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        nested = isinstance(value, dict) and depth > 1
+        found |= flat_settings(value, f"{prefix}{key}.", depth - 1) if nested else {f"{prefix}{key}": value}
     return found
 
 
@@ -201,8 +203,8 @@ def read_jobs(sweep: Path) -> list[Job]:
 
 def read_job(folder: Path) -> Job:
     run = RunFolder(folder)
-    listed = loaded(folder / "overrides.yaml")
-    return Job(folder, run.status() or "running", as_settings(listed), run.record())
+    overrides = as_settings(read_yaml(folder / "overrides.yaml", list))
+    return Job(folder, run.status() or "running", overrides, run.record())
 
 
 def planned(sweep: Path) -> list[dict[str, str]]:
@@ -210,15 +212,27 @@ def planned(sweep: Path) -> list[dict[str, str]]:
     path = sweep / "multirun.yaml"
     if not path.exists():
         return []
-    hydra_cfg: Any = OmegaConf.load(path).hydra
-    overrides = [f"{key}={value}" for key, value in (hydra_cfg.sweeper.params or {}).items()]
-    parsed = OverridesParser.create().parse_overrides(overrides + list(hydra_cfg.overrides.task))
-    batches = BasicSweeper.split_arguments(parsed, max_batch_size=None)
-    return [as_settings(overrides) for batch in batches for overrides in batch]
+    settings = flat_settings(read_yaml(path), depth=3)
+    params, task = settings.get("hydra.sweeper.params"), settings.get("hydra.overrides.task")
+    overrides = [f"{key}={value}" for key, value in (params if isinstance(params, dict) else {}).items()]
+    overrides += task if isinstance(task, list) else []
+    values: dict[str, list[str]] = {}
+    try:
+        for item in OverridesParser.create().parse_overrides(list(map(str, overrides))):
+            key, value = item.get_key_element(), item.value()
+            if isinstance(value, ChoiceSweep | RangeSweep):
+                value.shuffle = False  # which would list all numbers of a range
+            texts = item.sweep_string_iterator() if item.is_sweep_override() else [item.get_value_element_as_str()]
+            values[key] = [f"{key}={text}" for text in itertools.islice(texts, MAX_VALUES + 1)]
+            if math.prod(map(len, values.values())) * len(values) > MAX_VALUES:
+                raise UserError(f"{path} is too large: its jobs have more than {MAX_VALUES:,} settings")
+    except (HydraException, RecursionError):  # a glob, whose jobs only the config folder knows, or a damaged file
+        return []
+    return [as_settings(list(job)) for job in itertools.product(*values.values())]
 
 
-def as_settings(overrides: list[str]) -> dict[str, str]:
-    return dict(item.lstrip("+").split("=", 1) for item in overrides if "=" in item)
+def as_settings(overrides: list[Any]) -> dict[str, str]:
+    return dict(str(item).lstrip("+").split("=", 1) for item in overrides if "=" in str(item))
 
 
 def sort_key(text: str) -> tuple[float, str]:
@@ -254,6 +268,8 @@ def print_jobs(interrupted: bool = False) -> bool:
         cells = (cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
         print("  ".join(cells).rstrip())
     print(counted(jobs))
+    for note in sorted({job.record["note"] for job in jobs if job.test and "note" in job.record}):
+        print(f"note  {note}")
     bad = [job for job in jobs if job.status in ("failed", "diverged")]
     for job in bad:
         print(f"failed: {job.record['error']} ({job.folder / 'train.log'})")

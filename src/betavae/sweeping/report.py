@@ -8,7 +8,6 @@ from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from betavae import pictures
@@ -16,9 +15,10 @@ from betavae.errors import UserError
 from betavae.measures.disentanglement import SCORES
 from betavae.running import checkpoint, evaluation
 from betavae.running.evaluation import DISENTANGLEMENT
-from betavae.running.run_folder import REPORT, put_mark, read_json
+from betavae.running.run_folder import REPORT, check_mark, put_mark, read_json
+from betavae.running.yaml_files import read_yaml
 from betavae.sweeping import pareto
-from betavae.sweeping.jobs import RECORDED, SEARCH, STATUSES, Job, counted, read_jobs, scores, sort_key
+from betavae.sweeping.jobs import RECORDED, SEARCH, STATUSES, Job, counted, flat_settings, read_jobs, scores, sort_key
 
 REPLICATE = "seed"  # the key whose values are repetitions of one setting
 SCALES = ("neg_elbo", "kl", "recon")
@@ -95,9 +95,8 @@ def value_of(job: Job, key: str) -> str:
     """The value of a key in a job; where its command did not give it, as the run's config has it."""
     if key in job.overrides or job.status == "missing" or not (job.folder / "config.yaml").exists():
         return job.overrides.get(key, "default")
-    config = OmegaConf.load(job.folder / "config.yaml")
-    value = OmegaConf.select(config, key) if isinstance(config, DictConfig) else None
-    return "default" if value is None or OmegaConf.is_config(value) else str(value)
+    value = flat_settings(read_yaml(job.folder / "config.yaml")).get(key)
+    return "default" if value is None else str(value)
 
 
 def short(key: str) -> str:
@@ -149,7 +148,9 @@ def markdown(found: Sequence[Setting]) -> str:
     lines += [counted([job for setting in found for job in setting.jobs]) + "."]
     lines += [f"Note: {note}." for note in sorted(notes) if note]
     if len(notes) > 1:
-        lines.append("Jobs with and without that note are on different scales and cannot be compared.")
+        lines.append(
+            "Jobs with different notes, or with and without one, are on different scales: compare none of them."
+        )
     for setting in found:
         lines += [f"Failed: {job.folder.name}: {job.record['error']}" for job in setting.jobs if "error" in job.record]
     return "\n".join(lines) + "\n"
@@ -315,10 +316,11 @@ def contact_sheet(found: Sequence[Setting], seed: int) -> Any:
 def pareto_front(sweep: Path, found: Sequence[Setting]) -> tuple[Any, str]:
     """Of a search with two objectives: its picture, and a line for each of its jobs; else nothing."""
     objectives = read_json(sweep / SEARCH).get("objectives", [])
-    named = [(setting.label, job) for setting in found for job in setting.finished]
+    finished = [(setting.label, scores(job.record, objectives)) for setting in found for job in setting.finished]
+    named = [(label, point) for label, point in finished if point]
     if len(objectives) != 2 or not named:
         return None, ""
-    points = [scores(job.record, objectives) for _, job in named]
+    points = [point for _, point in named]
     best = pareto.front(points)
     labels = [
         NAMES.get(name, name) if name in RECORDED else f"validation {NAMES.get(name, name)}" for name in objectives
@@ -332,6 +334,7 @@ def pareto_front(sweep: Path, found: Sequence[Setting]) -> tuple[Any, str]:
 def write(sweep: Path, out: Path, keys: Sequence[str] | None, metric: str, seed: int) -> list[str]:
     """Everything into the folder `out`; the names of the files. A score of disentanglement is measured where it was
     not yet."""
+    check_mark(out, REPORT, "out")
     found = settings(sweep)
     if metric in SCORES:
         lacking = [job for setting in found for job in setting.finished if metric not in numbers(job)]

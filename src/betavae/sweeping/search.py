@@ -3,6 +3,7 @@ torch here."""
 
 # mypy: disable-error-code="valid-type"
 
+import functools
 import json
 import logging
 import math
@@ -15,12 +16,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Transformer
 from hydra.core.utils import JobStatus
 from hydra.plugins.launcher import Launcher
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from betavae.errors import UserError
 from betavae.files import STAMP, writing
 from betavae.running.run_folder import RunFolder
-from betavae.running.settings import Count, Seed, Settings, Text, kind, one_of, plain, validated
+from betavae.running.settings import Count, Seed, Settings, Text, check_settings, kind, one_of, plain, validated
+from betavae.running.validation import NUMBERS, check_names, never_validates
 from betavae.sweeping.jobs import INCIDENTAL, RECORDED, SEARCH, flat_settings, scores
 
 STARTUP = 5  # trials that run to their end before others are measured by them
@@ -129,6 +131,34 @@ def distribution(override: Override) -> Any:
         raise UserError(f"{override.input_line} cannot be searched ({error})") from error
 
 
+def check_objectives(first: DictConfig, objectives: list[str], searched: dict[str, Any]) -> None:
+    """Raise UserError if trials, of which one is `first`, will not have the numbers that are to be made small."""
+    values: Any = {key: plain(first[key]) for key in first if key != "hydra"}
+    try:
+        check_settings(OmegaConf.create(values))
+    except UserError:  # of some trials perhaps, and those fail
+        return
+    groups = {key.lstrip("+").partition(".")[0] for key in searched}
+
+    @functools.cache
+    def data() -> Any:
+        from betavae.running.building import build_data  # late, since torch takes seconds
+
+        return build_data(values["data"])
+
+    def built() -> tuple[Any, Any]:
+        from betavae.running.building import build_module
+
+        return data().sets["validation"], build_module(values, data())
+
+    known = set(objectives) <= set(RECORDED) or groups & {"data", "trainer"}
+    sets = data().sets if not known and values["trainer"]["max_steps"] > 0 else None
+    if not known and (why := never_validates(values, sets)):
+        raise UserError(f"a search chooses by validation numbers, and its trials never validate ({why})")
+    if not groups & {"objective", "callbacks"}:
+        check_names("hydra.sweeper.objectives", objectives, [*NUMBERS, *RECORDED], values, built)
+
+
 def check_study(study: Any, config: DictConfig, settings: SearchSettings, searched: dict[str, Any]) -> None:
     """Raises UserError if a study's trials had other settings than this search, what is searched aside."""
     values: Any = {key: plain(config[key]) for key in config if key != "hydra"}
@@ -157,7 +187,9 @@ def search(typed: list[str], config: DictConfig, launcher: Launcher, loader: Con
     settings = settings_of(config.hydra)
     fixed, searched = search_space([f"{key}={value}" for key, value in settings.params.items()] + typed, loader)
     some = {key: item.choices[0] if hasattr(item, "choices") else item.low for key, item in searched.items()}
-    epochs = loader.load_sweep_config(config, overrides(fixed, some, 0)).trainer.max_epochs
+    first = loader.load_sweep_config(config, overrides(fixed, some, 0))
+    check_objectives(first, settings.objectives, searched)
+    epochs = first.trainer.max_epochs
     if settings.pruner != "none" and not settings.prunes:
         print(f"no trial is pruned: after an epoch, {' and '.join(settings.objectives)} cannot say which is hopeless")
     folder = Path(config.hydra.sweep.dir)
@@ -212,6 +244,8 @@ def tell(study: Any, number: int, run: RunFolder, objectives: list[str]) -> None
     """What became of a trial, as its folder says."""
     record = run.record()
     values = scores(record, objectives) if record.get("status") == "finished" else []
+    if record.get("status") == "finished" and not values:
+        print(f"trial {number} counts as failed: it ended before its first validation, so it has no {objectives}")
     states = optuna_here().trial.TrialState
     if values and all(map(math.isfinite, values)):
         study.tell(number, values, skip_if_finished=True)

@@ -32,7 +32,7 @@ BATCH_PIXELS = 2**20
 
 class Detector(NamedTuple):
     """A VAE and what was fitted for it. `state` holds tensors and numbers alone, for `torch.save`, and
-    `Detector(vae, torch.load(path, weights_only=True))` is the same detector again."""
+    `Detector(vae, load_torch_file(path))` is the same detector again."""
 
     vae: VAE
     state: dict[str, Any]

@@ -10,11 +10,13 @@ from torch import Tensor
 
 from betavae.errors import UserError
 from betavae.files import STAMP, writing
-from betavae.kept import digest, fingerprint, kept
+from betavae.kept import digest, kept
 from betavae.pictures import grid, new_figure, reconstructions, show
 from betavae.uses.anomalies import FIT_IMAGES, QUICK, Detector, p_values
 
 MOST_SHOWN = 64  # of the flagged images
+# A checkpoint fits one detector, since it is fitted only to the data that the checkpoint was trained on.
+ASKED = {"version": 3}
 
 
 class Scored(NamedTuple):
@@ -26,7 +28,7 @@ class Scored(NamedTuple):
 
 def detector(run: Any, data_root: str | None = None) -> Detector:
     """That of a `Run`: from `anomalies-HASH.pt` in its folder, else fitted to its training images, calibrated by its
-    validation images, and kept there. Raises UserError if no validation images were set aside, or others than now."""
+    validation images, and kept there. Raises UserError if no validation images were set aside, or they have changed."""
 
     def fit() -> dict[str, Any]:
         validation = run.subset("validation", data_root)
@@ -35,20 +37,11 @@ def detector(run: Any, data_root: str | None = None) -> Detector:
                 "images are told apart by what validation images look like, and this model was trained with "
                 "data.validation_size=0: train one that has some"
             )
-        if run.set_aside not in (None, fingerprint(validation)):
-            raise UserError(
-                f"the data in {data_root or run.data['root']} are not those that this model was trained with: images "
-                "that it has seen would now count as unseen ones; bring the old ones back, or train a new model"
-            )
-        print("fitting to training images, once ...", flush=True)
         train = run.subset("train", data_root, FIT_IMAGES)  # as the model saw them, binarised too
+        print("fitting to training images, once ...", flush=True)
         return Detector.fit(run.vae, train.pixels, validation.pixels).state
 
-    return Detector(run.vae, kept(place(run), asked(data_root), fit))
-
-
-def asked(data_root: str | None) -> dict[str, Any]:
-    return {"data_root": data_root, "version": 2}
+    return Detector(run.vae, kept(place(run), ASKED, fit))
 
 
 def place(run: Any) -> Path:
@@ -56,14 +49,14 @@ def place(run: Any) -> Path:
     return run.folder / f"anomalies-{digest(run.path)}.pt"
 
 
-def detector_if_kept(run: Any, data_root: str | None = None) -> Detector | None:
+def detector_if_kept(run: Any) -> Detector | None:
     """That of a `Run` if `detector` was asked for it before, which takes a while the first time."""
 
     def fit() -> dict[str, Any]:
         raise LookupError
 
     try:
-        return Detector(run.vae, kept(place(run), asked(data_root), fit))
+        return Detector(run.vae, kept(place(run), ASKED, fit))
     except LookupError:
         return None
 

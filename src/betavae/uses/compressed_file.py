@@ -1,8 +1,9 @@
 """Files of compressed images: what `compress` gave, whole and unharmed or not at all.
 
-    magic (18 bytes) | format, length of the header (uint32 each) | header (JSON, LZMA) | payload | SHA-256 of all this
+    magic (18 bytes) | format, length of the header (uint32 each) | header (LZMA) | payload | SHA-256 of all this
 
-The payload is the coder's stack: words of 32 bits, then its heads of 64, least significant byte first.
+The header is a line of JSON and, if there are names, a second line with them, separated by zero bytes. The payload is
+the coder's stack: words of 32 bits, then its heads of 64, least significant byte first.
 """
 
 import hashlib
@@ -12,7 +13,7 @@ import math
 import os
 import re
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,11 @@ from betavae.data.listing import numbers, png_names
 from betavae.errors import UserError
 from betavae.files import MAGIC, STAMP, check_ours, check_writable, write_whole, writing
 
-FORMAT = 2
+FORMAT = 3
 START = len(MAGIC) + 8
-LARGEST_HEADER = 2**28  # bytes, unpacked: names of millions of images
 MOST_LANES = 4096
+# What a file may claim is bounded by its size: an image by a byte, and 4,000 pixels by another.
+PIXELS_PER_BYTE = 4000
 
 
 @dataclass(frozen=True)
@@ -57,13 +59,28 @@ class Compressed:
         return 8 * len(self.payload) / (self.count * math.prod(self.image_shape))
 
 
+def smallest_payload(count: int, image_shape: list[int]) -> int:
+    """The least bytes for so many images, to which `compress` pads a payload and below which none is read."""
+    return math.ceil(count * (1 + math.prod(image_shape) / PIXELS_PER_BYTE))
+
+
+def largest_header(size: int) -> tuple[int, int]:
+    """The most bytes of JSON, and of JSON and names, in a file of `size` bytes."""
+    return 2**20 + 4 * size, 2**20 + 64 * size
+
+
 def write_file(path: Path, compressed: Compressed) -> None:
     """Written beside and renamed. Raises UserError rather than replace a file that is not one of these."""
     fields = dict(vars(compressed))
-    payload = fields.pop("payload")
+    payload, names = fields.pop("payload"), fields.pop("names")
+    unpacked = json.dumps(fields).encode()
+    if names is not None:
+        unpacked += b"\n" + "\0".join(names).encode("utf-8", "surrogateescape")
     # LZMA, since zlib makes 21,000 bytes of the numbers from 0000 to 9999, and this 2,000
-    header = lzma.compress(json.dumps(fields).encode(), lzma.FORMAT_ALONE)
+    header = lzma.compress(unpacked, lzma.FORMAT_ALONE)
     content = MAGIC + struct.pack("<II", FORMAT, len(header)) + header + payload
+    if len(unpacked) > largest_header(len(content))[1]:
+        raise UserError(f"{path}: the names of the images are too long for images this small; shorten the names")
     try:
         check_ours(path, "out")
         write_whole(path, content + hashlib.sha256(content).digest())
@@ -86,10 +103,17 @@ def read_file(path: Path) -> Compressed:
     if version != FORMAT:
         raise UserError(f"{path} has format {version}, and this version reads {FORMAT}: use the one that wrote it")
     try:
-        unpacked = lzma.LZMADecompressor(lzma.FORMAT_ALONE, memlimit=2**28)
-        fields = json.loads(unpacked.decompress(body[START : START + size], LARGEST_HEADER))
-        compressed = Compressed(payload=body[START + size :], **fields)
+        most, most_with_names = largest_header(len(body))
+        decompressor = lzma.LZMADecompressor(lzma.FORMAT_ALONE, memlimit=2**28)
+        unpacked = decompressor.decompress(body[START : START + size], most_with_names)
+        fields, second_line, names = unpacked.partition(b"\n")
+        if len(fields) > most:
+            raise ValueError
+        compressed = Compressed(payload=body[START + size :], names=None, **json.loads(fields))
         possible = is_possible(compressed)
+        if possible and second_line:
+            possible = names.count(b"\0") == compressed.count - 1
+            compressed = replace(compressed, names=names.decode("utf-8", "surrogateescape").split("\0"))
     except (lzma.LZMAError, ValueError, TypeError, RecursionError, MemoryError):
         possible = False
     if not possible:
@@ -102,7 +126,7 @@ def whole(values: Any, least: int, most: int) -> bool:
 
 
 def is_possible(compressed: Compressed) -> bool:
-    """Whether everything in it is of its kind, and there are bytes for as many heads as it speaks of."""
+    """Whether everything in it is of its kind, and there are bytes for as many heads and images as it speaks of."""
     it = compressed
     sums = (it.model, it.probabilities, it.images)
     return (
@@ -111,17 +135,9 @@ def is_possible(compressed: Compressed) -> bool:
         and whole(it.batches, 1, MOST_LANES)
         and len(it.batches) > 0
         and whole([it.initial_bits], 0, 8 * len(it.payload))
-        and len(it.payload) >= 8 * it.heads
+        and len(it.payload) >= max(8 * it.heads, smallest_payload(it.count, it.image_shape))
         and len(it.payload) % 4 == 0
         and all(isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) for value in sums)
-        and (
-            it.names is None
-            or (
-                isinstance(it.names, list)
-                and all(isinstance(name, str) and b"\0" not in os.fsencode(name) for name in it.names)
-                and len(it.names) == it.count
-            )
-        )
     )
 
 

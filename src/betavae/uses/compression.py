@@ -20,7 +20,7 @@ from betavae.errors import UserError
 from betavae.likelihoods import Bernoulli
 from betavae.logistic_mixture import LogisticMixture, split
 from betavae.uses.ans import LOWEST, SLOTS, Cumulative, Floats, Stack, slots
-from betavae.uses.compressed_file import MOST_LANES, Compressed
+from betavae.uses.compressed_file import MOST_LANES, Compressed, smallest_payload
 from betavae.vae import VAE
 
 LATENT_BITS = 14  # 2^14 bins of equal prior mass for each latent dimension
@@ -207,8 +207,10 @@ def compress(
                 stack.push_uniform(bins[d], LATENT_BITS)
             done(n)
     heads, words = stack.content()
+    payload = words.astype("<u4").tobytes() + heads.astype("<u8").tobytes()
+    missing = max(0, smallest_payload(len(data), list(vae.image_shape)) - len(payload))
     return Compressed(
-        payload=words.astype("<u4").tobytes() + heads.astype("<u8").tobytes(),
+        payload=bytes(-(-missing // 4) * 4) + payload,  # words below the last that is popped
         image_shape=list(vae.image_shape),
         batches=batches,
         initial_bits=32 * stack.borrowed,
@@ -219,15 +221,20 @@ def compress(
     )
 
 
+def check_model(vae: VAE, compressed: Compressed) -> None:
+    """Raises UserError unless this model compressed them."""
+    if model_hash(vae) != compressed.model or list(vae.image_shape) != compressed.image_shape:
+        raise UserError("these images were compressed by another model: load the checkpoint that compressed them")
+
+
 def decompress(vae: VAE, compressed: Compressed, done: Callable[[int], object] = lambda images: None) -> Tensor:
     """The images, `(N, C, H, W)` uint8, bit for bit. `done` hears how many each batch had.
 
     Raises UserError for another model than that which compressed them, and on a machine that does not compute the same
     probabilities: what it would give is compared with a checksum, and never returned as images.
     """
+    check_model(vae, compressed)
     codec = Codec(vae)
-    if model_hash(vae) != compressed.model:
-        raise UserError("these images were compressed by another model: load the checkpoint that compressed them")
     elsewhere = UserError(
         "this machine, or its version of torch, computes other probabilities than that which compressed these images: "
         "decompress them there"
@@ -235,7 +242,7 @@ def decompress(vae: VAE, compressed: Compressed, done: Callable[[int], object] =
     dimensions, at = int(np.prod(vae.image_shape)), len(compressed.payload) - 8 * compressed.heads
     heads = np.frombuffer(compressed.payload[at:], "<u8")
     stack = Stack(heads, np.frombuffer(compressed.payload[:at], "<u4"))
-    parts: list[NDArray[np.uint8]] = []
+    levels = np.empty((compressed.count, dimensions), np.uint8)
     with same_everywhere():
         if codec.fingerprint() != compressed.probabilities:
             raise elsewhere
@@ -253,9 +260,8 @@ def decompress(vae: VAE, compressed: Compressed, done: Callable[[int], object] =
             except EOFError:
                 raise elsewhere from None
             stack.shrink(max(compressed.batches[:i], default=0))
-            parts.append(symbols.astype(np.uint8))
+            levels[first : first + n] = symbols * (255 // (2**codec.bits - 1))
             done(n)
-    levels = np.concatenate(parts[::-1]) * np.uint8(255 // (2**codec.bits - 1))
     if hashlib.sha256(levels.tobytes()).hexdigest() != compressed.images:
         raise elsewhere
     return torch.from_numpy(levels).view(-1, *vae.image_shape)

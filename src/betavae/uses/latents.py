@@ -11,12 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from betavae.data.arrays import array_of, open_arrays
 from betavae.errors import UserError
 from betavae.files import STAMP, writing
 from betavae.objectives import elbo
 from betavae.vae import VAE
 
 CHUNK = 500  # images at a time
+PARQUET_RATIO = 8  # the most values, and unpacked bytes, per byte of a Parquet file that is read
 
 
 class Latents(NamedTuple):
@@ -78,19 +80,21 @@ def read(path: Path, latent_dim: int) -> tuple[list[str], Tensor]:
 
     Raises UserError for any other file, and for latents of another number of dimensions.
     """
+    if path.suffix == ".parquet":
+        check_pyarrow(path)
     try:
         if path.suffix in (".csv", ".parquet"):
             rows = rows_of(path)
             names = [row["name"] for row in rows]
             z = torch.tensor([[float(row[f"mean_{d}"]) for d in range(count_means(rows))] for row in rows])
         else:
-            held = np.load(path, allow_pickle=False)
-            array = held if isinstance(held, np.ndarray) else held["mean"]
-            z = torch.from_numpy(np.asarray(array, dtype=np.float32))
-            names = [str(n) for n in (range(len(z)) if isinstance(held, np.ndarray) else held["names"])]
-    except (OSError, ValueError, TypeError, KeyError, EOFError, csv.Error, zipfile.BadZipFile) as error:
+            held = open_arrays(path)
+            lone = path.suffix == ".npy"
+            z = torch.from_numpy(np.asarray(array_of(held, "images" if lone else "mean", path), dtype=np.float32))
+            names = [str(name) for name in (range(len(z)) if lone else array_of(held, "names", path))]
+    except (UserError, OSError, ValueError, TypeError, KeyError, MemoryError, csv.Error) as error:
         raise UserError(f"latents: {path} is no whole file of encode.py, nor a FILE.npy of numbers") from error
-    if z.ndim != 2 or z.shape[1] != latent_dim or not len(z):
+    if z.ndim != 2 or z.shape[1] != latent_dim or not len(z) == len(names) > 0:
         raise UserError(f"latents: {path} holds {tuple(z.shape)}, and this model needs (N, {latent_dim})")
     if not z.isfinite().all():
         raise UserError(f"latents: {path} holds numbers that are not finite")
@@ -106,10 +110,14 @@ def check_pyarrow(path: Path) -> None:
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
     if path.suffix == ".parquet":
-        check_pyarrow(path)
         from pyarrow import parquet
 
-        return parquet.read_table(path).to_pylist()
+        with parquet.ParquetFile(path) as file:
+            about = file.metadata
+            unpacked = sum(about.row_group(i).total_byte_size for i in range(about.num_row_groups))
+            if max(unpacked, about.num_rows * about.num_columns) > PARQUET_RATIO * path.stat().st_size:
+                raise ValueError("it unpacks to more than its size allows")
+            return file.read().to_pylist()
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
 

@@ -14,15 +14,17 @@ does as well, for any autoencoder. Fitted here to one z of q(z|x) for each train
 To add a sampler, write a function of z `(N, latent_dim)` that gives a `Latents` and name it in `SAMPLERS`.
 """
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from betavae.errors import UserError
 from betavae.kept import digest, kept
+from betavae.measures.fidelity import nearest
 from betavae.vae import VAE
 
 COMPONENTS = 20
@@ -87,10 +89,7 @@ def mixture(z: Tensor) -> Mixture:
 def knn(z: Tensor) -> Neighbours:
     points = z[torch.randperm(len(z), generator=torch.Generator().manual_seed(0))[:MOST_POINTS]]
     # The nearest is the point itself.
-    nearest = [
-        torch.cdist(part, points).topk(NEIGHBOURS + 1, largest=False).indices[:, 1:] for part in points.split(1000)
-    ]
-    return Neighbours(points, torch.cat(nearest))
+    return Neighbours(points, nearest(points, points, NEIGHBOURS + 1)[1][:, 1:])
 
 
 SAMPLERS: dict[str, Callable[[Tensor], Latents]] = {
@@ -116,16 +115,15 @@ def fitted(
     sampler: str,
     vae: VAE,
     training: Callable[[], tuple[Tensor, Tensor]],
-    data: dict[str, Any],
     checkpoint: Path,
     folder: Path,
     digit: int | None = None,
 ) -> Latents:
     """A sampler of `SAMPLERS`, fitted to the images that `training()` gives, of all labels or of the one `digit`.
 
-    It is kept in `folder` under a name with the hash of the file `checkpoint`, from which `vae` was loaded, and fitted
-    anew if `data`, plain values that tell those images from others, are not what it was fitted with. Raises UserError
-    if there are too few such images.
+    It is kept in `folder` under a name with the hash of the file `checkpoint`, from which `vae` was loaded and which
+    says what the training images are. With `digit` it is fitted anew if their labels have changed. Raises UserError if
+    there are too few such images.
     """
     if sampler == "prior":
         if digit is not None:
@@ -133,19 +131,20 @@ def fitted(
         return prior(torch.empty(0, vae.latent_dim))
 
     def fit() -> dict[str, list[Tensor]]:
-        x, labels = training()
-        if digit is not None:
-            if labels.ndim != 1:
-                raise UserError(f"digit={digit} cannot be: these data have several factors in place of one label")
-            x = x[labels == digit]
-            if not len(x):
-                raise UserError(f"digit={digit} cannot be: the labels are {int(labels.min())} to {int(labels.max())}")
+        x = images if images is not None else training()[0]
         if len(x) < max(2 * vae.latent_dim, NEIGHBOURS + 2):
             raise UserError(f"sampler={sampler} cannot be fitted to {len(x)} images in {vae.latent_dim} dimensions")
         return {"parts": list(SAMPLERS[sampler](posterior_samples(vae, x)))}
 
-    hashed = digest(checkpoint)
-    label = "" if digit is None else f"_{digit}"
-    asked = {"sampler": sampler, "digit": digit, "checkpoint": hashed, "data": data, "version": 1}
+    hashed, images, label = digest(checkpoint), None, ""
+    asked = {"sampler": sampler, "digit": digit, "checkpoint": hashed, "version": 2}
+    if digit is not None:
+        x, labels = training()
+        if labels.ndim != 1:
+            raise UserError(f"digit={digit} cannot be: these data have several factors in place of one label")
+        images, label = x[labels == digit], f"_{digit}"
+        if not len(images):
+            raise UserError(f"digit={digit} cannot be: the labels are {int(labels.min())} to {int(labels.max())}")
+        asked["labels"] = hashlib.sha256(labels.contiguous().numpy().data).hexdigest()[:16]
     parts = kept(folder / f"sampler_{sampler}{label}_{hashed}.pt", asked, fit)["parts"]
     return Neighbours(*parts) if sampler == "knn" else Mixture(*parts)

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from betavae.data.images import Images
 from betavae.errors import UserError
-from betavae.kept import provenance
 from betavae.measures.likelihood import importance_sample
 from betavae.terms import gaussian_kl
 from betavae.vae import VAE, Posterior
@@ -24,6 +23,8 @@ SAMPLES = 32  # of an image's posterior, for its neg. ELBO
 SEED = 0
 MOST_RUNS = 8  # side by side
 CHUNK = 1000  # images that are encoded at once
+# Settings of the data that do not change the test images.
+IRRELEVANT = ("root", "cache", "batch_size", "eval_batch_size", "seed", "validation_size")
 
 
 PValue = Callable[[Tensor], Tensor]
@@ -84,22 +85,22 @@ def explore(runs: Sequence[Any], root: str | None = None, p_values: Sequence[PVa
     """
     if len(runs) > MOST_RUNS:
         raise UserError(f"ckpt: {len(runs)} runs are too many to show side by side; name {MOST_RUNS} of them at most")
-    images = runs[0].datamodule(root).test_set()
+    images = runs[0].split("test", root)
     images = images.take(torch.arange(min(IMAGES, len(images))))
     for run in runs[1:]:
-        if seen(run, root) != seen(runs[0], root):
+        if test_images(run) != test_images(runs[0]):
             raise UserError(
-                f"ckpt: {runs[0].path} and {run.path} were trained on different data ({seen(runs[0], root)}, "
-                f"{seen(run, root)}); side by side, runs must be of the same"
+                f"ckpt: {runs[0].path} and {run.path} were trained on different data ({test_images(runs[0])}, "
+                f"{test_images(run)}); side by side, runs must be of the same"
             )
     each = zip(names(runs), runs, p_values or [None] * len(runs), strict=True)
     return Explorer([explored(name, run, images, p_value) for name, run, p_value in each], images)
 
 
-def seen(run: Any, root: str | None) -> dict[str, Any]:
-    """What decides which test images a model sees, and how."""
-    found = provenance(run.datamodule(root))
-    return {key: value for key, value in found.items() if key != "validation_size"}
+def test_images(run: Any) -> dict[str, Any]:
+    """Identify the test images of a run, as its model sees them."""
+    settings = {key: value for key, value in run.data.items() if key not in IRRELEVANT}
+    return settings | {"fingerprint": run.fingerprints.get("test")}
 
 
 @torch.no_grad()
