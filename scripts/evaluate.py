@@ -42,6 +42,8 @@ def main(settings: Settings) -> None:
     set_float32_precision(settings.matmul_precision)
     run = checkpoint.load(settings.ckpt, settings.runs)
     x, labels = (part[: settings.first] for part in run.images("test", settings.data_root))
+    if len(x) < 2:
+        raise UserError(f"{run.path}: its data have {len(x)} test image; expected at least 2, for standard errors")
     train = None  # loaded before hours of sampling, since its images may have changed
     if settings.probes and find_spec("sklearn") is None:
         print('classification of the labels left out: it comes with `pip install -e ".[evaluation]"`')

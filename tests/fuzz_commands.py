@@ -229,10 +229,14 @@ class Session:
             changed = [name for name in changed if not re.search(r"/(sampler_\w+|anomalies-\w+)\.pt$", name)]  # caches
             if changed:
                 return f"{script}: rejected after it had written {changed[0]}: {normalized(errors[0])}"
-        for name in set(after) - set(before):
-            if name.endswith("metrics.json"):
-                record = json.loads((self.root / name).read_text())
-                error = record.get("error", "")
+        if code == 0 and (found := re.search(r"(\S+)\W+(nan|inf)\b", text)):
+            return f"{script}: prints {found[2]}: {normalized(found[1])}"
+        for name in {name for name in after if after[name] != before.get(name)} - set(self.own):
+            if name.endswith(".json") and after[name]:
+                content = json.loads((self.root / name).read_text())
+                if "NaN" in json.dumps(content) or "Infinity" in json.dumps(content):
+                    return f"{script}: {Path(name).name} holds a number that is not finite"
+                error = content.get("error", "")
                 if error and not error.startswith(("UserError", "Diverged")):
                     return f"{script}: a job failed with {normalized(error)}"
         if script == "train.py" and code == 0 and not sweep:

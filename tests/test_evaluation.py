@@ -3,6 +3,7 @@ import math
 import re
 import signal
 
+import numpy as np
 import pytest
 import torch
 from torch import distributions as D
@@ -228,3 +229,12 @@ def test_killed_it_goes_on_and_ends_with_the_same_numbers(tmp_path, data_root):
     whole, resumed = (json.loads((tmp_path / f / "evaluation.json").read_text()) for f in ("whole", "killed"))
     del whole["sampling_seconds"], resumed["sampling_seconds"]
     assert whole == resumed
+
+
+def test_one_test_image_has_no_standard_error(tmp_path):
+    np.save(tmp_path / "x.npy", np.arange(10 * 4 * 4, dtype=np.uint8).reshape(10, 4, 4))
+    words = ["data=arrays", "data.root=x.npy", "data.test_size=1", "data.batch_size=2", "hydra.run.dir=run"]
+    run(*TINY, *words, "callbacks.figures_every=0", cwd=tmp_path)
+    said = run("ckpt=run", "k=2", cwd=tmp_path, script="scripts/evaluate.py", code=1)
+    assert said.startswith("error: run/checkpoints/best.ckpt: its data have 1 test image; expected at least 2")
+    assert said.count("\n") == 1 and not (tmp_path / "run" / "evaluation.json").exists()
