@@ -9,6 +9,7 @@ import functools
 import gc
 import hashlib
 import inspect
+import io
 import logging
 import os
 import re
@@ -172,6 +173,8 @@ class Command:
         typed = (word.partition("=") for word in sys.argv[1:])
         named = [Path(value) for key, _, value in typed if key in ("resume", "hydra.run.dir")]
         run_dir.there = {Path.cwd(), *(path.resolve() for path in named if path.is_dir())}
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="surrogateescape")  # a path that is not UTF-8 is printed as it is
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         try:

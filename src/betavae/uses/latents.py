@@ -67,7 +67,7 @@ def write(latents: Latents, names: list[str], labels: list[Any] | None, out: str
 
             parquet.write_table(table(columns).replace_schema_metadata({"made_by": STAMP}), path)
             return
-        with open(path, "w", newline="") as file:
+        with open(path, "w", newline="", encoding="utf-8") as file:
             rows = csv.writer(file)
             rows.writerow([*columns, f"made by {STAMP}"])
             rows.writerows([*row, ""] for row in zip(*columns.values(), strict=True))
@@ -110,7 +110,7 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
         from pyarrow import parquet
 
         return parquet.read_table(path).to_pylist()
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
