@@ -312,6 +312,8 @@ def validated(model: type[BaseModel], values: Any, prefix: str = "") -> Any:
         if inner is None:
             break
         key, group = f"{key}.", inner
+    if problem["type"] == "string_unicode":
+        raise UserError(f"{key.rstrip('.')}={value} is invalid: expected UTF-8; rename the file, or name its folder")
     if problem["type"] == "missing":
         raise UserError(f"{key.rstrip('.')} is missing")
     if inner is not None:
