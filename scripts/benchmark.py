@@ -293,8 +293,8 @@ def main(settings: Settings) -> None:
         print(f"\n{SWEEP_JOBS} runs side by side against one, trainer=cuda_graph, {settings.epochs} epochs")
         sides = (spread([r["process_seconds"] for r in side]) for side in (many, alone))
         print(f"  whole commands     {' against '.join(sides)}: {spread(ratios)} times as long")
-        fits = [s for r in many for s in r["fit_seconds"]], [r["fit_seconds"] for r in alone]
-        print(f"  training seconds   {spread(fits[0])} each against {spread(fits[1])}")
+        beside = spread([seconds for r in many for seconds in r["fit_seconds"]])
+        print(f"  training seconds   {beside} each against {spread([r['fit_seconds'] for r in alone])}")
 
     figure = new_figure(7, 0.5 * len(loops) + 1)
     axes = figure.add_subplot()
