@@ -189,18 +189,15 @@ def train(overrides: list[str], settings: Settings, folder: Path) -> dict[str, A
 def sweep(settings: Settings, folder: Path) -> dict[str, Any]:
     """Train one run and `SWEEP_JOBS` runs side by side on one device, ten epochs each, and time the whole commands."""
     root = Path(settings.data_root).absolute()
-    command = [str(REPO / "train.py"), "experiment=tutorial", "trainer=cuda_graph", f"data.root='{root}'"]
-    _, one, _ = measured([*command, "hydra.run.dir=one"], folder)
-    side_by_side = [
-        *("-m", "hydra/launcher=joblib", f"hydra.launcher.n_jobs={SWEEP_JOBS}", f"seed=range({SWEEP_JOBS})"),
-        "hydra.sweep.dir=many",
-    ]
-    _, many, _ = measured([*command, *side_by_side], folder)
+    train, words = str(REPO / "train.py"), ["experiment=tutorial", "trainer=cuda_graph", f"data.root='{root}'"]
+    _, one, _ = measured([train, *words, "hydra.run.dir=one"], folder)
+    jobs = ["hydra/launcher=joblib", f"hydra.launcher.n_jobs={SWEEP_JOBS}", f"seed=range({SWEEP_JOBS})"]
+    _, many, _ = measured([train, "-m", *words, *jobs, "hydra.sweep.dir=many"], folder)
     fit = json.loads((folder / "one" / "metrics.json").read_text())["fit_seconds"]
-    jobs = [json.loads(path.read_text()) for path in folder.glob("many/*/metrics.json")]
+    records = [json.loads(path.read_text()) for path in folder.glob("many/*/metrics.json")]
     for name in ("one", "many"):
         shutil.rmtree(folder / name)
-    return {"one": one, "many": many, "one_fit": fit, "many_fit": [job["fit_seconds"] for job in jobs]}
+    return {"one": one, "many": many, "one_fit": fit, "many_fit": [record["fit_seconds"] for record in records]}
 
 
 def spread(values: list[float]) -> str:

@@ -136,6 +136,9 @@ def build_trainer(
     mode, per_call, in_graph = wanted.pop("compile"), wanted.pop("steps_per_batch"), wanted.pop("cuda_graph")
     if in_graph:
         check_cuda_graph(settings, datamodule)
+    if mode in ("reduce-overhead", "max-autotune") and wanted["accumulate_grad_batches"] > 1 and not cpu:
+        # The gradients of one replay lie where the next one writes (torch 2.11).
+        raise UserError(f"trainer.compile={mode} is invalid with trainer.accumulate_grad_batches: expected true")
     if per_call > 1:
         clip, algorithm = wanted.pop("gradient_clip_val"), wanted.pop("gradient_clip_algorithm")
         accumulate = wanted.pop("accumulate_grad_batches")

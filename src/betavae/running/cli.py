@@ -9,6 +9,7 @@ import functools
 import gc
 import hashlib
 import inspect
+import io
 import logging
 import os
 import re
@@ -174,6 +175,8 @@ class Command:
         # Hydra makes a named folder itself, with the folders above it.
         run_dir.made = [parent for path in named for parent in path.parents if not parent.exists()]
         run_dir.there = {Path.cwd(), *(path.resolve() for path in named if path.is_dir())}
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="surrogateescape")  # a path that is not UTF-8 is printed as it is
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         try:
