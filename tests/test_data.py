@@ -162,6 +162,25 @@ def test_a_position_within_an_epoch_is_gone_back_to():
     assert len(rest) == len(labels) - 3 and all(map(torch.equal, rest, labels[3:]))
 
 
+@pytest.mark.parametrize("binarize", ["none", "dynamic"])
+def test_images_that_stay_on_the_host_are_read_one_batch_ahead(binarize):
+    images = Images(torch.randint(256, (103, 1, 4, 4), dtype=torch.uint8), torch.arange(103))
+    plain, ahead = (Batches(images, 10, lambda: 3, binarize=binarize) for _ in range(2))
+    taken = []
+    for batches, some in ((plain, iter(plain)), (ahead, ahead.from_host())):
+        torch.manual_seed(0)
+        taken.append([next(some) for _ in range(4)])
+        assert batches.state_dict() == {"epoch": 3, "batches": 4}  # not of the one that has been read
+        some = iter(plain) if batches is plain else ahead.from_host()  # resumed
+        taken[-1] += list(some)
+        assert batches.state_dict() == {"epoch": 3, "batches": 11} and len(taken[-1]) == 11
+    for (x, label), (other, other_label) in zip(*taken, strict=True):
+        assert torch.equal(x, other) and torch.equal(label, other_label)
+    plain.load_state_dict({"epoch": -1, "batches": 0})
+    plain.device = torch.device("meta")
+    assert {(x.device.type, x.dtype, label.device.type) for x, label in plain} == {("meta", torch.float32, "meta")}
+
+
 @pytest.mark.parametrize("epoch", [None, lambda: 1])
 def test_shards_do_not_overlap(epoch):
     shards = [Batches(numbered(101), 8, epoch) for _ in range(2)]
