@@ -93,6 +93,7 @@ class ContinuousBernoulli(Bernoulli):
     meaning, surrogate, exact = Likelihood.meaning, Likelihood.surrogate, Likelihood.exact
 
     def log_prob(self, x: Tensor, params: Tensor) -> Tensor:
+        params = params.to(torch.promote_types(x.dtype, params.dtype))
         size = params.abs()
         small = size < 0.05
         safe = torch.where(small, 1.0, size)

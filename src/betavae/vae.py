@@ -72,8 +72,9 @@ class VAE(nn.Module):
 
     def encode(self, x: Tensor) -> Posterior:
         """`(B, C, H, W)` in [0, 1] -> the posterior."""
+        params = self.encoder(x.to(next(self.encoder.parameters()).dtype))
         # In single precision also under autocast: bfloat16 knows a KL of 25 nats to an eighth only.
-        params = self.encoder(x).to(torch.promote_types(x.dtype, torch.float32))
+        params = params.to(torch.promote_types(params.dtype, torch.float32))
         return Posterior(*params.chunk(2, dim=-1))
 
     def decode_params(self, z: Tensor) -> Tensor:
