@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.plugins import HalfPrecision
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.profilers import PassThroughProfiler
 
@@ -152,6 +153,10 @@ def plugins() -> list[Any]:
 def mend(trainer: L.Trainer) -> None:
     # With max_steps, it would count the epoch twice from whose end a run goes on (2.6).
     trainer.fit_loop._iteration_based_training = lambda: False  # type: ignore[method-assign]
+    if isinstance(trainer.precision_plugin, HalfPrecision):
+        # It would round images to the weights' type, and bytes are no longer bytes to the likelihood (2.6). The encoder
+        # takes them in single precision.
+        trainer.precision_plugin.convert_input = lambda data: data  # type: ignore[method-assign]
     if not torch.cuda.is_available():
         # Lightning has torch ask NVML, and an optimiser asks at each step: without a GPU that is a search for a library
         # that is not there, a twentieth of a step (2.6, torch 2.15).
