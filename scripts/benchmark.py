@@ -29,7 +29,7 @@ from betavae.running.settings import Count, Text, kind, one_of
 
 REPO = Path(__file__).parents[1]
 PRESETS = ["default", "default trainer.steps_per_batch=10", "fast"]
-CUDA_PRESETS = ["cuda_graph", "cuda_graph trainer.compile=true"]
+CUDA_PRESETS = ["default", "fast", "cuda_graph", "cuda_graph trainer.compile=true"]
 SWEEP_JOBS = 16
 IMAGES, BATCH, HIDDEN, LATENT, PIXELS = 60_000, 128, 400, 20, 784
 
@@ -187,20 +187,15 @@ def train(overrides: list[str], settings: Settings, folder: Path) -> dict[str, A
 
 
 def sweep(settings: Settings, folder: Path) -> dict[str, Any]:
-    """Train one run and `SWEEP_JOBS` runs side by side on one device, ten epochs each, and time the whole commands."""
+    """Train `SWEEP_JOBS` runs side by side on one device."""
     root = Path(settings.data_root).absolute()
-    command = [str(REPO / "train.py"), "experiment=tutorial", "trainer=cuda_graph", f"data.root='{root}'"]
-    _, one, _ = measured([*command, "hydra.run.dir=one"], folder)
-    side_by_side = [
-        *("-m", "hydra/launcher=joblib", f"hydra.launcher.n_jobs={SWEEP_JOBS}", f"seed=range({SWEEP_JOBS})"),
-        "hydra.sweep.dir=many",
-    ]
-    _, many, _ = measured([*command, *side_by_side], folder)
-    fit = json.loads((folder / "one" / "metrics.json").read_text())["fit_seconds"]
-    jobs = [json.loads(path.read_text()) for path in folder.glob("many/*/metrics.json")]
-    for name in ("one", "many"):
-        shutil.rmtree(folder / name)
-    return {"one": one, "many": many, "one_fit": fit, "many_fit": [job["fit_seconds"] for job in jobs]}
+    words = ["experiment=tutorial", "trainer=cuda_graph", f"trainer.max_epochs={settings.epochs}"]
+    jobs = ["hydra/launcher=joblib", f"hydra.launcher.n_jobs={SWEEP_JOBS}", f"seed=range({SWEEP_JOBS})"]
+    places = [f"data.root='{root}'", "hydra.sweep.dir=sweep"]
+    _, seconds, _ = measured([str(REPO / "train.py"), "-m", *words, *jobs, *places], folder)
+    records = [json.loads(path.read_text()) for path in folder.glob("sweep/*/metrics.json")]
+    shutil.rmtree(folder / "sweep")
+    return {"process_seconds": seconds, "fit_seconds": [record["fit_seconds"] for record in records]}
 
 
 def spread(values: list[float]) -> str:
@@ -226,10 +221,11 @@ def main(settings: Settings) -> None:
     for split in ("train", "test"):
         mnist(root, split)  # unpacked
     cuda = torch.cuda.is_available()
-    presets = settings.presets or PRESETS + CUDA_PRESETS * cuda
+    presets = settings.presets or (CUDA_PRESETS if cuda else PRESETS)
     quality = settings.quality if settings.quality is not None else not cuda
     warm = slice(1 if settings.epochs > 1 else 0, None)
     results: dict[str, list[Any]] = {}
+    cuda = cuda and "cuda_graph" in presets
     steps = 3 + len(presets) + 2 * quality + cuda
     bar = Tqdm(total=settings.rounds * steps, desc="benchmark", file=sys.stderr)
     with tempfile.TemporaryDirectory() as temporary:
@@ -237,6 +233,8 @@ def main(settings: Settings) -> None:
 
         def note(name: str, result: dict[str, Any]) -> None:
             results.setdefault(name, []).append(result)
+            with writing(Path(settings.out).with_suffix(".json")) as path:  # now: a limit may stop the rest
+                path.write_text(json.dumps({"made_by": STAMP} | results, indent=1) + "\n")
             bar.update()
 
         for _ in range(settings.rounds):
@@ -290,15 +288,14 @@ def main(settings: Settings) -> None:
         )
 
     if cuda:
-        ratios = [r["many"] / r["one"] for r in results["sweep"]]
-        print(f"\n{SWEEP_JOBS} runs side by side against one, trainer=cuda_graph, ten epochs, whole commands")
-        one, many = ([r[name] for r in results["sweep"]] for name in ("one", "many"))
-        print(f"  seconds            {spread(many)} against {spread(one)}: {spread(ratios)} times as long")
-        alone, beside = [r["one_fit"] for r in results["sweep"]], [s for r in results["sweep"] for s in r["many_fit"]]
-        print(f"  training seconds   {spread(beside)} each against {spread(alone)}")
+        alone, many = results["train.py trainer=cuda_graph"], results["sweep"]
+        ratios = [b["process_seconds"] / a["process_seconds"] for a, b in zip(alone, many, strict=True)]
+        print(f"\n{SWEEP_JOBS} runs side by side against one, trainer=cuda_graph, {settings.epochs} epochs")
+        sides = (spread([r["process_seconds"] for r in side]) for side in (many, alone))
+        print(f"  whole commands     {' against '.join(sides)}: {spread(ratios)} times as long")
+        beside = spread([seconds for r in many for seconds in r["fit_seconds"]])
+        print(f"  training seconds   {beside} each against {spread([r['fit_seconds'] for r in alone])}")
 
-    with writing(Path(settings.out).with_suffix(".json")) as path:
-        path.write_text(json.dumps({"made_by": STAMP} | results, indent=1) + "\n")
     figure = new_figure(7, 0.5 * len(loops) + 1)
     axes = figure.add_subplot()
     axes.barh(loops[::-1], [statistics.median(epoch[name]) for name in loops[::-1]], color="tab:blue")

@@ -10,6 +10,7 @@ from pathlib import Path
 from pydantic import Field
 
 from betavae.running.cli import DataSettings, importing, script
+from betavae.running.command_line import argument
 from betavae.running.settings import Count, Flag, Images, Place
 
 
@@ -90,7 +91,7 @@ def main(settings: Settings) -> None:
         print("what comes back, bit for bit, is these images as the lines above have changed them, not their files")
     if settings.report:
         print(f"a picture of this table in {picture}")
-    print(f"next  python scripts/decompress.py file={out} out=FOLDER ckpt={run.path}")
+    print(f"next  python scripts/decompress.py {argument('file', out)} out=FOLDER {argument('ckpt', run.path)}")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ def main(settings: Settings) -> None:
         import torch
 
         from betavae import pictures
+        from betavae.data.listing import as_text
         from betavae.files import filling
         from betavae.kept import digest
         from betavae.running import checkpoint
@@ -38,7 +39,7 @@ def main(settings: Settings) -> None:
     if settings.format == "folder":
         # Where data lie, and what is kept of them, is of this machine alone.
         data = {key: value for key, value in run.data.items() if key not in ("root", "cache")}
-        name = run.folder.resolve().name if run.path.parent.name == "checkpoints" else run.path.stem
+        name = as_text(run.folder.resolve().name if run.path.parent.name == "checkpoints" else run.path.stem)
         state = {f"vae.{key}": value for key, value in run.vae.state_dict().items()}
         content = {"betavae_format": checkpoint.FORMAT, "hyper_parameters": run.settings, "state_dict": state}
         if data:
@@ -56,7 +57,7 @@ def main(settings: Settings) -> None:
             theirs = checkpoint.load(folder).vae.state_dict()
             if not all(torch.equal(theirs[key], value) for key, value in run.vae.state_dict().items()):
                 raise RuntimeError(f"{out} does not hold the model that was written to it")
-        print(f'{out}/ is a model of its own, with a card in {out / "README.md"}: betavae.load("{out}")')
+        print(f"{out}/ is a model of its own, with a card in {out / 'README.md'}: betavae.load({str(out)!r})")
     elif settings.format == "safetensors":
         result = export.weights(run.vae, run.settings["model"], out)
         print(f"{len(result['tensors'])} tensors in {out / result['file']}, what they are in {out / 'model.json'}")

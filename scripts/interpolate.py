@@ -50,7 +50,9 @@ def main(settings: Settings) -> None:
         for digit in settings.digits:
             of_digit = (labels == digit).nonzero()[:, 0]
             if not len(of_digit):
-                raise UserError(f"digits={settings.digits} cannot be: the labels are 0 to {int(labels.max())}")
+                raise UserError(
+                    f"digits={settings.digits} cannot be: the labels are {int(labels.min())} to {int(labels.max())}"
+                )
             ends.append(of_digit[torch.randint(len(of_digit), (settings.rows,), generator=generator)].tolist())
         pairs = list(zip(*ends, strict=True))
     rows = [pictures.interpolation(run.vae, x[[start]], x[[end]], settings.steps) for start, end in pairs]

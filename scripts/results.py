@@ -1,6 +1,7 @@
 """A table of all evaluated runs, seeds together, in Markdown: `python scripts/results.py [runs=runs]`."""
 
 import json
+import shlex
 import statistics
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,11 @@ def spread(values: list[float], digits: int = 2) -> str:
 
 def row(runs: list[dict[str, Any]]) -> list[str]:
     results = [run["evaluation"] for run in runs]
-    typed = [item for item in runs[0]["overrides"] if not item.startswith(("seed=", "runs=", "hydra.", "data.root="))]
+    typed = [str(item) for item in runs[0]["overrides"]]
+    typed = [item for item in typed if not item.startswith(("seed=", "runs=", "hydra.", "data.root="))]
     minutes = statistics.mean(run["fit_seconds"] for run in runs) / 60
     return [
-        " ".join(["python train.py", *typed]),
+        shlex.join(["python", "train.py", *typed]),
         str(len(runs)),
         spread([result["neg_elbo"]["mean"] for result in results]),
         spread([result[f"nll_{result['k'][-1]}"]["mean"] for result in results]),

@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import Field
 
 from betavae.running.cli import DataSettings, Seeded, importing, script
-from betavae.running.settings import Count, Flag, NotNegative, NumberOrNull, Place, one_of
+from betavae.running.settings import Count, Flag, IntegerOrNull, NotNegative, Place, one_of
 
 
 def samplers() -> list[str]:
@@ -19,7 +19,7 @@ def samplers() -> list[str]:
 class Settings(DataSettings, Seeded):
     n: Count = Field(64, title="images")
     sampler: one_of(samplers) = Field("prior", title="or one fitted to the training images: gaussian, mixture, knn")
-    digit: NumberOrNull = Field(None, title="images of one label; not with sampler=prior")
+    digit: IntegerOrNull = Field(None, title="images of one label; not with sampler=prior")
     temperature: NotNegative = Field(1.0, title="times the prior's standard deviation")
     columns: Count = Field(8, title="images in a row")
     out: Place = Field("samples.png", title="the picture")

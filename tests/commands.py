@@ -107,7 +107,8 @@ class Child:
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(output, 1)
         os.dup2(output, 2)
-        sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
+        sys.stdin, sys.stdout = os.fdopen(0), os.fdopen(1, "w", 1)
+        sys.stderr = os.fdopen(2, "w", 1, errors="backslashreplace")
         sys.excepthook = sys.__excepthook__
         for handler in logging.root.handlers[:]:
             logging.root.removeHandler(handler)
@@ -142,7 +143,9 @@ class Child:
     def text(self) -> str:
         """All it has printed, errors too."""
         # With its offset left alone, which the child shares.
-        return os.pread(self.output.fileno(), os.fstat(self.output.fileno()).st_size, 0).decode()
+        return os.pread(self.output.fileno(), os.fstat(self.output.fileno()).st_size, 0).decode(
+            errors="surrogateescape"
+        )
 
 
 def module_of(script: Path) -> Any:

@@ -1,15 +1,18 @@
-import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from betavae.data import Images, mnist
+from betavae.data import SOURCES, Images, mnist
 from betavae.data.batches import Batches
 from betavae.data.datamodule import ImageDataModule
 from betavae.errors import UserError
-from tests.conftest import DATA
+from betavae.running import checkpoint
+from betavae.vae import VAE
+from tests.conftest import DATA, MODEL, MODULE
 
 
 def module(data_root, **changes):
@@ -35,9 +38,35 @@ def test_the_canonical_mnist_comes_out_of_the_package(data_root):
 def test_it_is_unpacked_into_the_data_folder_once_and_nowhere_for_none(tmp_path):
     test = mnist(tmp_path / "new" / "data", "test")
     assert len(list((tmp_path / "new" / "data" / "MNIST" / "raw").iterdir())) == 2
-    assert torch.equal(mnist(Path(os.devnull), "test").pixels, test.pixels)
+    assert torch.equal(mnist(tmp_path / "other", "test", download=False).pixels, test.pixels)
+    assert not (tmp_path / "other").exists()
     with pytest.raises(UserError, match=r"data.root: cannot write .*Not a directory"):
         mnist(tmp_path / "new/data/MNIST/raw/t10k-images-idx3-ubyte", "test")
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_path_that_a_checkpoint_names_is_only_read(tmp_path, monkeypatch, name):
+    """Nothing is unpacked or downloaded there, and no cache is made."""
+    victim = tmp_path / "victim"
+    fixed = {"arrays": victim / "x.npz", "folder": victim}
+    victim.mkdir()
+    np.savez(victim / "x.npz", images=np.zeros((20, 28, 28), np.uint8))
+    for i in range(20):
+        Image.new("L", (28, 28), i).save(victim / f"{i}.png")
+    before = {path: path.stat().st_mtime_ns for path in (victim, *victim.rglob("*"))}
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    settings = {"folder": {"image_size": 28, "cache": str(victim)}}.get(name, {})
+    data = DATA | {"name": name, "root": str(fixed.get(name, victim)), "validation_size": None} | settings
+    run = checkpoint.Run(VAE(**MODEL), Path("a.ckpt"), MODULE, data)
+    for variable in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(variable, "http://127.0.0.1:9")  # where a download would fail, with another message
+    if name in ("mnist", "sprites"):
+        assert len(run.subset("test")) == 10_000
+    else:  # a run made by hand knows no hashes
+        with pytest.raises(UserError, match=r"have changed|is not in .*by data_root=PATH|dsprites.* is not there"):
+            run.subset("test")
+    assert before == {path: path.stat().st_mtime_ns for path in (victim, *victim.rglob("*"))}
 
 
 def test_torchvision_finds_what_was_unpacked(data_root):
@@ -131,6 +160,25 @@ def test_a_position_within_an_epoch_is_gone_back_to():
     resumed.load_state_dict(stopped.state_dict())
     rest = [y for _, y in resumed]
     assert len(rest) == len(labels) - 3 and all(map(torch.equal, rest, labels[3:]))
+
+
+@pytest.mark.parametrize("binarize", ["none", "dynamic"])
+def test_images_that_stay_on_the_host_are_read_one_batch_ahead(binarize):
+    images = Images(torch.randint(256, (103, 1, 4, 4), dtype=torch.uint8), torch.arange(103))
+    plain, ahead = (Batches(images, 10, lambda: 3, binarize=binarize) for _ in range(2))
+    taken = []
+    for batches, some in ((plain, iter(plain)), (ahead, ahead.from_host())):
+        torch.manual_seed(0)
+        taken.append([next(some) for _ in range(4)])
+        assert batches.state_dict() == {"epoch": 3, "batches": 4}  # not of the one that has been read
+        some = iter(plain) if batches is plain else ahead.from_host()  # resumed
+        taken[-1] += list(some)
+        assert batches.state_dict() == {"epoch": 3, "batches": 11} and len(taken[-1]) == 11
+    for (x, label), (other, other_label) in zip(*taken, strict=True):
+        assert torch.equal(x, other) and torch.equal(label, other_label)
+    plain.load_state_dict({"epoch": -1, "batches": 0})
+    plain.device = torch.device("meta")
+    assert {(x.device.type, x.dtype, label.device.type) for x, label in plain} == {("meta", torch.float32, "meta")}
 
 
 @pytest.mark.parametrize("epoch", [None, lambda: 1])

@@ -21,7 +21,7 @@ from betavae.objectives import elbo
 from betavae.running import checkpoint
 from betavae.uses import export
 from betavae.vae import VAE
-from tests.commands import Child
+from tests.commands import Child, run
 from tests.conftest import DATA, MODEL, MODULE, REPO
 
 MODELS = {
@@ -209,6 +209,28 @@ def test_of_two_at_once_the_first_has_the_folder(tmp_path):
         with filling(tmp_path / "out") as two:
             (two / "b").write_text("2")
     assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == ["out", "out/b"]
+
+
+@pytest.mark.parametrize("out", ["empty", ".", "link"])
+def test_an_empty_folder_is_filled_in_place(lone, tmp_path, out):
+    """The working folder, a mount point or the target of a link must remain the folder that it is."""
+    cwd = tmp_path / "empty"
+    cwd.mkdir()
+    (tmp_path / "link").symlink_to(cwd)
+    inode, place = cwd.stat().st_ino, cwd if out == "." else tmp_path
+    text = run(f"ckpt={lone}", "format=safetensors", f"out={out}", cwd=place, script="scripts/export.py")
+    assert cwd.stat().st_ino == inode and (tmp_path / "link").is_symlink()
+    assert sorted(path.name for path in cwd.iterdir()) == ["model.json", "model.safetensors"]
+    assert "model.safetensors" in text
+    again = run(f"ckpt={lone}", "format=safetensors", f"out={out}", cwd=place, script="scripts/export.py", code=1)
+    assert f"out: {out} is there already" in again
+
+
+def test_of_two_at_once_in_an_empty_folder_one_has_it(tmp_path):
+    with pytest.raises(UserError, match="is there already"), filling(tmp_path) as one:
+        (one / "a").write_text("1")
+        (tmp_path / "b").write_text("2")
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
 
 
 def test_an_export_that_is_killed_in_the_middle_leaves_nothing_that_looks_like_one(lone, tmp_path):

@@ -108,6 +108,7 @@ def test_nearest_imbalance_and_summary():
     )
     assert imbalance(torch.tensor([0, 0, 0, 1]), torch.tensor([0, 1, 2, 2])) == pytest.approx(0.5)
     assert imbalance(torch.tensor([2, 0]), torch.tensor([0, 2, 0, 2])) == 0
+    assert imbalance(torch.tensor([-1, -1]), torch.tensor([-1, 10**9])) == 0.5
     found = summary([{"a": 1.0}, {"a": 2.0}, {"a": 6.0}])["a"]
     assert found == {"mean": pytest.approx(3), "se": pytest.approx(math.sqrt(7) / math.sqrt(3))}
 
@@ -161,7 +162,7 @@ def test_the_classifier_learns_is_kept_and_is_made_anew_for_other_data(tmp_path,
 
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 64, 48), (3, 5, 9), (1, 1, 2000), (3, 1, 1)])
 def test_a_classifier_takes_any_shape(shape):
-    assert features.Classifier(shape, 7)(torch.rand(2, *shape)).shape == (2, 7)
+    assert features.Classifier(shape, torch.arange(7))(torch.rand(2, *shape)).shape == (2, 7)
 
 
 def test_too_few_images_teach_no_classifier():
@@ -176,11 +177,11 @@ def test_the_command(tmp_path, data_root, capsys, monkeypatch):
     content |= {"datamodule_hyper_parameters": DATA | {"root": data_root}}
     checkpoint.save(content, tmp_path / "lone.ckpt")
     # A classifier that knows nothing saves the minute.
-    classifier = features.Classifier((1, 28, 28), 10)
+    classifier = features.Classifier((1, 28, 28), torch.arange(10))
     kept = tmp_path / "runs" / "features" / "mnist.pt"
     made = {"state": classifier.state_dict(), "accuracy": 0.1}
     data = [fingerprint(mnist(Path(data_root), split), labels=True) for split in ("train", "test")]
-    held = {"data": data, "shape": [1, 28, 28], "classes": 10, "version": 2}
+    held = {"data": data, "shape": [1, 28, 28], "version": 2}
     features.kept(kept, held, lambda: made)
     command = runpy.run_path(str(REPO / "scripts" / "fidelity.py"))["main"].task
     monkeypatch.setenv("HOME", str(tmp_path))

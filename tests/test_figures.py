@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from matplotlib.image import imread
@@ -26,9 +28,49 @@ def test_a_saved_picture_has_those_grey_values(tmp_path):
 
 def test_what_cannot_be_written_is_said(tmp_path):
     (tmp_path / "file").write_text("")
-    for out in (tmp_path / "file" / "a.png", tmp_path / "a.nonsense"):
-        with pytest.raises(UserError, match="out: cannot write"):
-            pictures.save_picture(torch.zeros(1, 2, 2), out)
+    with pytest.raises(UserError, match="out: cannot write"):
+        pictures.save_picture(torch.zeros(1, 2, 2), tmp_path / "file" / "a.png")
+
+
+def figure():
+    drawn = pictures.new_figure(1, 1)
+    drawn.add_subplot().plot([1, 2])
+    return drawn
+
+
+PIXELS = [".png", ".jpg", ".JPEG", ".webp", ".tif", ".tiff", ".pdf"]
+
+
+@pytest.mark.parametrize(
+    ("channels", "ending"), [*itertools.product([1, 3], PIXELS), *((None, ending) for ending in [*PIXELS, ".svg"])]
+)
+def test_a_picture_of_every_format_is_replaced_by_the_next_and_a_foreign_one_never(tmp_path, channels, ending):
+    out = tmp_path / f"a{ending}"
+
+    def save():
+        if channels:
+            pictures.save_picture(torch.rand(channels, 40, 30), out)
+        else:
+            pictures.save_figure(figure(), out)
+
+    figure().savefig(out)
+    foreign = out.read_bytes()
+    with pytest.raises(UserError, match="was not made by betavae"):
+        save()
+    assert out.read_bytes() == foreign
+    out.unlink()
+    save()
+    first = out.read_bytes()
+    save()
+    assert first != foreign and [path.name for path in tmp_path.iterdir()] == [out.name]
+
+
+@pytest.mark.parametrize("ending", ["", ".gif", ".bmp", ".eps", ".nonsense"])
+def test_a_format_that_cannot_be_marked_is_rejected(tmp_path, ending):
+    for save, what in ((pictures.save_picture, torch.zeros(1, 2, 2)), (pictures.save_figure, figure())):
+        with pytest.raises(UserError, match=r"a\S* is invalid: expected a name that ends in \.png, .*\.pdf"):
+            save(what, tmp_path / f"a{ending}")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture

@@ -179,7 +179,7 @@ def test_several_steps_in_one_batch_of_lightning_change_nothing(data_root):
         module, epochs = Steps(**MODULE | settings), Epochs()
         if together > 1:
             module.several(together, 1, None, "norm")
-            data.train_dataloader = grouped(data.train_dataloader, together)
+            data.train_dataloader = grouped(data.train_dataloader, together, only_indices=False)
         trainer = L.Trainer(
             max_epochs=4, max_steps=20, limit_val_batches=0, accelerator="cpu", callbacks=[epochs], **QUIET
         )
@@ -204,7 +204,7 @@ def test_accumulated_and_clipped_gradients_are_lightnings_own(data_root, clip, a
         wanted = {"gradient_clip_val": clip, "gradient_clip_algorithm": algorithm, "accumulate_grad_batches": 2}
         if per_call > 1:
             module.several(per_call, 2, clip, algorithm)
-            data.train_dataloader = grouped(data.train_dataloader, per_call * 2)
+            data.train_dataloader = grouped(data.train_dataloader, per_call * 2, only_indices=False)
             wanted = {}
         trainer = L.Trainer(max_epochs=2, limit_val_batches=0, accelerator="cpu", **wanted, **QUIET)
         trainer.fit(module, data)

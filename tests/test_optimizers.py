@@ -1,3 +1,5 @@
+from functools import partial
+
 import lightning as L
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from betavae.likelihoods import LIKELIHOODS
 from betavae.module import VAEModule
 from betavae.objectives import elbo
 from betavae.optimizers import POLYNOMIALS, MuonAdam, names, orthogonalize
+from betavae.running import lightning
 from betavae.running.lightning import compile_loss
 from betavae.running.resuming import ExactResume
 from betavae.vae import VAE
@@ -154,3 +157,15 @@ def test_a_compiled_training_step_computes_the_same(network):
             assert images == 8
             betas.append((sums["loss"] - sums["recon"]) / sums["kl"])
     torch.testing.assert_close(torch.stack(betas), torch.tensor([0.1, 0.2]), rtol=1e-3, atol=1e-4)
+
+
+def test_compiled_code_of_a_long_sweep_is_dropped(monkeypatch):
+    monkeypatch.setattr(lightning, "JOBS_PER_COMPILE_CACHE", 3)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    cached = []
+    for latent_dim in range(1, 8):
+        module = VAEModule(**MODULE | {"model": MODEL | {"hidden_dims": [4], "latent_dim": latent_dim}})
+        compile_loss(module, None)
+        module.loss(torch.rand(2, 1, 28, 28), torch.randn(1, 2, latent_dim), torch.tensor(1.0))
+        cached.append(len(torch._dynamo.eval_frame._debug_get_cache_entry_list(VAEModule.loss.__code__)))
+    assert max(cached) == 3 and cached.count(1) >= 2

@@ -221,6 +221,23 @@ def test_scikit_learn_keeps_what_gamma_came_to():
     assert OneClassSVM(gamma="scale").fit(rows)._gamma == pytest.approx(1 / (3 * rows.var()))
 
 
+@pytest.mark.parametrize(("graphs", "limit", "compiled"), [(4, 3, 3), (4, 5, 4)])
+def test_torch_runs_functions_uncompiled_beyond_its_recompile_limit(graphs, limit, compiled):
+    """running/lightning.py: compile_loss."""
+    torch.compiler.reset()
+    seen = []
+
+    def backend(graph, inputs):
+        seen.append(graph)
+        return graph
+
+    double = torch.compile(lambda x: 2 * x, backend=backend, dynamic=False)
+    with torch._dynamo.config.patch(recompile_limit=limit):
+        for size in range(2, 2 + graphs):
+            double(torch.ones(size))
+    assert len(seen) == compiled and torch._dynamo.config.accumulated_recompile_limit >= 256
+
+
 def test_nothing_else_of_others_is_used():
     """Attributes with an underscore of anything but this project's own objects, in all of its code."""
     used = set()
@@ -233,5 +250,5 @@ def test_nothing_else_of_others_is_used():
                 used.add(node.module)
     used -= {"_asdict", "_replace"}  # a named tuple's, which are documented
     assert used == {
-        *("_signal_connector", "_iteration_based_training", "_get_file_writer", "_trial_id", "_gamma"),
+        *("_signal_connector", "_iteration_based_training", "_get_file_writer", "_trial_id", "_gamma", "_dynamo"),
     }

@@ -58,7 +58,7 @@ def test_nobody_goes_round_in_circles():
 
 def test_what_is_computed_is_read_in_one_sitting():
     lines = {name: len(FILES[name].read_text().splitlines()) for name in READ_FIRST}
-    assert sum(lines.values()) <= 900, lines
+    assert sum(lines.values()) <= 910, lines
     assert lines["module"] <= 130
 
 

@@ -11,6 +11,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -440,3 +441,22 @@ def test_a_sweep_that_claims_too_many_jobs_is_rejected(tmp_path: Path, values: s
 def test_jobs_of_a_glob_are_not_listed_before_they_begin(tmp_path: Path) -> None:
     hostile(tmp_path, ["optimizer=glob(ad*)"])
     assert len(jobs.read_jobs(tmp_path / "sweep")) == 2
+
+
+@pytest.mark.parametrize(("swept", "recompilations"), [("seed", 1), ("model.latent_dim", 19)])
+def test_every_job_of_a_sweep_is_compiled(tmp_path: Path, swept: str, recompilations: int) -> None:
+    """Jobs of one structure share their code, of other structures have their own: for whole and for last batches."""
+
+    def prepare() -> None:
+        torch._logging.set_logs(recompiles=True)
+        compile_ = torch.compile
+        torch.compile = lambda *args, **how: compile_(*args, **how, backend="aot_eager")  # type: ignore[assignment]
+
+    np.save(tmp_path / "images.npy", np.random.default_rng(0).integers(0, 256, (40, 4, 4), dtype=np.uint8))
+    data = ["data=arrays", "data.root=images.npy", "data.batch_size=20", "data.validation_size=5", "data.test_size=4"]
+    values = ",".join(map(str, range(1, 11)))
+    args = ["trainer=fast", "trainer.max_epochs=1", *data, "model=mlp_small", f"{swept}={values}"]
+    text = run("-m", *args, "hydra.sweep.dir=sweep", cwd=tmp_path, prepare=prepare)
+    assert {job.status for job in jobs.read_jobs(tmp_path / "sweep")} == {"finished"}
+    assert text.count("Recompiling function") == recompilations, text
+    assert "recompile_limit" not in text

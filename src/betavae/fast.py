@@ -17,7 +17,7 @@ def accelerate(vae: VAE) -> VAE:
             if type(child) is nn.Tanh:
                 setattr(module, name, Tanh())
     if isinstance(vae.likelihood, Bernoulli):
-        vae.likelihood.cross_entropy = CrossEntropy.apply  # type: ignore[method-assign]
+        vae.likelihood.cross_entropy = cross_entropy  # type: ignore[method-assign]
     return vae
 
 
@@ -52,3 +52,7 @@ class CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
         x, logits = ctx.saved_tensors
         return None, (torch.sigmoid(logits) - x).mul_(grad[..., None, None, None]).to(ctx.dtype)
+
+
+# One object for every VAE: code compiled for one serves the next, unless a function that it calls is another one.
+cross_entropy = CrossEntropy.apply

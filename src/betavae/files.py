@@ -1,9 +1,11 @@
 """Files that appear whole or not at all, and that are never somebody else's."""
 
+import codecs
 import contextlib
 import errno
 import json
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -89,39 +91,60 @@ def check_writable(out: str | Path, key: str = "out") -> None:
 
 @contextlib.contextmanager
 def filling(out: str | Path, key: str = "out") -> Iterator[Path]:
-    """A new folder to write into, beside the path that a user named by the setting `key`; it becomes that path when the
-    block ends, so that a process that is killed leaves no half of a folder there.
+    """Yield a temporary folder to write into; its content becomes that of `out` when the block ends without an error.
 
-    Raises UserError where anything but an empty folder is there, whoever made it, and if it cannot be written.
+    An empty folder is filled in place, since it may be the working folder, a mount point or linked to.
+
+    Raises:
+        UserError: If `out`, named by the setting `key`, exists and is not an empty folder, or is not writable.
     """
     path = Path(out).expanduser()
-    taken = f"{key}: {path} is there already; delete it or name another folder"
-    if os.path.lexists(path) and (path.is_symlink() or not path.is_dir() or any(path.iterdir())):
-        raise UserError(taken)
-    path = path.absolute()
-    part = path.with_name(f"{PART_START}{secrets.token_hex(4)}-{path.name}")
+    taken = UserError(f"{key}: {path} is there already; delete it or name another folder")
+    there, part = path.is_dir(), None
     try:
+        if os.path.lexists(path) and (not there or any(path.iterdir())):
+            raise taken
+        part = (path if there else path.absolute().parent) / f"{PART_START}{secrets.token_hex(4)}"
         part.mkdir(parents=True)
         yield part
-        with contextlib.suppress(FileNotFoundError):
-            path.rmdir()  # Windows moves nothing to where a folder is
-        part.rename(path)
+        if there:
+            if list(path.iterdir()) != [part]:
+                raise taken
+            for item in part.iterdir():
+                item.rename(path / item.name)
+        else:
+            part.rename(path)
     except OSError as error:
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):  # of two at once, one was first
-            raise UserError(taken) from error
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):  # another process was first
+            raise taken from error
         raise UserError(f"{key}: cannot make {out} ({error.strerror or error})") from error
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        if part:
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def made_here(path: Path) -> bool:
-    """Whether a file bears our stamp: a PNG's text, a zip file's comment (tensors), a JSON file's key
-    `made_by`, a Parquet file's metadata, a table's last column, the start of compressed images."""
+    """Tell whether a file bears the mark of this project.
+
+    It is the software of a PNG, JPEG, WebP or TIFF, the creator of a PDF or SVG, a zip file's comment (tensors), a JSON
+    file's key `made_by`, a Parquet file's metadata, a table's last column, the start of compressed images.
+    """
     try:
         with open(path, "rb") as file:
             start = file.read(2**16)
         if start.startswith(b"\x89PNG"):
             return b"Software\0" + STAMP.encode() in start
+        if start.startswith((b"\xff\xd8", b"RIFF", b"II*\0", b"MM\0*")):
+            from PIL import ExifTags, Image
+
+            with Image.open(path, formats=("JPEG", "WEBP", "TIFF")) as image:
+                return image.getexif().get(ExifTags.Base.Software) == STAMP
+        if start.startswith(b"%PDF"):  # matplotlib's and Pillow's
+            names = (STAMP.encode(), codecs.BOM_UTF16_BE + STAMP.encode("utf-16-be"))
+            return any(b"/Creator (" + name + b")" in path.read_bytes() for name in names)
+        if path.suffix.lower() == ".svg":
+            agent = rf"<dc:creator>\s*<cc:Agent>\s*<dc:title>{STAMP}</dc:title>"
+            return re.search(agent.encode(), start) is not None
         if start.startswith(MAGIC):
             return True
         if start.startswith(b"PK"):
@@ -134,5 +157,5 @@ def made_here(path: Path) -> bool:
             return f"made by {STAMP}".encode() in start.splitlines()[0]
         content = json.loads(path.read_text()) if path.suffix == ".json" else {}
         return content.get("made_by") == STAMP
-    except (OSError, ValueError, AttributeError, IndexError, RecursionError, zipfile.BadZipFile):
+    except Exception:  # a file that cannot be read as one of this project is not one
         return False

@@ -53,9 +53,9 @@ class VAEModule(L.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         x, _ = batch
-        noise = torch.randn(self.k, len(x), self.vae.latent_dim, device=x.device)
+        noise = torch.randn(self.k, len(x), self.vae.latent_dim, dtype=x.dtype, device=x.device)
         # A tensor, since for another number torch.compile would compile again.
-        beta = torch.full((), self.current_beta(), device=x.device)
+        beta = torch.full((), self.current_beta(), dtype=x.dtype, device=x.device)
         loss, sums = self.loss(x, noise, beta)
         return {"loss": loss, "sums": [(sums, len(x))]}
 
@@ -80,8 +80,8 @@ class VAEModule(L.LightningModule):
         # Rows of whole sixteens: torch draws normals in blocks of 16, so no image's noise depends on the batch size.
         # Nor on the number of processes: each takes the rows of its own images.
         processes, rank = self.trainer.world_size, self.trainer.global_rank
-        noise = torch.randn(len(x) * processes, -(-size // 16) * 16, generator=self.generator)[rank::processes, :size]
-        for draw in noise.to(x).view(len(x), draws, self.k, -1).permute(1, 2, 0, 3):
+        noise = torch.randn(len(x) * processes, -(-size // 16) * 16, generator=self.generator, dtype=x.dtype)
+        for draw in noise[rank::processes, :size].to(x).view(len(x), draws, self.k, -1).permute(1, 2, 0, 3):
             terms = self.objective(self.vae, x, draw, self.beta)
             mean = terms.posterior.mean
             self.evaluation.add(terms.sums() | {"mean": mean.sum(0), "square": (mean**2).sum(0)}, len(x))

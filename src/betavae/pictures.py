@@ -13,6 +13,7 @@ from betavae.files import STAMP, writing
 from betavae.vae import VAE
 
 MAX_SPRITE_SIDE = 4096  # pixels; of a larger image of all tiles, a browser may show nothing
+PIXELS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
 
 
 def grid(images: Tensor, columns: int) -> Tensor:
@@ -171,16 +172,36 @@ def save_picture(picture: Tensor, out: str | Path, scale: int = 2) -> None:
     """Write a `(C, H, W)` picture in [0, 1] to a file, each pixel `scale` by `scale`."""
     from PIL.PngImagePlugin import PngInfo
 
-    stamp = PngInfo()
-    stamp.add_text("Software", STAMP)
+    check_ending(out, (*PIXELS, ".pdf"))
+    text = PngInfo()
+    text.add_text("Software", STAMP)
+    marks: dict[str, dict[str, Any]] = {".png": {"pnginfo": text}, ".pdf": {"creator": STAMP}}
     with writing(out) as path:
-        as_image(picture, scale).save(path, pnginfo=stamp)
+        as_image(picture, scale).save(path, **marks.get(path.suffix.lower(), {"exif": exif_mark()}))
 
 
 def save_figure(figure: Any, out: str | Path) -> None:
+    """Write a matplotlib figure to a file."""
+    check_ending(out, (*PIXELS, ".pdf", ".svg"))
     with writing(out) as path:
-        stamp = {"metadata": {"Software": STAMP}} if path.suffix == ".png" else {}
-        figure.savefig(path, dpi=150, bbox_inches="tight", **stamp)
+        name = {".png": "Software", ".pdf": "Creator", ".svg": "Creator"}.get(path.suffix.lower())
+        mark = {"metadata": {name: STAMP}} if name else {"pil_kwargs": {"exif": exif_mark()}}
+        figure.savefig(path, dpi=150, bbox_inches="tight", **mark)
+
+
+def exif_mark() -> Any:
+    """Name this project as the software in the metadata of a JPEG, WebP or TIFF."""
+    from PIL import ExifTags, Image
+
+    exif = Image.Exif()
+    exif[ExifTags.Base.Software] = STAMP
+    return exif
+
+
+def check_ending(out: str | Path, endings: Sequence[str]) -> None:
+    """Reject a format that has no place for the mark of this project, by which a file may be replaced later."""
+    if Path(out).suffix.lower() not in endings:
+        raise UserError(f"out={out} is invalid: expected a name that ends in {', '.join(endings)}")
 
 
 def save_tensor(tensor: Any, out: str | Path) -> Path:

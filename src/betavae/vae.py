@@ -73,8 +73,9 @@ class VAE(nn.Module):
 
     def encode(self, x: Tensor) -> Posterior:
         """`(B, C, H, W)` in [0, 1] -> the posterior."""
+        params = self.encoder(x.to(next(self.encoder.parameters()).dtype))
         # In single precision also under autocast: bfloat16 knows a KL of 25 nats to an eighth only.
-        params = at_least_float32(self.encoder(x))
+        params = at_least_float32(params)
         return Posterior(*params.chunk(2, dim=-1))
 
     def decode_params(self, z: Tensor) -> Tensor:

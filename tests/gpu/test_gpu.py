@@ -58,7 +58,6 @@ COMPILED = {
     "compiled": ["trainer.compile=true"],
     "reduce_overhead": ["trainer.compile=reduce-overhead"],
     "max_autotune": ["trainer.compile=max-autotune"],
-    "reduce_overhead_accumulated": ["trainer.compile=reduce-overhead", "trainer.accumulate_grad_batches=2"],
     "compiled_conv": ["trainer.compile=true", "model=conv", "model.hidden_dims=[4,8]"],
     "fast": ["trainer=[smoke,fast]"],
     "graph_compiled": [*GRAPH, "trainer.compile=true"],
@@ -68,7 +67,6 @@ EAGER = {
     "compiled": "plain",
     "reduce_overhead": "plain",
     "max_autotune": "plain",
-    "reduce_overhead_accumulated": "accumulated",
     "compiled_conv": "conv",
     "fast": "bf16_ten_steps",
     "graph_compiled": "eager_graph",
@@ -156,6 +154,7 @@ def commands_for(data_root: str) -> dict[str, Command]:
         asked = {"prepare": at_step(12, signal.SIGTERM), "code": 128 + signal.SIGTERM}
         train(f"from_{name}_stopped", *args, folder=f"from_{name}", **asked)
         resume(f"from_{name}", f"from_{name}", f"trainer.accelerator={second}", after=f"from_{name}_stopped")
+    train("rejected", "trainer.compile=reduce-overhead", "trainer.accumulate_grad_batches=2", code=1)
     for name, args in TRAININGS.items():
         train(name, *args)
     for name, args in GRAPHS.items():
@@ -428,6 +427,12 @@ def test_a_run_resumes_on_another_device(folder: Path, name: str) -> None:
 @each(NO_SYNCHRONIZATION)
 def test_no_synchronization_in_a_step(folder: Path, commands: Commands, name: str) -> None:
     assert "watched" in commands.texts[name]
+
+
+@needs("rejected")
+def test_gradients_are_not_accumulated_in_a_replay(commands: Commands, folder: Path) -> None:
+    text = commands.texts["rejected"]
+    assert text.startswith("error: trainer.compile=reduce-overhead is invalid with") and len(text.splitlines()) == 1
 
 
 @needs("numbers")

@@ -3,7 +3,7 @@
 To add a source, write a function `(root, split) -> Images`, where split is "train", "validation" or "test" (None for a
 split that it does not have: validation images are then taken from those for training), and name it in `SOURCES`; if its
 images can change, also in `OWN`, and checkpoints hold their hashes. What else its signature names is a setting of the
-`data` group by that name.
+`data` group by that name; a source that writes into `root` takes `download`, and with False only reads it.
 """
 
 from collections.abc import Callable

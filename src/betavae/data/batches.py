@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from betavae.data.images import Images
+from betavae.data.read_ahead import read_ahead
 
 
 class Batches:
@@ -30,6 +31,7 @@ class Batches:
         self.images, self.batch_size = images, batch_size
         self.epoch, self.seed, self.reshuffle, self.binarize = epoch, seed, reshuffle, binarize
         self.position = {"epoch": -1, "batches": 0}
+        self.device = images.labels.device  # of the batches
         self.share(0, 1)
 
     def share(self, rank: int, processes: int) -> None:
@@ -44,7 +46,15 @@ class Batches:
         return -(-self.size // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return map(self.batch, self.indices())
+        on_device = self.device.type == self.images.labels.device.type
+        return map(self.batch, self.indices()) if on_device else self.from_host()
+
+    def from_host(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield each batch converted on the device from its bytes, which are read ahead."""
+        items = ((index, self.position) for index in self.indices())
+        for (_, position), parts in read_ahead(lambda item: self.read(item[0]), items, self.device):
+            self.position = position
+            yield self.convert(*parts)
 
     def indices(self) -> Iterator[Tensor]:
         """Yield the index of each batch in the images, on their device."""
@@ -61,8 +71,13 @@ class Batches:
             yield mine[number * self.batch_size : (number + 1) * self.batch_size]
 
     def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        pixels = self.images.pixels.index_select(0, index)  # a tenth of the time of pixels[index]
-        labels = self.images.labels.index_select(0, index)
+        return self.convert(*self.read(index))
+
+    def read(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        # A tenth of the time of pixels[index].
+        return self.images.pixels.index_select(0, index), self.images.labels.index_select(0, index)
+
+    def convert(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         if self.binarize == "none":
             return pixels.float().div_(255), labels
         return binarized(pixels, self.binarize).float(), labels

@@ -20,7 +20,7 @@ from betavae.errors import UserError
 # One validation split and one binarised test set for everybody, whatever the seed of the run.
 SPLIT_SEED = 0
 BINARIZE_SEED = 0
-LARGEST_ON_DEVICE = 2**32  # bytes; of more images than that, Lightning moves a batch at a time
+LARGEST_ON_DEVICE = 2**32  # bytes; of more images than that, `Batches` sends one batch at a time
 
 
 class ImageDataModule(L.LightningDataModule):
@@ -128,11 +128,13 @@ class ImageDataModule(L.LightningDataModule):
         return self.batches("test", self.eval_batch_size)
 
     def batches(self, split: str, batch_size: int, *training: Any) -> Batches:
-        images, shard, trainer = self.sets[split], (0, 1), self.trainer
-        if trainer is not None:
-            shard = trainer.global_rank, trainer.world_size
-            if math.prod(images.pixels.shape) <= LARGEST_ON_DEVICE:
-                images = images.to(trainer.strategy.root_device)
+        images, trainer = self.sets[split], self.trainer
+        if trainer is None:
+            return Batches(images, batch_size, *training)
+        device = trainer.strategy.root_device
+        if math.prod(images.pixels.shape) <= LARGEST_ON_DEVICE:
+            images = images.to(device)
         batches = Batches(images, batch_size, *training)
-        batches.share(*shard)
+        batches.device = device
+        batches.share(trainer.global_rank, trainer.world_size)
         return batches

@@ -17,8 +17,8 @@ from filelock import FileLock, Timeout
 
 from betavae.data.arrays import as_tensor
 from betavae.data.images import Images
-from betavae.data.listing import SPLIT_FOLDERS, SUFFIXES, label_of, natural, picture_files, split_folders
-from betavae.data.pictures import UnreadablePicture, check_fit, left_out, read_each
+from betavae.data.listing import SPLIT_FOLDERS, SUFFIXES, as_text, label_of, natural, picture_files, split_folders
+from betavae.data.pictures import NOT_UTF8, UnreadablePicture, check_fit, left_out, read_each
 from betavae.data.splits import DEFAULT_SIZE, set_aside
 from betavae.errors import UserError
 from betavae.files import STAMP
@@ -96,13 +96,14 @@ def decode(
         np.lib.format.write_array_header_1_0(out, header | {"shape": (len(listed), *shape)})
         results = read_each([root / name for _, name, _ in listed], shape, fit, background)
         for (split, name, label), result in zip(listed, results, strict=True):
+            text = as_text(name)
             if isinstance(result, UnreadablePicture):
-                skipped.append((name, str(result)))
+                skipped.append((text, str(result)))
             else:
                 out.write(result[0].numpy().tobytes())
-                kept.append((name, label))
+                kept.append((text, as_text(label)))
                 counts[split] += 1
-                notes.update(result[1])
+                notes.update(result[1] + [NOT_UTF8] * (text != name))
         # NumPy leaves room in a header for any number of rows.
         out.seek(0)
         np.lib.format.write_array_header_1_0(out, header | {"shape": (len(kept), *shape)})

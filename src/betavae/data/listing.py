@@ -36,6 +36,11 @@ def png_names(names: Sequence[str], out: str | Path) -> list[str]:
     return list(files)
 
 
+def as_text(name: str) -> str:
+    """Write each byte of a file name that is not UTF-8 as `\\xNN`, since tables and JSON cannot hold it."""
+    return re.sub(r"[\ud800-\udfff]", lambda match: f"\\x{ord(match[0]) & 0xFF:02x}", name)
+
+
 def numbers(n: int) -> list[str]:
     """Names of `n` images that have none."""
     return [f"{i:0{len(str(n - 1))}d}" for i in range(n)]

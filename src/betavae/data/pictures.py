@@ -15,11 +15,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from betavae.data.arrays import labels_of, open_arrays, pixels_of
-from betavae.data.listing import SUFFIXES, label_of, natural, picture_files, split_folders
+from betavae.data.listing import SUFFIXES, as_text, label_of, natural, picture_files, split_folders
 from betavae.errors import UserError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 FITS = ("crop", "pad")
+NOT_UTF8 = "name that is not UTF-8, its other bytes written as \\xNN"
 GREY = ("1", "L", "LA", "La", "I;16", "I;16L", "I;16B", "I;16N")  # Pillow's modes
 
 # `read_picture` refuses what Pillow would only warn of.
@@ -216,26 +217,28 @@ def read_pictures(
             names += [within + (name or entry.name) for name in inside]
         if len(entries) == 1:
             splits = split_folders(names)
-            labels = [label_of(name.partition("/")[2] if label_of(name) in splits else name) for name in names]
+            below = [name.partition("/")[2] if label_of(name) in splits else name for name in names]
+            labels = [as_text(label_of(name)) for name in below]
             labels = labels if set(labels) != {"."} else None
         results = read_each(paths, image_shape, fit, background)
 
     pictures, kept, skipped = [], [], []
     counts: Counter[str] = Counter()
+    texts = list(map(as_text, names))
     for i, result in enumerate(results):
         if isinstance(result, UnreadablePicture):
-            skipped.append((names[i], str(result)))
+            skipped.append((texts[i], str(result)))
         else:
             pictures.append(result[0])
             kept.append(i)
-            counts.update(result[1])
+            counts.update(result[1] + [NOT_UTF8] * (texts[i] != names[i]))
     if not kept:
         why = left_out(skipped) if skipped else f"there are no pictures ({', '.join(SUFFIXES)})"
         raise UserError(f"{', '.join(map(str, entries))}: {why}")
     notes = [f"{count:,} of {len(kept):,} pictures: {note}" for note, count in counts.items()]
     return Pictures(
         torch.stack(pictures),
-        [names[i] for i in kept],
+        [texts[i] for i in kept],
         [labels[i] for i in kept] if labels is not None else None,
         notes + ([left_out(skipped)] if skipped else []),
         skipped,

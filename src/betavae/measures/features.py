@@ -21,10 +21,16 @@ FEWEST = 200  # images to learn from
 
 
 class Classifier(nn.Module):
-    """Images `(B, C, H, W)` in [0, 1] -> logits `(B, classes)`. Convolutions and pooling down to 7 pixels, or less."""
+    """Images `(B, C, H, W)` in [0, 1] -> logits `(B, K)`. Convolutions and pooling down to 7 pixels, or less.
 
-    def __init__(self, image_shape: tuple[int, ...], classes: int):
+    `labels` `(K,)` are the distinct labels, any integers.
+    """
+
+    labels: Tensor
+
+    def __init__(self, image_shape: tuple[int, ...], labels: Tensor):
         super().__init__()
+        self.register_buffer("labels", labels)
         channels, height, width = image_shape
         layers: list[nn.Module] = []
         for out in (32, 64, 64, 64, 64, 64):
@@ -34,7 +40,7 @@ class Classifier(nn.Module):
             channels, height, width = out, (height + 1) // 2, (width + 1) // 2
         hidden = [nn.Flatten(), nn.Linear(channels * height * width, WIDTH), nn.ReLU()]
         self.body = nn.Sequential(*layers, *hidden)
-        self.head = nn.Linear(WIDTH, classes)
+        self.head = nn.Linear(WIDTH, len(labels))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(F.dropout(self.body(x), 0.2, self.training))
@@ -47,7 +53,7 @@ class Classifier(nn.Module):
     @torch.no_grad()
     def classify(self, features: Tensor) -> Tensor:
         """The likeliest label of each image, `(B,)`."""
-        return self.head(features).argmax(1)
+        return self.labels[self.head(features).argmax(1)]
 
 
 def train(images: Images, seed: int = 0, epochs: int = EPOCHS, batch: int = FEWEST) -> Classifier:
@@ -56,10 +62,11 @@ def train(images: Images, seed: int = 0, epochs: int = EPOCHS, batch: int = FEWE
     if len(images) < batch:
         raise UserError(f"{len(images)} images are too few to learn from: {batch} are the least")
     shape = tuple(images.pixels.shape[1:])
+    labels, places = images.labels.unique(return_inverse=True)
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Classifier(shape, int(images.labels.max()) + 1)
+        model = Classifier(shape, labels)
         optimizer = torch.optim.Adam(model.parameters())
         steps = epochs * (len(images) // batch)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=max(2, steps))
@@ -70,7 +77,7 @@ def train(images: Images, seed: int = 0, epochs: int = EPOCHS, batch: int = FEWE
                 down, right = torch.randint(5, (2,), generator=generator).tolist()
                 x = F.pad(x, (2, 2, 2, 2))[:, :, down : down + shape[1], right : right + shape[2]]
                 optimizer.zero_grad()
-                F.cross_entropy(model(x), images.labels[index]).backward()
+                F.cross_entropy(model(x), places[index]).backward()
                 optimizer.step()
                 schedule.step()
     return model.eval().requires_grad_(False)
@@ -78,7 +85,7 @@ def train(images: Images, seed: int = 0, epochs: int = EPOCHS, batch: int = FEWE
 
 def trained(path: Path, train_set: Images, test_set: Images) -> tuple[Classifier, float]:
     """The classifier of `train_set`, kept in the file `path`, and its accuracy on `test_set`."""
-    shape, classes = tuple(train_set.pixels.shape[1:]), int(train_set.labels.max()) + 1
+    shape, labels = tuple(train_set.pixels.shape[1:]), train_set.labels.unique()
 
     def make() -> dict[str, Any]:
         print(f"training the classifier whose features tell images apart, once, for {path} ...", flush=True)
@@ -87,7 +94,7 @@ def trained(path: Path, train_set: Images, test_set: Images) -> tuple[Classifier
         return {"state": model.state_dict(), "accuracy": (found == test_set.labels).float().mean().item()}
 
     data = [fingerprint(images, labels=True) for images in (train_set, test_set)]
-    made = kept(path, {"data": data, "shape": list(shape), "classes": classes, "version": 2}, make)
-    model = Classifier(shape, classes)
+    made = kept(path, {"data": data, "shape": list(shape), "version": 2}, make)
+    model = Classifier(shape, labels)
     model.load_state_dict(made["state"])
     return model.eval().requires_grad_(False), made["accuracy"]

@@ -100,9 +100,9 @@ def nearest(points: Tensor, among: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
 def imbalance(found: Tensor, wanted: Tensor) -> float:
     """The total variation distance between the frequencies of labels `(N,)` and `(M,)`: the share of images that would
     have to change their label, in [0, 1]."""
-    classes = int(max(found.max(), wanted.max())) + 1
-    one, two = (torch.bincount(labels, minlength=classes) / len(labels) for labels in (found, wanted))
-    return 0.5 * (one - two).abs().sum().item()
+    _, places = torch.cat((found, wanted)).unique(return_inverse=True)
+    counts = [part.bincount(minlength=int(places.max()) + 1) for part in places.split([len(found), len(wanted)])]
+    return 0.5 * (counts[0] / len(found) - counts[1] / len(wanted)).abs().sum().item()
 
 
 def scores(real: Tensor, fake: Tensor, n: int) -> list[dict[str, float]]:

@@ -136,7 +136,10 @@ def build_trainer(
     mode, per_call, in_graph = wanted.pop("compile"), wanted.pop("steps_per_batch"), wanted.pop("cuda_graph")
     if in_graph:
         check_cuda_graph(settings, datamodule)
-    if per_call > 1 or in_graph:
+    if mode in ("reduce-overhead", "max-autotune") and wanted["accumulate_grad_batches"] > 1 and not cpu:
+        # The gradients of one replay lie where the next one writes (torch 2.11).
+        raise UserError(f"trainer.compile={mode} is invalid with trainer.accumulate_grad_batches: expected true")
+    if per_call > 1:
         clip, algorithm = wanted.pop("gradient_clip_val"), wanted.pop("gradient_clip_algorithm")
         accumulate = wanted.pop("accumulate_grad_batches")
         if clip and precision == "16-mixed":
@@ -182,6 +185,7 @@ def check_cuda_graph(settings: dict[str, Any], datamodule: ImageDataModule) -> N
         (trainer["precision"] == "16-mixed", "trainer.precision=bf16-mixed or 32-true"),
         (clipped, "trainer.gradient_clip_val=null with mixed precision"),
         (trainer["compile"] in ("reduce-overhead", "max-autotune"), "trainer.compile=true or false"),
+        (trainer["steps_per_batch"] == 1, "trainer.steps_per_batch above 1, such as 50"),
         (trainer["accumulate_grad_batches"] > 1, "trainer.accumulate_grad_batches=1"),
         (trainer["detect_anomaly"], "trainer.detect_anomaly=false"),
         (not fused, "optimizer=adam or adamw with optimizer.fused=true"),

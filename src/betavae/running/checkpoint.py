@@ -1,7 +1,7 @@
 """A path in, a ready model out, safely: nothing that a checkpoint names is ever run."""
 
+import inspect
 import io
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
-from betavae.data import OWN
+from betavae.data import OWN, SOURCES
 from betavae.data.batches import binarized
 from betavae.data.datamodule import BINARIZE_SEED, SPLIT_SEED, ImageDataModule
 from betavae.data.fingerprint import fingerprint
@@ -52,17 +52,18 @@ class Run(NamedTuple):
         """
         if not self.data:
             raise UserError(f"{self.path} does not say which data it was trained on, so it has no images")
-        # A checkpoint may say where data are, but not where to put them.
-        known = self.data["root"]
-        if not root and not Path(known).expanduser().exists():
-            if self.data["name"] not in ("mnist", "sprites"):  # which come with the package
-                raise UserError(
-                    f"{self.path} was trained on data={self.data['name']} in {known}, and there is nothing there now "
-                    f"(seen from {Path.cwd()}): say where it is, by data_root=PATH"
-                )
-            known = os.devnull
-        cache = {"cache": "data"} if "cache" in self.data else {}
-        return ImageDataModule(**(self.data | cache | {"root": root or known}))
+        known, name = self.data["root"], self.data["name"]
+        # MNIST and sprites come with the package.
+        if not root and not Path(known).expanduser().exists() and name not in ("mnist", "sprites"):
+            raise UserError(
+                f"{self.path} was trained on data={name} in {known}, and there is nothing there now "
+                f"(seen from {Path.cwd()}): say where it is, by data_root=PATH"
+            )
+        # A path that a checkpoint names is only read: whoever wrote it does not choose where files are put.
+        ours = {"cache": "data", "download": bool(root)}
+        taken = inspect.signature(SOURCES[name]).parameters
+        settings = {key: value for key, value in ours.items() if key in taken}
+        return ImageDataModule(**(self.data | settings | {"root": root or known}))
 
     def images(self, split: str = "test", root: str | None = None, most: int | None = None) -> tuple[Tensor, Tensor]:
         """Images `(N, C, H, W)` in [0, 1] of "train", "validation" or "test", as the model sees them, and their labels;

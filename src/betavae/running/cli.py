@@ -9,6 +9,7 @@ import functools
 import gc
 import hashlib
 import inspect
+import io
 import logging
 import os
 import re
@@ -29,6 +30,7 @@ from pydantic import Field
 
 from betavae.errors import Interrupted, UserError
 from betavae.running import processes
+from betavae.running.command_line import argument
 from betavae.running.settings import Flag, LongSeed, Place, PlaceOrNull, Settings, keys_of, nearest, plain, validated
 from betavae.sweeping import jobs
 
@@ -174,6 +176,8 @@ class Command:
         # Hydra makes a named folder itself, with the folders above it.
         run_dir.made = [parent for path in named for parent in path.parents if not parent.exists()]
         run_dir.there = {Path.cwd(), *(path.resolve() for path in named if path.is_dir())}
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="surrogateescape")  # a path that is not UTF-8 is printed as it is
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         try:
@@ -288,7 +292,7 @@ def explain(error: Exception, composing: bool, keys: list[str]) -> str | None:
         return f"~{match[1]}=... deletes {match[1]} only if that is its value; `~{match[1]}` deletes it whatever it is"
     if match := re.search(r"Ambiguous value for argument '([^']+)'", text):
         key, value = match[1].split("=", 1)
-        return f"{match[1]} has a comma: with -m, a sweep; as one value, quote it twice: \"{key}='{value}'\""
+        return f"{match[1]} has a comma: with -m, a sweep; as one value, quote it twice: {argument(key, value)}"
     if match := re.search(r"(?:In '[^']+': )?Could not find '([^'/]+)/([^']+)'", text):
         options = sorted(path.stem for path in (CONFIGS / match[1]).glob("*.yaml"))
         return f"{match[1]}={match[2]} is not one of its options: {', '.join(options)}"

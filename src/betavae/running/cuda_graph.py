@@ -80,7 +80,7 @@ class CUDAGraphSteps:
     def compute(self, index: Tensor, beta: Tensor, lr: Tensor) -> dict[str, Tensor]:
         module, group = self.module, self.optimizer.param_groups[0]
         x = module.trainer.precision_plugin.convert_input(self.batches.batch(index)[0])
-        noise = torch.randn(module.k, len(x), module.vae.latent_dim, device=x.device)
+        noise = torch.randn(module.k, len(x), module.vae.latent_dim, dtype=x.dtype, device=x.device)
         loss, sums = module.loss(x, noise, beta)
         self.optimizer.zero_grad()
         loss.backward()

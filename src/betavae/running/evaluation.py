@@ -72,8 +72,7 @@ def disentanglement(
         raise UserError(
             f"{run.data['name']} has no factors that its images were made from; train on data=sprites or data=dsprites"
         )
-    weights = next(run.vae.parameters()).dtype
-    posteriors = [run.vae.encode(part.to(weights)) for part in x.split(1000)]
+    posteriors = [run.vae.encode(part) for part in x.split(1000)]
     z = torch.cat([posterior.mean for posterior in posteriors]).float()
     if latents == "sample":
         noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(seed))

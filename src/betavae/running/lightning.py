@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.plugins import HalfPrecision
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.profilers import PassThroughProfiler
 
@@ -105,8 +106,20 @@ def grouped(loader: Callable[[], Batches], size: int, only_indices: bool) -> Cal
     return lambda: Groups(loader(), size, only_indices)
 
 
+JOBS_PER_COMPILE_CACHE = 32
+compiled_jobs = itertools.count(1)  # of this process
+
+
 def compile_loss(module: VAEModule, mode: str | None) -> None:
-    """torch.compile what a training step computes; evaluation and the checkpoint's keys stay as they are."""
+    """torch.compile what a training step computes; evaluation and the checkpoint's keys stay as they are.
+
+    The jobs of a sweep in one process share compiled code where their structure is the same.
+    """
+    # By default torch keeps 8 graphs of one function and runs everything else uncompiled: from the fifth structure on,
+    # since each has one graph for whole batches and one for the last batch of an epoch.
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit  # 256
+    if next(compiled_jobs) % JOBS_PER_COMPILE_CACHE == 0:
+        torch.compiler.reset()
     # Else each compiled convolution in bfloat16 turns its images around first: a quarter of a step (torch 2.15, CPU).
     # Not for networks of a user's own, and LBFGS, which may ask for views that this layout does not have.
     if type(module.vae.encoder) in (ConvEncoder, ResNetEncoder) and module.hparams["optimizer"]["name"] != "LBFGS":
@@ -140,6 +153,10 @@ def plugins() -> list[Any]:
 def mend(trainer: L.Trainer) -> None:
     # With max_steps, it would count the epoch twice from whose end a run goes on (2.6).
     trainer.fit_loop._iteration_based_training = lambda: False  # type: ignore[method-assign]
+    if isinstance(trainer.precision_plugin, HalfPrecision):
+        # It would round images to the weights' type, and bytes are no longer bytes to the likelihood (2.6). The encoder
+        # takes them in single precision.
+        trainer.precision_plugin.convert_input = lambda data: data  # type: ignore[method-assign]
     if not torch.cuda.is_available():
         # Lightning has torch ask NVML, and an optimiser asks at each step: without a GPU that is a search for a library
         # that is not there, a twentieth of a step (2.6, torch 2.15).

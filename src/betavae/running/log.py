@@ -43,7 +43,7 @@ def start_log(folder: Path, console_lines: bool, label: str) -> None:
     if processes.rank():  # one process of several speaks for all
         root.addHandler(logging.NullHandler())
         return
-    file = logging.FileHandler(folder / "train.log")
+    file = logging.FileHandler(folder / "train.log", encoding="utf-8", errors="surrogateescape")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     console = logging.StreamHandler(sys.stdout)
     console.setLevel(logging.INFO)

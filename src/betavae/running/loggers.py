@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import os
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ class TensorBoard(RunLogger, TensorBoardLogger):
         purge_step = state["global_step"] + 1 if state else None
         super().__init__(run.path, name="", version="", default_hp_metric=False, purge_step=purge_step)
         self.folder = run.path
-        self.look = f"tensorboard --logdir {run.path.parent}"
+        self.look = f"tensorboard --logdir {shlex.quote(str(run.path.parent))}"
         sizes = state.get("events", {}) if state else {}
         for path in filter(ours, run.path.glob("events.out.tfevents.*")):
             if size := sizes.get(path.name):

@@ -5,6 +5,7 @@ import io
 import logging
 import os
 import secrets
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ class WeightsAndBiases(RunLogger, WandbLogger):
             log.info("watch %s", self.look)
         else:
             again = "--append " if kept else ""
-            self.look = f"wandb sync {again}{Path(os.path.relpath(experiment.dir)).parent}"
+            self.look = f"wandb sync {again}{shlex.quote(str(Path(os.path.relpath(experiment.dir)).parent))}"
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         # W&B's own "step" is the number of the row.
@@ -112,7 +113,7 @@ class MLflow(RunLogger, MLFlowLogger):
         except MlflowException as error:
             raise UserError(f"logger.mlflow.tracking_uri={tracking_uri}: {str(error).splitlines()[0]}") from error
         self.settings, self.step = set(there.params), max(self.last.values(), default=0)
-        self.look = f"mlflow ui --backend-store-uri {tracking_uri}"
+        self.look = f"mlflow ui --backend-store-uri {shlex.quote(tracking_uri)}"
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         self.step = step or 0

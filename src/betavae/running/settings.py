@@ -51,6 +51,7 @@ CountOrZero = kind(int, "a whole number from 0 up", ge=0)
 Several = kind(int, "a whole number from 2 up", ge=2)
 CountOrNull = kind(Annotated[int, Field(ge=1)] | None, "null or a whole number from 1 up")
 SeveralOrNull = kind(Annotated[int, Field(ge=2)] | None, "null or a whole number from 2 up")
+IntegerOrNull = kind(int | None, "null or a whole number")
 NumberOrNull = kind(Annotated[int, Field(ge=0)] | None, "null or a whole number from 0 up")
 Positive = kind(float, "a number above 0", gt=0, allow_inf_nan=False)
 NotNegative = kind(float, "a number from 0 up", ge=0, allow_inf_nan=False)
@@ -64,10 +65,7 @@ Place = kind(At, "a path")
 PlaceOrNull = kind(At | None, "null or a path")
 Seed = kind(int, "a whole number from 0 to 4294967295", ge=0, lt=2**32)
 LongSeed = kind(int, "a whole number from 0 up", ge=0, lt=2**63)
-Pair = kind(list[Annotated[int, Field(ge=0)]], "two whole numbers", min_length=2, max_length=2)
-PairOrNull = kind(
-    Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)] | None, "null or two whole numbers"
-)
+Pair = kind(list[int], "two whole numbers", min_length=2, max_length=2)
 Images = kind(
     Annotated[str, Field(min_length=1)] | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)],
     "a folder, a file, a list of them, or the name of a data set",
@@ -135,6 +133,7 @@ class Data(Open):
         Annotated[float, Field(gt=0, lt=1)] | Count | None,
         "null, a whole number from 1 up (images), or a number below 1 (a share)",
     ) = Absent
+    download: Flag = Absent
     batch_size: Count
     eval_batch_size: Count
     binarize: one_of(lambda: ["none", "threshold", "dynamic"])
@@ -311,6 +310,8 @@ def validated(model: type[BaseModel], values: Any, prefix: str = "") -> Any:
         if inner is None:
             break
         key, group = f"{key}.", inner
+    if problem["type"] == "string_unicode":
+        raise UserError(f"{key.rstrip('.')}={value} is invalid: expected UTF-8; rename the file, or name its folder")
     if problem["type"] == "missing":
         raise UserError(f"{key.rstrip('.')} is missing")
     if inner is not None:

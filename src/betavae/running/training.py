@@ -25,6 +25,7 @@ from betavae.precision import set_float32_precision
 from betavae.running import loggers
 from betavae.running.building import build, too_large
 from betavae.running.checkpoint import first_line
+from betavae.running.command_line import argument
 from betavae.running.log import close_log, quiet, start_log, warn_on_error
 from betavae.running.processes import from_rank_zero, rank, started_by_lightning
 from betavae.running.progress import NAMES, Bar, EpochLines, Pictures, ValidationNumbers
@@ -58,7 +59,9 @@ def train(cfg: DictConfig) -> float:
         settings, state = reopen(run, cfg, [] if sweep else overrides)
         done = run.record()
         if done.get("status") == "finished" and done.get("displayed", True) and len(overrides) == 1:
-            log_to_terminal(f"{run.path} is finished; to train it longer: resume={run.path} trainer.max_epochs=N")
+            log_to_terminal(
+                f"{run.path} is finished; to train it longer: {argument('resume', run.path)} trainer.max_epochs=N"
+            )
             return done["test"]["neg_elbo"]
     check_settings(settings)
     if state and settings["trainer"]["max_epochs"] <= state["epoch"]:
@@ -85,7 +88,8 @@ def claimed(run: RunFolder, new: bool, sweep: bool) -> Iterator[None]:
         # One that was killed before it wrote its settings has left the mark alone.
         if new and not made and (run.path / "config.yaml").exists():
             raise UserError(
-                f"{run.path} already holds a run; go on with it by resume={run.path}, or choose another folder"
+                f"{run.path} already holds a run; go on with it by {argument('resume', run.path)}, or choose another "
+                "folder"
             )
         held.enter_context(run.held())
         return made
@@ -240,7 +244,7 @@ class Training:
             log.info("      docs/numbers.md says what these numbers are")
             log.info("run   %s", self.folder.path)
             kept = [logger.look for logger in loggers_of(self.trainer) if logger.look]
-            following = [*kept, f"python scripts/sample.py ckpt={self.chosen}"]
+            following = [*kept, f"python scripts/sample.py {argument('ckpt', self.chosen)}"]
             log.info("next  %s", "\n      ".join(following))
         self.end_loggers("finished")
 
@@ -298,7 +302,8 @@ class Training:
         with contextlib.suppress(OSError):  # of a full disk: the error that is under way says it
             self.folder.write_record(self.record)
         if stopped:
-            log.info("interrupted at step %d; go on with\n  python train.py resume=%s", steps, self.folder.path)
+            again = argument("resume", self.folder.path)
+            log.info("interrupted at step %d; go on with\n  python train.py %s", steps, again)
         elif status == "pruned":
             log.info("pruned  %s", error)
         elif self.folder.last.exists():

@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import re
+import shlex
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from omegaconf import DictConfig
 
 from betavae.errors import Pruned, UserError
 from betavae.running import processes
+from betavae.running.command_line import argument
 from betavae.running.run_folder import MARK, RUN, SWEEP, UNFINISHED, RunFolder, put_mark
 from betavae.running.settings import plain
 from betavae.running.yaml_files import read_yaml, write_yaml
@@ -274,12 +276,12 @@ def print_jobs(interrupted: bool = False) -> bool:
     for job in bad:
         print(f"failed: {job.record['error']} ({job.folder / 'train.log'})")
     if bad or interrupted:
-        again = f"the same command with hydra.sweep.dir={SweepCallback.folder}"
-        print(f"{again} keeps what is finished and retries the rest")
+        again = argument("hydra.sweep.dir", SweepCallback.folder)
+        print(f"the same command with {again} keeps what is finished and retries the rest")
     print(f"sweep {SweepCallback.folder}")
-    print(f"next  python scripts/sweep_report.py sweep={SweepCallback.folder}", flush=True)
+    print(f"next  python scripts/sweep_report.py {argument('sweep', SweepCallback.folder)}", flush=True)
     if any(next(job.folder.glob("events.out.tfevents.*"), None) for job in jobs):  # another logger says it for each job
-        print(f"      tensorboard --logdir {SweepCallback.folder}", flush=True)
+        print(f"      tensorboard --logdir {shlex.quote(str(SweepCallback.folder))}", flush=True)
     if SweepCallback.search:  # some settings may well fail
         return not any(job.status == "finished" for job in jobs)
     return bool(bad) or any(job.status == "missing" for job in jobs)

@@ -7,6 +7,7 @@ import functools
 import json
 import logging
 import math
+import shlex
 import warnings
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,7 @@ def open_study(settings: SearchSettings, max_epochs: int) -> Any:
         if "storage upgrade" in str(error):
             raise UserError(
                 f"the study in {settings.storage} is of an older Optuna; bring it up to date by `optuna storage "
-                f"upgrade --storage {settings.storage}`, or name another hydra.sweep.dir"
+                f"upgrade --storage {shlex.quote(settings.storage)}`, or name another hydra.sweep.dir"
             ) from error
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"hydra.sweeper.storage={settings.storage} cannot be opened ({reason})") from error

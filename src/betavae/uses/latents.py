@@ -69,7 +69,7 @@ def write(latents: Latents, names: list[str], labels: list[Any] | None, out: str
 
             parquet.write_table(table(columns).replace_schema_metadata({"made_by": STAMP}), path)
             return
-        with open(path, "w", newline="") as file:
+        with open(path, "w", newline="", encoding="utf-8") as file:
             rows = csv.writer(file)
             rows.writerow([*columns, f"made by {STAMP}"])
             rows.writerows([*row, ""] for row in zip(*columns.values(), strict=True))
@@ -118,7 +118,7 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
             if max(unpacked, about.num_rows * about.num_columns) > PARQUET_RATIO * path.stat().st_size:
                 raise ValueError("it unpacks to more than its size allows")
             return file.read().to_pylist()
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from betavae.data.images import Images
+from betavae.data.listing import as_text
 from betavae.errors import UserError
 from betavae.measures.likelihood import importance_sample
 from betavae.terms import gaussian_kl
@@ -128,7 +129,7 @@ def names(runs: Sequence[Any]) -> list[str]:
     ]
     labels = [", ".join(f"{key.rpartition('.')[2]}={one[key]}" for key in differ if key in one) for one in flat]
     return [
-        label if label and labels.count(label) == 1 else " ".join(filter(None, (label, run.folder.resolve().name)))
+        label if label and labels.count(label) == 1 else as_text(f"{label} {run.folder.resolve().name}".strip())
         for label, run in zip(labels, runs, strict=True)
     ]
 
@@ -154,7 +155,7 @@ def state(explorer: Explorer) -> dict[str, Any]:
         "runs": [
             {
                 "name": each.name,
-                "path": str(each.run.path),
+                "path": as_text(str(each.run.path)),
                 "beta": each.run.settings["beta"],
                 "kl": each.kl.tolist(),
                 "order": each.kl.argsort(descending=True, stable=True).tolist(),

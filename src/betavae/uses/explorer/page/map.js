@@ -6,8 +6,11 @@ let map = null, alone = null; // `alone`: the one label that is shown, if not al
 
 const factor = () => page.state.labels[$("factor").selectedIndex];
 
-function colour(value, most) {
-  return most < COLOURS.length ? COLOURS[value] : `hsl(${260 - 220 * value / most} 65% 55%)`;
+// The colour of each label, by its rank: a label may be any integer.
+function colours(values) {
+  const labels = [...new Set(values)].sort((a, b) => a - b), most = labels.length - 1;
+  const shade = (rank) => most < COLOURS.length ? COLOURS[rank] : `hsl(${260 - 220 * rank / most} 65% 55%)`;
+  return new Map(labels.map((label, rank) => [label, shade(rank)]));
 }
 
 function project(latent) {
@@ -39,13 +42,13 @@ export function drawMap() {
   });
   map.middle = sides.map(([low, high]) => (low + high) / 2);
   map.scale = 0.95 * Math.min(...sides.map(([low, high], axis) => [map.width, map.height][axis] / (high - low || 1)));
-  const context = back.getContext("2d"), values = factor(), most = values.reduce((a, b) => Math.max(a, b));
+  const context = back.getContext("2d"), values = factor(), colour = colours(values);
   context.scale(ratio, ratio);
   context.globalAlpha = 0.75;
   map.points.forEach((point, index) => {
     if (alone !== null && values[index] !== alone) return;
     const [x, y] = toScreen(point);
-    context.fillStyle = colour(values[index], most);
+    context.fillStyle = colour.get(values[index]);
     context.fillRect(x - 1.25, y - 1.25, 2.5, 2.5);
   });
   const words = $("axes").selectedOptions[0].textContent;
@@ -98,11 +101,10 @@ export function nearest(event) {
 }
 
 export function makeLegend() {
-  const values = [...new Set(factor())].sort((a, b) => a - b);
   alone = null;
-  $("legend").replaceChildren(...values.map((value) => {
+  $("legend").replaceChildren(...[...colours(factor())].map(([value, colour]) => {
     const dot = make("i");
-    dot.style.background = colour(value, values.at(-1));
+    dot.style.background = colour;
     const button = make("button", { type: "button", ariaPressed: "false" }, dot, page.state.classes?.[value] ?? `${value}`);
     button.addEventListener("click", () => {
       alone = alone === value ? null : value;
