@@ -102,6 +102,7 @@ def refused(place: Path, script: str, *args: str) -> str:
         ("trainer.strategy=dpp", "trainer.*dpp"),
         ("trainer.precision=12", "trainer.precision=12 .*32-true"),
         ("trainer.precision=16-mixed trainer.accelerator=cpu", "trainer.precision=16-mixed .*GPU"),
+        ("trainer.precision=64-true trainer.accelerator=mps", "trainer.precision=64-true .*float64"),
         ("trainer.devices=4096 trainer.accelerator=cpu", "trainer.devices=4096 .*cores"),
         ("trainer=cuda_graph trainer.accelerator=cpu", "trainer.cuda_graph=true .*needs a CUDA device"),
         ("trainer=fast optimizer.name=LBFGS", "trainer.steps_per_batch=10 .* make it 1"),

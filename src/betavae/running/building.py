@@ -130,6 +130,10 @@ def build_trainer(
     cpu = accelerator == "cpu" or (accelerator == "auto" and not gpu_there())
     if cpu and precision.startswith("16"):
         raise UserError(f"trainer.precision={precision} needs a GPU; on a CPU: 32-true or bf16-mixed")
+    if precision == "64-true" and (accelerator == "mps" or (not cpu and torch.backends.mps.is_available())):
+        raise UserError(
+            "trainer.precision=64-true is invalid: a Mac's GPU has no float64; pass trainer.accelerator=cpu"
+        )
     if cpu and isinstance(wanted["devices"], int) and wanted["devices"] > (os.cpu_count() or 1):
         raise UserError(f"trainer.devices={wanted['devices']} cannot be: there are {os.cpu_count()} CPU cores")
     wanted.pop("matmul_precision")

@@ -127,9 +127,9 @@ class ExactResume(Callback):
         # One state of the random numbers per process.
         states: Any = trainer.strategy.all_gather(torch.get_rng_state().to(module.device))
         checkpoint_["random_state"] = states.view(trainer.world_size, -1).cpu()
-        if module.device.type == "cuda":
-            states = trainer.strategy.all_gather(torch.cuda.get_rng_state(module.device).to(module.device))
-            checkpoint_["cuda_random_state"] = states.view(trainer.world_size, -1).cpu()
+        if (device := module.device).type != "cpu":
+            states = trainer.strategy.all_gather(torch.get_device_module(device).get_rng_state().to(device))
+            checkpoint_[f"{device.type}_random_state"] = states.view(trainer.world_size, -1).cpu()
         if (state_dict := getattr(trainer.train_dataloader, "state_dict", None)) is not None:
             checkpoint_["batches"] = state_dict()  # a DataLoader of somebody's own has none
         if trainer.is_global_zero:
@@ -160,10 +160,9 @@ class ExactResume(Callback):
         if len(states) == trainer.world_size:
             # A copy: torch 2.15 reads past a row that does not begin its storage.
             torch.set_rng_state(states[trainer.global_rank].clone())
-        if "cuda_random_state" in content and module.device.type == "cuda":
-            states = content["cuda_random_state"].cpu()
-            if len(states) == trainer.world_size:
-                torch.cuda.set_rng_state(states[trainer.global_rank].clone(), module.device)
+        states = content.get(f"{module.device.type}_random_state", ())
+        if len(states) == trainer.world_size:
+            torch.get_device_module(module.device).set_rng_state(states[trainer.global_rank].clone())
 
 
 class StopAtDivergence(Callback):
