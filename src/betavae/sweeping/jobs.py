@@ -189,9 +189,7 @@ def mark_failed(run: RunFolder, error: Exception) -> None:
     if (status := record.get("status")) in ("failed", "diverged"):
         return
     resumable = status in (*UNFINISHED, "finished")
-    run.write_record(
-        record | {"status": "failed", "error": f"{type(error).__name__}: {error}", "resumable": resumable}
-    )
+    run.write_record(record | {"status": "failed", "error": f"{type(error).__name__}: {error}", "resumable": resumable})
     with open(run.path / "train.log", "a") as file:
         file.write("".join(traceback.format_exception(error)))
 
