@@ -118,13 +118,13 @@ def test_the_numbers_come_before_the_pictures(tmp_path, number):
 
         real, pictures.tiles = pictures.tiles, tiles
 
-    commands = {"run": ([*SMALL], ["resume=run"])}
+    commands = {"a run": ([*SMALL[:-1], "hydra.run.dir='a run'"], ["resume='a run'"])}
     commands["sweep"] = (["-m", *SMALL[:-1], "beta=1", "hydra.sweep.dir=sweep"],) * 2
     tests = []
     for name, (command, again) in commands.items():
         child = Child(*command, cwd=tmp_path, prepare=die)
         assert child.wait() == (130 if number == signal.SIGINT else -number), child.text
-        assert name == "sweep" or number == signal.SIGKILL or child.text.endswith("python train.py resume=run\n")
+        assert name == "sweep" or number == signal.SIGKILL or child.text.endswith("train.py 'resume=a run'\n")
         (folder,) = (path.parent for path in (tmp_path / name).rglob("metrics.json"))
         stopped = record(folder)
         assert stopped["status"] == "finished" and not (folder / "projector").exists()
@@ -157,6 +157,31 @@ def test_a_retry_keeps_what_was_trained(tmp_path, hook):
     assert record(folder)["status"] == "finished"
     kept = (folder / "checkpoints" / "last.ckpt").stat()
     assert (kept.st_ino, kept.st_mtime_ns) == (trained.st_ino, trained.st_mtime_ns)
+
+
+@pytest.mark.parametrize("where", ["training", "drawing"])
+def test_a_retry_that_cannot_begin_keeps_the_checkpoint(tmp_path, where):
+    """Data that are away for a while cost no training."""
+    images(tmp_path, 6, 6)
+    command = ["-m", *SMALL[:-1], "beta=2", "hydra.sweep.dir=sweep"]
+
+    def die(*args: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def prepare() -> None:
+        if where == "drawing":
+            pictures.tiles = die
+            return
+        real = VAEModule.training_step
+        step = lambda self, *args: real(self, *args) if self.global_step < 9 else die()  # noqa: E731
+        VAEModule.training_step = step  # type: ignore[method-assign,assignment]
+
+    assert Child(*command, cwd=tmp_path, prepare=prepare).wait() == -signal.SIGKILL
+    (tmp_path / "images.npy").rename(tmp_path / "away.npy")
+    assert "failed: " in run(*command, cwd=tmp_path, code=1)
+    (tmp_path / "away.npy").rename(tmp_path / "images.npy")
+    text = run(*command, cwd=tmp_path)
+    assert "epoch   1/4" not in text and ("epoch " in text) == (where == "training")
 
 
 def test_a_retry_of_a_job_that_failed_in_training_begins_again(tmp_path):

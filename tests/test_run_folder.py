@@ -40,6 +40,7 @@ def test_only_what_is_ours_is_cleared_away(tmp_path):
     ours += ["projector/posterior_means/tensors.tsv", "checkpoints/last.ckpt.abc.part"]
     theirs = ["notes", "events.out.tfevents.mine", "curves.csv", "checkpoints/kept.ckpt", "figures/mine.png"]
     theirs += ["projector/posterior_means/mine/x", "evaluation.json", "fidelity.json", "paper.part"]
+    theirs += ["betavae-part-01234567/of an export into this folder"]
     for name in (*ours, *theirs):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("{}")

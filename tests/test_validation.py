@@ -48,6 +48,11 @@ def test_the_first_validation_is_known_before(tmp_path, settings, first):
         assert record["steps"] == steps and ("validation" in record) == (steps == first)
 
 
+def test_a_share_of_the_batches_to_overfit_limits_no_test(tmp_path):
+    overfit = ["trainer.overfit_batches=0.5", "data.validation_size=0", "data.eval_batch_size=9"]  # one test batch
+    run(*SMALL, *overfit, "trainer.max_epochs=1", cwd=tmp_path)
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [

@@ -21,7 +21,8 @@ def read_ahead(
         return [part.pin_memory() if device.type == "cuda" else part for part in read(item)]
 
     def sent(item: Item, reading: Future[list[Tensor]]) -> tuple[Item, list[Tensor]]:
-        return item, [part.to(device, non_blocking=True) for part in reading.result()]
+        # Only CUDA keeps the source alive until it is copied (pytorch/pytorch#189690, of MPS).
+        return item, [part.to(device, non_blocking=device.type == "cuda") for part in reading.result()]
 
     with ThreadPoolExecutor(1) as thread:
         waiting = deque[tuple[Item, Future[list[Tensor]]]]()

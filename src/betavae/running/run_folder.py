@@ -118,7 +118,7 @@ class RunFolder:
             short = json.dumps(
                 {
                     "status": status,
-                    "trained": record.get("trained", False),
+                    "resumable": record.get("resumable", False),
                     "error": record.get("error", "OSError: the disk is full")[:200],
                 }
             )
@@ -176,7 +176,8 @@ class RunFolder:
         patterns = [f"{name}.*{PART}" for name in (*FILES, "checkpoints/*.ckpt", "evaluation.part")]
         for pattern in (*patterns, f"{PART_START}*", f"figures/{PART_START}*"):
             for path in self.path.glob(pattern):
-                path.unlink()
+                if not path.is_dir():  # as that of an export into this folder, which may be under way
+                    path.unlink()
 
     def discard(self) -> None:
         """Take back a run that could not even begin."""

@@ -283,7 +283,7 @@ class Training:
     def say_why(self, error: BaseException, stopped: bool) -> None:
         if self.record["status"] == "finished":
             log.info("stopped while pictures were drawn, after the test; draw them with")
-            log.info("  python train.py resume=%s", self.folder.path)
+            log.info("  python train.py %s", argument("resume", self.folder.path))
             self.end_loggers("finished")
             return
         named = {Diverged: "diverged", Pruned: "pruned"}
@@ -297,7 +297,7 @@ class Training:
             return
         self.record |= {"status": status, "epochs": self.trainer.current_epoch, "steps": steps}
         if status in ("failed", "diverged"):
-            self.record |= {"error": f"{type(error).__name__}: {error}", "trained": self.trainer.fit_loop.done}
+            self.record |= {"error": f"{type(error).__name__}: {error}", "resumable": self.trainer.fit_loop.done}
             log.debug("%s", "".join(traceback.format_exception(error)))
         with contextlib.suppress(OSError):  # of a full disk: the error that is under way says it
             self.folder.write_record(self.record)

@@ -29,7 +29,8 @@ def batches_of(settings: Mapping[str, Any], sets: Mapping[str, Any], processes: 
     found = {"train": -(-single // (together * accumulate)) if together > 1 else single}
     found |= {split: -(-len(sets[split]) // (processes * data["eval_batch_size"])) for split in ("validation", "test")}
     for split, name in (("train", "train"), ("validation", "val"), ("test", "test")):
-        key = "overfit_batches" if trainer["overfit_batches"] else f"limit_{name}_batches"
+        overfits = trainer["overfit_batches"] and split != "test"
+        key = "overfit_batches" if overfits else f"limit_{name}_batches"
         found[split] = limited(found[split], key, trainer[key])
     interval = trainer["val_check_interval"]
     if isinstance(interval, int) and interval > found["train"] and found["validation"]:

@@ -143,9 +143,9 @@ def earlier_try(run: RunFolder, cfg: DictConfig, overrides: list[str]) -> str:
     up."""
     record = run.record()
     status = record.get("status", "")
-    # What was killed while it was drawn, or failed after its training, has good weights.
+    # What was killed while it was drawn, failed after its training, or could not be resumed has good weights.
     undrawn = status == "finished" and not record.get("displayed", True)
-    goes_on = status in UNFINISHED or undrawn or (status == "failed" and record.get("trained", False))
+    goes_on = status in UNFINISHED or undrawn or (status == "failed" and record.get("resumable", False))
     goes_on = goes_on and run.last.exists()
     if goes_on or status in ENDED:
         if difference := first_difference(run.path / "config.yaml", cfg):
@@ -181,11 +181,15 @@ def flat_settings(values: Any, prefix: str = "", depth: float = math.inf) -> dic
 
 
 def mark_failed(run: RunFolder, error: Exception) -> None:
-    """Leave status and traceback in the folder of a job that failed before `train` could."""
+    """Leave status and traceback in the folder of a job that failed before `train` could.
+
+    A job that was to be resumed keeps its checkpoint: the next try resumes it.
+    """
     record = run.record()
-    if record.get("status") in ("failed", "diverged"):
+    if (status := record.get("status")) in ("failed", "diverged"):
         return
-    run.write_record(record | {"status": "failed", "error": f"{type(error).__name__}: {error}"})
+    resumable = status in (*UNFINISHED, "finished")
+    run.write_record(record | {"status": "failed", "error": f"{type(error).__name__}: {error}", "resumable": resumable})
     with open(run.path / "train.log", "a") as file:
         file.write("".join(traceback.format_exception(error)))
 
