@@ -185,6 +185,8 @@ def broken_checkpoints(good: Path, folder: Path, victim: Path) -> dict[str, str]
     (folder / "flipped").write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
     torch.save({"state_dict": {"w": torch.zeros(3)}, "epoch": 3}, folder / "others")
     torch.save(torch.zeros(3), folder / "tensor")
+    saved("list", hyper_parameters=[1])
+    saved("number", datamodule_hyper_parameters=5)
     saved("newer", betavae_format=checkpoint.FORMAT + 1)
     saved("older", betavae_format=checkpoint.FORMAT - 1)
     settings = content["hyper_parameters"]
@@ -212,7 +214,7 @@ def broken_checkpoints(good: Path, folder: Path, victim: Path) -> dict[str, str]
     return {
         **dict.fromkeys(("empty", "text", "truncated", "bare_pickle", "old_format", "pickle"), "damaged or not a"),
         "flipped": "Bad CRC",
-        **dict.fromkeys(("others", "tensor"), "not one of betavae"),
+        **dict.fromkeys(("others", "tensor", "list", "number"), "not one of betavae"),
         "newer": f"this betavae reads format {checkpoint.FORMAT}; update betavae",
         "older": "; train the model again",
         **dict.fromkeys(("shapes", "huge"), "do not fit"),

@@ -148,11 +148,10 @@ def read(path: Path) -> dict[str, Any]:
     if written != FORMAT:
         remedy = "update betavae" if written > FORMAT else "train the model again"
         raise UserError(f"ckpt: {path} has format {written}, and this betavae reads format {FORMAT}; {remedy}")
-    groups = content.get("hyper_parameters", {}).get("model"), content.get("fingerprints", {})
-    if not all(isinstance(group, dict) for group in groups):
+    settings, data = content.get("hyper_parameters"), content.get("datamodule_hyper_parameters", {})
+    model: Any = settings.get("model") if isinstance(settings, dict) else None
+    if not all(isinstance(group, dict) for group in (model, data, content.get("fingerprints", {}))):
         raise UserError(f"ckpt: {path} is a checkpoint, but not one of betavae")
-    model = content["hyper_parameters"]["model"]
-    data = content.get("datamodule_hyper_parameters", {})
     check_stored_settings("model", {key: value for key, value in model.items() if key != "image_shape"}, path)
     check_stored_settings("data", data, path)
     try:
