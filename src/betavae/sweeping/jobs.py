@@ -143,9 +143,10 @@ def earlier_try(run: RunFolder, cfg: DictConfig, overrides: list[str]) -> str:
     up."""
     record = run.record()
     status = record.get("status", "")
-    # What was killed while it was drawn, failed after its training, or could not be resumed has good weights.
+    # What was killed while it was drawn, failed after its training, could not be resumed, or has a damaged record has
+    # good weights.
     undrawn = status == "finished" and not record.get("displayed", True)
-    goes_on = status in UNFINISHED or undrawn or (status == "failed" and record.get("resumable", False))
+    goes_on = status in (*UNFINISHED, "") or undrawn or (status == "failed" and record.get("resumable", False))
     goes_on = goes_on and run.last.exists()
     if goes_on or status in ENDED:
         if difference := first_difference(run.path / "config.yaml", cfg):
@@ -278,7 +279,7 @@ def print_jobs(interrupted: bool = False) -> bool:
         print(f"note  {note}")
     bad = [job for job in jobs if job.status in ("failed", "diverged")]
     for job in bad:
-        print(f"failed: {job.record['error']} ({job.folder / 'train.log'})")
+        print(f"failed: {job.record.get('error', '')} ({job.folder / 'train.log'})")
     if bad or interrupted:
         again = argument("hydra.sweep.dir", SweepCallback.folder)
         print(f"the same command with {again} keeps what is finished and retries the rest")
