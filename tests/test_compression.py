@@ -5,8 +5,6 @@ import math
 import os
 import signal
 import struct
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -17,11 +15,12 @@ from hypothesis import strategies as st
 
 from betavae.errors import UserError
 from betavae.objectives import elbo
-from betavae.uses import compressed_file
+from betavae.uses import compressed_file, reproducible
 from betavae.uses.ans import Stack, slots
 from betavae.uses.compressed_file import MAGIC, image_files, read_file, write_file, write_images
-from betavae.uses.compression import Codec, compress, decompress, same_everywhere
-from betavae.vae import VAE
+from betavae.uses.compression import GRID, MARGIN, Codec, compress, decompress, same_everywhere
+from betavae.vae import VAE, Posterior
+from tests.commands import REPO, fresh
 
 
 def small(likelihood="logistic_mixture", shape=(1, 4, 3), latent_dim=2, seed=0, network="mlp"):
@@ -113,11 +112,11 @@ def test_shares_are_the_likelihood_s_and_the_posterior_s_probabilities():
     expected = vae.likelihood.probabilities(vae.decode_params(z).double()).view(12, 256).numpy()
     symbols = np.arange(257.0)[:, None]
     for i, row in enumerate(expected):
-        below = codec.pixels(bins)(i)(symbols).ravel()
+        below = codec.pixels(bins, 0)(i)(symbols).ravel()
         assert np.diff(np.concatenate(([0], below[1:256] / 2**24, [1]))) == pytest.approx(row, abs=2e-3)
     image = noise(1)
     posterior = vae.encode(image.float() / 255)
-    below = codec.posterior(image.view(1, -1).numpy().astype(float))(1)(np.array([[4096.0]]))  # the prior's quartile
+    below = codec.posterior(image.view(1, -1).numpy().astype(float), 0)(1)(np.array([[4096.0]]))  # the prior's quartile
     normal = torch.distributions.Normal(posterior.mean[0, 1], (0.5 * posterior.logvar[0, 1]).exp())
     assert below.item() / 2**24 == pytest.approx(normal.cdf(torch.tensor(-0.6744898)).item(), abs=1e-3)
 
@@ -156,20 +155,79 @@ def test_threads_autocast_and_matmul_precision_change_nothing():
         torch.set_num_threads(threads)
 
 
-def test_another_process_with_other_vector_instructions_gives_the_same_images(tmp_path):
+def saturated():
+    """A model that is nearly certain of some bytes, as a trained one is of a black background."""
+    vae = small()
+    _, means, log_scales = vae.decoder[-2].bias.view(3, 3, -1)  # of three components
+    means[:, ::2] = 0
+    log_scales[:, ::2] = -8
+    return vae
+
+
+@pytest.mark.parametrize("faults", [False, True], ids=["instructions", "faults"])
+def test_a_process_whose_last_bits_differ_gives_the_same_images(tmp_path, faults):
+    """By other vector instructions, or by faults (see other_machine.py)."""
+    models = {"saturated": saturated(), "bernoulli": small("bernoulli"), "conv": small(shape=(3, 8, 8), network="conv")}
+    for name, vae in models.items():
+        images = noise(300, vae.image_shape)
+        images = images // 128 * 255 if name == "bernoulli" else images // 64
+        write_file(tmp_path / f"{name}.bvae", compress(vae, images))
+        torch.save((vae, images), tmp_path / f"{name}.pt")
+    if faults:
+        fresh("-m", "tests.other_machine", str(tmp_path), "faults", cwd=REPO)
+    else:
+        other = {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE", "OMP_NUM_THREADS": "3"}
+        fresh("-m", "tests.other_machine", str(tmp_path), cwd=REPO, **other)
+
+
+def test_outputs_on_the_edge_of_rounding_are_listed(monkeypatch):
     vae, images = small(), noise(40)
-    write_file(tmp_path / "images", compress(vae, images))
-    torch.save({"state": vae.state_dict(), "images": images}, tmp_path / "expected.pt")
-    program = f"""
-import torch
-from pathlib import Path
-from tests.test_compression import *
-vae, expected = small(seed=7), torch.load({str(tmp_path / "expected.pt")!r})
-vae.load_state_dict(expected["state"])
-assert torch.equal(decompress(vae, read_file(Path({str(tmp_path / "images")!r}))), expected["images"])
-"""
-    environment = os.environ | {"ATEN_CPU_CAPABILITY": "default", "OMP_NUM_THREADS": "3"}
-    subprocess.run([sys.executable, "-c", program], check=True, env=environment, cwd=os.path.dirname(__file__) + "/..")
+    for parameter in (vae.encoder[-1].weight, vae.decoder[-2].weight):
+        parameter.zero_()
+    for bias in (vae.encoder[-1].bias, vae.decoder[-2].bias):
+        bias.fill_(GRID / 3)
+    compressed = compress(vae, images)
+    assert [len(listed) for listed in compressed.near] == [40 * 4, 40 * 108]
+    decode, encode = VAE.decode_params, VAE.encode
+    for sign in (-1, 1):
+        off = sign * MARGIN / 2
+        monkeypatch.setattr(VAE, "decode_params", lambda self, z, off=off: decode(self, z) + off)
+        monkeypatch.setattr(VAE, "encode", lambda self, x, off=off: Posterior(*(y + off for y in encode(self, x))))
+        wrong = replace(compressed, near=[[], []], probabilities=fingerprint(vae))
+        assert torch.equal(decompress(vae, replace(compressed, probabilities=fingerprint(vae))), images)
+        if sign < 0:
+            with refused("other probabilities"):
+                decompress(vae, wrong)
+
+
+def fingerprint(vae):
+    with same_everywhere():
+        return Codec(vae).fingerprint()
+
+
+def test_rounded_functions_are_far_from_ties():
+    """By hundreds of units in the last place, where libraries differ by a few."""
+
+    def distance(scaled):
+        scaled = scaled[np.isfinite(scaled) & (scaled != 0)]
+        return (np.abs(scaled - np.floor(scaled) - 0.5) / np.spacing(np.abs(scaled))).min()
+
+    exponents = np.arange(-30 / (GRID / 2), 30 / (GRID / 2) + 1) * (GRID / 2)
+    quantiles = torch.special.ndtri(torch.arange(2**15 + 1).double() / 2**15).numpy()
+    assert distance(np.frexp(np.exp(exponents))[0] * 2**reproducible.EXP_BITS) > 300
+    assert distance(quantiles / reproducible.QUANTILE_UNIT) > 300
+    for distribution, function in (
+        (reproducible.LOGISTIC, lambda x: 1 / (1 + np.exp(-x))),
+        (reproducible.NORMAL, lambda x: torch.special.ndtr(torch.from_numpy(x)).numpy()),
+    ):
+        knots = np.arange(-distribution.end, distribution.end + reproducible.STEP, reproducible.STEP)
+        assert distance(function(knots) / reproducible.CDF_UNIT) > 300
+        assert distribution(knots[[0, -1]]).tolist() == [0, 1] and np.array_equal(
+            distribution(knots), distribution.values
+        )
+        between = np.random.default_rng(0).uniform(-9, 9, 10_000)
+        assert np.abs(distribution(between) - function(between)).max() < 1e-6
+        assert (np.diff(distribution(np.sort(between))) >= 0).all()
 
 
 def refused(message):
@@ -221,7 +279,7 @@ def test_a_machine_with_other_probabilities_gives_an_error_and_no_noise(monkeypa
     with same_everywhere():
         other = Codec(vae).fingerprint()
     reached = []
-    monkeypatch.setattr(Codec, "posterior", lambda self, x, real=Codec.posterior: reached.append(1) or real(self, x))
+    monkeypatch.setattr(Codec, "posterior", lambda *args, real=Codec.posterior: reached.append(1) or real(*args))
     with refused("other probabilities"):  # and if those were alike, by the images' checksum
         decompress(vae, replace(compressed, probabilities=other))
     assert len(reached) > 1
@@ -294,6 +352,8 @@ def with_header(whole, change):
         {"image_shape": [1, 10**12, 3]},
         {"image_shape": [12]},
         {"image_shape": {"C": 1}},
+        {"near": [[], [-1]]},
+        {"near": [[]]},
         {"initial_bits": -1},
         {"initial_bits": 10**400},
         {"model": 5},

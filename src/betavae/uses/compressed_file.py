@@ -44,6 +44,7 @@ class Compressed:
     model: str  # SHA-256 of weights and settings
     probabilities: str  # SHA-256 of some probabilities, as whole numbers
     images: str  # SHA-256 of the bytes
+    near: list[list[int]]  # of encoder and decoder, outputs that both ends round up
     names: list[str] | None = None  # None: their numbers
 
     @property
@@ -137,6 +138,9 @@ def is_possible(compressed: Compressed) -> bool:
         and whole([it.initial_bits], 0, 8 * len(it.payload))
         and len(it.payload) >= max(8 * it.heads, smallest_payload(it.count, it.image_shape))
         and len(it.payload) % 4 == 0
+        and isinstance(it.near, list)
+        and len(it.near) == 2
+        and all(whole(listed, 0, 2**62) for listed in it.near)
         and all(isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) for value in sums)
     )
 

@@ -1,8 +1,8 @@
 """Lossless compression of images by a trained VAE: bits-back coding with ANS (Townsend, Bird & Barber 2019, BB-ANS).
 
-The expected length of a file is the model's negative ELBO of its images, see docs/compression.md. Networks compute in
-double precision on one thread, in batches of the same shape at both ends, and their outputs are rounded to `GRID`: the
-same on one machine, and almost surely on another too.
+The expected length of a file is the model's negative ELBO of its images, see docs/compression.md. Both ends need the
+same probabilities to the last bit, on any machine. Networks compute in double precision, and `Rounding` makes the
+outputs of both ends equal. What follows uses `reproducible` functions and arithmetic that IEEE 754 defines exactly.
 """
 
 import contextlib
@@ -21,17 +21,48 @@ from betavae.likelihoods import Bernoulli
 from betavae.logistic_mixture import LogisticMixture, split
 from betavae.uses.ans import LOWEST, SLOTS, Cumulative, Floats, Stack, slots
 from betavae.uses.compressed_file import MOST_LANES, Compressed, smallest_payload
+from betavae.uses.reproducible import GRID, LOGISTIC, NORMAL, exp, normal_quantiles
 from betavae.vae import VAE
 
 LATENT_BITS = 14  # 2^14 bins of equal prior mass for each latent dimension
-GRID = 2.0**-12
+MARGIN = 2.0**-34  # more than the outputs of a network differ by between machines: 1e-13 was measured
 DECODED = 32  # images at a time
+
+
+class Rounding:
+    """Round outputs to multiples of `GRID`, equally at both ends, whose outputs differ by less than `MARGIN`.
+
+    An output nearer than that to where rounding up begins could become either multiple. The compressor lists these, and
+    both ends round them up. That is a third of the way from one multiple to the next, and not half: the biases of a
+    network that ignores its input are float32, and may lie on a half for every image.
+    """
+
+    def __init__(self, listed: list[int] | None = None):
+        """`listed` is the compressor's list, for the other end."""
+        self.finds = listed is None
+        self.listed = np.array(listed or [], dtype=np.int64)
+
+    def __call__(self, outputs: Tensor, first: int) -> Floats:
+        """`outputs` `(n, m)` of the images from number `first`."""
+        if not outputs.isfinite().all():
+            raise UserError("the model's outputs are not finite for these images: it cannot compress them")
+        scaled = outputs.clamp(-(2**15), 2**15).numpy() / GRID + 2 / 3
+        start, rounded = first * scaled.shape[1], np.floor(scaled)
+        if self.finds:
+            near = np.flatnonzero(np.abs(scaled - np.rint(scaled)) < MARGIN / GRID)
+            self.listed = np.append(self.listed, near + start)
+        else:
+            near = self.listed - start
+            near = near[(near >= 0) & (near < scaled.size)]
+        rounded.flat[near] = np.rint(scaled.flat[near])
+        return rounded * GRID
 
 
 class Codec:
     """The distributions of a VAE as the coder takes them, for n images at once."""
 
-    def __init__(self, vae: VAE):
+    def __init__(self, vae: VAE, listed: list[list[int]] | None = None):
+        """`listed` are the lists of the compressor's two `rounding`s."""
         likelihood = vae.likelihood
         if type(likelihood) is not Bernoulli and not isinstance(likelihood, LogisticMixture):
             raise UserError(
@@ -42,62 +73,61 @@ class Codec:
             raise UserError("compression computes on the CPU, where sums are the same each time: pass vae.cpu()")
         self.bits = 8 if isinstance(likelihood, LogisticMixture) else 1
         self.vae = copy.deepcopy(vae).double().eval()
-        # Where a prior's bins end, and the middle of each in between.
-        mass = torch.linspace(0, 1, 2 * 2**LATENT_BITS + 1, dtype=torch.float64)
-        self.edges, self.medians = torch.special.ndtri(mass)[::2].numpy(), torch.special.ndtri(mass)[1::2].numpy()
+        # The ends of the prior's bins, and the median of each in between.
+        quantiles = normal_quantiles(2 * 2**LATENT_BITS)
+        self.edges, self.medians = quantiles[::2], quantiles[1::2]
+        self.rounding = [Rounding(of) for of in listed or (None, None)]  # of the encoder, and of the decoder
 
-    def _outputs(self, *outputs: Tensor) -> list[Tensor]:
-        if not all(output.isfinite().all() for output in outputs):
-            raise UserError("the model's outputs are not finite for these images: it cannot compress them")
-        return [(output / GRID).round_().mul_(GRID) for output in outputs]
-
-    def posterior(self, symbols: Floats) -> Callable[[int], Cumulative]:
-        """`symbols` `(n, pixels)` -> for each latent dimension the distribution over its bins.
+    def posterior(self, symbols: Floats, first: int) -> Callable[[int], Cumulative]:
+        """`symbols` `(n, pixels)` of the images from number `first` -> for each latent dimension the distribution over
+        its bins.
 
         No slots are kept for bins that have none: what is pushed here has been popped before. Kept ones would draw one
         z in 500 from the prior, which costs far more than they do.
         """
         x = torch.from_numpy(symbols / (2**self.bits - 1)).view(-1, *self.vae.image_shape)
-        mean, logvar = (output.T.contiguous() for output in self._outputs(*self.vae.encode(x)))
-        deviation = torch.exp(logvar.clamp(-60, 60) / 2)
+        outputs = self.rounding[0](torch.cat(self.vae.encode(x), 1), first)
+        mean, logvar = np.ascontiguousarray(outputs.T).reshape(2, self.vae.latent_dim, -1)
+        deviation = exp(logvar / 2)
 
         def dimension(d: int) -> Cumulative:
             def below(bins: Floats) -> Floats:
-                edges = torch.from_numpy(self.edges[bins.astype(np.int64)])
-                return np.floor(torch.special.ndtr((edges - mean[d]) / deviation[d]).numpy() * SLOTS)
+                edges = self.edges[bins.astype(np.int64)]
+                return np.floor(NORMAL((edges - mean[d]) / deviation[d]) * SLOTS)
 
             return below
 
         return dimension
 
-    def mixtures(self, z: Tensor) -> Tensor:
+    def mixtures(self, z: Tensor, first: int) -> Floats:
         """Latents `(n, latent_dim)` -> weights, slopes and offsets of logistics, `(3, pixels, components, 1, n)`."""
-        (params,) = self._outputs(self.vae.decode_params(z))
+        params = self.vae.decode_params(z)
+        params = torch.from_numpy(self.rounding[1](params.flatten(1), first)).view_as(params)
         if isinstance(self.vae.likelihood, LogisticMixture):
-            logits, means, log_scales = split(params, self.vae.likelihood.components)
-            weights, slopes = logits.softmax(1), torch.exp(-log_scales) / 255
-            offsets = 255 * means * slopes + slopes / 2
+            parts = split(params, self.vae.likelihood.components)
+            logits, means, log_scales = (part.flatten(2).numpy() for part in parts)
+            shares, slopes = exp(logits - logits.max(1, keepdims=True)), exp(-log_scales) / 255
+            weights, offsets = shares / in_order(shares.swapaxes(0, 1))[:, None], (255 * means + 0.5) * slopes
         else:  # P(0) = sigmoid(-logit)
-            offsets = params.unsqueeze(1)
-            weights, slopes = torch.ones_like(offsets), torch.zeros_like(offsets)
-        return torch.stack((weights, slopes, offsets)).flatten(3).permute(0, 3, 2, 1).unsqueeze(3)
+            offsets = params.flatten(1).unsqueeze(1).numpy()
+            weights, slopes = np.ones_like(offsets), np.zeros_like(offsets)
+        return np.stack((weights, slopes, offsets)).transpose(0, 3, 2, 1)[:, :, :, None]
 
-    def pixels(self, bins: Floats) -> Callable[[int], Cumulative]:
-        """`bins` `(latent_dim, n)` -> for each pixel the distribution over its symbols, a mixture of logistics."""
+    def pixels(self, bins: Floats, first: int) -> Callable[[int], Cumulative]:
+        """`bins` `(latent_dim, n)` of the images from number `first` -> for each pixel the distribution over its
+        symbols, a mixture of logistics."""
         z = torch.from_numpy(self.medians[bins.astype(np.int64)].T.copy())
         components = getattr(self.vae.likelihood, "components", 1)
         # A pixel's lanes lie side by side. The decoder takes some at a time, for its memory.
         mixtures = np.empty((3, int(np.prod(self.vae.image_shape)), components, 1, len(z)))
-        for first in range(0, len(z), DECODED):
-            mixtures[..., first : first + DECODED] = self.mixtures(z[first : first + DECODED]).numpy()
+        for i in range(0, len(z), DECODED):
+            mixtures[..., i : i + DECODED] = self.mixtures(z[i : i + DECODED], first + i)
 
         def pixel(i: int) -> Cumulative:
             weight, slope, offset = mixtures[:, i]
 
             def below(symbols: Floats) -> Floats:
-                parts = np.exp(offset - slope * symbols)
-                parts += 1
-                return slots(np.divide(weight, parts, out=parts).sum(0), symbols, 2**self.bits)
+                return slots(in_order(weight * LOGISTIC(slope * symbols - offset)), symbols, 2**self.bits)
 
             return below
 
@@ -108,20 +138,28 @@ class Codec:
         dimensions = int(np.prod(self.vae.image_shape))
         symbols = np.arange(8.0 * dimensions).reshape(8, -1) * 37 % 2**self.bits
         bins = np.arange(8.0 * self.vae.latent_dim).reshape(-1, 8) * 4099 % 2**LATENT_BITS
-        posterior, pixels = self.posterior(symbols), self.pixels(bins)
+        posterior, pixels = self.posterior(symbols, 0), self.pixels(bins, 0)
         middle, half = np.full((1, 8), 2.0 ** (LATENT_BITS - 1)), np.full((1, 8), 2.0 ** (self.bits - 1))
         rows = [posterior(d)(middle) for d in range(self.vae.latent_dim)]
         rows += [pixels(i)(half) for i in range(dimensions)]
         return hashlib.sha256(np.concatenate(rows).astype("<i8").tobytes()).hexdigest()
 
 
+def in_order(parts: Floats) -> Floats:
+    """The sum over the first axis, of which NumPy does not promise the order."""
+    total = parts[0].copy()
+    for part in parts[1:]:
+        total += part
+    return total
+
+
 @contextlib.contextmanager
 def same_everywhere() -> Iterator[None]:
-    """One thread, since a sum may depend on their number; no autocast; and NumPy does not warn of e^1000."""
+    """Compute on one thread, since a sum may depend on their number, and without autocast."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with torch.no_grad(), torch.autocast("cpu", enabled=False), np.errstate(over="ignore", divide="ignore"):
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
             yield
     finally:
         torch.set_num_threads(threads)
@@ -188,18 +226,18 @@ def compress(
         )
     levels, stack = data.reshape(len(data), -1) // (255 // (2**codec.bits - 1)), Stack()
     with same_everywhere():
-        fingerprint, batches = codec.fingerprint(), list[int]()
+        fingerprint, batches = Codec(vae).fingerprint(), list[int]()
         while (first := sum(batches)) < len(data):
             n = next_batch(first, len(data), lanes, vae.latent_dim, stack.top)
             batches.append(n)
             symbols = levels[first : first + n].astype(np.float64)
             stack.grow(n)
-            posterior = codec.posterior(symbols)
+            posterior = codec.posterior(symbols, first)
             bins = np.empty((vae.latent_dim, n))
             for d, mask in enumerate(masks(first, *bins.shape)):
                 stack.flip(mask)
                 bins[d] = stack.pop(posterior(d), n, LATENT_BITS)
-            pixels = codec.pixels(bins)
+            pixels = codec.pixels(bins, first)
             columns = np.ascontiguousarray(symbols.T)
             for i in reversed(range(len(columns))):
                 stack.push(pixels(i), columns[i], codec.bits)
@@ -217,6 +255,7 @@ def compress(
         model=model_hash(vae),
         probabilities=fingerprint,
         images=hashlib.sha256(data.tobytes()).hexdigest(),
+        near=[rounding.listed.tolist() for rounding in codec.rounding],
         names=names,
     )
 
@@ -234,7 +273,7 @@ def decompress(vae: VAE, compressed: Compressed, done: Callable[[int], object] =
     probabilities: what it would give is compared with a checksum, and never returned as images.
     """
     check_model(vae, compressed)
-    codec = Codec(vae)
+    codec = Codec(vae, compressed.near)
     elsewhere = UserError(
         "this machine, or its version of torch, computes other probabilities than that which compressed these images: "
         "decompress them there"
@@ -244,16 +283,16 @@ def decompress(vae: VAE, compressed: Compressed, done: Callable[[int], object] =
     stack = Stack(heads, np.frombuffer(compressed.payload[:at], "<u4"))
     levels = np.empty((compressed.count, dimensions), np.uint8)
     with same_everywhere():
-        if codec.fingerprint() != compressed.probabilities:
+        if Codec(vae).fingerprint() != compressed.probabilities:
             raise elsewhere
         first = compressed.count
         for i, n in reversed(list(enumerate(compressed.batches))):
             first -= n
             try:
                 bins = np.stack([stack.pop_uniform(n, LATENT_BITS) for _ in range(vae.latent_dim)])
-                pixels = codec.pixels(bins)
+                pixels = codec.pixels(bins, first)
                 symbols = np.stack([stack.pop(pixels(i), n, codec.bits) for i in range(dimensions)], axis=1)
-                posterior, flips = codec.posterior(symbols), masks(first, *bins.shape)
+                posterior, flips = codec.posterior(symbols, first), masks(first, *bins.shape)
                 for d in reversed(range(vae.latent_dim)):
                     stack.push(posterior(d), bins[d], LATENT_BITS)
                     stack.flip(flips[d])
