@@ -333,6 +333,7 @@ def test_the_scores_of_a_job() -> None:
             "hydra.sweeper.objectives=klx is invalid: expected one of loss, recon, kl, neg_elbo, active_units, "
             "seconds, parameters; did you mean kl?",
         ),
+        ("hydra.sweeper.objectives=[klx] hydra.sweep.dir=new/sweep", "hydra.sweeper.objectives=klx is invalid"),
         ("callbacks.monitor=total_correlation", "hydra.sweeper.objectives=total_correlation is invalid: expected one"),
         ("trainer.check_val_every_n_epoch=5", "its trials never validate (trainer.check_val_every_n_epoch=5 is above"),
         ("trainer.max_steps=1", "its trials never validate (trainer.max_steps=1 ends it before the first validation,"),

@@ -9,6 +9,7 @@ import shlex
 import signal
 import sys
 import textwrap
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from betavae.errors import UserError
+from betavae.pictures import save_figure
 from betavae.running import checkpoint
 from betavae.running.cli import job_name, safe_name
 from betavae.running.run_folder import RUN, SWEEP, RunFolder, put_mark
@@ -166,6 +168,16 @@ def test_the_report_of_a_sweep(killed_and_resumed: tuple[Path, str, dict[str, fl
         assert (cwd / "report" / f"{name}.png").stat().st_size > 5000
     error = run("sweep=sweep", "over=[betaa]", cwd=cwd, code=1, script="scripts/sweep_report.py")
     assert error == "error: over: betaa was not swept here; swept: beta\n"
+
+
+def test_a_sheet_of_samples_has_room_for_many_settings(
+    killed_and_resumed: tuple[Path, str, dict[str, float]], tmp_path: Path
+) -> None:
+    found = [setting for setting in report.settings(killed_and_resumed[0] / "sweep") if setting.finished]
+    many = [setting._replace(values={f"key_{i}": "value" for i in range(30)}) for setting in found]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # Matplotlib's, that axes have no room
+        save_figure(report.contact_sheet(many, 0), tmp_path / "samples.png")
 
 
 def test_the_pages_sweep(tmp_path: Path, data: str) -> None:

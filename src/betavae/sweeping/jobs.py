@@ -1,5 +1,6 @@
 """Sweeps: many jobs in one folder, that can be left alone, killed, started again and read afterwards. No torch here."""
 
+import contextlib
 import itertools
 import logging
 import math
@@ -9,7 +10,7 @@ import shlex
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -61,6 +62,7 @@ class SweepCallback(Callback):
 
     folder: Path | None = None
     search = False
+    made: ClassVar[list[Path]] = []  # the folders above it that were not there, the innermost first
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         try:
@@ -82,6 +84,7 @@ class SweepCallback(Callback):
                 "a search chooses by validation images, and data.validation_size=0 leaves none: give it a number"
             )
         folder = Path(config.hydra.sweep.dir)
+        SweepCallback.made = [parent for parent in folder.parents if not parent.exists()]
         put_mark(folder, SWEEP, "hydra.sweep.dir")
         SweepCallback.folder, SweepCallback.search = folder, search
 
@@ -305,7 +308,9 @@ def take_back(sweep: Path) -> None:
     if sweep.is_dir() and {path.name for path in sweep.iterdir()} <= {"multirun.yaml", MARK}:
         for name in ("multirun.yaml", MARK):
             (sweep / name).unlink(missing_ok=True)
-        sweep.rmdir()
+        with contextlib.suppress(OSError):  # it holds something
+            for folder in (sweep, *SweepCallback.made):
+                folder.rmdir()
 
 
 def explain(error: Exception) -> str | None:

@@ -303,13 +303,15 @@ def contact_sheet(found: Sequence[Setting], seed: int) -> Any:
     if len(points) != len(found) or columns > 8:
         columns = min(6, len(points))
     rows = -(-len(points) // columns)
-    figure = pictures.new_figure(1.6 * columns, 1.8 * rows)
-    for place, point in enumerate(points, start=1):
+    titles = [point.label.replace(", ", "\n") for point in points]
+    lines = max(title.count("\n") + 1 for title in titles)
+    figure = pictures.new_figure(1.6 * columns, (1.6 + 0.12 * lines) * rows)
+    for place, (point, title) in enumerate(zip(points, titles, strict=True), start=1):
         vae = checkpoint.load(str(point.finished[0].folder), "").vae
         axes = figure.add_subplot(rows, columns, place)
         images = vae.sample(16, 1.0, torch.Generator().manual_seed(seed))
         pictures.show(axes, pictures.grid(images, 4))
-        axes.set_title(point.label.replace(", ", "\n"), fontsize=7)
+        axes.set_title(title, fontsize=7)
     return figure
 
 
