@@ -298,7 +298,7 @@ def test_without_asserts_a_damaged_config_is_said_to_be_all_the_same(place, tmp_
     (copy / "config.yaml").write_text("- 1\n")
     before = contents(copy)
     text = fresh("-O", str(REPO / "train.py"), f"resume={copy}", cwd=place, code=1)
-    assert text == refused(place, "train.py", f"resume={copy}") and "does not hold the settings of a run" in text
+    assert text == refused(place, "train.py", f"resume={copy}") and "it holds a list, not a dict" in text
     assert contents(copy) == before
 
 

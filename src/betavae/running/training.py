@@ -1,6 +1,7 @@
 """The one recipe that turns a composed config into a finished run folder."""
 
 import contextlib
+import copy
 import logging
 import math
 import os
@@ -129,7 +130,9 @@ class Training:
         L.seed_everything(self.settings["seed"], verbose=False)
         set_float32_precision(self.settings["trainer"]["matmul_precision"])
         quiet()
-        self.datamodule, self.module, self.trainer = build(self.settings, self.folder, self.signals)
+        # A copy, since the user's own classes may change what they are given.
+        settings = copy.deepcopy(self.settings)
+        self.datamodule, self.module, self.trainer = build(settings, self.folder, self.signals)
         if self.sweep and self.trainer.world_size > 1:
             raise UserError(ONE_DEVICE)
         search = self.sweep and chooses_by_validation(HydraConfig.get())
