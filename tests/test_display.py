@@ -184,6 +184,19 @@ def test_a_retry_that_cannot_begin_keeps_the_checkpoint(tmp_path, where):
     assert "epoch   1/4" not in text and ("epoch " in text) == (where == "training")
 
 
+def test_a_retry_of_a_job_with_a_damaged_record_keeps_the_checkpoint(tmp_path):
+    images(tmp_path, 6, 6)
+    command = ["-m", *SMALL[:-1], "beta=2", "hydra.sweep.dir=sweep"]
+    run(*command, cwd=tmp_path)
+    (folder,) = (path.parent for path in tmp_path.glob("sweep/*/metrics.json"))
+    trained = (folder / "checkpoints" / "last.ckpt").stat()
+    (folder / "metrics.json").write_text("{")
+    assert "epoch " not in run(*command, cwd=tmp_path)
+    kept = (folder / "checkpoints" / "last.ckpt").stat()
+    assert (kept.st_ino, kept.st_mtime_ns) == (trained.st_ino, trained.st_mtime_ns)
+    assert record(folder)["status"] == "finished"
+
+
 def test_a_retry_of_a_job_that_failed_in_training_begins_again(tmp_path):
     images(tmp_path, 6, 6)
     command = ["-m", *SMALL[:-1], "beta=2", "hydra.sweep.dir=sweep"]

@@ -129,7 +129,10 @@ def build_trainer(
     precision, accelerator = wanted["precision"], wanted["accelerator"]
     cpu = accelerator == "cpu" or (accelerator == "auto" and not gpu_there())
     if cpu and precision.startswith("16"):
-        raise UserError(f"trainer.precision={precision} needs a GPU; on a CPU: 32-true or bf16-mixed")
+        raise UserError(
+            f"trainer.precision={precision} is invalid: it needs a GPU (on a CPU: 32-true, 64-true, bf16-mixed or "
+            "bf16-true)"
+        )
     if precision == "64-true" and (accelerator == "mps" or (not cpu and torch.backends.mps.is_available())):
         raise UserError(
             "trainer.precision=64-true is invalid: a Mac's GPU has no float64; pass trainer.accelerator=cpu"

@@ -101,7 +101,8 @@ class RunDir:
         """`resume`, or `wanted`, where that is taken with a number, made here so that no other run gets it."""
         if resume is not None:
             if not Path(resume).is_dir():
-                raise UserError(f"resume: {resume} is not a run folder (there is no such folder)")
+                found = "a file; pass its run folder" if Path(resume).exists() else "not a run folder: no such folder"
+                raise UserError(f"resume: {resume} is {found}")
             return resume
         if (resume, wanted) not in self.known:
             self.known[resume, wanted] = processes.from_rank_zero(lambda: self.make(Path(wanted)))

@@ -157,7 +157,10 @@ def check_objectives(first: DictConfig, objectives: list[str], searched: dict[st
     if not known and (why := never_validates(values, sets)):
         raise UserError(f"a search chooses by validation numbers, and its trials never validate ({why})")
     if not groups & {"objective", "callbacks"}:
-        check_names("hydra.sweeper.objectives", objectives, [*NUMBERS, *RECORDED], values, built)
+        if objectives == [values["callbacks"]["monitor"]]:  # the default, so what was typed is the monitor
+            check_names("callbacks.monitor", objectives, NUMBERS, values, built)
+        else:
+            check_names("hydra.sweeper.objectives", objectives, [*NUMBERS, *RECORDED], values, built)
 
 
 def check_study(study: Any, config: DictConfig, settings: SearchSettings, searched: dict[str, Any]) -> None:
@@ -170,7 +173,6 @@ def check_study(study: Any, config: DictConfig, settings: SearchSettings, search
         study.set_user_attr("settings", now)
         study.set_metric_names(settings.objectives)
         return
-    then.setdefault("hydra.sweeper.objectives", [config.callbacks.monitor])  # of versions that knew no other
     for key in sorted(then.keys() & now.keys()):
         if then[key] != now[key]:
             raise UserError(
