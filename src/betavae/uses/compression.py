@@ -155,11 +155,14 @@ def in_order(parts: Floats) -> Floats:
 
 @contextlib.contextmanager
 def same_everywhere() -> Iterator[None]:
-    """Compute on one thread, since a sum may depend on their number, and without autocast."""
+    """Compute on one thread, since a sum may depend on their number, and without autocast.
+
+    NumPy does not warn of symbols without slots, which are in payloads that are not of this model.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        with torch.no_grad(), torch.autocast("cpu", enabled=False), np.errstate(divide="ignore"):
             yield
     finally:
         torch.set_num_threads(threads)
