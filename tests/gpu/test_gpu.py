@@ -101,7 +101,7 @@ TRAININGS = {
     ],
     "binary": ["data.binarize=threshold", "lr_schedule=cosine"],
 }
-# Each is run to its end twice, and once with a SIGKILL in its second epoch and a SIGTERM in its third.
+# Each is run to its end twice, and once with a SIGKILL in its second epoch and a SIGTERM in its third, at `STOPS`.
 RESUMED = {
     "exact": [
         *("data.binarize=dynamic", "beta_schedule=linear", "lr_schedule=cosine", "lr_schedule.warmup=0.1"),
@@ -112,9 +112,10 @@ RESUMED = {
     ],
     "exact_graph": [
         *("data.binarize=dynamic", "beta_schedule=linear", "lr_schedule=cosine"),
-        *("trainer.cuda_graph=true", "trainer.steps_per_batch=4", "trainer.limit_train_batches=2"),
+        *("trainer.cuda_graph=true", "trainer.steps_per_batch=12", "trainer.limit_train_batches=2"),
     ],
 }
+STOPS = {"exact": (12, 20), "exact_mixed": (12, 20), "exact_graph": (36, 60)}  # steps
 NO_SYNCHRONIZATION = {
     "steps_plain": [],
     "steps_mixed": ["trainer.precision=16-mixed", "model=conv", "model.hidden_dims=[4,8]", "lr_schedule=cosine"],
@@ -142,8 +143,9 @@ def commands_for(data_root: str) -> dict[str, Command]:
         train(name, *args, prepare=few_workers)
     for name, args in RESUMED.items():
         exact = ["trainer.deterministic=true", "trainer.max_epochs=4", *args]
-        train(f"{name}_killed", *exact, folder=name, prepare=at_step(12, signal.SIGKILL), code=-signal.SIGKILL)
-        asked = {"prepare": at_step(20, signal.SIGTERM), "code": 128 + signal.SIGTERM}
+        killed, stopped = STOPS[name]
+        train(f"{name}_killed", *exact, folder=name, prepare=at_step(killed, signal.SIGKILL), code=-signal.SIGKILL)
+        asked = {"prepare": at_step(stopped, signal.SIGTERM), "code": 128 + signal.SIGTERM}
         resume(f"{name}_stopped", name, after=f"{name}_killed", **asked)
         resume(f"{name}_resumed", name, after=f"{name}_stopped")
         train(f"{name}_whole", *exact)
@@ -158,7 +160,7 @@ def commands_for(data_root: str) -> dict[str, Command]:
     for name, args in TRAININGS.items():
         train(name, *args)
     for name, args in GRAPHS.items():
-        train(name, *GRAPH, *args)
+        train(name, *GRAPH, *args, "+callbacks.own.graphs={}", prepare=watch_steps)
         train(f"eager_{name}", GRAPH[1], *args)
     for precision in PRECISIONS:
         # The squares of small gradients are 0 in float16.
@@ -221,8 +223,15 @@ class Watch(Callback):
             print("watched")
 
 
+class Graphs(Callback):
+    """Print the lengths of the CUDA graphs that were captured."""
+
+    def on_train_end(self, trainer: Any, module: Any) -> None:
+        print("graphs", sorted(module.cuda_graph.graphs))
+
+
 def watch_steps() -> None:
-    CALLBACKS["watch"] = Watch
+    CALLBACKS["watch"], CALLBACKS["graphs"] = Watch, Graphs
     few_workers()
 
 
@@ -408,7 +417,8 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(folder: Path, name: str
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=needs(name, f"eager_{name}")) for name in GRAPHS])
-def test_a_cuda_graph_computes_what_eager_steps_compute(folder: Path, name: str) -> None:
+def test_a_cuda_graph_computes_what_eager_steps_compute(folder: Path, commands: Commands, name: str) -> None:
+    assert f"graphs {[1] if name == 'graph_last_batch' else [1, 10]}" in commands.texts[name]
     found, wanted = record(folder / name), record(folder / f"eager_{name}")
     assert found["steps"] == wanted["steps"] and found["epochs"] == wanted["epochs"]
     rel = 1e-2 if name == "graph_fast" else 1e-3
