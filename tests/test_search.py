@@ -334,7 +334,7 @@ def test_the_scores_of_a_job() -> None:
             "seconds, parameters; did you mean kl?",
         ),
         ("hydra.sweeper.objectives=[klx] hydra.sweep.dir=new/sweep", "hydra.sweeper.objectives=klx is invalid"),
-        ("callbacks.monitor=total_correlation", "hydra.sweeper.objectives=total_correlation is invalid: expected one"),
+        ("callbacks.monitor=total_correlation", "callbacks.monitor=total_correlation is invalid: expected one"),
         ("trainer.check_val_every_n_epoch=5", "its trials never validate (trainer.check_val_every_n_epoch=5 is above"),
         ("trainer.max_steps=1", "its trials never validate (trainer.max_steps=1 ends it before the first validation,"),
         ("hydra.sweeper.n_trials=0", "hydra.sweeper.n_trials=0 cannot be: it must be a whole number from 1 up"),
