@@ -271,7 +271,11 @@ class Session:
 
 def quoted(value: str) -> str:
     """A value as Hydra reads it."""
-    return value if re.fullmatch(r"[\w./-]+", value) else "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    return (
+        value
+        if re.fullmatch(r"[\w./-]+", value, re.ASCII)
+        else "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    )
 
 
 def assert_same_runs(a: str, b: str) -> None:
@@ -682,10 +686,12 @@ def use(rng: random.Random, session: Session, name: str, data: str, run: str) ->
         session.command(script, *words)
         if before != listing(session.root):
             raise Fault(f"{name}.py: the same seed gives another file", session.steps, "")
-    if name == "encode":
-        session.command("scripts/decode.py", *script_words(rng, "decode", data, run))
-    if name == "compress":
-        session.command("scripts/decompress.py", *script_words(rng, "decompress", data, run))
+    reader = {"encode": ("decode", "latents"), "compress": ("decompress", "file")}.get(name)
+    if reader:  # what it wrote
+        script, key = reader
+        written = [word.replace("out=", f"{key}=", 1) for word in words if word.startswith("out=")]
+        reading = [word for word in script_words(rng, script, data, run) if not word.startswith(f"{key}=")]
+        session.command(f"scripts/{script}.py", *reading, *written)
 
 
 def damage(rng: random.Random, session: Session, data: str, run: str) -> None:
@@ -774,7 +780,9 @@ def sweep(rng: random.Random, session: Session, words: list[str]) -> tuple[int, 
     words = [word for word in words if not word.startswith(("hydra.run.dir", "beta=", "seed="))]
     axes = rng.choice([["beta=0.5,2"], ["seed=1,2"], ["beta=1,-1"], ["beta=1", "seed=3,4"], ["optimizer.lr=1e-3,1e30"]])
     axes = (
-        axes if rng.random() < 0.7 else rng.choice([["model=mlp,conv"], ["name=日本,中国"], ["model.latent_dim=1,2"]])
+        axes
+        if rng.random() < 0.7
+        else rng.choice([["model=mlp,conv"], ["name='日本','中国'"], ["model.latent_dim=1,2"]])
     )
     if rng.random() < 0.2:
         axes = ["sweep=optuna", "hydra.sweeper.n_trials=2"]

@@ -219,7 +219,7 @@ def test_command_lines_that_nobody_thought_of(monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("number", [0, 1, 2, 3, 4, 5])
+@pytest.mark.parametrize("number", [1, 3, 5, 16, 17])
 def test_sessions_of_whole_commands(tmp_path, data_root, number):
     """What `python -m tests.fuzz_commands` runs for hours."""
     play(random.Random(f"test-{number}"), Session(tmp_path, Path(data_root)))
