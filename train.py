@@ -2,7 +2,7 @@
 
 from omegaconf import DictConfig
 
-from betavae.running.cli import importing, train_command
+from betavae.running.cli import gc_paused, train_command
 from betavae.sweeping.jobs import run_job
 
 
@@ -12,7 +12,7 @@ def main(cfg: DictConfig) -> float:
 
 
 def train(cfg: DictConfig) -> float:
-    with importing():  # here, so that --help and jobs that are finished do not wait for torch
+    with gc_paused():  # here, so that --help and jobs that are finished do not wait for torch
         from betavae.running import training
 
     return training.train(cfg)

@@ -20,14 +20,14 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torchvision.io import decode_jpeg, encode_jpeg
 
-from betavae.data import SOURCES
-from betavae.files import STAMP, writing
-from betavae.kept import kept
+from betavae.data import DATASETS
+from betavae.files import STAMP, atomic_path
+from betavae.kept import load_or_compute
 from betavae.objectives import elbo
 from betavae.optimizers import MuonAdam
-from betavae.running.cli import ScriptSettings, script
-from betavae.running.settings import CountOrZero, Text, kind
-from betavae.uses.anomalies import DEFAULT, QUICK, SLOW, Detector, false_alarm_rate, p_values
+from betavae.running.cli import ScriptSettings, script_command
+from betavae.running.settings import NonNegativeInt, NonEmptyStr, constrained
+from betavae.uses.anomalies import DEFAULT_SCORE, FAST_SCORES, SLOW_SCORES, Detector, false_alarm_rate, p_values
 from betavae.vae import VAE
 
 VALIDATION = 5_000
@@ -35,16 +35,16 @@ ALARM = 0.01
 
 
 class Settings(ScriptSettings):
-    seeds: kind(list[int], "a list of seeds", min_length=1) = Field([1, 2, 3], title="of the models")
-    data_root: Text = Field("data", title="where MNIST and FashionMNIST are")
-    keep: Text = Field("runs/anomaly_benchmark", title="for models, which are not trained twice, and results")
-    slow: CountOrZero = Field(0, title="so many images of a kind for nll and regret too")
+    seeds: constrained(list[int], "a list of seeds", min_length=1) = Field([1, 2, 3], title="of the models")
+    data_root: NonEmptyStr = Field("data", title="where MNIST and FashionMNIST are")
+    keep: NonEmptyStr = Field("runs/anomaly_benchmark", title="for models, which are not trained twice, and results")
+    slow: NonNegativeInt = Field(0, title="so many images of a kind for nll and regret too")
 
 
 def train(x: Tensor, seed: int, epochs: int = 6, batch_size: int = 512) -> VAE:
     torch.manual_seed(seed)
     vae = VAE("mlp", [400], 20, "relu", "bernoulli", x.shape[1:])
-    vae.centre(x.float().mean(0) / 255)
+    vae.init_from_mean_image(x.float().mean(0) / 255)
     optimizer = MuonAdam(vae.parameters(), 0.06, 0.9, 0.0, 5e-3, (0.9, 0.999), 1e-8)
     steps = epochs * (len(x) // batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
@@ -60,7 +60,7 @@ def train(x: Tensor, seed: int, epochs: int = 6, batch_size: int = 512) -> VAE:
 
 def trained(path: Path, x: Tensor, seed: int) -> VAE:
     """The VAE that was kept in `path`, or a new one."""
-    state = kept(path, {"seed": seed, "images": len(x)}, lambda: dict(train(x, seed).state_dict()))
+    state = load_or_compute(path, {"seed": seed, "images": len(x)}, lambda: dict(train(x, seed).state_dict()))
     vae = VAE("mlp", [400], 20, "relu", "bernoulli", x.shape[1:]).requires_grad_(False)
     vae.load_state_dict(state)
     return vae
@@ -95,12 +95,12 @@ def drifted(x: Tensor) -> dict[str, Tensor]:
     }
 
 
-@script(Settings)
+@script_command(Settings)
 def main(settings: Settings) -> None:
     keep = Path(settings.keep)
     images = {}
     for name in ("mnist", "fashion_mnist"):
-        sets = [SOURCES[name](Path(settings.data_root), split) for split in ("train", "test")]
+        sets = [DATASETS[name](Path(settings.data_root), split) for split in ("train", "test")]
         images[name] = [(part.pixels, part.labels) for part in sets if part is not None]
     order = torch.randperm(60_000, generator=torch.Generator().manual_seed(0))
     rows: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
@@ -130,10 +130,10 @@ def main(settings: Settings) -> None:
             else:
                 outliers = {f"digit {held}": test[test_labels == held]}
             started = time.perf_counter()
-            detector.scores(ordinary, (DEFAULT,))
+            detector.scores(ordinary, (DEFAULT_SCORE,))
             rate = max(rate, len(ordinary) / (time.perf_counter() - started))
-            for names in (QUICK, SLOW) if settings.slow else (QUICK,):
-                first = settings.slow if names == SLOW else None
+            for names in (FAST_SCORES, SLOW_SCORES) if settings.slow else (FAST_SCORES,):
+                first = settings.slow if names == SLOW_SCORES else None
                 inside = detector.scores(ordinary[:first], names)
                 for sort, strange in outliers.items():
                     for score, values in detector.scores(strange[:first], names).items():
@@ -148,19 +148,19 @@ def main(settings: Settings) -> None:
             )
             print(f"seed {seed} {name} {held}", flush=True)
 
-    scores = [*QUICK, *(SLOW if settings.slow else ())]
-    for title, table, columns in (("AUROC", rows, scores), (f"flagged at alarm={ALARM}", drifts, list(QUICK))):
+    scores = [*FAST_SCORES, *(SLOW_SCORES if settings.slow else ())]
+    for title, table, columns in (("AUROC", rows, scores), (f"flagged at alarm={ALARM}", drifts, list(FAST_SCORES))):
         print(f"\n{title}, mean over {len(settings.seeds)} seeds\n| images | {' | '.join(columns)} |")
         print("|---" * (1 + len(columns)) + "|")
         for row, found in table.items():
             print(f"| {row} | {' | '.join(f'{sum(found[s]) / len(found[s]):.4f}' for s in columns)} |")
     expected = false_alarm_rate(ALARM, VALIDATION, 10_000)
-    print(f"\nFalse alarms among test images at alarm={ALARM} ({DEFAULT}); 95 % of the times between", end=" ")
+    print(f"\nFalse alarms among test images at alarm={ALARM} ({DEFAULT_SCORE}); 95 % of the times between", end=" ")
     print(f"{expected.low:.4f} and {expected.high:.4f}, mean {expected.mean:.4f}")
     for name, shares in alarms.items():
         print(f"{name}: {' '.join(f'{share:.4f}' for share in shares)}")
-    print(f"\n{DEFAULT}: {rate:,.0f} images/s")
-    with writing(keep / "results.json", "keep") as path:
+    print(f"\n{DEFAULT_SCORE}: {rate:,.0f} images/s")
+    with atomic_path(keep / "results.json", "keep") as path:
         content = {"made_by": STAMP, "auroc": rows, "drift": drifts, "false_alarms": alarms}
         path.write_text(json.dumps(content, indent=2) + "\n")
 

@@ -23,9 +23,9 @@ from typing import Any
 
 from pydantic import Field
 
-from betavae.errors import UserError, last_words
-from betavae.running.cli import ScriptSettings, script
-from betavae.running.settings import Count, Text, kind, one_of
+from betavae.errors import UserError, last_error_line
+from betavae.running.cli import ScriptSettings, script_command
+from betavae.running.settings import PositiveInt, NonEmptyStr, constrained, choice
 
 REPO = Path(__file__).parents[1]
 PRESETS = ["default", "default trainer.steps_per_batch=10", "fast"]
@@ -35,19 +35,19 @@ IMAGES, BATCH, HIDDEN, LATENT, PIXELS = 60_000, 128, 400, 20, 784
 
 
 class Settings(ScriptSettings):
-    rounds: Count = Field(3, title="of everything in turn; medians and ranges are over rounds")
-    epochs: Count = Field(5, title="of each training in a round; the first is warm-up where there are more")
-    presets: kind(list[str] | None, "null or a list of presets of the trainer") = Field(
+    rounds: PositiveInt = Field(3, title="of everything in turn; medians and ranges are over rounds")
+    epochs: PositiveInt = Field(5, title="of each training in a round; the first is warm-up where there are more")
+    presets: constrained(list[str] | None, "null or a list of presets of the trainer") = Field(
         None, title="presets of the trainer, each with its changes; null: all that the device has"
     )
-    quality: kind(bool | None, "null, true or false") = Field(
+    quality: constrained(bool | None, "null, true or false") = Field(
         None, title="also the time to the tutorial's result (a minute per round); null: only on a CPU"
     )
-    data_root: Text = Field("data", title="the data folder")
-    only: one_of(lambda: [None, "reference", "bare", "floor"]) = Field(
+    data_root: NonEmptyStr = Field("data", title="the data folder")
+    only: choice(lambda: [None, "reference", "bare", "floor"]) = Field(
         None, title="run one part in this process and print its numbers: reference, bare, floor"
     )
-    out: Text = Field("benchmark.png", title="the figure; its numbers go beside it, as .json")
+    out: NonEmptyStr = Field("benchmark.png", title="the figure; its numbers go beside it, as .json")
 
 
 def reference(data_root: str, epochs: int) -> dict[str, Any]:
@@ -101,8 +101,8 @@ def bare(data_root: str, epochs: int) -> dict[str, Any]:
     import torch
 
     from betavae.data import mnist
-    from betavae.data.batches import Batches
-    from betavae.fast import accelerate
+    from betavae.data.batches import BatchLoader
+    from betavae.fast import use_fast_cpu_kernels
     from betavae.objectives import elbo
     from betavae.vae import VAE
 
@@ -111,13 +111,13 @@ def bare(data_root: str, epochs: int) -> dict[str, Any]:
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     images = mnist(Path(data_root), "train").to(device)  # type: ignore[union-attr]
-    vae = accelerate(VAE("mlp", [HIDDEN], LATENT, "relu", "bernoulli", [1, 28, 28])).to(device)
+    vae = use_fast_cpu_kernels(VAE("mlp", [HIDDEN], LATENT, "relu", "bernoulli", [1, 28, 28])).to(device)
     optimizer = torch.optim.Adam(vae.parameters(), lr=1e-3, fused=True)
     seconds = []
     for epoch in range(epochs):
         started = time.perf_counter()
         total = torch.zeros((), device=device)
-        for x, _ in Batches(images, BATCH, epoch=partial(int, epoch)):
+        for x, _ in BatchLoader(images, BATCH, epoch=partial(int, epoch)):
             loss = elbo(vae, x, torch.randn(1, len(x), LATENT, device=device), 1.0).loss
             optimizer.zero_grad()
             loss.backward()
@@ -167,7 +167,7 @@ def measured(arguments: list[str], folder: Path) -> tuple[str, float, float]:
         output.seek(0)
         text = output.read()
     if status:
-        raise UserError(f"{' '.join(arguments)} failed: {last_words(text)}")
+        raise UserError(f"{' '.join(arguments)} failed: {last_error_line(text)}")
     return text, seconds, usage.ru_maxrss / 1e6
 
 
@@ -202,7 +202,7 @@ def spread(values: list[float]) -> str:
     return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
-@script(Settings)
+@script_command(Settings)
 def main(settings: Settings) -> None:
     if settings.only is not None:
         loop = {"reference": reference, "bare": bare, "floor": floor}[settings.only]
@@ -213,7 +213,7 @@ def main(settings: Settings) -> None:
     from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
     from betavae.data import mnist
-    from betavae.files import STAMP, writing
+    from betavae.files import STAMP, atomic_path
     from betavae.pictures import new_figure, save_figure
 
     root = Path(settings.data_root)
@@ -233,7 +233,7 @@ def main(settings: Settings) -> None:
 
         def note(name: str, result: dict[str, Any]) -> None:
             results.setdefault(name, []).append(result)
-            with writing(Path(settings.out).with_suffix(".json")) as path:  # now: a limit may stop the rest
+            with atomic_path(Path(settings.out).with_suffix(".json")) as path:  # now: a limit may stop the rest
                 path.write_text(json.dumps({"made_by": STAMP} | results, indent=1) + "\n")
             bar.update()
 

@@ -16,19 +16,19 @@ from typing import Any
 
 from pydantic import Field
 
-from betavae.errors import UserError, last_words
-from betavae.files import writing
-from betavae.running.cli import ScriptSettings, importing, script
-from betavae.running.settings import Count, Text, one_of
+from betavae.errors import UserError, last_error_line
+from betavae.files import atomic_path
+from betavae.running.cli import ScriptSettings, gc_paused, script_command
+from betavae.running.settings import PositiveInt, NonEmptyStr, choice
 
 WARM = 20  # batches that are not timed
 
 
 class Settings(ScriptSettings):
-    n: Count = Field(400_000, title="pictures, 12,288 bytes each")
-    steps: Count = Field(600, title="of an epoch that are timed")
-    folder: Text = Field("data", title="where the file is made; it is kept for the next time")
-    only: one_of(lambda: [None, "mapped", "memory"]) = Field(None, title="one way, in this process: mapped, memory")
+    n: PositiveInt = Field(400_000, title="pictures, 12,288 bytes each")
+    steps: PositiveInt = Field(600, title="of an epoch that are timed")
+    folder: NonEmptyStr = Field("data", title="where the file is made; it is kept for the next time")
+    only: choice(lambda: [None, "mapped", "memory"]) = Field(None, title="one way, in this process: mapped, memory")
 
 
 def epoch(path: Path, mapped: bool, steps: int) -> dict[str, Any]:
@@ -36,8 +36,8 @@ def epoch(path: Path, mapped: bool, steps: int) -> dict[str, Any]:
     import torch
 
     from betavae.data.datamodule import ImageDataModule
-    from betavae.data.images import Images
-    from betavae.fast import accelerate
+    from betavae.data.images import ImageSet
+    from betavae.fast import use_fast_cpu_kernels
     from betavae.objectives import elbo
     from betavae.vae import VAE
 
@@ -46,8 +46,8 @@ def epoch(path: Path, mapped: bool, steps: int) -> dict[str, Any]:
     data.setup()
     if not mapped:
         pixels = torch.from_numpy(np.load(path))
-        data.sets["train"] = Images(pixels, torch.zeros(len(pixels)).long())
-    vae = accelerate(VAE("mlp", [128], 16, "relu", "bernoulli", [3, 64, 64]))
+        data.splits["train"] = ImageSet(pixels, torch.zeros(len(pixels)).long())
+    vae = use_fast_cpu_kernels(VAE("mlp", [128], 16, "relu", "bernoulli", [3, 64, 64]))
     optimizer = torch.optim.Adam(vae.parameters(), 1e-3, fused=True)
     peak, first, at = 0, 0.0, 0.0
     for step, (x, _) in enumerate(data.train_dataloader()):
@@ -74,7 +74,7 @@ def make(path: Path, n: int) -> None:
     import numpy as np
     from tqdm import tqdm
 
-    with writing(path, "folder") as part:
+    with atomic_path(path, "folder") as part:
         out = np.lib.format.open_memmap(part, "w+", np.uint8, (n, 3, 64, 64))
         rng = np.random.default_rng(0)
         for start in tqdm(range(0, n, 4000), "making pictures", disable=None):
@@ -82,11 +82,11 @@ def make(path: Path, n: int) -> None:
         out.flush()
 
 
-@script(Settings)
+@script_command(Settings)
 def main(settings: Settings) -> None:
     path = Path(settings.folder) / f"benchmark-{settings.n}.npy"
     if settings.only:
-        with importing():
+        with gc_paused():
             print(json.dumps(epoch(path, settings.only == "mapped", settings.steps)))
         return
     if settings.n * 0.95 < 256 * (settings.steps + WARM):
@@ -98,7 +98,7 @@ def main(settings: Settings) -> None:
         command = [sys.executable, __file__, f"only={way}", f"n={settings.n}", f"steps={settings.steps}"]
         done = subprocess.run([*command, f"folder={settings.folder}"], capture_output=True, text=True)
         if done.returncode:
-            raise UserError(f"the part only={way} failed: {last_words(done.stderr)}")
+            raise UserError(f"the part only={way} failed: {last_error_line(done.stderr)}")
         # Of the second round, with the file in the page cache.
         found[way] = json.loads(done.stdout.splitlines()[-1])
     print(f"{settings.n:,} pictures, {path.stat().st_size / 1e9:.1f} GB; {settings.steps} batches of 256")

@@ -4,19 +4,19 @@
 
 from pydantic import Field
 
-from betavae.errors import UserError, last_words
-from betavae.running.cli import ScriptSettings, script
-from betavae.running.settings import Count, Text
+from betavae.errors import UserError, last_error_line
+from betavae.running.cli import ScriptSettings, script_command
+from betavae.running.settings import PositiveInt, NonEmptyStr
 
 
 class Settings(ScriptSettings):
-    jobs: Count = Field(6, title="runs, which differ by their seed")
-    epochs: Count = Field(5, title="of each job")
-    rounds: Count = Field(3, title="of both ways, by turns")
-    settings: Text = Field("model=mlp", title="of every job, as on the command line of train.py")
+    jobs: PositiveInt = Field(6, title="runs, which differ by their seed")
+    epochs: PositiveInt = Field(5, title="of each job")
+    rounds: PositiveInt = Field(3, title="of both ways, by turns")
+    settings: NonEmptyStr = Field("model=mlp", title="of every job, as on the command line of train.py")
 
 
-@script(Settings)
+@script_command(Settings)
 def main(settings: Settings) -> None:
     import subprocess
     import sys
@@ -40,7 +40,7 @@ def main(settings: Settings) -> None:
         def run(*arguments: str) -> None:
             done = subprocess.run([sys.executable, train, *arguments], capture_output=True, text=True)
             if done.returncode:
-                raise UserError(f"train.py {' '.join(arguments)} failed: {last_words(done.stderr)}")
+                raise UserError(f"train.py {' '.join(arguments)} failed: {last_error_line(done.stderr)}")
 
         # Unpacks the data, and is not counted.
         run(*common, "trainer.max_epochs=1", "trainer.limit_train_batches=1")

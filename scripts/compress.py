@@ -9,17 +9,17 @@ from pathlib import Path
 
 from pydantic import Field
 
-from betavae.running.cli import DataSettings, importing, script
+from betavae.running.cli import DataSettings, gc_paused, script_command
 from betavae.running.command_line import argument
-from betavae.running.settings import Count, Flag, Images, Place
+from betavae.running.settings import PositiveInt, ImageSpec, PathStr
 
 
 class Settings(DataSettings):
-    images: Images = Field("test", title="pictures (folder, file, list); .npy, .npz; test, train, ...; a data set")
-    out: Place = Field("images.bvae", title="the file")
-    verify: Flag = Field(True, title="decode what was written, and compare, before success is claimed")
-    report: Flag = Field(True, title="what other compressors make of the same images, and a picture of it")
-    lanes: Count = Field(256, title="images side by side; more are faster, and take more memory")
+    images: ImageSpec = Field("test", title="pictures (folder, file, list); .npy, .npz; test, train, ...; a data set")
+    out: PathStr = Field("images.bvae", title="the file")
+    verify: bool = Field(True, title="decode what was written, and compare, before success is claimed")
+    report: bool = Field(True, title="what other compressors make of the same images, and a picture of it")
+    lanes: PositiveInt = Field(256, title="images side by side; more are faster, and take more memory")
 
 
 def among(picture: Path, images: str | list[str]) -> bool:
@@ -28,21 +28,21 @@ def among(picture: Path, images: str | list[str]) -> bool:
     return any(place in (picture.resolve(), *picture.resolve().parents) for place in places)
 
 
-@script(Settings)
+@script_command(Settings)
 def main(settings: Settings) -> None:
-    with importing():
+    with gc_paused():
         import torch
         from tqdm import tqdm
 
         from betavae import pictures
-        from betavae.data.listing import numbers, png_names
+        from betavae.data.listing import index_names, png_filenames
         from betavae.errors import UserError
-        from betavae.files import check_writable, writing
+        from betavae.files import check_writable, atomic_path
         from betavae.running import checkpoint
-        from betavae.running.inputs import named_images
+        from betavae.running.inputs import resolve_images
         from betavae.uses.compressed_file import read_file, write_file
         from betavae.uses.compression import compress, decompress
-        from betavae.uses.compression_report import PICTURES, neg_elbo_bits, others
+        from betavae.uses.compression_report import PICTURES, neg_elbo_bits, baseline_sizes
 
     out = Path(settings.out)
     check_writable(out)
@@ -52,10 +52,10 @@ def main(settings: Settings) -> None:
     if settings.report:
         check_writable(picture)
     run = checkpoint.load(settings.ckpt, settings.runs)
-    found = named_images(run, settings.images, settings.data_root)
+    found = resolve_images(run, settings.images, settings.data_root)
     n, size = len(found.pixels), found.pixels.numel()
-    png_names(found.names, "the folder that they will come back to")
-    names = None if found.names == numbers(n) else found.names
+    png_filenames(found.names, "the folder that they will come back to")
+    names = None if found.names == index_names(n) else found.names
     if settings.report and names and among(picture, settings.images):
         raise UserError(
             f"out: the table's picture, {picture}, would lie among the images: name a file elsewhere, or report=false"
@@ -63,7 +63,7 @@ def main(settings: Settings) -> None:
     with tqdm(total=n, desc="compressing", unit=" images", disable=None) as bar:
         compressed = compress(run.vae, found.pixels, settings.lanes, names, bar.update)
     # What lies at `out` stays there until what replaces it is known to give its images back.
-    with writing(out) as path:
+    with atomic_path(out) as path:
         write_file(path, compressed)
         if settings.verify:
             with tqdm(total=n, desc="verifying", unit=" images", disable=None) as bar:
@@ -79,7 +79,7 @@ def main(settings: Settings) -> None:
     }
     remark = f"PNG and WebP, each alone: by the first {PICTURES:,} images" if settings.report and n > PICTURES else ""
     if settings.report:
-        rows |= others(found.pixels)
+        rows |= baseline_sizes(found.pixels)
         pictures.save_figure(pictures.bits_figure(rows, remark), picture)
     print(f"{'bits per pixel and channel':28}{'each alone':>12}{'all in one':>12}")
     for name, (alone, together) in rows.items():

@@ -6,32 +6,32 @@ from pathlib import Path
 
 from pydantic import Field
 
-from betavae.running.cli import ModelSettings, importing, script
-from betavae.running.settings import Place
+from betavae.running.cli import ModelSettings, gc_paused, script_command
+from betavae.running.settings import PathStr
 
 
 class Settings(ModelSettings):
-    latents: Place = Field("latents.npz", title="FILE.npz or .csv of encode.py, or FILE.npy of latents (N, latent_dim)")
-    out: Place = Field("decoded", title="a folder, for a PNG of each")
+    latents: PathStr = Field("latents.npz", title="FILE.npz or .csv of encode.py, or FILE.npy of latents (N, latent_dim)")
+    out: PathStr = Field("decoded", title="a folder, for a PNG of each")
 
 
-@script(Settings)
+@script_command(Settings)
 def main(settings: Settings) -> None:
-    with importing():
+    with gc_paused():
         from tqdm import tqdm
 
         from betavae import pictures
-        from betavae.data.listing import png_names
+        from betavae.data.listing import png_filenames
         from betavae.running import checkpoint
         from betavae.uses import latents
 
     run = checkpoint.load(settings.ckpt, settings.runs)
-    names, z = latents.read(Path(settings.latents), run.vae.latent_dim)
-    files = png_names(names, settings.out)
+    names, z = latents.load_latents(Path(settings.latents), run.vae.latent_dim)
+    files = png_filenames(names, settings.out)
     done = tqdm(total=len(z), desc="decoding", unit="", disable=None)
     for part_names, part in zip(latents.chunks(files), z.split(latents.CHUNK), strict=True):
         for file, image in zip(part_names, run.vae.decode(part), strict=True):
-            pictures.save_picture(image, Path(settings.out) / file, scale=1)
+            pictures.save_image(image, Path(settings.out) / file, scale=1)
         done.update(len(part))
     done.close()
     print(f"{len(z):,} pictures by {run.path} in {settings.out}/")

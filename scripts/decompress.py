@@ -6,28 +6,28 @@ from pathlib import Path
 
 from pydantic import Field
 
-from betavae.running.cli import ModelSettings, importing, script
-from betavae.running.settings import Place
+from betavae.running.cli import ModelSettings, gc_paused, script_command
+from betavae.running.settings import PathStr
 
 
 class Settings(ModelSettings):
-    file: Place = Field("images.bvae", title="what compress.py wrote; ckpt must be the checkpoint that it used")
-    out: Place = Field("decompressed", title="a folder, for a PNG of each by its name; or FILE.npy")
+    file: PathStr = Field("images.bvae", title="what compress.py wrote; ckpt must be the checkpoint that it used")
+    out: PathStr = Field("decompressed", title="a folder, for a PNG of each by its name; or FILE.npy")
 
 
-@script(Settings)
+@script_command(Settings)
 def main(settings: Settings) -> None:
-    with importing():
+    with gc_paused():
         from tqdm import tqdm
 
         from betavae.running import checkpoint
-        from betavae.uses.compressed_file import image_files, read_file, write_images
+        from betavae.uses.compressed_file import output_paths, read_file, write_images
         from betavae.uses.compression import check_model, decompress
 
     run = checkpoint.load(settings.ckpt, settings.runs)
     compressed, out = read_file(Path(settings.file)), Path(settings.out)
     check_model(run.vae, compressed)
-    image_files(compressed.names, compressed.count, out)
+    output_paths(compressed.names, compressed.count, out)
     with tqdm(total=compressed.count, desc="decompressing", unit=" images", disable=None) as bar:
         images = decompress(run.vae, compressed, bar.update)
     write_images(images, compressed.names, out)

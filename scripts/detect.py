@@ -10,38 +10,38 @@ from pathlib import Path
 
 from pydantic import Field
 
-from betavae.running.cli import DataSettings, importing, script
-from betavae.running.settings import Images, Text, kind
+from betavae.running.cli import DataSettings, gc_paused, script_command
+from betavae.running.settings import ImageSpec, NonEmptyStr, constrained
 
 
 class Settings(DataSettings):
-    images: Images = Field("test", title="pictures (folder, file, list); .npy, .npz; test, train, ...; a data set")
-    alarm: kind(float, "a number above 0 and below 1", gt=0, lt=1) = Field(
+    images: ImageSpec = Field("test", title="pictures (folder, file, list); .npy, .npz; test, train, ...; a data set")
+    alarm: constrained(float, "a number above 0 and below 1", gt=0, lt=1) = Field(
         0.01, title="flags at most this share of images of the training kind"
     )
-    score: Text = Field("combined", title="combined, dose_svm, dose, neg_elbo")
-    inliers: kind(list[int | str], "a list of labels") = Field(
+    score: NonEmptyStr = Field("combined", title="combined, dose_svm, dose, neg_elbo")
+    inliers: constrained(list[int | str], "a list of labels") = Field(
         [], title="labels that are of the training kind: a ROC curve"
     )
-    out: Text = Field("anomalies", title="a folder")
+    out: NonEmptyStr = Field("anomalies", title="a folder")
 
 
-@script(Settings)
+@script_command(Settings)
 def main(settings: Settings) -> None:
-    with importing():
+    with gc_paused():
         from betavae import pictures
         from betavae.errors import UserError
-        from betavae.files import made_here
+        from betavae.files import has_stamp
         from betavae.running import checkpoint
-        from betavae.running.inputs import is_set, named_images
-        from betavae.running.run_folder import REPORT, check_mark, put_mark
+        from betavae.running.inputs import is_dataset_name, resolve_images
+        from betavae.running.run_folder import REPORT, check_mark, claim_folder
         from betavae.uses import anomaly_report
         from betavae.uses.anomalies import false_alarm_rate
 
     out = Path(settings.out).expanduser()
     check_mark(out, REPORT, "out")  # before what takes a while
     run = checkpoint.load(settings.ckpt, settings.runs)
-    found = named_images(run, settings.images, settings.data_root)
+    found = resolve_images(run, settings.images, settings.data_root)
     inside: list[bool] | None = None
     if settings.inliers:
         wanted = {str(label) for label in settings.inliers}
@@ -53,19 +53,19 @@ def main(settings: Settings) -> None:
                 f"here: {named}"
             )
     # With another data set to look at, data_root is where that one is.
-    other = is_set(settings.images) and settings.images != run.data.get("name")
+    other = is_dataset_name(settings.images) and settings.images != run.data.get("name")
     detector = anomaly_report.detector(run, None if other else settings.data_root)
     anomaly_report.check_score(detector, settings.score)
     calibration = len(detector.state["calibration"][settings.score])
     rate = false_alarm_rate(settings.alarm, calibration)
-    put_mark(out, REPORT, "out")
-    result = anomaly_report.scored(detector, found.pixels, settings.score, settings.alarm)
-    if inside is None and made_here(out / "roc.png"):
+    claim_folder(out, REPORT, "out")
+    result = anomaly_report.score_images(detector, found.pixels, settings.score, settings.alarm)
+    if inside is None and has_stamp(out / "roc.png"):
         (out / "roc.png").unlink()  # of other images
     anomaly_report.write_table(result, found.names, found.labels, found.unread, out / "scores.csv")
     for name, figure in anomaly_report.figures(detector, found.pixels, result, inside).items():
         pictures.save_figure(figure, out / f"{name}.png")
-    pictures.save_picture(anomaly_report.where(detector, found.pixels, result), out / "where.png")
+    pictures.save_image(anomaly_report.flagged_image_grid(detector, found.pixels, result), out / "where.png")
     for note in found.notes:
         print(note)
     print(f"flagged {int(result.flagged.sum()):,} of {len(found.names):,} images at alarm={settings.alarm}")
@@ -76,7 +76,7 @@ def main(settings: Settings) -> None:
     if found.notes and run.data.get("name") != "folder":  # whose own pictures are read in this way
         print("images that were changed to fit the model may be flagged more or less often: see docs/anomalies.md")
     if inside is not None:
-        for name, value in anomaly_report.against_labels(result, inside).items():
+        for name, value in anomaly_report.detection_metrics(result, inside).items():
             print(f"{name:32}{value:.4f}")
     print(f"scores.csv and pictures in {out}/")
 

@@ -6,24 +6,24 @@ from pathlib import Path
 
 from pydantic import Field
 
-from betavae.running.cli import DataSettings, Seeded, importing, script
-from betavae.running.settings import Count, PlaceOrNull, one_of
+from betavae.running.cli import DataSettings, SeedSettings, gc_paused, script_command
+from betavae.running.settings import PositiveInt, OptionalPathStr, choice
 
 
-class Settings(DataSettings, Seeded):
-    images: Count = Field(10_000, title="test images at most; all scores depend on it a little")
-    latents: one_of(lambda: ["mean", "sample"]) = Field("mean", title="mean of each posterior, or a sample")
-    folder: PlaceOrNull = Field(None, title="for disentanglement.json; null: the run's")
+class Settings(DataSettings, SeedSettings):
+    images: PositiveInt = Field(10_000, title="test images at most; all scores depend on it a little")
+    latents: choice(lambda: ["mean", "sample"]) = Field("mean", title="mean of each posterior, or a sample")
+    folder: OptionalPathStr = Field(None, title="for disentanglement.json; null: the run's")
 
 
-@script(Settings)
+@script_command(Settings)
 def main(settings: Settings) -> None:
-    with importing():
+    with gc_paused():
         from betavae.measures.disentanglement import SCORES
         from betavae.running import checkpoint, evaluation
 
     run = checkpoint.load(settings.ckpt, settings.runs)
-    out = (Path(settings.folder) if settings.folder else run.folder) / evaluation.DISENTANGLEMENT
+    out = (Path(settings.folder) if settings.folder else run.folder) / evaluation.DISENTANGLEMENT_FILE
     result = evaluation.disentanglement(run, out, settings.images, settings.latents, settings.seed, settings.data_root)
     print(f"{run.path}, posterior {settings.latents}s of {result['images']:,} test images, ± standard error over them")
     for name in SCORES:

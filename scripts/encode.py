@@ -7,26 +7,26 @@ For each picture its name, posterior mean and log-variance, label (where there a
 
 from pydantic import Field
 
-from betavae.running.cli import DataSettings, Seeded, importing, script
-from betavae.running.settings import Images, Text
+from betavae.running.cli import DataSettings, SeedSettings, gc_paused, script_command
+from betavae.running.settings import ImageSpec, NonEmptyStr
 
 
-class Settings(DataSettings, Seeded):
-    images: Images = Field("test", title="pictures (folder, file, list); .npy, .npz; test, train, ...; a data set")
-    out: Text = Field("latents.npz", title="FILE.npz, FILE.csv or FILE.parquet")
+class Settings(DataSettings, SeedSettings):
+    images: ImageSpec = Field("test", title="pictures (folder, file, list); .npy, .npz; test, train, ...; a data set")
+    out: NonEmptyStr = Field("latents.npz", title="FILE.npz, FILE.csv or FILE.parquet")
 
 
-@script(Settings)
+@script_command(Settings)
 def main(settings: Settings) -> None:
-    with importing():
+    with gc_paused():
         from betavae.running import checkpoint
-        from betavae.running.inputs import named_images
+        from betavae.running.inputs import resolve_images
         from betavae.uses import latents
 
     run = checkpoint.load(settings.ckpt, settings.runs)
-    found = named_images(run, settings.images, settings.data_root)
+    found = resolve_images(run, settings.images, settings.data_root)
     table = latents.encode(run.vae, found.pixels, settings.seed)
-    latents.write(table, found.names, found.labels, settings.out)
+    latents.save_latents(table, found.names, found.labels, settings.out)
     for note in found.notes:
         print(note)
     print(f"{len(found.names):,} images by {run.path}, {run.vae.latent_dim} latent dimensions each, in {settings.out}")

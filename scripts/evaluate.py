@@ -10,31 +10,31 @@ from typing import Any
 
 from pydantic import Field
 
-from betavae.running.cli import DataSettings, Seeded, importing, script
-from betavae.running.settings import Count, Flag, PlaceOrNull, SeveralOrNull, one_of
+from betavae.running.cli import DataSettings, SeedSettings, gc_paused, script_command
+from betavae.running.settings import PositiveInt, OptionalPathStr, OptionalIntAtLeast2, choice
 
 
-class Settings(DataSettings, Seeded):
-    k: Count = Field(5000, title="importance samples per image; bounds at 1, 10, 100, ... and at it")
-    first: SeveralOrNull = Field(None, title="only so many of the test images; null: all")
-    memory_mb: Count = Field(16, title="about what decoding takes; on a GPU, a few thousand are faster")
-    device: one_of(lambda: ["auto", "cpu", "cuda", "mps"]) = Field("auto", title="auto, cpu, cuda, mps")
-    matmul_precision: one_of(lambda: ["highest", "high", "medium"]) = Field(
+class Settings(DataSettings, SeedSettings):
+    k: PositiveInt = Field(5000, title="importance samples per image; bounds at 1, 10, 100, ... and at it")
+    first: OptionalIntAtLeast2 = Field(None, title="only so many of the test images; null: all")
+    memory_mb: PositiveInt = Field(16, title="about what decoding takes; on a GPU, a few thousand are faster")
+    device: choice(lambda: ["auto", "cpu", "cuda", "mps"]) = Field("auto", title="auto, cpu, cuda, mps")
+    matmul_precision: choice(lambda: ["highest", "high", "medium"]) = Field(
         "highest", title="highest, high, medium: lower may be faster, and rounds more"
     )
-    probes: Flag = Field(True, title="accuracy of 5 nearest neighbours and of a linear classifier on posterior means")
-    folder: PlaceOrNull = Field(None, title="for evaluation.json and figures/evaluation.png; null: the run's")
+    probes: bool = Field(True, title="accuracy of 5 nearest neighbours and of a linear classifier on posterior means")
+    folder: OptionalPathStr = Field(None, title="for evaluation.json and figures/evaluation.png; null: the run's")
 
 
-@script(Settings)
+@script_command(Settings)
 def main(settings: Settings) -> None:
-    with importing():
+    with gc_paused():
         import torch
 
         from betavae import pictures
         from betavae.errors import UserError
-        from betavae.files import STAMP, writing
-        from betavae.measures.latents import NEIGHBORS, posterior_means, probes
+        from betavae.files import STAMP, atomic_path
+        from betavae.measures.latents import NEIGHBORS, posterior_means, probe_accuracy
         from betavae.measures.likelihood import summary
         from betavae.precision import set_float32_precision
         from betavae.running import checkpoint, evaluation
@@ -70,9 +70,9 @@ def main(settings: Settings) -> None:
     asked = {"images": len(x), "k": ks, "seed": settings.seed, "matmul_precision": settings.matmul_precision}
     kept = folder / "evaluation.part"
     started = time.perf_counter()
-    with writing(folder / "evaluation.json", "folder") as path:
-        per_image = evaluation.resumable(
-            vae, x, ks, settings.seed, settings.memory_mb, kept, evaluation.identity(run.path, **asked)
+    with atomic_path(folder / "evaluation.json", "folder") as path:
+        per_image = evaluation.evaluate_resumable(
+            vae, x, ks, settings.seed, settings.memory_mb, kept, evaluation.evaluation_key(run.path, **asked)
         )
         seconds = time.perf_counter() - started
         if not all(part.isfinite().all() for part in per_image):
@@ -91,9 +91,9 @@ def main(settings: Settings) -> None:
         result |= summary(per_image, ks)
         if train is not None:
             means = posterior_means(vae, train.pixels.float() / 255)
-            result |= probes(means, train.labels, per_image.mean.float(), labels)
+            result |= probe_accuracy(means, train.labels, per_image.mean.float(), labels)
         path.write_text(json.dumps(result, indent=2) + "\n")
-    print("\n".join(evaluation.lines(result)))
+    print("\n".join(evaluation.format_report(result)))
     kept.unlink(missing_ok=True)
     bounds = [result[f"nll_{k}"] for k in ks]
     figure = pictures.bounds_figure(ks, bounds, result["kl_per_dimension"], result["active_units"])

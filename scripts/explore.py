@@ -13,49 +13,49 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from betavae.running.cli import RunsSettings, importing, script
-from betavae.running.settings import Flag, PlaceOrNull, Text, kind
+from betavae.running.cli import RunsSettings, gc_paused, script_command
+from betavae.running.settings import OptionalPathStr, NonEmptyStr, constrained
 
 Name = Annotated[str, Field(min_length=1)]
 Names = Annotated[list[Name], Field(min_length=1)]
-Paths: Any = kind(Name | Names | None, "null, a text, or a list of texts such as [runs/a,runs/b]")
-Port = kind(int, "a whole number from 0 to 65535", ge=0, le=65535)
+Paths: Any = constrained(Name | Names | None, "null, a text, or a list of texts such as [runs/a,runs/b]")
+Port = constrained(int, "a whole number from 0 to 65535", ge=0, le=65535)
 
 
 class Settings(RunsSettings):
     ckpt: Paths = Field(
         None, title="a checkpoint, run folder or sweep, or several: [A,B]; null: the newest finished run"
     )
-    data_root: PlaceOrNull = Field(None, title="the data folder; null: the one it was trained with")
-    host: Text = Field(
+    data_root: OptionalPathStr = Field(None, title="the data folder; null: the one it was trained with")
+    host: NonEmptyStr = Field(
         "127.0.0.1", title="who may see the page: this machine alone, or with 0.0.0.0 whoever reaches it"
     )
     port: Port = Field(0, title="of the page; 0: one that is free")
-    browser: Flag = Field(True, title="false: the page is not opened, its address is printed")
+    browser: bool = Field(True, title="false: the page is not opened, its address is printed")
 
 
-@script(Settings)
+@script_command(Settings)
 def main(settings: Settings) -> None:
     from betavae.errors import UserError
 
     if missing := [name for name in ("starlette", "uvicorn") if find_spec(name) is None]:
         raise UserError(f'the explorer needs {" and ".join(missing)}: `pip install -e ".[explore]"`')
-    with importing():
+    with gc_paused():
         import torch
 
         from betavae.running import checkpoint
         from betavae.uses import anomaly_report
         from betavae.uses.explorer import server
-        from betavae.uses.explorer.explored import explore
+        from betavae.uses.explorer.explored import load_models
 
     # One image at a time gains nothing by more; and beside a training they wait for each other, fifty times as long.
     torch.set_num_threads(1)
-    listening = server.listen(settings.host, settings.port)
+    listening = server.open_socket(settings.host, settings.port)
     named = settings.ckpt if isinstance(settings.ckpt, list) else [settings.ckpt]
     runs = [checkpoint.load(path, settings.runs) for name in named for path in members(name)]
-    detectors = [anomaly_report.detector_if_kept(run) for run in runs]
-    explorer = explore(runs, settings.data_root, [detector and detector.p_values for detector in detectors])
-    url, warning = server.reach(listening)
+    detectors = [anomaly_report.cached_detector(run) for run in runs]
+    explorer = load_models(runs, settings.data_root, [detector and detector.p_values for detector in detectors])
+    url, warning = server.page_url(listening)
     print("\n".join(str(run.path) for run in runs))
     print(f"the page is at {url} until Ctrl-C", flush=True)
     if warning:

@@ -7,28 +7,28 @@ from typing import Any
 
 from pydantic import Field
 
-from betavae.running.cli import ModelSettings, Seeded, importing, script
-from betavae.running.settings import Place, one_of
+from betavae.running.cli import ModelSettings, SeedSettings, gc_paused, script_command
+from betavae.running.settings import PathStr, choice
 
 FORMATS = ["onnx", "torchscript", "pt2", "safetensors", "folder"]
 
 
-class Settings(ModelSettings, Seeded):
-    format: one_of(lambda: FORMATS) = Field(
+class Settings(ModelSettings, SeedSettings):
+    format: choice(lambda: FORMATS) = Field(
         "onnx", title="onnx, torchscript, pt2, safetensors; folder: for betavae.load"
     )
-    out: Place = Field("export", title="a folder")
+    out: PathStr = Field("export", title="a folder")
 
 
-@script(Settings)
+@script_command(Settings)
 def main(settings: Settings) -> None:
-    with importing():
+    with gc_paused():
         import torch
 
         from betavae import pictures
         from betavae.data.listing import as_text
-        from betavae.files import filling
-        from betavae.kept import digest
+        from betavae.files import atomic_dir
+        from betavae.kept import file_hash
         from betavae.running import checkpoint
         from betavae.running.run_folder import read_json
         from betavae.uses import export
@@ -47,22 +47,22 @@ def main(settings: Settings) -> None:
         found = {name: read_json(run.folder / f"{name}.json") for name in ("metrics", "evaluation", "fidelity")}
         own = str(run.path.relative_to(run.folder))
         # Of this checkpoint, and not of one that had its name before.
-        mine = {"checkpoint": own, "sha256": digest(run.path)}
+        mine = {"checkpoint": own, "sha256": file_hash(run.path)}
         numbers = {k: v for k, v in found.items() if all(v.get(key, value) == value for key, value in mine.items())}
         images = run.vae.sample(64, 1.0, torch.Generator().manual_seed(settings.seed))
-        with filling(out) as folder:
-            checkpoint.save(content, folder / "checkpoints" / "best.ckpt")
-            (folder / "README.md").write_text(export.card(name, run.settings, data, numbers))
-            pictures.save_picture(pictures.grid(images, 8), folder / "samples.png")
+        with atomic_dir(out) as folder:
+            checkpoint.save_checkpoint(content, folder / "checkpoints" / "best.ckpt")
+            (folder / "README.md").write_text(export.model_card(name, run.settings, data, numbers))
+            pictures.save_image(pictures.make_grid(images, 8), folder / "samples.png")
             theirs = checkpoint.load(folder).vae.state_dict()
             if not all(torch.equal(theirs[key], value) for key, value in run.vae.state_dict().items()):
                 raise RuntimeError(f"{out} does not hold the model that was written to it")
         print(f"{out}/ is a model of its own, with a card in {out / 'README.md'}: betavae.load({str(out)!r})")
     elif settings.format == "safetensors":
-        result = export.weights(run.vae, run.settings["model"], out)
+        result = export.export_weights(run.vae, run.settings["model"], out)
         print(f"{len(result['tensors'])} tensors in {out / result['file']}, what they are in {out / 'model.json'}")
     else:
-        result = export.graphs(run.vae, run.settings["model"], settings.format, out)
+        result = export.export_graphs(run.vae, run.settings["model"], settings.format, out)
         for name, graph in result["graphs"].items():
             print(f"{out / graph['file']}  differs from torch by at most {result['difference'][name]:.1e}")
         print(f"shapes, ranges and units in {out / 'model.json'}")

@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic import Field
 
-from betavae.running.cli import DataSettings, Seeded, importing, script
-from betavae.running.settings import PlaceOrNull, Several, one_of
+from betavae.running.cli import DataSettings, SeedSettings, gc_paused, script_command
+from betavae.running.settings import OptionalPathStr, IntAtLeast2, choice
 
 PART = 1000  # images at once
 
@@ -21,28 +21,28 @@ def samplers() -> list[str | None]:
     return [None, *SAMPLERS]
 
 
-class Settings(DataSettings, Seeded):
-    sampler: one_of(samplers) = Field(None, title="prior, gaussian, mixture, knn; null: all of them")
-    n: Several = Field(2000, title="images in each repeat; fewer, if there are not so many of test or training")
-    repeats: Several = Field(5, title="repeats, of which the standard error is, no image in two of them")
-    reference: Several = Field(60_000, title="training images at most, that samples are compared with")
-    folder: PlaceOrNull = Field(None, title="for fidelity.json and figures/fidelity.png; null: the run's")
+class Settings(DataSettings, SeedSettings):
+    sampler: choice(samplers) = Field(None, title="prior, gaussian, mixture, knn; null: all of them")
+    n: IntAtLeast2 = Field(2000, title="images in each repeat; fewer, if there are not so many of test or training")
+    repeats: IntAtLeast2 = Field(5, title="repeats, of which the standard error is, no image in two of them")
+    reference: IntAtLeast2 = Field(60_000, title="training images at most, that samples are compared with")
+    folder: OptionalPathStr = Field(None, title="for fidelity.json and figures/fidelity.png; null: the run's")
 
 
-@script(Settings)
+@script_command(Settings)
 def main(settings: Settings) -> None:
-    with importing():
+    with gc_paused():
         import torch
         from torch import Tensor
 
         from betavae import pictures
         from betavae.errors import UserError
-        from betavae.files import STAMP, writing
-        from betavae.kept import digest
+        from betavae.files import STAMP, atomic_path
+        from betavae.kept import file_hash
         from betavae.measures import features, fidelity
         from betavae.running import checkpoint
         from betavae.running.run_folder import read_json
-        from betavae.uses.sampling import MOST_IMAGES, SAMPLERS, fitted
+        from betavae.uses.sampling import MOST_IMAGES, SAMPLERS, load_or_fit_sampler
 
     run = checkpoint.load(settings.ckpt, settings.runs)
     folder = Path(settings.folder) if settings.folder else run.folder
@@ -66,20 +66,20 @@ def main(settings: Settings) -> None:
     made_with: dict[str, Any] = {
         "made_by": STAMP,
         "checkpoint": str(run.path.relative_to(run.folder)),
-        "sha256": digest(run.path),
+        "sha256": file_hash(run.path),
         "data": run.data["name"],
         **{"images": n, "repeats": settings.repeats, "reference": len(x), "seed": settings.seed},
     }
     classifier: features.Classifier | None = None
-    space: Callable[[Tensor], Tensor] = fidelity.pixels
-    everything = datamodule.load("train")
-    if labels.ndim == 1 and len(labels.unique()) > 1 and len(everything) >= features.FEWEST:
+    space: Callable[[Tensor], Tensor] = fidelity.pixel_features
+    everything = datamodule.load_split("train")
+    if labels.ndim == 1 and len(labels.unique()) > 1 and len(everything) >= features.MIN_IMAGES:
         path = Path(settings.runs) / "features" / f"{run.data['name']}.pt"
-        classifier, accuracy = features.trained(path, everything, datamodule.load("test"))
+        classifier, accuracy = features.load_or_train(path, everything, datamodule.load_split("test"))
         space = classifier.features
-        made_with["features"] = {"sha256": digest(path), "test_accuracy": accuracy}
+        made_with["features"] = {"sha256": file_hash(path), "test_accuracy": accuracy}
         print(f"features of a classifier with test accuracy {accuracy:.2%}, {path}")
-    elif len(everything) < features.FEWEST:
+    elif len(everything) < features.MIN_IMAGES:
         print(f"{len(everything)} training images are too few to learn features from: all numbers are of pixels")
     else:
         print("no labels, one for each image, to learn features from: all numbers are of pixels")
@@ -90,7 +90,7 @@ def main(settings: Settings) -> None:
 
     def seen(parts: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
         """Features and pixels of images that come a part at a time, so that they are never all in memory."""
-        both = ((space(part), fidelity.pixels(part)) for part in parts)
+        both = ((space(part), fidelity.pixel_features(part)) for part in parts)
         return tuple(torch.cat(rows) for rows in zip(*both, strict=True))  # type: ignore[return-value]
 
     def decoded(z: Tensor) -> Iterator[Tensor]:
@@ -101,13 +101,13 @@ def main(settings: Settings) -> None:
     names = [settings.sampler] if settings.sampler else list(SAMPLERS)
     training = lambda: run.images("train", settings.data_root, MOST_IMAGES)  # noqa: E731
     width = 14
-    with writing(folder / "fidelity.json", "folder") as path:
+    with atomic_path(folder / "fidelity.json", "folder") as path:
         measured: dict[str, Any] = {}
         latents, found = {}, {}
         for name in [*names, "reconstructions", "test images"]:
             parts = floats(x_test)
             if name in SAMPLERS:
-                sampler = fitted(name, run.vae, training, run.path, run.folder)
+                sampler = load_or_fit_sampler(name, run.vae, training, run.path, run.folder)
                 latents[name] = sampler.sample(total, torch.Generator().manual_seed(settings.seed))
                 parts = decoded(latents[name])
             elif name == "reconstructions":
@@ -115,10 +115,10 @@ def main(settings: Settings) -> None:
             found[name], found_pixels = seen(parts)
             rows = fidelity.scores(reference, found[name], n)
             for row, own, own_pixels in zip(rows, found[name].split(n), found_pixels.split(n), strict=True):
-                row["pixel_fid"] = fidelity.frechet(wanted, fidelity.moments(own_pixels))
+                row["pixel_fid"] = fidelity.frechet_distance(wanted, fidelity.moments(own_pixels))
                 if classifier:
-                    row["imbalance"] = fidelity.imbalance(classifier.classify(own), labels)
-            measured[name] = fidelity.summary(rows)
+                    row["imbalance"] = fidelity.label_tv_distance(classifier.classify(own), labels)
+            measured[name] = fidelity.mean_and_se(rows)
             if name == names[0]:
                 print(f"{n:,} images, {settings.repeats} times, beside {len(x):,} training images; ± standard error")
                 print(" " * width + "".join(f"{key:>17}" for key in measured[name]))
@@ -144,7 +144,7 @@ def main(settings: Settings) -> None:
     (samples,) = decoded(latents[best][closest])
     neighbours = (x[place[i]].float() / 255 for i in closest.tolist())
     shown_rows = torch.cat([torch.cat((sample[None], near)) for sample, near in zip(samples, neighbours, strict=True)])
-    pictures.save_picture(pictures.grid(shown_rows, 8), folder / "figures" / "fidelity.png")
+    pictures.save_image(pictures.make_grid(shown_rows, 8), folder / "figures" / "fidelity.png")
     print(
         f"in {folder / 'fidelity.json'}; in {folder / 'figures' / 'fidelity.png'} samples of sampler={best}, those that"
     )

@@ -4,27 +4,27 @@
 
 from pydantic import Field
 
-from betavae.running.cli import DataSettings, Seeded, importing, script
-from betavae.running.settings import Count, ImagesOrNull, Pair, Several, Text
+from betavae.running.cli import DataSettings, SeedSettings, gc_paused, script_command
+from betavae.running.settings import PositiveInt, ImagesOrNull, IntPair, IntAtLeast2, NonEmptyStr
 
 
-class Settings(DataSettings, Seeded):
-    digits: Pair = Field([3, 8], title="from a test image of the first label to one of the second, chosen by the seed")
+class Settings(DataSettings, SeedSettings):
+    digits: IntPair = Field([3, 8], title="from a test image of the first label to one of the second, chosen by the seed")
     images: ImagesOrNull = Field(None, title="two test images by number, [0,7], or two pictures, instead of digits")
-    steps: Several = Field(11, title="pictures from one end to the other")
-    rows: Count = Field(6, title="different pairs of images of these digits")
-    out: Text = Field("interpolation.png", title="the picture")
+    steps: IntAtLeast2 = Field(11, title="pictures from one end to the other")
+    rows: PositiveInt = Field(6, title="different pairs of images of these digits")
+    out: NonEmptyStr = Field("interpolation.png", title="the picture")
 
 
-@script(Settings)
+@script_command(Settings)
 def main(settings: Settings) -> None:
-    with importing():
+    with gc_paused():
         import torch
 
         from betavae import pictures
         from betavae.errors import UserError
         from betavae.running import checkpoint
-        from betavae.running.inputs import named_images
+        from betavae.running.inputs import resolve_images
 
     run = checkpoint.load(settings.ckpt, settings.runs)
     chosen = settings.images
@@ -34,7 +34,7 @@ def main(settings: Settings) -> None:
     if chosen is not None and not all(isinstance(image, int) for image in chosen):
         if not isinstance(chosen, str) and any(isinstance(image, int) for image in chosen):
             raise UserError(f"images={chosen} cannot be: it must be two numbers, or two pictures")
-        x = named_images(run, chosen).pixels.float() / 255
+        x = resolve_images(run, chosen).pixels.float() / 255
         if len(x) != 2:
             raise UserError(f"images={chosen} cannot be: it must be two pictures, and is {len(x)}")
         pairs = [(0, 1)]
@@ -58,7 +58,7 @@ def main(settings: Settings) -> None:
     rows = [pictures.interpolation(run.vae, x[[start]], x[[end]], settings.steps) for start, end in pairs]
     # Each row between its two originals.
     framed = [torch.cat((x[[start]], row, x[[end]])) for (start, end), row in zip(pairs, rows, strict=True)]
-    pictures.save_picture(pictures.grid(torch.cat(framed), settings.steps + 2), settings.out)
+    pictures.save_image(pictures.make_grid(torch.cat(framed), settings.steps + 2), settings.out)
     print(f"{len(rows)} interpolations by {run.path}, the originals at both ends, in {settings.out}")
 
 

@@ -4,23 +4,23 @@
 
 from pydantic import Field
 
-from betavae.running.cli import ModelSettings, importing, script
-from betavae.running.settings import Count, Text
+from betavae.running.cli import ModelSettings, gc_paused, script_command
+from betavae.running.settings import PositiveInt, NonEmptyStr
 
 
 class Settings(ModelSettings):
-    size: Count = Field(20, title="images along each side, at quantiles of the prior")
-    out: Text = Field("manifold.png", title="the picture")
+    size: PositiveInt = Field(20, title="images along each side, at quantiles of the prior")
+    out: NonEmptyStr = Field("manifold.png", title="the picture")
 
 
-@script(Settings)
+@script_command(Settings)
 def main(settings: Settings) -> None:
-    with importing():
+    with gc_paused():
         from betavae import pictures
         from betavae.running import checkpoint
 
     run = checkpoint.load(settings.ckpt, settings.runs)
-    pictures.save_picture(pictures.grid(pictures.manifold(run.vae, settings.size), settings.size), settings.out)
+    pictures.save_image(pictures.make_grid(pictures.manifold(run.vae, settings.size), settings.size), settings.out)
     print(f"the manifold of {run.path} in {settings.out}")
 
 

@@ -4,31 +4,31 @@
 
 from pydantic import Field
 
-from betavae.running.cli import DataSettings, Seeded, importing, script
-from betavae.running.settings import Count, Images, Text
+from betavae.running.cli import DataSettings, SeedSettings, gc_paused, script_command
+from betavae.running.settings import PositiveInt, ImageSpec, NonEmptyStr
 
 
-class Settings(DataSettings, Seeded):
-    images: Images = Field("test", title="pictures (folder, file, list); .npy, .npz; test, train, ...; a data set")
-    n: Count = Field(32, title="so many of them, chosen by the seed")
-    out: Text = Field("reconstructions.png", title="the picture")
+class Settings(DataSettings, SeedSettings):
+    images: ImageSpec = Field("test", title="pictures (folder, file, list); .npy, .npz; test, train, ...; a data set")
+    n: PositiveInt = Field(32, title="so many of them, chosen by the seed")
+    out: NonEmptyStr = Field("reconstructions.png", title="the picture")
 
 
-@script(Settings)
+@script_command(Settings)
 def main(settings: Settings) -> None:
-    with importing():
+    with gc_paused():
         import torch
 
         from betavae import pictures
         from betavae.running import checkpoint
-        from betavae.running.inputs import named_images
+        from betavae.running.inputs import resolve_images
 
     run = checkpoint.load(settings.ckpt, settings.runs)
-    found = named_images(run, settings.images, settings.data_root)
+    found = resolve_images(run, settings.images, settings.data_root)
     order = torch.randperm(len(found.pixels), generator=torch.Generator().manual_seed(settings.seed))
     x = found.pixels[order[: settings.n]].float() / 255
     columns = min(8, len(x))
-    pictures.save_picture(pictures.grid(pictures.reconstructions(run.vae, x), columns), settings.out)
+    pictures.save_image(pictures.make_grid(pictures.reconstructions(run.vae, x), columns), settings.out)
     for note in found.notes:
         print(note)
     print(f"{len(x)} images and, below each row, what {run.path} makes of them, in {settings.out}")

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from betavae.errors import UserError
-from betavae.running.cli import RunsSettings, script
+from betavae.running.cli import RunsSettings, script_command
 from betavae.running.yaml_files import read_yaml
-from betavae.sweeping.jobs import INCIDENTAL, flat_settings
+from betavae.sweeping.jobs import IGNORED_KEYS, flat_settings
 
 # What may differ between runs of one row.
-SEEDS = ("seed", "data.seed", "data.root", *INCIDENTAL)
+SEEDS = ("seed", "data.seed", "data.root", *IGNORED_KEYS)
 
 
 def spread(values: list[float], digits: int = 2) -> str:
@@ -43,7 +43,7 @@ class Settings(RunsSettings):
     """Only what all scripts share."""
 
 
-@script(Settings)
+@script_command(Settings)
 def main(settings: Settings) -> None:
     # Runs of one row have the same settings and were evaluated alike; rows of one table are of the same data.
     tables: dict[str, dict[str, list[dict[str, Any]]]] = {}

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from pydantic import Field
 
-from betavae.running.cli import DataSettings, Seeded, importing, script
-from betavae.running.settings import Count, Flag, IntegerOrNull, NotNegative, Place, one_of
+from betavae.running.cli import DataSettings, SeedSettings, gc_paused, script_command
+from betavae.running.settings import PositiveInt, IntegerOrNull, NonNegativeFloat, PathStr, choice
 
 
 def samplers() -> list[str]:
@@ -16,26 +16,26 @@ def samplers() -> list[str]:
     return list(SAMPLERS)
 
 
-class Settings(DataSettings, Seeded):
-    n: Count = Field(64, title="images")
-    sampler: one_of(samplers) = Field("prior", title="or one fitted to the training images: gaussian, mixture, knn")
+class Settings(DataSettings, SeedSettings):
+    n: PositiveInt = Field(64, title="images")
+    sampler: choice(samplers) = Field("prior", title="or one fitted to the training images: gaussian, mixture, knn")
     digit: IntegerOrNull = Field(None, title="images of one label; not with sampler=prior")
-    temperature: NotNegative = Field(1.0, title="times the prior's standard deviation")
-    columns: Count = Field(8, title="images in a row")
-    out: Place = Field("samples.png", title="the picture")
-    save_images: Flag = Field(False, title="true: each image as a file too, in a folder named like `out`")
-    save_tensor: Flag = Field(False, title="true: a tensor (n, C, H, W) too, named like `out`")
+    temperature: NonNegativeFloat = Field(1.0, title="times the prior's standard deviation")
+    columns: PositiveInt = Field(8, title="images in a row")
+    out: PathStr = Field("samples.png", title="the picture")
+    save_images: bool = Field(False, title="true: each image as a file too, in a folder named like `out`")
+    save_tensor: bool = Field(False, title="true: a tensor (n, C, H, W) too, named like `out`")
 
 
-@script(Settings)
+@script_command(Settings)
 def main(settings: Settings) -> None:
-    with importing():
+    with gc_paused():
         import torch
 
         from betavae import pictures
         from betavae.errors import UserError
         from betavae.running import checkpoint
-        from betavae.uses.sampling import MOST_IMAGES, fitted
+        from betavae.uses.sampling import MOST_IMAGES, load_or_fit_sampler
 
     run = checkpoint.load(settings.ckpt, settings.runs)
     generator = torch.Generator().manual_seed(settings.seed)
@@ -44,7 +44,7 @@ def main(settings: Settings) -> None:
     elif settings.temperature != 1:
         raise UserError(f"temperature={settings.temperature:g} goes with sampler=prior and no digit")
     else:
-        latents = fitted(
+        latents = load_or_fit_sampler(
             settings.sampler,
             run.vae,
             lambda: run.images("train", settings.data_root, MOST_IMAGES),
@@ -54,12 +54,12 @@ def main(settings: Settings) -> None:
         )
         images = run.vae.decode(latents.sample(settings.n, generator))
     out = Path(settings.out)
-    pictures.save_picture(pictures.grid(images, settings.columns), out)
+    pictures.save_image(pictures.make_grid(images, settings.columns), out)
     print(f"{settings.n} samples of {run.path} by sampler={settings.sampler} in {out}")
     if settings.save_images:
         folder = out.with_suffix("")
         for number, image in enumerate(images):
-            pictures.save_picture(image, folder / f"{number:0{len(str(settings.n - 1))}d}.png", scale=1)
+            pictures.save_image(image, folder / f"{number:0{len(str(settings.n - 1))}d}.png", scale=1)
         print(f"each as a picture in {folder}/")
     if settings.save_tensor:
         path = pictures.save_tensor(images, out.with_suffix(".pt"))

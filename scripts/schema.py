@@ -11,18 +11,18 @@ from typing import Any
 
 from pydantic import Field
 
-from betavae.running.cli import ScriptSettings, importing, script
-from betavae.running.settings import Text, Train
+from betavae.running.cli import ScriptSettings, gc_paused, script_command
+from betavae.running.settings import NonEmptyStr, TrainConfig
 
 
 class Settings(ScriptSettings):
-    out: Text = Field("configs/schema.json", title="the schema")
+    out: NonEmptyStr = Field("configs/schema.json", title="the schema")
 
 
 def schema() -> dict[str, Any]:
     from betavae.files import STAMP
 
-    whole = partial(Train.model_json_schema())
+    whole = partial(TrainConfig.model_json_schema())
     for group in (whole, *whole["$defs"].values()):
         group["properties"] |= {"defaults": {"type": "array"}, "hydra": {"type": "object"}}  # Hydra's own
     return {"made_by": STAMP, **whole}
@@ -35,12 +35,12 @@ def partial(node: Any) -> Any:
     return [partial(item) for item in node] if isinstance(node, list) else node
 
 
-@script(Settings)
+@script_command(Settings)
 def main(settings: Settings) -> None:
-    with importing():
-        from betavae.files import writing
+    with gc_paused():
+        from betavae.files import atomic_path
 
-    with writing(settings.out) as path:
+    with atomic_path(settings.out) as path:
         path.write_text(json.dumps(schema(), indent=1) + "\n")
     print(f"the schema of all settings in {settings.out}")
 

@@ -6,25 +6,25 @@ from pathlib import Path
 
 from pydantic import Field
 
-from betavae.running.cli import RunsSettings, script
-from betavae.running.settings import Keys, LongSeed, Place, PlaceOrNull, Text
+from betavae.running.cli import RunsSettings, script_command
+from betavae.running.settings import SweepKeys, Seed63, PathStr, OptionalPathStr, NonEmptyStr
 
 
 class Settings(RunsSettings):
-    sweep: PlaceOrNull = Field(None, title="the sweep's folder; null: the newest under runs/sweeps")
-    over: Keys = Field(None, title="one or two swept settings to draw `metric` over; null: the first two")
-    metric: Text = Field("neg_elbo", title="a test number of the jobs, seconds, or once measured fid, nll_5000, ...")
-    seed: LongSeed = Field(0, title="of the samples")
-    out: Place = Field("sweep_report", title="a folder")
+    sweep: OptionalPathStr = Field(None, title="the sweep's folder; null: the newest under runs/sweeps")
+    over: SweepKeys = Field(None, title="one or two swept settings to draw `metric` over; null: the first two")
+    metric: NonEmptyStr = Field("neg_elbo", title="a test number of the jobs, seconds, or once measured fid, nll_5000, ...")
+    seed: Seed63 = Field(0, title="of the samples")
+    out: PathStr = Field("sweep_report", title="a folder")
 
 
-@script(Settings)
+@script_command(Settings)
 def main(settings: Settings) -> None:
     from betavae.sweeping import report
 
-    sweep = Path(settings.sweep) if settings.sweep else report.newest(Path(settings.runs) / "sweeps")
+    sweep = Path(settings.sweep) if settings.sweep else report.latest_sweep(Path(settings.runs) / "sweeps")
     out = Path(settings.out)
-    written = report.write(sweep, out, settings.over, settings.metric, settings.seed)
+    written = report.write_report(sweep, out, settings.over, settings.metric, settings.seed)
     print((out / "table.md").read_text())
     print(f"{', '.join(written)} in {out}/")
 

@@ -4,21 +4,21 @@
 
 from pydantic import Field
 
-from betavae.running.cli import DataSettings, importing, script
-from betavae.running.settings import CountOrNull, NumberOrNull, Positive, Several, Text
+from betavae.running.cli import DataSettings, gc_paused, script_command
+from betavae.running.settings import OptionalPositiveInt, OptionalNonNegativeInt, PositiveFloat, IntAtLeast2, NonEmptyStr
 
 
 class Settings(DataSettings):
-    image: NumberOrNull = Field(0, title="the test image to start from; null: the prior's mean")
-    dimensions: CountOrNull = Field(None, title="how many, from the one with the largest KL down; null: all")
-    span: Positive = Field(3.0, title="from -span to span")
-    steps: Several = Field(11, title="pictures of each dimension")
-    out: Text = Field("traversal.png", title="the picture")
+    image: OptionalNonNegativeInt = Field(0, title="the test image to start from; null: the prior's mean")
+    dimensions: OptionalPositiveInt = Field(None, title="how many, from the one with the largest KL down; null: all")
+    span: PositiveFloat = Field(3.0, title="from -span to span")
+    steps: IntAtLeast2 = Field(11, title="pictures of each dimension")
+    out: NonEmptyStr = Field("traversal.png", title="the picture")
 
 
-@script(Settings)
+@script_command(Settings)
 def main(settings: Settings) -> None:
-    with importing():
+    with gc_paused():
         import torch
 
         from betavae import pictures

@@ -18,7 +18,7 @@ from betavae.objectives import elbo
 from betavae.running import checkpoint
 from betavae.uses import anomalies, anomaly_report
 from betavae.uses import anomaly_scores as scoring
-from betavae.uses.anomalies import QUICK, SLOW, Detector, false_alarm_rate, p_values
+from betavae.uses.anomalies import FAST_SCORES, SLOW_SCORES, Detector, false_alarm_rate, p_values
 from betavae.vae import VAE
 from tests.commands import TINY, run
 from tests.conftest import DATA, MODEL, MODULE
@@ -54,8 +54,8 @@ def test_with_the_exact_posterior_both_bounds_are_minus_log_p_and_there_is_nothi
     exact = -marginal.log_prob(x.flatten(1))
     torch.testing.assert_close(scoring.neg_elbo(vae, x), exact)
     torch.testing.assert_close(scoring.nll(vae, x), exact)
-    assert scoring.regret(vae, x).min() >= 0
-    assert scoring.regret(vae, x).max() < 1e-9
+    assert scoring.likelihood_regret(vae, x).min() >= 0
+    assert scoring.likelihood_regret(vae, x).max() < 1e-9
 
 
 def test_regret_is_what_a_wrong_encoder_costs(linear):
@@ -64,20 +64,20 @@ def test_regret_is_what_a_wrong_encoder_costs(linear):
     x = torch.rand(5, 1, 2, 3).double()
     gap = scoring.neg_elbo(vae, x) + marginal.log_prob(x.flatten(1))
     assert gap.min() > 0.3
-    torch.testing.assert_close(scoring.regret(vae, x, steps=300, lr=0.03), gap, rtol=1e-3, atol=1e-3)
-    assert torch.equal(scoring.regret(vae, x, steps=0), torch.zeros(5).double())
+    torch.testing.assert_close(scoring.likelihood_regret(vae, x, steps=300, lr=0.03), gap, rtol=1e-3, atol=1e-3)
+    assert torch.equal(scoring.likelihood_regret(vae, x, steps=0), torch.zeros(5).double())
 
 
 def test_scores_of_one_image_do_not_depend_on_the_others(linear):
     vae, x = linear[0], torch.rand(5, 1, 2, 3).double()
-    for score in (scoring.neg_elbo, scoring.nll, scoring.regret, lambda v, x: scoring.statistics(v, x).sum(1)):
+    for score in (scoring.neg_elbo, scoring.nll, scoring.likelihood_regret, lambda v, x: scoring.statistics(v, x).sum(1)):
         torch.testing.assert_close(score(vae, x)[3:4], score(vae, x[3:4]))
 
 
 def test_statistics_one_by_one():
     vae, x = small_vae(), torch.rand(4, 1, 6, 6)
     mean, logvar = vae.encode(x)
-    noise = scoring.draws(vae, 4)
+    noise = scoring.antithetic_noise(vae, 4)
     torch.testing.assert_close(noise.square().mean(0), torch.ones(1, 3))
     torch.testing.assert_close(noise.sum(0), torch.zeros(1, 3))
     logits = vae.decode_params(mean + (logvar / 2).exp() * noise)
@@ -94,9 +94,9 @@ def test_statistics_one_by_one():
 
 def test_excess_is_zero_for_a_perfect_reconstruction_however_grey():
     x = torch.linspace(0, 1, 50).view(2, 1, 5, 5)
-    torch.testing.assert_close(scoring.excess(x, x), torch.zeros(2), atol=1e-5, rtol=0)
-    assert (scoring.excess(x, (x + 0.1).clamp(max=1)) > 0.3).all()
-    assert scoring.excess(torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)).isfinite().all()
+    torch.testing.assert_close(scoring.unexplained_nats(x, x), torch.zeros(2), atol=1e-5, rtol=0)
+    assert (scoring.unexplained_nats(x, (x + 0.1).clamp(max=1)) > 0.3).all()
+    assert scoring.unexplained_nats(torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)).isfinite().all()
 
 
 def test_kernel_density_equals_scipy_also_far_away():
@@ -224,7 +224,7 @@ def test_fresh_images_raise_as_many_false_alarms_as_foretold(name, data_root):
     pool = torch.cat(IMAGES[name](Path(data_root)))
     pool = pool[torch.randperm(len(pool), generator=torch.Generator().manual_seed(0))]
     detector, fresh = fitted(pool[:3000]), pool[3000:]
-    for score in QUICK:
+    for score in FAST_SCORES:
         found = detector.p_values(fresh, score)
         for alarm in (0.01, 0.1):
             # One chance in 200 that any of these 24 counts is outside: 95 % of each would be too narrow for all.
@@ -238,8 +238,8 @@ def test_a_detector_is_tensors_and_numbers_that_come_back_the_same(blob_detector
     torch.save(blob_detector.state, tmp_path / "detector.pt")
     again = Detector(blob_detector.vae, torch.load(tmp_path / "detector.pt", weights_only=True))
     x = blobs(40, 2)
-    here, there = blob_detector.scores(x, (*QUICK, *SLOW)), again.scores(x.float() / 255, (*QUICK, *SLOW))
-    assert list(here) == [*QUICK, *SLOW]
+    here, there = blob_detector.scores(x, (*FAST_SCORES, *SLOW_SCORES)), again.scores(x.float() / 255, (*FAST_SCORES, *SLOW_SCORES))
+    assert list(here) == [*FAST_SCORES, *SLOW_SCORES]
     for name in here:
         assert here[name].shape == (40,)
         torch.testing.assert_close(here[name], there[name])
@@ -272,7 +272,7 @@ def test_the_combined_score_by_scipy(blob_detector):
     means, unexplained = scoring.latent_and_unexplained(blob_detector.vae, x.float() / 255, state["background"])
     assert state["background"] == 0
     reconstruction = blob_detector.vae.reconstruct(x.float() / 255)
-    by_hand = scoring.excess(x.float() / 255, reconstruction) / (x.float() / 255).sum((1, 2, 3)).clamp(min=1)
+    by_hand = scoring.unexplained_nats(x.float() / 255, reconstruction) / (x.float() / 255).sum((1, 2, 3)).clamp(min=1)
     torch.testing.assert_close(unexplained, by_hand.double(), rtol=1e-4, atol=1e-4)
     latent = -scoring.mixture_log_density(state["mixture"], means / state["spread"])
     tails = [
@@ -300,10 +300,10 @@ def test_every_flagged_image_is_shown_above_its_reconstruction_and_its_heat_map(
     from matplotlib import colormaps
 
     x = torch.cat((blobs(30, 2), 255 - blobs(9, 3)))
-    result = anomaly_report.scored(blob_detector, x, "combined", 0.001)
+    result = anomaly_report.score_images(blob_detector, x, "combined", 0.001)
     assert result.flagged.tolist() == [False] * 30 + [True] * 9
     strangest_first = 30 + result.scores["combined"][30:].argsort(descending=True)
-    picture = anomaly_report.where(blob_detector, x, result).permute(1, 2, 0).numpy()
+    picture = anomaly_report.flagged_image_grid(blob_detector, x, result).permute(1, 2, 0).numpy()
     assert picture.shape == (6 * 30 + 2, 8 * 30 + 2, 3)
     for place, index in enumerate(strangest_first.tolist()):
         image = x[index : index + 1].float() / 255
@@ -313,7 +313,7 @@ def test_every_flagged_image_is_shown_above_its_reconstruction_and_its_heat_map(
             top, left = (place // 8 * 3 + row) * 30 + 2, place % 8 * 30 + 2
             np.testing.assert_allclose(picture[top : top + 28, left : left + 28], tile, atol=1e-4)
     none = result._replace(flagged=torch.zeros(39, dtype=torch.bool))
-    shown = anomaly_report.where(blob_detector, x, none).permute(1, 2, 0).numpy()
+    shown = anomaly_report.flagged_image_grid(blob_detector, x, none).permute(1, 2, 0).numpy()
     np.testing.assert_allclose(shown, picture[:92])
 
 
@@ -338,7 +338,7 @@ def test_a_detector_is_fitted_to_what_its_model_saw(tmp_path, data_root, binariz
     path = tmp_path / "checkpoints" / "last.ckpt"
     path.parent.mkdir()
     path.write_bytes(b"weights")
-    run = checkpoint.Run(VAE(**MODEL), path, MODULE, DATA | {"root": data_root, "binarize": binarize})
+    run = checkpoint.TrainedRun(VAE(**MODEL), path, MODULE, DATA | {"root": data_root, "binarize": binarize})
     anomaly_report.detector(run)
     levels = {name: len(part[:300].unique()) for name, part in seen.items()}
     assert len(seen["train"]) == 20_000 and (set(levels.values()) == {2}) == (binarize == "dynamic")
@@ -394,7 +394,7 @@ def test_another_sets_root_is_not_that_of_the_models_own_data(tmp_path, data_roo
 
 def test_one_image_of_another_world_leaves_the_others_to_be_seen(blob_detector):
     x = blobs(40, 2)
-    result = anomaly_report.scored(blob_detector, x, "combined", 0.01)
+    result = anomaly_report.score_images(blob_detector, x, "combined", 0.01)
     for strange in (1e6, torch.nan, -1e6):
         result.scores["combined"][0] = strange
         axes = anomaly_report.figures(blob_detector, x, result, None)["histogram"].axes[0]
@@ -408,7 +408,7 @@ def test_one_image_of_another_world_leaves_the_others_to_be_seen(blob_detector):
 
 def test_names_that_are_no_text_and_images_that_cannot_be_learnt_from(blob_detector, tmp_path, monkeypatch):
     x = blobs(2, 2)
-    result = anomaly_report.scored(blob_detector, x, "combined", 0.01)
+    result = anomaly_report.score_images(blob_detector, x, "combined", 0.01)
     anomaly_report.write_table(result, ["a.png", "b\udcff.png"], None, [], tmp_path / "scores.csv")
     assert "b\\udcff.png," in (tmp_path / "scores.csv").read_text()
     vae = blob_detector.vae

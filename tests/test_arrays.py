@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from betavae.data.arrays import arrays
-from betavae.data.images import Subset
+from betavae.data.images import LazySubset
 from betavae.data.splits import count_of
 from betavae.errors import UserError
 
@@ -84,7 +84,7 @@ def test_a_npy_stays_in_its_file(tmp_path):
     path = tmp_path / "a.npy"
     np.save(path, GREY)
     train = arrays(path, "train")
-    assert isinstance(train.pixels, Subset)
+    assert isinstance(train.pixels, LazySubset)
     before = rows(train).clone()
     with open(path, "r+b") as file:  # seen through the mapping, so nothing was copied
         file.seek(-GREY.nbytes, 2)
@@ -151,8 +151,8 @@ def test_cut_files_are_a_sentence(tmp_path, cut, suffix):
 
 def test_subsets_of_subsets_and_counts():
     pixels = torch.arange(12, dtype=torch.uint8).view(6, 2, 1, 1)
-    inner = Subset(pixels, torch.tensor([5, 3, 1, 0]))
-    outer = Subset(inner, torch.tensor([2, 0]))
+    inner = LazySubset(pixels, torch.tensor([5, 3, 1, 0]))
+    outer = LazySubset(inner, torch.tensor([2, 0]))
     assert len(outer) == 2 and outer.shape == (2, 2, 1, 1) and outer.to("cpu") is outer
     assert torch.equal(outer.index_select(0, torch.tensor([1, 0, 1])), pixels[[5, 1, 5]])
     assert inner.to("meta").shape == (4, 2, 1, 1)

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from betavae.data.fingerprint import BLOCK_BYTES, MAX_HASHED_BYTES, fingerprint
-from betavae.data.images import Images
+from betavae.data.images import ImageSet
 from betavae.errors import UserError
 from betavae.running import checkpoint
 from tests.commands import TINY, run
@@ -104,7 +104,7 @@ def test_a_changed_split_is_rejected_and_an_unchanged_one_is_not(
     datamodule.setup()
     changed = []
     for split in SPLITS:
-        now = datamodule.sets[split]
+        now = datamodule.splits[split]
         same = now.names == before[split].names and torch.equal(now.tensor(), before[split].pixels)
         if same:
             assert torch.equal(model.subset(split).pixels, before[split].pixels)
@@ -119,7 +119,7 @@ def test_a_changed_split_is_rejected_and_an_unchanged_one_is_not(
     text = run("resume=run", "trainer.max_epochs=2", cwd=place, code=1)
     assert text.startswith(f"error: resume: {root}: the {', '.join(changed)} images have changed since this run")
     assert text.count("\n") == 1
-    assert checkpoint.read(place / "run" / "checkpoints" / "last.ckpt")["epoch"] == 0
+    assert checkpoint.read_checkpoint(place / "run" / "checkpoints" / "last.ckpt")["epoch"] == 0
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_a_fingerprint_of_a_large_set_reads_blocks_from_its_start_to_its_end():
     def of(**changes):
         pixels = Counted()
         vars(pixels).update(changes)
-        return fingerprint(Images(pixels, torch.zeros(1))), pixels.rows * 1024
+        return fingerprint(ImageSet(pixels, torch.zeros(1))), pixels.rows * 1024
 
     before, read = of()
     assert MAX_HASHED_BYTES / 2 < read <= MAX_HASHED_BYTES + BLOCK_BYTES

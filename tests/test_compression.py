@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from betavae.errors import UserError
 from betavae.objectives import elbo
 from betavae.uses import compressed_file, reproducible
-from betavae.uses.ans import Stack, slots
-from betavae.uses.compressed_file import MAGIC, image_files, read_file, write_file, write_images
-from betavae.uses.compression import GRID, MARGIN, Codec, compress, decompress, same_everywhere
+from betavae.uses.ans import Stack, quantize_cdf
+from betavae.uses.compressed_file import COMPRESSED_MAGIC, output_paths, read_file, write_file, write_images
+from betavae.uses.compression import GRID, MARGIN, Codec, compress, decompress, deterministic_cpu
 from betavae.vae import VAE, Posterior
 from tests.commands import REPO, fresh
 
@@ -76,7 +76,7 @@ def test_coder_takes_the_entropy_within_a_thousandth(bits):
     before = np.log2(stack.heads.astype(float)).sum()
 
     def cumulative(symbols):
-        return slots(table[symbols.astype(int)], symbols, size)
+        return quantize_cdf(table[symbols.astype(int)], symbols, size)
 
     for row in symbols:
         stack.push(cumulative, row, bits)
@@ -98,7 +98,7 @@ def test_popping_random_bits_draws_from_the_distribution():
     stack.grow(2000)
     counts = np.zeros(4)
     for _ in range(50):
-        drawn = stack.pop(lambda symbols: slots(table[symbols.astype(int)], symbols, 4), 2000, 2)
+        drawn = stack.pop(lambda symbols: quantize_cdf(table[symbols.astype(int)], symbols, 4), 2000, 2)
         counts += np.bincount(drawn.astype(int), minlength=4)
     assert counts / counts.sum() == pytest.approx(p, abs=0.006)  # four standard errors
     assert stack.borrowed >= 2000
@@ -201,7 +201,7 @@ def test_outputs_on_the_edge_of_rounding_are_listed(monkeypatch):
 
 
 def fingerprint(vae):
-    with same_everywhere():
+    with deterministic_cpu():
         return Codec(vae).fingerprint()
 
 
@@ -276,7 +276,7 @@ def test_a_machine_with_other_probabilities_gives_an_error_and_no_noise(monkeypa
     monkeypatch.setattr(VAE, "decode_params", lambda self, z: decode(self, z) + 0.001)
     with refused("other probabilities"):  # at once, by the probabilities of fixed images
         decompress(vae, compressed)
-    with same_everywhere():
+    with deterministic_cpu():
         other = Codec(vae).fingerprint()
     reached = []
     monkeypatch.setattr(Codec, "posterior", lambda *args, real=Codec.posterior: reached.append(1) or real(*args))
@@ -331,10 +331,10 @@ def test_a_faulty_file_is_refused_wherever_the_fault_is(file):
 
 def with_header(whole, change):
     """The file with another header, its checksum as it must be."""
-    start = len(MAGIC) + 8
-    version, size = struct.unpack_from("<II", whole, len(MAGIC))
+    start = len(COMPRESSED_MAGIC) + 8
+    version, size = struct.unpack_from("<II", whole, len(COMPRESSED_MAGIC))
     header = change(whole[start : start + size])
-    body = MAGIC + struct.pack("<II", version, len(header)) + header + whole[start + size : -32]
+    body = COMPRESSED_MAGIC + struct.pack("<II", version, len(header)) + header + whole[start + size : -32]
     return body + hashlib.sha256(body).digest()
 
 
@@ -444,7 +444,7 @@ def test_a_newer_format_is_named(file, monkeypatch):
 
 def test_a_foreign_file_is_left_alone(tmp_path):
     foreign = tmp_path / "thesis.pdf"
-    for content in (b"", b"%PDF", MAGIC[:-1]):
+    for content in (b"", b"%PDF", COMPRESSED_MAGIC[:-1]):
         foreign.write_bytes(content)
         with refused("not made by betavae"):
             write_file(foreign, compress(small(), noise(1)))
@@ -497,4 +497,4 @@ def test_images_go_where_nothing_foreign_lies_or_nowhere(tmp_path):
         (["x"] * 12, out, "one file"),
     ):
         with refused(message):
-            image_files(names, 12, where)
+            output_paths(names, 12, where)

@@ -11,10 +11,10 @@ from omegaconf import OmegaConf
 from betavae.data.datamodule import ImageDataModule
 from betavae.errors import UserError
 from betavae.running.building import build
-from betavae.running.resuming import Signals
+from betavae.running.resuming import SignalHandler
 from betavae.running.run_folder import RunFolder
-from betavae.running.settings import check_settings, plain, validated
-from betavae.running.training import flat
+from betavae.running.settings import check_settings, to_plain, validate
+from betavae.running.training import flatten_hparams
 from tests.commands import REPO, module_of
 
 CONFIGS = REPO / "configs"
@@ -41,13 +41,13 @@ def test_option_builds(option, data_root, tmp_path):
     cfg = composed(*chosen, f"data.root={data_root}")
     check_settings(cfg)
     if cfg.data.name != "mnist":  # whose images are not on this machine
-        ImageDataModule(**plain(cfg.data))
+        ImageDataModule(**to_plain(cfg.data))
         cfg.data = composed(f"data.root={data_root}").data
     if cfg.trainer.cuda_graph and not torch.cuda.is_available():
         with pytest.raises(UserError, match="needs a CUDA device"):
-            build(plain(cfg), RunFolder(tmp_path), Signals())
+            build(to_plain(cfg), RunFolder(tmp_path), SignalHandler())
         return
-    datamodule, module, trainer = build(plain(cfg), RunFolder(tmp_path), Signals())
+    datamodule, module, trainer = build(to_plain(cfg), RunFolder(tmp_path), SignalHandler())
     assert not any(tmp_path.iterdir())
     assert trainer.max_epochs == cfg.trainer.max_epochs
     x, _ = next(iter(datamodule.test_dataloader()))
@@ -62,8 +62,8 @@ def test_a_column_of_hparams_has_values_of_one_type():
     groups = [f"objective={name}" for name in ("elbo", "iwae", "dreg", "tc", "dip", "capacity")]
     other = ["trainer.gradient_clip_val=1.0", "trainer.compile=default", "trainer.deterministic=warn"]
     other += ["trainer.devices=auto", "trainer.max_time=00:00:00:09", "trainer.limit_train_batches=20"]
-    tables = [flat(composed(*words)) for words in ([], other, ["trainer.devices=[0]"], *([group] for group in groups))]
-    tables += [flat(composed("objective=dreg", "objective.resample=2", "trainer.compile=true"))]
+    tables = [flatten_hparams(composed(*words)) for words in ([], other, ["trainer.devices=[0]"], *([group] for group in groups))]
+    tables += [flatten_hparams(composed("objective=dreg", "objective.resample=2", "trainer.compile=true"))]
     columns: dict[str, set[str]] = {}
     for table in tables:
         for key, value in table.items():
@@ -88,7 +88,7 @@ def test_a_scripts_settings_are_all_used_documented_and_their_defaults_can_be(na
     module = module_of(REPO / "scripts" / f"{name}.py")
     settings = module.Settings
     defaults = {key: field.get_default() for key, field in settings.model_fields.items()}
-    assert validated(settings, defaults) == settings()
+    assert validate(settings, defaults) == settings()
     assert all(field.title for field in settings.model_fields.values())
     text = (REPO / "scripts" / f"{name}.py").read_text()
     # Those it shares with others too; `debug` is for the command line.
@@ -97,4 +97,4 @@ def test_a_scripts_settings_are_all_used_documented_and_their_defaults_can_be(na
     for key in re.findall(r"[\[ ](\w+)=", inspect.getdoc(module).splitlines()[0]):
         assert key in defaults, key
     with pytest.raises(UserError, match="nonsense is not a setting"):
-        validated(settings, {"nonsense": 1})
+        validate(settings, {"nonsense": 1})

@@ -6,8 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from betavae.data import SOURCES, Images, mnist
-from betavae.data.batches import Batches
+from betavae.data import DATASETS, ImageSet, mnist
+from betavae.data.batches import BatchLoader
 from betavae.data.datamodule import ImageDataModule
 from betavae.errors import UserError
 from betavae.running import checkpoint
@@ -23,7 +23,7 @@ def module(data_root, **changes):
 
 def numbered(n, pixels=None):
     """Images whose labels are their numbers."""
-    return Images(torch.zeros(n, 1, 1, 1, dtype=torch.uint8) if pixels is None else pixels, torch.arange(n))
+    return ImageSet(torch.zeros(n, 1, 1, 1, dtype=torch.uint8) if pixels is None else pixels, torch.arange(n))
 
 
 def test_the_canonical_mnist_comes_out_of_the_package(data_root):
@@ -44,7 +44,7 @@ def test_it_is_unpacked_into_the_data_folder_once_and_nowhere_for_none(tmp_path)
         mnist(tmp_path / "new/data/MNIST/raw/t10k-images-idx3-ubyte", "test")
 
 
-@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("name", DATASETS)
 def test_a_path_that_a_checkpoint_names_is_only_read(tmp_path, monkeypatch, name):
     """Nothing is unpacked or downloaded there, and no cache is made."""
     victim = tmp_path / "victim"
@@ -58,7 +58,7 @@ def test_a_path_that_a_checkpoint_names_is_only_read(tmp_path, monkeypatch, name
     monkeypatch.chdir(tmp_path / "here")
     settings = {"folder": {"image_size": 28, "cache": str(victim)}}.get(name, {})
     data = DATA | {"name": name, "root": str(fixed.get(name, victim)), "validation_size": None} | settings
-    run = checkpoint.Run(VAE(**MODEL), Path("a.ckpt"), MODULE, data)
+    run = checkpoint.TrainedRun(VAE(**MODEL), Path("a.ckpt"), MODULE, data)
     for variable in ("http_proxy", "https_proxy"):
         monkeypatch.setenv(variable, "http://127.0.0.1:9")  # where a download would fail, with another message
     if name in ("mnist", "sprites"):
@@ -92,19 +92,19 @@ def test_a_flipped_byte_is_found(data_root, tmp_path):
 
 def test_validation_comes_out_of_training_by_a_fixed_seed(data_root):
     a, b, whole = (module(data_root, seed=0), module(data_root, seed=9), module(data_root, validation_size=0))
-    assert [len(a.sets[s]) for s in ("train", "validation", "test")] == [55000, 5000, 10000]
-    assert torch.equal(a.sets["validation"].pixels, b.sets["validation"].pixels)
-    assert len(whole.sets["train"]) == 60000 and whole.val_dataloader() == []
+    assert [len(a.splits[s]) for s in ("train", "validation", "test")] == [55000, 5000, 10000]
+    assert torch.equal(a.splits["validation"].pixels, b.splits["validation"].pixels)
+    assert len(whole.splits["train"]) == 60000 and whole.val_dataloader() == []
     # Together they are the training set: no image twice, none lost, no test image among them.
-    counts = [s.pixels.long().sum((1, 2, 3)) * 10 + s.labels for s in (a.sets["train"], a.sets["validation"])]
-    images = whole.sets["train"]
+    counts = [s.pixels.long().sum((1, 2, 3)) * 10 + s.labels for s in (a.splits["train"], a.splits["validation"])]
+    images = whole.splits["train"]
     all_counts = images.pixels.long().sum((1, 2, 3)) * 10 + images.labels
     assert torch.equal(torch.cat(counts).sort().values, all_counts.sort().values)
     share = module(data_root, validation_size=0.1)
-    assert [len(share.sets[s]) for s in ("train", "validation", "test")] == [54000, 6000, 10000]
+    assert [len(share.splits[s]) for s in ("train", "validation", "test")] == [54000, 6000, 10000]
     with pytest.raises(UserError, match="validation_size=60000"):
         module(data_root, validation_size=60000)
-    assert len(module(data_root, validation_size=1e-6).sets["validation"]) == 1  # a share is of one image at least
+    assert len(module(data_root, validation_size=1e-6).splits["validation"]) == 1  # a share is of one image at least
 
 
 def test_a_source_with_a_validation_split_of_its_own_is_not_split(data_root, monkeypatch):
@@ -117,10 +117,10 @@ def test_a_source_with_a_validation_split_of_its_own_is_not_split(data_root, mon
         seen.append((root, split, shade))
         return numbered(sizes[split], torch.full((sizes[split], 1, 2, 2), shade, dtype=torch.uint8))
 
-    monkeypatch.setitem(data.SOURCES, "own", source)
+    monkeypatch.setitem(data.DATASETS, "own", source)
     made = module("nowhere", name="own", shade=7, batch_size=5, validation_size=None)
-    assert {name: len(images) for name, images in made.sets.items()} == sizes
-    assert {shade for _, _, shade in seen} == {7} and made.sets["validation"].pixels.unique().tolist() == [7]
+    assert {name: len(images) for name, images in made.splits.items()} == sizes
+    assert {shade for _, _, shade in seen} == {7} and made.splits["validation"].pixels.unique().tolist() == [7]
     with pytest.raises(UserError, match=r"data.colour is not a setting of data.name=own"):
         module("nowhere", name="own", colour=7)
 
@@ -128,7 +128,7 @@ def test_a_source_with_a_validation_split_of_its_own_is_not_split(data_root, mon
 def test_training_batches_cover_every_image_once_in_an_order_of_seed_and_epoch(data_root):
     data = module(data_root, batch_size=999)
     order = lambda seed, epoch, reshuffle=True: torch.cat(  # noqa: E731
-        [y for _, y in Batches(numbered(1000), 128, lambda: epoch, seed, reshuffle)]
+        [y for _, y in BatchLoader(numbered(1000), 128, lambda: epoch, seed, reshuffle)]
     )
     assert torch.equal(order(0, 3).sort().values, torch.arange(1000))
     assert torch.equal(order(0, 3), order(0, 3))
@@ -138,19 +138,19 @@ def test_training_batches_cover_every_image_once_in_an_order_of_seed_and_epoch(d
     assert x.shape == (999, 1, 28, 28) and x.dtype == torch.float32 and x.min() == 0 and x.max() == 1
     assert len(data.train_dataloader()) == 56 and len(y) == 999
     test = torch.cat([y for _, y in data.test_dataloader()])
-    assert torch.equal(test, data.sets["test"].labels)  # not shuffled
+    assert torch.equal(test, data.splits["test"].labels)  # not shuffled
 
 
 def test_each_epoch_has_an_order_of_its_own_unless_asked_otherwise():
     def orders(**settings):
-        return [torch.cat([y for _, y in Batches(numbered(100), 16, lambda e=e: e, 5, **settings)]) for e in (0, 1)]
+        return [torch.cat([y for _, y in BatchLoader(numbered(100), 16, lambda e=e: e, 5, **settings)]) for e in (0, 1)]
 
     assert not torch.equal(*orders()) and torch.equal(*orders(reshuffle=False))
     assert torch.equal(orders()[0], orders(reshuffle=False)[0])
 
 
 def test_a_position_within_an_epoch_is_gone_back_to():
-    make = lambda: Batches(numbered(100), 16, lambda: 2, seed=5)  # noqa: E731
+    make = lambda: BatchLoader(numbered(100), 16, lambda: 2, seed=5)  # noqa: E731
     first = make()
     labels = [y for _, y in first]
     stopped = make()
@@ -164,8 +164,8 @@ def test_a_position_within_an_epoch_is_gone_back_to():
 
 @pytest.mark.parametrize("binarize", ["none", "dynamic"])
 def test_images_that_stay_on_the_host_are_read_one_batch_ahead(binarize):
-    images = Images(torch.randint(256, (103, 1, 4, 4), dtype=torch.uint8), torch.arange(103))
-    plain, ahead = (Batches(images, 10, lambda: 3, binarize=binarize) for _ in range(2))
+    images = ImageSet(torch.randint(256, (103, 1, 4, 4), dtype=torch.uint8), torch.arange(103))
+    plain, ahead = (BatchLoader(images, 10, lambda: 3, binarize=binarize) for _ in range(2))
     taken = []
     for batches, some in ((plain, iter(plain)), (ahead, ahead.from_host())):
         torch.manual_seed(0)
@@ -183,9 +183,9 @@ def test_images_that_stay_on_the_host_are_read_one_batch_ahead(binarize):
 
 @pytest.mark.parametrize("epoch", [None, lambda: 1])
 def test_shards_do_not_overlap(epoch):
-    shards = [Batches(numbered(101), 8, epoch) for _ in range(2)]
+    shards = [BatchLoader(numbered(101), 8, epoch) for _ in range(2)]
     for rank, shard in enumerate(shards):
-        shard.share(rank, 2)
+        shard.shard(rank, 2)
     seen = [torch.cat([y for _, y in shard]) for shard in shards]
     assert not set(seen[0].tolist()) & set(seen[1].tolist())
     assert len(seen[0]) + len(seen[1]) == (100 if epoch else 101)  # training drops the odd one, evaluation none
@@ -193,29 +193,29 @@ def test_shards_do_not_overlap(epoch):
 
 
 def test_the_shards_of_a_step_are_the_images_of_that_step_in_one_process():
-    whole = next(iter(Batches(numbered(103), 20, lambda: 3)))[1].tolist()
+    whole = next(iter(BatchLoader(numbered(103), 20, lambda: 3)))[1].tolist()
     halves = []
     for rank in (0, 1):
-        half = Batches(numbered(103), 10, lambda: 3)
-        half.share(rank, 2)
+        half = BatchLoader(numbered(103), 10, lambda: 3)
+        half.shard(rank, 2)
         halves.append(next(iter(half))[1])
     assert sorted(whole) == sorted(torch.cat(halves).tolist())
 
 
 def test_binarisation(data_root):
     grey, threshold, dynamic = (module(data_root, binarize=b) for b in ("none", "threshold", "dynamic"))
-    pixels = grey.sets["test"].pixels
-    assert torch.equal(threshold.sets["test"].pixels == 255, pixels > 127)
+    pixels = grey.splits["test"].pixels
+    assert torch.equal(threshold.splits["test"].pixels == 255, pixels > 127)
     x, _ = next(iter(threshold.train_dataloader()))
     assert torch.equal(x, next(iter(grey.train_dataloader()))[0].gt(0.5).float())
-    once = dynamic.sets["test"].pixels
-    again = module(data_root, binarize="dynamic", seed=8).sets["test"].pixels
+    once = dynamic.splits["test"].pixels
+    again = module(data_root, binarize="dynamic", seed=8).splits["test"].pixels
     assert torch.equal(once, again) and set(once.unique().tolist()) == {0, 255}
     assert not (once[pixels == 0]).any() and (once[pixels == 255] == 255).all()
     assert (once / 255).mean().item() == pytest.approx((pixels / 255).mean().item(), abs=1e-3)
     first, second = (next(iter(dynamic.train_dataloader()))[0] for _ in range(2))
     assert set(first.unique().tolist()) == {0.0, 1.0} and not torch.equal(first, second)  # a fresh draw
     ramp = numbered(4000, torch.arange(256, dtype=torch.uint8).repeat(4000, 1).view(4000, 1, 16, 16))
-    x, _ = next(iter(Batches(ramp, 4000, lambda: 0, binarize="dynamic")))
+    x, _ = next(iter(BatchLoader(ramp, 4000, lambda: 0, binarize="dynamic")))
     error = (x.mean(0).flatten() - torch.arange(256) / 255).abs().max()
     assert error < 0.04  # five standard errors of 4,000 draws

@@ -279,7 +279,7 @@ def test_the_script_scores_a_run_and_a_report_scores_what_was_not(tmp_path, monk
     for name in disentanglement.SCORES:
         assert f"{name:<22}{kept[name]['value']:7.3f} ± {kept[name]['se']:.3f}" in output
     found = checkpoint.load(str(first), "")
-    x, values = found.images("test", most=600)
+    x, values = found.images("test", max_images=600)
     assert (values.amax(0) - values.amin(0)).tolist() == [2, 5, 39, 31, 31]  # from all over
     noise = torch.randn(600, 3, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -293,12 +293,12 @@ def test_the_script_scores_a_run_and_a_report_scores_what_was_not(tmp_path, monk
         return {"mig": {"value": 0.75, "se": 0.1}}
 
     monkeypatch.setattr(evaluation, "scores_with_errors", stub)
-    report.write(sweep, tmp_path / "report", None, "mig", 0)
+    report.write_report(sweep, tmp_path / "report", None, "mig", 0)
     assert measured == [(10_000, 3)]
     table = (tmp_path / "report" / "table.md").read_text()
     assert "MIG" in table and "0.75" in table and f"{kept['mig']['value']:.2f}" in table
     assert (tmp_path / "report" / "mig.png").exists()
-    report.write(sweep, tmp_path / "report", None, "mig", 0)
+    report.write_report(sweep, tmp_path / "report", None, "mig", 0)
     assert len(measured) == 1
 
 

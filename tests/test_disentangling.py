@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import distributions as D
 
-from betavae.disentangling import capacity, dip, kl_parts, tc
-from betavae.objectives import OBJECTIVES, chosen, elbo
+from betavae.disentangling import capacity_vae, dip_vae, kl_decomposition, beta_tcvae
+from betavae.objectives import OBJECTIVES, build_objective, elbo
 from betavae.vae import VAE, Posterior
 from tests.conftest import MODEL
 
@@ -37,7 +37,7 @@ def aggregate(posterior):
 def test_with_the_whole_set_for_a_batch_the_parts_are_exact(sampling):
     posterior = Posterior(torch.randn(6, 3, dtype=torch.float64), torch.randn(6, 3, dtype=torch.float64))
     noise = torch.randn(5, 6, 3, dtype=torch.float64)
-    parts = kl_parts(posterior, noise, images=6, sampling=sampling)
+    parts = kl_decomposition(posterior, noise, images=6, sampling=sampling)
     joint, marginals = aggregate(posterior)
     z = posterior.mean + (0.5 * posterior.logvar).exp() * noise
     log_qz, log_product = joint.log_prob(z), sum(q.log_prob(z[..., d]) for d, q in enumerate(marginals))
@@ -55,7 +55,7 @@ def test_the_estimate_of_q_is_unbiased_over_batches():
     estimates = []
     for others in itertools.combinations(range(1, 6), 2):
         batch = Posterior(posterior.mean[[0, *others]], posterior.logvar[[0, *others]])
-        parts = kl_parts(batch, noise.expand(1, 3, 2), images=6)
+        parts = kl_decomposition(batch, noise.expand(1, 3, 2), images=6)
         z = batch.mean[0] + (0.5 * batch.logvar[0]).exp() * noise[0, 0]
         log_qzx = D.Normal(batch.mean[0], (0.5 * batch.logvar[0]).exp()).log_prob(z).sum()
         estimates.append((log_qzx - parts["mutual_information"][0]).exp())
@@ -66,8 +66,8 @@ def test_weighted_sampling_counts_each_image_of_the_batch_alike_and_has_the_pape
     """Chen et al. 2018, equation 5: log q(z) is about log 1 / (N B) sum_j q(z|x_j), z's own image among the j."""
     mean = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
     posterior, noise = Posterior(mean, torch.zeros(6, 3, dtype=torch.float64)), torch.randn(1, 6, 3).double()
-    parts = kl_parts(posterior, noise, images=1000, sampling="weighted")
-    same = kl_parts(posterior, noise, images=6)
+    parts = kl_decomposition(posterior, noise, images=1000, sampling="weighted")
+    same = kl_decomposition(posterior, noise, images=6)
     assert all(torch.equal(parts[name], same[name]) for name in parts)
     log_q = D.Normal(mean, 1.0).log_prob((mean + noise[0]).unsqueeze(1))  # (z, j, D)
     paper = log_q.sum(-1).logsumexp(1) - math.log(6000) - (log_q.logsumexp(1) - math.log(6000)).sum(-1)
@@ -79,9 +79,9 @@ def test_weighted_sampling_counts_each_image_of_the_batch_alike_and_has_the_pape
 
 def test_parts_of_one_dimension_have_no_total_correlation_and_of_one_image_no_information():
     one = Posterior(torch.randn(6, 1), torch.randn(6, 1))
-    assert kl_parts(one, torch.randn(2, 6, 1), 6)["total_correlation"].abs().max() < 1e-5
+    assert kl_decomposition(one, torch.randn(2, 6, 1), 6)["total_correlation"].abs().max() < 1e-5
     alone = Posterior(torch.randn(1, 4), torch.randn(1, 4))
-    parts = kl_parts(alone, torch.randn(2, 1, 4), 1)
+    parts = kl_decomposition(alone, torch.randn(2, 1, 4), 1)
     assert parts["mutual_information"].abs().max() < 1e-5
     assert parts["total_correlation"].abs().max() < 1e-5
 
@@ -91,7 +91,7 @@ def test_two_equal_dimensions_have_the_total_correlation_of_the_closed_form():
     n, s2 = 4000, 0.25
     position = D.Normal(0.0, 1.0).icdf((torch.arange(n, dtype=torch.float64) + 0.5) / n)
     posterior = Posterior(position[:, None].expand(n, 2), torch.full((n, 2), math.log(s2), dtype=torch.float64))
-    parts = kl_parts(posterior, torch.randn(1, n, 2, dtype=torch.float64), n)
+    parts = kl_decomposition(posterior, torch.randn(1, n, 2, dtype=torch.float64), n)
     r = 1 / (1 + s2)
     assert parts["total_correlation"].mean().item() == pytest.approx(-0.5 * math.log(1 - r**2), abs=0.03)
     # I(x; z) = h(z) - h(z|x), for a Gaussian with this covariance.
@@ -102,7 +102,7 @@ def test_two_equal_dimensions_have_the_total_correlation_of_the_closed_form():
 def test_tc_is_the_elbo_with_another_weight_on_one_part(vae, x):
     noise = torch.randn(4, 7, 3, dtype=torch.float64)
     reference = elbo(vae, x, noise, 1.0)
-    at_1, at_6 = (tc(vae, x, noise, beta, images=7) for beta in (1.0, 6.0))
+    at_1, at_6 = (beta_tcvae(vae, x, noise, beta, images=7) for beta in (1.0, 6.0))
     torch.testing.assert_close(at_1.loss, reference.loss)
     joint, marginals = aggregate(vae.encode(x))
     z = vae.encode(x).rsample(noise)
@@ -112,12 +112,12 @@ def test_tc_is_the_elbo_with_another_weight_on_one_part(vae, x):
         torch.testing.assert_close(terms.recon, reference.recon)
         torch.testing.assert_close(terms.kl, reference.kl)
         assert not any(part.requires_grad for part in (terms.recon, terms.kl, *terms.posterior))
-    torch.testing.assert_close(at_6.extra["total_correlation"], correlation.mean(0))
+    torch.testing.assert_close(at_6.extra_terms["total_correlation"], correlation.mean(0))
 
 
 def test_tcs_gradient_is_that_of_finite_differences(vae, x):
     noise, weight = torch.randn(1, 7, 3, dtype=torch.float64), vae.encoder[1].weight
-    loss = lambda: tc(vae, x, noise, 4.0, images=50).loss  # noqa: E731
+    loss = lambda: beta_tcvae(vae, x, noise, 4.0, images=50).loss  # noqa: E731
     (gradient,) = torch.autograd.grad(loss(), weight)
     for place in ((0, 0), (3, 4), (7, 5)):
         with torch.no_grad():
@@ -133,11 +133,11 @@ def test_tcs_gradient_is_that_of_finite_differences(vae, x):
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_one_latent_dimension_and_one_image_are_enough(x, name, images):
     own = {"dip": {"variant": "i", "off_diagonal": 2.0, "diagonal": 5.0}, "capacity": {"gamma": 9.0}}
-    objective = chosen({"name": name, "kl_parts": True, "images": 9, **own.get(name, {})})
+    objective = build_objective({"name": name, "kl_parts": True, "images": 9, **own.get(name, {})})
     vae = VAE(**SMALL | {"latent_dim": 1}).double()
     terms = objective(vae, x[:images], torch.randn(2, images, 1, dtype=torch.float64), 2.0)
     terms.loss.backward()
-    assert terms.loss.isfinite() and all(value.isfinite() for value in terms.sums().values())
+    assert terms.loss.isfinite() and all(value.isfinite() for value in terms.batch_sums().values())
     assert all(weight.grad.isfinite().all() for weight in vae.parameters())
 
 
@@ -154,9 +154,9 @@ def test_dip_prices_a_covariance_that_is_not_the_identity(vae, x, variant):
         5 * (covariance[i, i] - 1) ** 2 if i == j else 2 * covariance[i, j] ** 2
         for i, j in itertools.product(range(3), repeat=2)
     )
-    terms = dip(vae, x, noise, 3.0, variant, off_diagonal=2.0, diagonal=5.0)
+    terms = dip_vae(vae, x, noise, 3.0, variant, off_diagonal=2.0, diagonal=5.0)
     torch.testing.assert_close(terms.loss, reference.loss + price)
-    torch.testing.assert_close(terms.extra["covariance_price"], price.expand(7))
+    torch.testing.assert_close(terms.extra_terms["covariance_price"], price.expand(7))
     weight = vae.encoder[1].weight
     whole, without = (torch.autograd.grad(loss, weight)[0] for loss in (terms.loss, reference.loss))
     (of_price,) = torch.autograd.grad(price, weight)
@@ -168,14 +168,14 @@ def test_capacity_holds_the_kl_at_beta_nats(vae, x):
     reference = elbo(vae, x, noise, 1.0)
     recon, kl = reference.recon.mean(), reference.kl.sum(1).mean()
     for nats in (0.0, kl.item() / 2, kl.item() + 3):
-        loss = capacity(vae, x, noise, nats, gamma=10.0).loss
+        loss = capacity_vae(vae, x, noise, nats, gamma=10.0).loss
         torch.testing.assert_close(loss, recon + 10 * abs(kl - nats))
-    torch.testing.assert_close(capacity(vae, x, noise, 0.0, gamma=4.0).loss, elbo(vae, x, noise, 4.0).loss)
+    torch.testing.assert_close(capacity_vae(vae, x, noise, 0.0, gamma=4.0).loss, elbo(vae, x, noise, 4.0).loss)
 
 
 def test_any_objective_can_tell_the_parts(vae, x):
     noise = torch.randn(2, 7, 3, dtype=torch.float64)
-    parts = kl_parts(vae.encode(x), noise, 20)
+    parts = kl_decomposition(vae.encode(x), noise, 20)
     own = {
         "tc": {"images": 20},
         "dip": {"variant": "i", "off_diagonal": 1.0, "diagonal": 1.0},
@@ -183,9 +183,9 @@ def test_any_objective_can_tell_the_parts(vae, x):
     }
     for name in OBJECTIVES:
         settings = {"name": name, "k": 2, "images": 20, **own.get(name, {})}
-        plain = chosen(settings)(vae, x, noise, 2.0)
-        measured = chosen(settings | {"kl_parts": True})(vae, x, noise, 2.0)
+        plain = build_objective(settings)(vae, x, noise, 2.0)
+        measured = build_objective(settings | {"kl_parts": True})(vae, x, noise, 2.0)
         assert torch.equal(plain.loss, measured.loss)
         for part, value in parts.items():
-            torch.testing.assert_close(measured.extra[part], value)
-            assert name == "tc" or part not in plain.extra
+            torch.testing.assert_close(measured.extra_terms[part], value)
+            assert name == "tc" or part not in plain.extra_terms

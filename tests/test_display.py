@@ -15,7 +15,7 @@ from PIL import Image
 from betavae import pictures
 from betavae.module import VAEModule
 from betavae.running.loggers import TensorBoard
-from betavae.running.training import Training
+from betavae.running.training import TrainingRun
 from tests.commands import TINY, Child, run
 
 SMALL = [*TINY, "data=arrays", "data.root=images.npy", "data.test_size=9", "data.validation_size=10"]
@@ -70,7 +70,7 @@ def no_network() -> None:
     def fail(*args: Any) -> None:
         raise ConnectionError("no route to host")
 
-    TensorBoard.log_picture = TensorBoard.log_outcome = TensorBoard.end = fail  # type: ignore[method-assign]
+    TensorBoard.log_image_grid = TensorBoard.log_final_metrics = TensorBoard.finish = fail  # type: ignore[method-assign]
 
 
 def no_folder() -> None:
@@ -78,7 +78,7 @@ def no_folder() -> None:
         Path("run/figures").write_text("a file of that name")
         real(*args)
 
-    real, Training.fit = Training.fit, begun  # type: ignore[method-assign]
+    real, TrainingRun.fit = TrainingRun.fit, begun  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize(

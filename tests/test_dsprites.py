@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from betavae.data.dsprites import FILE, dsprites
-from betavae.data.sprites import rows_of
+from betavae.data.sprites import split_indices
 from betavae.errors import UserError
 
 
@@ -39,7 +39,7 @@ def test_images_and_factors_are_those_of_the_file(tmp_path, arrays):
         assert torch.equal(pixels.index_select(0, index), images[index])
     assert train.labels.dtype == torch.int64 and torch.equal(train.labels, labels)
     test = dsprites(tmp_path, "test")
-    rows = rows_of("test", 21_000)
+    rows = split_indices("test", 21_000)
     assert torch.equal(test.pixels.index_select(0, torch.arange(10_000)), images[rows])
     assert torch.equal(test.labels, labels[rows])
 

@@ -9,8 +9,8 @@ import torch
 from torch import distributions as D
 
 from betavae.measures import likelihood
-from betavae.measures.latents import aggregate, posterior_means, probes
-from betavae.measures.likelihood import GROUP, PerImage, floats_per_image, standard_error, summary
+from betavae.measures.latents import aggregate_posterior, posterior_means, probe_accuracy
+from betavae.measures.likelihood import RNG_GROUP, PerImageBounds, decode_floats_per_image, standard_error, summary
 from betavae.objectives import elbo, iwae
 from betavae.vae import VAE, Posterior
 from tests.commands import TINY, Child, run, wait_for
@@ -19,8 +19,8 @@ from tests.conftest import MODEL
 KS = [1, 10, 100, 1000]
 
 
-def importance_sample(*args, **kwargs) -> PerImage:
-    return PerImage.together(list(likelihood.importance_sample(*args, **kwargs)))
+def importance_sample(*args, **kwargs) -> PerImageBounds:
+    return PerImageBounds.concat(list(likelihood.importance_bounds(*args, **kwargs)))
 
 
 @pytest.fixture
@@ -86,12 +86,12 @@ def covariance(vae):
 def test_an_independent_slow_formula_agrees(likelihood):
     vae = VAE(**MODEL | {"hidden_dims": [9], "latent_dim": 5, "likelihood": likelihood, "image_shape": [1, 4, 5]})
     vae = vae.double().requires_grad_(False)
-    x, samples = torch.rand(GROUP + 3, 1, 4, 5).double(), 12
+    x, samples = torch.rand(RNG_GROUP + 3, 1, 4, 5).double(), 12
     result = importance_sample(vae, x, [1, 5, 12], seed=3)
     posterior = D.Normal(vae.encode(x).mean, (0.5 * vae.encode(x).logvar).exp())
-    for image in (0, 1, GROUP - 1, GROUP, GROUP + 2):
-        group, row = divmod(image, GROUP)
-        noise = torch.randn(samples, GROUP, 5, generator=torch.Generator().manual_seed(3 + 1_000_003 * group))[:, row]
+    for image in (0, 1, RNG_GROUP - 1, RNG_GROUP, RNG_GROUP + 2):
+        group, row = divmod(image, RNG_GROUP)
+        noise = torch.randn(samples, RNG_GROUP, 5, generator=torch.Generator().manual_seed(3 + 1_000_003 * group))[:, row]
         q = D.Normal(posterior.mean[image], posterior.stddev[image])
         log_px, weights = [], []
         for draw in noise.double():
@@ -123,27 +123,27 @@ def test_the_numbers_do_not_depend_on_chunks_or_on_how_many_images_there_are():
             torch.testing.assert_close(one[: len(two)], two, rtol=1e-6, atol=1e-4)
     assert not torch.equal(results[0].nll, importance_sample(vae, x, [1, 50, 130], seed=1).nll)
     # What is asked for from a later image on is the rest of the whole.
-    rest = importance_sample(vae, x, [1, 50, 130], start=2 * GROUP)
+    rest = importance_sample(vae, x, [1, 50, 130], start=2 * RNG_GROUP)
     for one, two in zip(results[0], rest, strict=True):
-        torch.testing.assert_close(one[2 * GROUP :], two, rtol=1e-6, atol=1e-4)
+        torch.testing.assert_close(one[2 * RNG_GROUP :], two, rtol=1e-6, atol=1e-4)
     # And they are the objectives' for the same noise.
-    noise = torch.randn(130, GROUP, 20, generator=torch.Generator().manual_seed(0))
-    first = [part[:GROUP] for part in results[0]]
-    torch.testing.assert_close(first[2][:, 2].mean().float(), iwae(vae, x[:GROUP], noise, 1.0).loss)
-    terms = elbo(vae, x[:GROUP], noise, 1.0)
+    noise = torch.randn(130, RNG_GROUP, 20, generator=torch.Generator().manual_seed(0))
+    first = [part[:RNG_GROUP] for part in results[0]]
+    torch.testing.assert_close(first[2][:, 2].mean().float(), iwae(vae, x[:RNG_GROUP], noise, 1.0).loss)
+    terms = elbo(vae, x[:RNG_GROUP], noise, 1.0)
     torch.testing.assert_close((first[0].mean() + first[1].sum(1).mean()).float(), terms.loss)
 
 
 def test_how_much_is_decoded_at_once():
     """784-400-20 on the way back: 400 before and after the activation, and the logits, unflattened, plus four more."""
-    assert floats_per_image(VAE(**MODEL)) == 4 * 784 + 400 + 400 + 784 + 784
+    assert decode_floats_per_image(VAE(**MODEL)) == 4 * 784 + 400 + 400 + 784 + 784
 
 
 def test_the_probes_on_points_whose_labels_are_known():
     means, labels = torch.randn(300, 3), torch.arange(300) % 3
     apart = means + 20 * torch.nn.functional.one_hot(labels, 3)
-    assert probes(apart[:200], labels[:200], apart[200:], labels[200:]) == {"knn_accuracy": 1, "linear_accuracy": 1}
-    chance = probes(means[:200], labels[:200], means[200:], labels[200:])
+    assert probe_accuracy(apart[:200], labels[:200], apart[200:], labels[200:]) == {"knn_accuracy": 1, "linear_accuracy": 1}
+    chance = probe_accuracy(means[:200], labels[:200], means[200:], labels[200:])
     assert all(0.1 < accuracy < 0.6 for accuracy in chance.values())
     vae, x = VAE(**MODEL), torch.rand(1003, 1, 28, 28)
     torch.testing.assert_close(posterior_means(vae, x), vae.encode(x).mean)
@@ -154,7 +154,7 @@ def test_the_aggregate_posterior_against_its_exact_kl():
     torch.manual_seed(1)  # the draws of z in `aggregate` are those of seed 0
     mean = torch.randn(n, d).double() * torch.tensor([1.2, 0.3]) + torch.tensor([0.5, 0.0])
     logvar = torch.tensor([0.2, 0.5]).double().log().expand(n, d)
-    result = aggregate(Posterior(mean, logvar))
+    result = aggregate_posterior(Posterior(mean, logvar))
     # The aggregate is close to normal, with these variances.
     variance = torch.tensor([1.2**2 + 0.2, 0.3**2 + 0.5])
     wanted = 0.5 * (variance - 1 - variance.log()).sum() + 0.5 * 0.5**2
@@ -167,7 +167,7 @@ def test_the_aggregate_posterior_against_its_exact_kl():
     information = 0.5 * (1 + torch.tensor([1.2**2 / 0.2, 0.3**2 / 0.5])).log().sum()
     assert result["mutual_information"] == pytest.approx(information.item(), abs=0.06)
     # Posteriors that do not overlap: all that can be known is which image it was.
-    apart = aggregate(Posterior(1000 * torch.randn(50, d).double(), torch.zeros(50, d).double()))
+    apart = aggregate_posterior(Posterior(1000 * torch.randn(50, d).double(), torch.zeros(50, d).double()))
     assert apart["mutual_information"] == pytest.approx(math.log(50), abs=1e-6)
 
 

@@ -31,14 +31,14 @@ pytest.importorskip("starlette", reason='the explorer needs pip install -e ".[ex
 from starlette.testclient import TestClient
 
 from betavae.data.fingerprint import fingerprint
-from betavae.data.pictures import read_picture
-from betavae.kept import kept
+from betavae.data.pictures import read_image
+from betavae.kept import load_or_compute
 from betavae.uses import anomaly_report
 from betavae.uses.anomalies import Detector
 from betavae.uses.explorer import explored, picture, server
 
 
-def a_run(latent_dim: int, beta: float, root: str, name: str = "mnist") -> checkpoint.Run:
+def a_run(latent_dim: int, beta: float, root: str, name: str = "mnist") -> checkpoint.TrainedRun:
     """A run of random weights, wide enough apart that pictures differ."""
     model = MODEL | {"latent_dim": latent_dim, "hidden_dims": [16]}
     vae = VAE(**model).eval().requires_grad_(False)
@@ -46,12 +46,12 @@ def a_run(latent_dim: int, beta: float, root: str, name: str = "mnist") -> check
     for weight in vae.parameters():
         weight.normal_(0, 0.3, generator=generator)
     path = Path(f"runs/z{latent_dim}/checkpoints/last.ckpt")
-    return checkpoint.Run(vae, path, MODULE | {"model": model, "beta": beta}, DATA | {"root": root, "name": name})
+    return checkpoint.TrainedRun(vae, path, MODULE | {"model": model, "beta": beta}, DATA | {"root": root, "name": name})
 
 
 @pytest.fixture(scope="module")
 def explorer(data_root):
-    return explored.explore([a_run(3, 0.25, data_root), a_run(5, 4.0, data_root)])
+    return explored.load_models([a_run(3, 0.25, data_root), a_run(5, 4.0, data_root)])
 
 
 @pytest.fixture(scope="module")
@@ -70,29 +70,29 @@ def as_bytes(mean: torch.Tensor) -> torch.Tensor:
 
 def test_runs_are_named_by_the_settings_in_which_they_differ(data_root):
     runs = [a_run(3, 0.25, data_root), a_run(3, 4.0, data_root)]
-    assert explored.names(runs) == ["beta=0.25", "beta=4.0"]
-    assert explored.names([runs[0], a_run(5, 0.25, data_root)]) == ["latent_dim=3", "latent_dim=5"]
+    assert explored.run_labels(runs) == ["beta=0.25", "beta=4.0"]
+    assert explored.run_labels([runs[0], a_run(5, 0.25, data_root)]) == ["latent_dim=3", "latent_dim=5"]
     seeds = [runs[0], runs[0]._replace(path=Path("runs/again/checkpoints/last.ckpt"))]
-    assert explored.names(seeds) == ["z3", "again"]
+    assert explored.run_labels(seeds) == ["z3", "again"]
 
 
 def test_runs_of_different_data_or_too_many_are_refused(data_root):
     run = a_run(2, 1.0, data_root)
     with pytest.raises(UserError, match="different data"):
-        explored.explore([run, run._replace(data=run.data | {"binarize": "dynamic"})])
+        explored.load_models([run, run._replace(data=run.data | {"binarize": "dynamic"})])
     with pytest.raises(UserError, match="9 runs are too many"):
-        explored.explore([run] * 9)
+        explored.load_models([run] * 9)
 
 
 def test_runs_of_one_folder_of_pictures_are_of_the_same_data_wherever_it_is_kept(tmp_path):
     np.save(tmp_path / "ours.npy", np.random.default_rng(0).integers(0, 255, (40, 28, 28), np.uint8))
     run = a_run(2, 1.0, str(tmp_path / "ours.npy"), "arrays")
-    run = run._replace(fingerprints={"test": fingerprint(run.datamodule().load("test"))})
+    run = run._replace(fingerprints={"test": fingerprint(run.datamodule().load_split("test"))})
     other = run._replace(data=run.data | {"validation_size": 7, "batch_size": 3, "root": "moved.npy"})
-    assert len(explored.explore([run, other]).runs) == 2
+    assert len(explored.load_models([run, other]).runs) == 2
     for runs in ([run, other._replace(fingerprints={"test": "0"})], [run._replace(fingerprints={}), other]):
         with pytest.raises(UserError, match=r"different data|have changed since"):
-            explored.explore(runs)
+            explored.load_models(runs)
 
 
 def test_principal_components_are_those_of_a_singular_value_decomposition(explorer):
@@ -116,7 +116,7 @@ def test_the_other_map_is_of_the_two_dimensions_of_largest_kl(explorer):
 
 
 def test_one_latent_dimension_has_a_map_too(data_root):
-    points, *_, share = explored.latent_map(explored.explore([a_run(1, 1.0, data_root)]).runs[0], "pca")
+    points, *_, share = explored.latent_map(explored.load_models([a_run(1, 1.0, data_root)]).runs[0], "pca")
     assert points.shape == (10_000, 2) and points[:, 1].eq(0).all() and share == pytest.approx([1, 0])
 
 
@@ -125,7 +125,7 @@ def test_scores_of_a_posterior_that_is_a_point(data_root):
     run = a_run(3, 1.0, data_root)
     list(run.vae.encoder.modules())[-1].bias[3:] = -30.0
     list(run.vae.encoder.modules())[-1].weight[3:] = 0.0
-    under = explored.explore([run]).runs[0]
+    under = explored.load_models([run]).runs[0]
     x = run.images("test")[0][7]
     mean, scores = explored.encode(under, x)
     values = {score.name: score.value for score in scores}
@@ -141,16 +141,16 @@ def test_scores_of_a_posterior_that_is_a_point(data_root):
 def test_the_anomaly_detectors_p_value_is_there_once_it_was_fitted(data_root, tmp_path):
     run = a_run(3, 1.0, data_root)
     x = run.images("test")[0][7]
-    assert "p-value" not in {score.name for score in explored.encode(explored.explore([run]).runs[0], x)[1]}
+    assert "p-value" not in {score.name for score in explored.encode(explored.load_models([run]).runs[0], x)[1]}
     fresh = run._replace(path=tmp_path / "checkpoints" / "last.ckpt")
     fresh.path.parent.mkdir()
     fresh.path.write_bytes(b"weights")
-    assert anomaly_report.detector_if_kept(fresh) is None
+    assert anomaly_report.cached_detector(fresh) is None
     images = run.split("test").pixels
     detector = Detector.fit(run.vae, images[:600], images[600:800])
-    kept(anomaly_report.place(fresh), anomaly_report.ASKED, lambda: detector.state)
-    found = anomaly_report.detector_if_kept(fresh)
-    under = explored.explore([fresh], None, [found.p_values]).runs[0]
+    load_or_compute(anomaly_report.detector_path(fresh), anomaly_report.ASKED, lambda: detector.state)
+    found = anomaly_report.cached_detector(fresh)
+    under = explored.load_models([fresh], None, [found.p_values]).runs[0]
     (score,) = [score for score in explored.encode(under, x)[1] if score.name == "p-value"]
     assert score.value == pytest.approx(100 * detector.p_values(x[None]).item())
 
@@ -187,7 +187,7 @@ def test_state_and_page(client, explorer):
     for run, under in zip(state["runs"], explorer.runs, strict=True):
         assert sorted(run["order"]) == list(range(under.vae.latent_dim))
         assert [run["kl"][d] for d in run["order"]] == sorted(run["kl"], reverse=True)
-    for url in server.PAGE:
+    for url in server.STATIC_ROUTES:
         answer = client.get(url)
         assert answer.status_code == 200 and "default-src 'none'" in answer.headers["content-security-policy"]
         assert not re.search(r"(https?:)?//[\w.-]+\.\w", answer.text), "the page asks nobody else"
@@ -259,7 +259,7 @@ def test_other_mistakes(client):
     assert client.get("/api/map?axes=tsne").status_code == 400
     assert client.get("/api/decode").status_code == 405
     assert client.post("/api/decode", content=Z % 0, headers={"content-type": "text/plain"}).status_code == 415
-    large = b" " * (server.QUESTION + 1)
+    large = b" " * (server.MAX_JSON_BYTES + 1)
     assert client.post("/api/decode", content=large, headers={"content-type": "application/json"}).status_code == 413
     for url in ("/etc/passwd", "/..%2fserver.py", "/page/../server.py", "/docs"):
         assert client.get(url).status_code == 404
@@ -327,24 +327,24 @@ def test_centred_as_mnist_is(explorer):
         sheet[250:390, 40:180] = digit.repeat_interleave(5, 0).repeat_interleave(5, 1)
         pairs = []
         for centre in (True, False):
-            found = picture.read(png(sheet), (1, 28, 28), centre, False, "none")
+            found = picture.read_upload(png(sheet), (1, 28, 28), centre, False, "none")
             pairs.append(torch.stack((found.flatten(), digit.flatten())).float().corrcoef()[0, 1].item())
         assert pairs[0] > 0.93 and pairs[1] < 0.5
 
 
 def test_binarised_coloured_transparent_turned_and_blank_pictures():
     grey = torch.tensor([[127, 128], [0, 255]], dtype=torch.uint8)
-    assert picture.read(png(grey), (1, 2, 2), False, False, "dynamic").tolist() == [[[0, 255], [0, 255]]]
+    assert picture.read_upload(png(grey), (1, 2, 2), False, False, "dynamic").tolist() == [[[0, 255], [0, 255]]]
     colours = torch.tensor([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [9, 8, 7]]], dtype=torch.uint8)
-    assert picture.read(png(colours), (3, 2, 2), False, False, "none").tolist() == colours.permute(2, 0, 1).tolist()
+    assert picture.read_upload(png(colours), (3, 2, 2), False, False, "none").tolist() == colours.permute(2, 0, 1).tolist()
     clear = torch.tensor([[[0, 0, 0, 0], [0, 0, 0, 255]]] * 2, dtype=torch.uint8)
-    assert picture.read(png(clear), (1, 2, 2), False, False, "none").tolist() == [[[255, 0], [255, 0]]]
+    assert picture.read_upload(png(clear), (1, 2, 2), False, False, "none").tolist() == [[[255, 0], [255, 0]]]
     buffer, exif = io.BytesIO(), Image.Exif()
     exif[0x0112] = 3  # upside down
     Image.fromarray(grey.numpy()).save(buffer, "PNG", exif=exif)
-    turned = picture.read(buffer.getvalue(), (1, 2, 2), False, False, "none")
+    turned = picture.read_upload(buffer.getvalue(), (1, 2, 2), False, False, "none")
     assert turned.tolist() == grey.flip(0, 1)[None].tolist()
-    blank = picture.read(png(torch.zeros(9, 5, dtype=torch.uint8)), (1, 28, 28), True, False, "none")
+    blank = picture.read_upload(png(torch.zeros(9, 5, dtype=torch.uint8)), (1, 28, 28), True, False, "none")
     assert blank.shape == (1, 28, 28) and not blank.any()
 
 
@@ -361,17 +361,17 @@ def test_an_upload_is_read_just_as_the_models_own_pictures_are(explorer, tmp_pat
         content = (tmp_path / name).read_bytes()
         for channels in (1, 3):
             for look in ({}, {"fit": "pad", "background": "#204060"}):
-                wanted, _ = read_picture(tmp_path / name, (channels, 20, 16), **look)
-                assert torch.equal(picture.read(content, (channels, 20, 16), **look), wanted), (name, channels, look)
+                wanted, _ = read_image(tmp_path / name, (channels, 20, 16), **look)
+                assert torch.equal(picture.read_upload(content, (channels, 20, 16), **look), wanted), (name, channels, look)
     content = (tmp_path / "deep.png").read_bytes()
-    figure = picture.read(content, (1, 28, 28), centre=True)
+    figure = picture.read_upload(content, (1, 28, 28), centre=True)
     assert 5 < figure[figure > 0].float().mean() < 200, "16 bits are no white"
     # By the server too: what the model's data say.
     run = explorer.runs[0].run
     padded = replace(explorer.runs[0], run=run._replace(data=run.data | {"fit": "pad", "background": "#204060"}))
     with TestClient(server.app(replace(explorer, runs=[padded]), set()), base_url="http://127.0.0.1") as client:
         found = shown(post_picture(client, content).json()["image"])
-    wanted, _ = read_picture(tmp_path / "deep.png", (1, 28, 28), "pad", "#204060")
+    wanted, _ = read_image(tmp_path / "deep.png", (1, 28, 28), "pad", "#204060")
     assert torch.equal(found, wanted[0].long())
 
 
@@ -394,7 +394,7 @@ def test_uploads_that_are_refused(client):
     for content, words in ((huge, "exceeds limit"), (wide.getvalue(), "above the limit of 25,000,000")):
         answer = post_picture(client, content)
         assert answer.status_code == 400 and words in answer.json()["error"]
-    answer = post_picture(client, b"0" * (picture.UPLOAD + 1))
+    answer = post_picture(client, b"0" * (picture.MAX_UPLOAD_BYTES + 1))
     assert answer.status_code == 413 and "10 MB" in answer.json()["error"]
     form = client.post("/api/picture", files={"file": whole})
     assert form.status_code == 415, "a form of another site could send that"
@@ -402,17 +402,17 @@ def test_uploads_that_are_refused(client):
 
 
 def test_where_the_page_is_and_who_reaches_it():
-    with server.listen("127.0.0.1", 0) as one:
-        url, warning = server.reach(one)
+    with server.open_socket("127.0.0.1", 0) as one:
+        url, warning = server.page_url(one)
         assert re.fullmatch(r"http://127\.0\.0\.1:\d+", url) and warning is None
         with pytest.raises(UserError, match=r"\(Address already in use\); port=0 takes any"):
-            server.listen("127.0.0.1", one.getsockname()[1])
-    with server.listen("0.0.0.0", 0) as everywhere:
-        url, warning = server.reach(everywhere)
+            server.open_socket("127.0.0.1", one.getsockname()[1])
+    with server.open_socket("0.0.0.0", 0) as everywhere:
+        url, warning = server.page_url(everywhere)
         assert url.startswith("http://localhost:") and "without a password" in warning
         assert socket.gethostname() in warning
     with pytest.raises(UserError, match="cannot be had"):
-        server.listen("no such host", 0)
+        server.open_socket("no such host", 0)
 
 
 @pytest.fixture(scope="module")
@@ -428,7 +428,7 @@ def sweep(tmp_path_factory):
             "hyper_parameters": run.settings,
             "datamodule_hyper_parameters": run.data,
         }
-        checkpoint.save(content | {"state_dict": weights}, folder / f"beta_{beta:g}" / "checkpoints" / "last.ckpt")
+        checkpoint.save_checkpoint(content | {"state_dict": weights}, folder / f"beta_{beta:g}" / "checkpoints" / "last.ckpt")
     return folder
 
 

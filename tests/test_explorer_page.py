@@ -23,16 +23,16 @@ from tests.test_explorer import a_run, as_bytes, png
 
 @pytest.fixture(scope="module")
 def explorer(data_root):
-    return explored.explore([a_run(3, 0.25, data_root), a_run(15, 4.0, data_root)])
+    return explored.load_models([a_run(3, 0.25, data_root), a_run(15, 4.0, data_root)])
 
 
 @pytest.fixture(scope="module")
 def url(explorer):
-    listening = server.listen("127.0.0.1", 0)
+    listening = server.open_socket("127.0.0.1", 0)
     serving = uvicorn.Server(uvicorn.Config(server.app(explorer, set()), log_level="warning", lifespan="off"))
     thread = threading.Thread(target=serving.run, args=([listening],), daemon=True)
     thread.start()
-    yield server.reach(listening)[0]
+    yield server.page_url(listening)[0]
     serving.should_exit = True
     thread.join(10)
 

@@ -14,8 +14,8 @@ import torch
 
 import betavae
 from betavae.errors import UserError
-from betavae.fast import accelerate
-from betavae.files import filling
+from betavae.fast import use_fast_cpu_kernels
+from betavae.files import atomic_dir
 from betavae.likelihoods import LIKELIHOODS, Likelihood
 from betavae.objectives import elbo
 from betavae.running import checkpoint
@@ -40,14 +40,14 @@ def made(name):
         parameter.add_(0.1 * torch.randn_like(parameter))  # no bias, and no scale, at its first value
     if name == "conv":
         vae.decoder[-1].bias[0] -= 150  # logits as far out as a trained model's, where log(sigmoid(x)) is -inf
-    return accelerate(vae.eval())
+    return use_fast_cpu_kernels(vae.eval())
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     """A model as ONNX, once, since it takes seconds."""
     vae, folder = made("conv"), tmp_path_factory.mktemp("onnx") / "export"
-    return vae, folder, export.graphs(vae, MODELS["conv"], "onnx", folder)
+    return vae, folder, export.export_graphs(vae, MODELS["conv"], "onnx", folder)
 
 
 def test_onnxruntime_gives_the_models_numbers_at_any_batch(exported):
@@ -81,7 +81,7 @@ def shape_of(about, graph, output):
 @pytest.mark.filterwarnings("ignore:`torch.jit.load`")
 def test_torchs_own_formats(tmp_path, form, name):
     vae = made(name)
-    about = export.graphs(vae, MODELS[name], form, tmp_path / "export")
+    about = export.export_graphs(vae, MODELS[name], form, tmp_path / "export")
     path = tmp_path / "export" / about["graphs"]["score"]["file"]
     score = torch.jit.load(path) if form == "torchscript" else torch.export.load(path).module()
     x, noise = torch.rand(9, 1, 28, 28), torch.randn(9, vae.latent_dim)
@@ -107,7 +107,7 @@ def test_safetensors_hold_the_weights_and_the_recipe(tmp_path):
     from safetensors.torch import load_file
 
     vae = made("conv")
-    export.weights(vae, MODELS["conv"], tmp_path)
+    export.export_weights(vae, MODELS["conv"], tmp_path)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         again = VAE(**json.loads(file.metadata()["model"]))
     again.load_state_dict(load_file(tmp_path / "model.safetensors"))
@@ -125,10 +125,10 @@ def test_a_graph_that_is_off_is_refused(tmp_path, monkeypatch):
 
     monkeypatch.setitem(export.FORMATS, "wrong", (".pt2", nothing))
     with pytest.raises(UserError, match="exported encoder is off by inf"):
-        export.graphs(made("mlp"), MODELS["mlp"], "wrong", tmp_path)
+        export.export_graphs(made("mlp"), MODELS["mlp"], "wrong", tmp_path)
     monkeypatch.setitem(export.FORMATS, "wrong", (".pt2", wrong))
     with pytest.raises(UserError, match=r"exported encoder is off by 1.0e-03"):
-        export.graphs(made("mlp"), MODELS["mlp"], "wrong", tmp_path)
+        export.export_graphs(made("mlp"), MODELS["mlp"], "wrong", tmp_path)
 
     class Choosy(Likelihood):
         def log_prob(self, x, params):
@@ -140,7 +140,7 @@ def test_a_graph_that_is_off_is_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(LIKELIHOODS, "choosy", Choosy)
     model = MODELS["mlp"] | {"likelihood": "choosy"}
     with pytest.raises(UserError, match="format=pt2 cannot hold the score"):
-        export.graphs(VAE(**model).requires_grad_(False), model, "pt2", tmp_path)
+        export.export_graphs(VAE(**model).requires_grad_(False), model, "pt2", tmp_path)
 
 
 @pytest.fixture
@@ -149,7 +149,7 @@ def lone(tmp_path):
     content = {"betavae_format": checkpoint.FORMAT, "hyper_parameters": MODULE | {"model": MODELS["mlp"]}}
     content["state_dict"] = {f"vae.{key}": value for key, value in made("mlp").state_dict().items()}
     data = DATA | {"name": "folder", "root": "/home/me/secret", "cache": "/home/me/scratch", "image_size": 28}
-    checkpoint.save(content | {"datamodule_hyper_parameters": data | {"channels": 1, "fit": "pad"}}, path)
+    checkpoint.save_checkpoint(content | {"datamodule_hyper_parameters": data | {"channels": 1, "fit": "pad"}}, path)
     stale = {"sha256": "of the file before", "best": "knn", "fid": {"mean": 98.765, "se": 1.0}}
     (path.parent / "fidelity.json").write_text(json.dumps(stale))
     (path.parent / "metrics.json").write_text(json.dumps({"test": {"neg_elbo": 123.456}, "note": "a surrogate"}))
@@ -204,9 +204,9 @@ def test_nothing_of_others_is_written_over(lone, tmp_path):
 
 
 def test_of_two_at_once_the_first_has_the_folder(tmp_path):
-    with pytest.raises(UserError, match="out is there already"), filling(tmp_path / "out") as one:
+    with pytest.raises(UserError, match="out is there already"), atomic_dir(tmp_path / "out") as one:
         (one / "a").write_text("1")
-        with filling(tmp_path / "out") as two:
+        with atomic_dir(tmp_path / "out") as two:
             (two / "b").write_text("2")
     assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == ["out", "out/b"]
 
@@ -227,7 +227,7 @@ def test_an_empty_folder_is_filled_in_place(lone, tmp_path, out):
 
 
 def test_of_two_at_once_in_an_empty_folder_one_has_it(tmp_path):
-    with pytest.raises(UserError, match="is there already"), filling(tmp_path) as one:
+    with pytest.raises(UserError, match="is there already"), atomic_dir(tmp_path) as one:
         (one / "a").write_text("1")
         (tmp_path / "b").write_text("2")
     assert [path.name for path in tmp_path.iterdir()] == ["b"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from betavae.fast import CrossEntropy, Tanh, accelerate
+from betavae.fast import FastBCEWithLogits, FastTanh, use_fast_cpu_kernels
 from betavae.likelihoods import Bernoulli, ContinuousBernoulli
 from betavae.vae import VAE
 from tests.conftest import MODEL
@@ -33,7 +33,7 @@ def test_cross_entropy_and_its_gradient_at_any_logit_and_precision(of_images, of
     for shape in ((1, 28, 28), (3, 11, 19), (1, 1, 1), (1, 1, 101)):
         x, logits = torch.rand(5, *shape).to(of_images), (scale * torch.randn(2, 5, *shape)).to(of_logits)
         weights = torch.rand(2, 5, dtype=torch.float64)
-        value, gradient = value_and_gradient(CrossEntropy.apply, x, logits, weights)
+        value, gradient = value_and_gradient(FastBCEWithLogits.apply, x, logits, weights)
         expected, slope = value_and_gradient(plain, x, logits, weights)
         assert value.shape == (2, 5) and value.dtype == torch.promote_types(of_images, torch.float32)
         assert gradient.dtype == of_logits
@@ -52,7 +52,7 @@ def test_cross_entropy_of_a_whole_image_of_one_logit(logit, dtype):
     x = torch.tensor([0.0, 0.5, 1.0], dtype=dtype).view(3, 1, 1, 1).expand(3, 1, 10, 10)
     logits = torch.full((1, 3, 1, 10, 10), logit, dtype=dtype)
     weights = torch.ones(1, 3)
-    value, gradient = value_and_gradient(CrossEntropy.apply, x, logits, weights)
+    value, gradient = value_and_gradient(FastBCEWithLogits.apply, x, logits, weights)
     expected, slope = value_and_gradient(plain, x, logits, weights)
     torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=1e-5)
     torch.testing.assert_close(gradient, slope)
@@ -61,18 +61,18 @@ def test_cross_entropy_of_a_whole_image_of_one_logit(logit, dtype):
 
 def test_cross_entropy_broadcasts_images_over_samples():
     x, logits = torch.rand(4, 1, 6, 5).double(), torch.randn(2, 3, 4, 1, 6, 5).double()
-    value = CrossEntropy.apply(x, logits)
+    value = FastBCEWithLogits.apply(x, logits)
     assert value.shape == (2, 3, 4)
     for i, j, n in ((0, 0, 0), (1, 2, 3), (0, 2, 1)):
         torch.testing.assert_close(value[i, j, n], plain(x[[n]], logits[i, j, [n]])[0])
-    assert torch.autograd.gradcheck(lambda logits: CrossEntropy.apply(x, logits), logits.requires_grad_())
+    assert torch.autograd.gradcheck(lambda logits: FastBCEWithLogits.apply(x, logits), logits.requires_grad_())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_tanh_and_its_gradient(dtype):
     x = torch.cat((torch.linspace(-12, 12, 4001), torch.tensor([-1e4, 1e4, 0.0, 1e-3, -1e-3]))).to(dtype)
     ours, theirs = x.clone().requires_grad_(), x.double().requires_grad_()
-    value, exact = Tanh()(ours), torch.tanh(theirs)
+    value, exact = FastTanh()(ours), torch.tanh(theirs)
     assert value.dtype == dtype
     # 2 sigmoid - 1 is as exact as numbers near 1 are.
     atol = {torch.float64: 1e-15, torch.float32: 3e-7, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
@@ -96,15 +96,15 @@ def test_accelerate_leaves_names_and_numbers(network, likelihood):
         return [*posterior, params, log_px, *gradients]
 
     before, state = numbers(), {name: value.clone() for name, value in vae.state_dict().items()}
-    assert accelerate(vae) is vae
+    assert use_fast_cpu_kernels(vae) is vae
     kinds = {type(part) for part in vae.modules()}
-    assert Tanh in kinds and torch.nn.Tanh not in kinds
+    assert FastTanh in kinds and torch.nn.Tanh not in kinds
     if isinstance(vae.likelihood, Bernoulli):
-        assert vae.likelihood.cross_entropy == CrossEntropy.apply
+        assert vae.likelihood.cross_entropy == FastBCEWithLogits.apply
     assert list(vae.state_dict()) == list(state)
     assert all(torch.equal(value, state[name]) for name, value in vae.state_dict().items())
     for ours, plain_ones in zip(numbers(), before, strict=True):
         torch.testing.assert_close(ours, plain_ones, rtol=1e-4, atol=1e-4)
     fresh = VAE(**settings)
-    assert not any(type(part) is Tanh for part in fresh.modules())  # of this VAE alone
+    assert not any(type(part) is FastTanh for part in fresh.modules())  # of this VAE alone
     assert isinstance(fresh.likelihood, ContinuousBernoulli) or "cross_entropy" not in vars(fresh.likelihood)

@@ -12,10 +12,10 @@ import torch
 from betavae.data import mnist
 from betavae.data.datamodule import ImageDataModule
 from betavae.data.fingerprint import fingerprint
-from betavae.data.images import Images
+from betavae.data.images import ImageSet
 from betavae.errors import UserError
 from betavae.measures import features, fidelity
-from betavae.measures.fidelity import Moments, frechet, imbalance, kernel_distance, moments, nearest, shares, summary
+from betavae.measures.fidelity import Moments, frechet_distance, label_tv_distance, kid, moments, nearest, prdc, mean_and_se
 from betavae.running import checkpoint
 from betavae.sweeping import report
 from betavae.sweeping.jobs import Job
@@ -31,13 +31,13 @@ def test_the_frechet_distance_of_two_normal_distributions():
     for axes in (torch.eye(3).double(), turn):
         a = Moments(axes @ mean, axes @ one.square().diag() @ axes.T)
         b = Moments(torch.zeros(3).double(), axes @ two.square().diag() @ axes.T)
-        assert frechet(a, b) == pytest.approx(5 + 4 + 4 + 0, rel=1e-9) == frechet(b, a)
+        assert frechet_distance(a, b) == pytest.approx(5 + 4 + 4 + 0, rel=1e-9) == frechet_distance(b, a)
     # Where they do not commute: tr (AB)^(1/2) in two dimensions is (tr AB + 2 (det AB)^(1/2))^(1/2).
     a, b = torch.tensor([[2.0, 1.0], [1.0, 3.0]]).double(), torch.tensor([[1.0, -0.5], [-0.5, 4.0]]).double()
     root = (torch.trace(a @ b) + 2 * torch.det(a @ b).sqrt()).sqrt()
     zero = torch.zeros(2).double()
     wanted = (a.trace() + b.trace() - 2 * root).item()
-    assert frechet(Moments(zero, a), Moments(zero, b)) == pytest.approx(wanted, rel=1e-9)
+    assert frechet_distance(Moments(zero, a), Moments(zero, b)) == pytest.approx(wanted, rel=1e-9)
 
 
 def test_moments_are_those_of_the_rows():
@@ -46,9 +46,9 @@ def test_moments_are_those_of_the_rows():
     torch.testing.assert_close(found.mean, x.double().mean(0))
     centred = x.double() - x.double().mean(0)
     torch.testing.assert_close(found.covariance, centred.T @ centred / 49)
-    assert frechet(found, found) == pytest.approx(0, abs=1e-9)
+    assert frechet_distance(found, found) == pytest.approx(0, abs=1e-9)
     shifted = moments(x + 2)
-    assert frechet(found, shifted) == pytest.approx(16, rel=1e-5)
+    assert frechet_distance(found, shifted) == pytest.approx(16, rel=1e-5)
 
 
 def test_a_matrix_root_says_the_same():
@@ -57,7 +57,7 @@ def test_a_matrix_root_says_the_same():
     a, b = moments(torch.randn(60, 5)), moments(torch.randn(80, 5) @ torch.randn(5, 5) + 0.3)
     root = torch.from_numpy(sqrtm((a.covariance @ b.covariance).numpy()).real)
     wanted = (a.mean - b.mean).square().sum() + (a.covariance + b.covariance - 2 * root).trace()
-    assert frechet(a, b) == pytest.approx(wanted.item(), rel=1e-6)
+    assert frechet_distance(a, b) == pytest.approx(wanted.item(), rel=1e-6)
 
 
 def test_the_kernel_distance_is_the_mean_over_all_pairs_of_different_images_and_unbiased():
@@ -69,25 +69,25 @@ def test_the_kernel_distance_is_the_mean_over_all_pairs_of_different_images_and_
     wanted = sum(kernel(one[i], one[j]) for i in range(4) for j in range(4) if i != j) / 12
     wanted += sum(kernel(two[i], two[j]) for i in range(5) for j in range(5) if i != j) / 20
     wanted -= 2 * sum(kernel(a, b) for a in one for b in two) / 20
-    assert kernel_distance(one, two) == pytest.approx(wanted, rel=1e-5)
-    same = torch.tensor([kernel_distance(torch.randn(20, 3), torch.randn(20, 3)) for _ in range(400)])
+    assert kid(one, two) == pytest.approx(wanted, rel=1e-5)
+    same = torch.tensor([kid(torch.randn(20, 3), torch.randn(20, 3)) for _ in range(400)])
     assert abs(same.mean()) < 4 * same.std() / 20 and same.min() < 0
 
 
 def test_shares_of_identical_and_of_distant_sets():
     real = torch.randn(100, 4)
     # Of each point's own copy, and of its five nearest neighbours, each ball holds k + 1.
-    assert shares(real, real) == (1, 1, pytest.approx(6 / 5), 1)
-    assert shares(real, real + 100) == (0, 0, 0, 0)
+    assert prdc(real, real) == (1, 1, pytest.approx(6 / 5), 1)
+    assert prdc(real, real + 100) == (0, 0, 0, 0)
 
 
 def test_what_precision_and_recall_were_made_to_tell_apart():
     clumps = torch.tensor([[0.0, 0.0], [50.0, 0.0]])
     real = (clumps[:, None] + torch.rand(2, 50, 2)).flatten(0, 1)
     one_clump = torch.rand(100, 2)
-    found = shares(real, one_clump)  # a mode dropped
+    found = prdc(real, one_clump)  # a mode dropped
     assert found.precision > 0.8 and found.recall <= 0.5 and found.coverage <= 0.5
-    found = shares(one_clump, real)  # a mode invented
+    found = prdc(one_clump, real)  # a mode invented
     assert found.precision <= 0.5 and found.recall > 0.8
 
 
@@ -96,7 +96,7 @@ def test_one_outlier_lifts_precision_and_not_density():
     torch.manual_seed(3)
     real = torch.cat((torch.randn(200, 2) * 0.1, torch.tensor([[10.0, 0.0]])))
     fake = torch.randn(200, 2) * 0.3 + torch.tensor([6.0, 3.0])
-    found = shares(real, fake)
+    found = prdc(real, fake)
     assert found.precision == 1 and found.density == pytest.approx(1 / 5) and found.coverage < 0.01
 
 
@@ -106,10 +106,10 @@ def test_nearest_imbalance_and_summary():
     assert place.tolist() == [[1, 0], [2, 1]] and distance.flatten().tolist() == pytest.approx(
         [0.1, 0.9, 1, 3], abs=1e-5
     )
-    assert imbalance(torch.tensor([0, 0, 0, 1]), torch.tensor([0, 1, 2, 2])) == pytest.approx(0.5)
-    assert imbalance(torch.tensor([2, 0]), torch.tensor([0, 2, 0, 2])) == 0
-    assert imbalance(torch.tensor([-1, -1]), torch.tensor([-1, 10**9])) == 0.5
-    found = summary([{"a": 1.0}, {"a": 2.0}, {"a": 6.0}])["a"]
+    assert label_tv_distance(torch.tensor([0, 0, 0, 1]), torch.tensor([0, 1, 2, 2])) == pytest.approx(0.5)
+    assert label_tv_distance(torch.tensor([2, 0]), torch.tensor([0, 2, 0, 2])) == 0
+    assert label_tv_distance(torch.tensor([-1, -1]), torch.tensor([-1, 10**9])) == 0.5
+    found = mean_and_se([{"a": 1.0}, {"a": 2.0}, {"a": 6.0}])["a"]
     assert found == {"mean": pytest.approx(3), "se": pytest.approx(math.sqrt(7) / math.sqrt(3))}
 
 
@@ -117,8 +117,8 @@ def test_distances_hold_far_from_zero():
     """Features of a common offset have the shares and the neighbors of the same features without it."""
     real, fake = torch.randn(2, 300, 8).mul(2**10).round() / 2**10  # so that the offset rounds none of them
     fake = torch.cat((fake, real[:20]))
-    assert shares(real + 512, fake + 512) == shares(real, fake)
-    assert shares(real, fake).precision < 0.99
+    assert prdc(real + 512, fake + 512) == prdc(real, fake)
+    assert prdc(real, fake).precision < 0.99
     for one, two in zip(nearest(fake + 512, real + 512, 3), nearest(fake, real, 3), strict=True):
         assert torch.equal(one, two)
     distance, place = nearest(fake + 512, real + 512)
@@ -129,7 +129,7 @@ def test_distances_hold_far_from_zero():
     ("shape", "size"), [((1, 28, 28), 784), ((1, 1, 2000), 1000), ((3, 2000, 1), 750), ((1, 3, 1001), 1002)]
 )
 def test_pixels_of_any_shape_are_averaged_down(shape, size):
-    found = fidelity.pixels(torch.full((2, *shape), 0.25))
+    found = fidelity.pixel_features(torch.full((2, *shape), 0.25))
     assert found.shape == (2, size) and (found == 0.25).all()
 
 
@@ -142,21 +142,21 @@ def bars(n):
         pixels[i, 0, place] = 255
         if labels[i]:
             pixels[i, 0] = pixels[i, 0].T.clone()
-    return Images(pixels, labels)
+    return ImageSet(pixels, labels)
 
 
 def test_the_classifier_learns_is_kept_and_is_made_anew_for_other_data(tmp_path, capsys):
     train, test, path = bars(2000), bars(300), tmp_path / "new" / "bars.pt"
-    model, accuracy = features.trained(path, train, test)
+    model, accuracy = features.load_or_train(path, train, test)
     assert accuracy > 0.97 and "once" in capsys.readouterr().out
     assert not model.training and not any(weights.requires_grad for weights in model.parameters())
     x = test.pixels.float() / 255
     found = model.features(x)
-    assert found.shape == (300, features.WIDTH)
+    assert found.shape == (300, features.FEATURE_DIM)
     assert (model.classify(found) == test.labels).float().mean().item() == pytest.approx(accuracy)
-    again, said = features.trained(path, train, test)
+    again, said = features.load_or_train(path, train, test)
     assert said == accuracy and torch.equal(again.features(x), found) and not capsys.readouterr().out
-    features.trained(path, bars(200), test)
+    features.load_or_train(path, bars(200), test)
     assert "once" in capsys.readouterr().out
 
 
@@ -175,14 +175,14 @@ def test_the_command(tmp_path, data_root, capsys, monkeypatch):
     state = {f"vae.{key}": value for key, value in VAE(**model).state_dict().items()}
     content = {"betavae_format": checkpoint.FORMAT, "hyper_parameters": MODULE | {"model": model}, "state_dict": state}
     content |= {"datamodule_hyper_parameters": DATA | {"root": data_root}}
-    checkpoint.save(content, tmp_path / "lone.ckpt")
+    checkpoint.save_checkpoint(content, tmp_path / "lone.ckpt")
     # A classifier that knows nothing saves the minute.
     classifier = features.Classifier((1, 28, 28), torch.arange(10))
     kept = tmp_path / "runs" / "features" / "mnist.pt"
     made = {"state": classifier.state_dict(), "accuracy": 0.1}
     data = [fingerprint(mnist(Path(data_root), split), labels=True) for split in ("train", "test")]
     held = {"data": data, "shape": [1, 28, 28], "version": 2}
-    features.kept(kept, held, lambda: made)
+    features.load_or_compute(kept, held, lambda: made)
     command = runpy.run_path(str(REPO / "scripts" / "fidelity.py"))["main"].task
     monkeypatch.setenv("HOME", str(tmp_path))
     asked = {"ckpt": "~/lone.ckpt", "runs": "~/runs", "n": 60, "repeats": 2, "reference": 500}
@@ -213,7 +213,7 @@ def few(tmp_path):
     datamodule = ImageDataModule(**content["datamodule_hyper_parameters"])
     datamodule.setup()
     content["fingerprints"] = datamodule.fingerprints
-    checkpoint.save(content, tmp_path / "lone.ckpt")
+    checkpoint.save_checkpoint(content, tmp_path / "lone.ckpt")
     command = runpy.run_path(str(REPO / "scripts" / "fidelity.py"))["main"].task
 
     def score(**settings):
@@ -245,9 +245,9 @@ def test_another_samplers_numbers_come_beside_those_made_in_the_same_way(few, tm
     assert "numbers of gaussian are dropped: made with another images" in capsys.readouterr().out
     assert "gaussian" not in alone and alone["best"] == "prior" and alone["fid"] == alone["prior"]["fid"]
     # A checkpoint of the same name that is another.
-    content = checkpoint.read(tmp_path / "lone.ckpt")
+    content = checkpoint.read_checkpoint(tmp_path / "lone.ckpt")
     content["state_dict"] = {key: value + 0.01 for key, value in content["state_dict"].items()}
-    checkpoint.save(content, tmp_path / "lone.ckpt")
+    checkpoint.save_checkpoint(content, tmp_path / "lone.ckpt")
     assert "prior" not in few(sampler="gaussian", n=15)
 
 
@@ -257,8 +257,8 @@ def test_a_sweep_report_knows_what_was_measured_in_its_jobs(tmp_path):
     (tmp_path / "evaluation.json").write_text(json.dumps({"neg_elbo": {"mean": 7.0}, "nll_10": {"mean": 6.5}}))
     job = Job(tmp_path, "finished", {}, {"test": {"neg_elbo": 7.25}, "seconds": 3})
     wanted = {"neg_elbo": 7.25, "nll_10": 6.5, "fid": 1.5, "mixture.fid": 1.5, "seconds": 3}
-    assert report.numbers(job) == wanted
-    setting = report.Setting({"beta": "1"}, [job])
+    assert report.job_metrics(job) == wanted
+    setting = report.SettingGroup({"beta": "1"}, [job])
     assert setting.mean_sd("fid")[0] == 1.5
-    assert report.metrics([setting]) == ["neg_elbo", "fid", "nll_10", "seconds"]
-    assert "mixture.fid" in report.measured([setting])
+    assert report.table_metrics([setting]) == ["neg_elbo", "fid", "nll_10", "seconds"]
+    assert "mixture.fid" in report.available_metrics([setting])

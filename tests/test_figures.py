@@ -12,7 +12,7 @@ from tests.conftest import MODEL
 
 def test_a_grid_holds_each_image_pixel_for_pixel_clamped_and_never_stretched():
     images = torch.stack([torch.full((1, 3, 4), value) for value in (0.2, 0.4, -1.0, 7.0, 0.5)])
-    picture = pictures.grid(images, columns=2)
+    picture = pictures.make_grid(images, columns=2)
     assert picture.shape == (1, 3 * 5 + 2, 2 * 6 + 2)
     corners = [picture[0, 2 + 5 * r, 2 + 6 * c].item() for r in range(3) for c in range(2)]
     assert corners == pytest.approx([0.2, 0.4, 0.0, 1.0, 0.5, 0.0])
@@ -20,7 +20,7 @@ def test_a_grid_holds_each_image_pixel_for_pixel_clamped_and_never_stretched():
 
 
 def test_a_saved_picture_has_those_grey_values(tmp_path):
-    pictures.save_picture(torch.tensor([[[0.0, 0.2], [0.6, 1.0]]]), tmp_path / "new" / "a.png", scale=3)
+    pictures.save_image(torch.tensor([[[0.0, 0.2], [0.6, 1.0]]]), tmp_path / "new" / "a.png", scale=3)
     pixels = imread(tmp_path / "new" / "a.png")
     assert pixels.shape[:2] == (6, 6)
     assert pixels[::3, ::3].flatten().tolist() == pytest.approx([0, 0.2, 0.6, 1], abs=1 / 255)
@@ -29,7 +29,7 @@ def test_a_saved_picture_has_those_grey_values(tmp_path):
 def test_what_cannot_be_written_is_said(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="out: cannot write"):
-        pictures.save_picture(torch.zeros(1, 2, 2), tmp_path / "file" / "a.png")
+        pictures.save_image(torch.zeros(1, 2, 2), tmp_path / "file" / "a.png")
 
 
 def figure():
@@ -49,7 +49,7 @@ def test_a_picture_of_every_format_is_replaced_by_the_next_and_a_foreign_one_nev
 
     def save():
         if channels:
-            pictures.save_picture(torch.rand(channels, 40, 30), out)
+            pictures.save_image(torch.rand(channels, 40, 30), out)
         else:
             pictures.save_figure(figure(), out)
 
@@ -67,7 +67,7 @@ def test_a_picture_of_every_format_is_replaced_by_the_next_and_a_foreign_one_nev
 
 @pytest.mark.parametrize("ending", ["", ".gif", ".bmp", ".eps", ".nonsense"])
 def test_a_format_that_cannot_be_marked_is_rejected(tmp_path, ending):
-    for save, what in ((pictures.save_picture, torch.zeros(1, 2, 2)), (pictures.save_figure, figure())):
+    for save, what in ((pictures.save_image, torch.zeros(1, 2, 2)), (pictures.save_figure, figure())):
         with pytest.raises(UserError, match=r"a\S* is invalid: expected a name that ends in \.png, .*\.pdf"):
             save(what, tmp_path / f"a{ending}")
     assert not list(tmp_path.iterdir())

@@ -117,7 +117,7 @@ def test_a_size_of_a_split_that_the_data_have_is_rejected(root, tmp_path, source
     def sizes(validation_size=None, **more):
         data = ImageDataModule(source, str(root), validation_size, 5, 5, "none", 0, **settings, **more)
         data.setup()
-        return [len(data.sets[split]) for split in ("train", "validation", "test")]
+        return [len(data.splits[split]) for split in ("train", "validation", "test")]
 
     assert sizes() == ([20, 20, 20] if source == "folder" else [36, 4, 20])
     assert sizes(0) == ([20, 0, 20] if source == "folder" else [40, 0, 20])
@@ -183,7 +183,7 @@ def splits(root, tmp_path, **settings):
         "folder", str(root), **{"batch_size": 1, "eval_batch_size": 1} | sizes | own | settings, binarize="none", seed=0
     )
     made.setup()
-    return {split: set(images.names) for split, images in made.sets.items()}
+    return {split: set(images.names) for split, images in made.splits.items()}
 
 
 def test_a_picture_stays_in_its_split_whatever_comes_or_goes(root, tmp_path):

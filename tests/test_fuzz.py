@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from betavae import data
-from betavae.data import Images
-from betavae.data.batches import Batches
+from betavae.data import ImageSet
+from betavae.data.batches import BatchLoader
 from betavae.data.datamodule import ImageDataModule
 from betavae.errors import UserError
 from betavae.likelihoods import LIKELIHOODS
@@ -20,9 +20,9 @@ from betavae.networks import ACTIVATIONS, NETWORKS
 from betavae.objectives import elbo
 from betavae.running.building import build
 from betavae.running.cli import CONFIGS, all_keys, explain
-from betavae.running.resuming import Signals
+from betavae.running.resuming import SignalHandler
 from betavae.running.run_folder import RunFolder
-from betavae.running.settings import Train, check_settings, keys_of, plain
+from betavae.running.settings import TrainConfig, check_settings, dotted_keys, to_plain
 from betavae.schedules import BETA_SCHEDULES, LR_DECAYS, lr_factor
 from betavae.vae import VAE
 from tests.fuzz_commands import Session, hostile_word, play
@@ -103,11 +103,11 @@ def test_the_schedules(step, total, warmup, cycles, ramp, decay):
     stop=st.integers(0, 60),
 )
 def test_the_batches(n, batch_size, epoch, seed, processes, stop):
-    images = Images(torch.zeros(n, 1, 2, 2, dtype=torch.uint8), torch.arange(n))
+    images = ImageSet(torch.zeros(n, 1, 2, 2, dtype=torch.uint8), torch.arange(n))
 
     def shared(rank, *training):
-        batches = Batches(images, batch_size, *training)
-        batches.share(rank, processes)
+        batches = BatchLoader(images, batch_size, *training)
+        batches.shard(rank, processes)
         return batches
 
     seen = []
@@ -128,12 +128,12 @@ def test_the_batches(n, batch_size, epoch, seed, processes, stop):
     assert sorted(evaluated) == list(range(n))
 
 
-def tiny(root: Path, split: str) -> Images | None:
+def tiny(root: Path, split: str) -> ImageSet | None:
     if split == "validation":
         return None
     n = 60 if split == "train" else 10
     pixels = (torch.arange(n) % 256).to(torch.uint8).view(n, 1, 1, 1).expand(n, 1, 28, 28).clone()
-    return Images(pixels, torch.arange(n) % 10)
+    return ImageSet(pixels, torch.arange(n) % 10)
 
 
 @quick
@@ -144,18 +144,18 @@ def tiny(root: Path, split: str) -> Images | None:
 )
 def test_the_splits(validation, binarize, seeds):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(data.SOURCES, "mnist", tiny)
+        patch.setitem(data.DATASETS, "mnist", tiny)
         modules = [ImageDataModule("mnist", "nowhere", validation, 1, 10, binarize, seed) for seed in seeds]
         for module in modules:
             module.setup()
-    sets = modules[0].sets
+    sets = modules[0].splits
     assert {name: len(images) for name, images in sets.items()} == {
         "train": 60 - validation,
         "validation": validation,
         "test": 10,
     }
     # The same for every seed.
-    for name, images in modules[1].sets.items():
+    for name, images in modules[1].splits.items():
         assert torch.equal(images.pixels, sets[name].pixels) and torch.equal(images.labels, sets[name].labels)
     if binarize == "none":
         pixels = torch.cat((sets["train"].pixels, sets["validation"].pixels))[:, 0, 0, 0]
@@ -194,10 +194,10 @@ def command_line(rng: random.Random, keys: list[str]) -> list[str]:
 
 def test_command_lines_that_nobody_thought_of(monkeypatch, tmp_path):
     """Each composes and builds, or is refused in one sentence. BETAVAE_FUZZ=2000 for more."""
-    monkeypatch.setitem(data.SOURCES, "mnist", tiny)
+    monkeypatch.setitem(data.DATASETS, "mnist", tiny)
     monkeypatch.chdir(tmp_path)
     rng, known = random.Random(0), all_keys()
-    keys = sorted({*keys_of(Train), *known} - {"resume"})
+    keys = sorted({*dotted_keys(TrainConfig), *known} - {"resume"})
     built = refused = 0
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         for number in range(int(os.environ.get("BETAVAE_FUZZ", 150))):
@@ -208,7 +208,7 @@ def test_command_lines_that_nobody_thought_of(monkeypatch, tmp_path):
                 composing = False
                 check_settings(cfg)
                 if cfg.data.name == "mnist":
-                    build(plain(cfg), RunFolder(tmp_path), Signals())
+                    build(to_plain(cfg), RunFolder(tmp_path), SignalHandler())
                 built += 1
             except Exception as error:
                 sentence = explain(error, composing, known)

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from betavae.files import STAMP
-from betavae.kept import kept
+from betavae.kept import load_or_compute
 
 
 class Hostile:
@@ -22,7 +22,7 @@ def test_a_kept_file_is_data_and_never_run(tmp_path):
     with zipfile.ZipFile(buffer, "a") as archive:
         archive.comment = STAMP.encode()
     (tmp_path / "a.pt").write_bytes(buffer.getvalue())
-    assert kept(tmp_path / "a.pt", {}, lambda: {"x": 1}) == {"x": 1}
+    assert load_or_compute(tmp_path / "a.pt", {}, lambda: {"x": 1}) == {"x": 1}
     assert not (tmp_path / "run").exists()
-    assert kept(tmp_path / "a.pt", {}, lambda: {"x": 2}) == {"x": 1}, "it was made anew, and then kept"
-    assert kept(tmp_path / "a.pt", {"seed": 1}, lambda: {"x": 3}) == {"x": 3}
+    assert load_or_compute(tmp_path / "a.pt", {}, lambda: {"x": 2}) == {"x": 1}, "it was made anew, and then kept"
+    assert load_or_compute(tmp_path / "a.pt", {"seed": 1}, lambda: {"x": 3}) == {"x": 3}

@@ -17,8 +17,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from betavae.module import VAEModule
-from betavae.running.progress import Pictures
-from betavae.running.training import Training
+from betavae.running.progress import ImageLogger
+from betavae.running.training import TrainingRun
 from tests.commands import TINY, Child, run
 
 HEAVY = [name for name in ("wandb", "mlflow") if importlib.util.find_spec(name)]
@@ -108,7 +108,7 @@ def test_a_csv_goes_on_to_the_byte(place, tmp_path, data_root):
     assert not list(place.folder.rglob("*part*"))
 
     def die_late() -> None:
-        Training.finish = lambda *args: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+        TrainingRun.finish = lambda *args: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
 
     args = (*TINY, "callbacks.figures_every=0", "logger=csv", f"data.root={data_root}", "hydra.run.dir=run")
     folder = tmp_path / "run"
@@ -127,13 +127,13 @@ def test_a_csv_goes_on_to_the_byte(place, tmp_path, data_root):
 
 def test_somebody_elses_table_stays(tmp_path, data_root):
     def theirs() -> None:
-        real = Pictures.on_train_epoch_end
+        real = ImageLogger.on_train_epoch_end
 
         def begun(*args: Any) -> None:
             Path("run/curves.csv").write_text("mine\n")
             real(*args)
 
-        Pictures.on_train_epoch_end = begun  # type: ignore[method-assign]
+        ImageLogger.on_train_epoch_end = begun  # type: ignore[method-assign]
 
     args = (*TINY, "trainer.log_every_n_steps=99", "logger=csv", f"data.root={data_root}", "hydra.run.dir=run")
     args = (*args, "data.validation_size=0", "callbacks.early_stopping_patience=null", "trainer.max_epochs=1")

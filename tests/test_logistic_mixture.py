@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chi2
 
-from betavae.logistic_mixture import LARGEST_LOG_SCALE, LogisticMixture
+from betavae.logistic_mixture import MAX_LOG_SCALE, LogisticMixture
 
 BYTES = torch.arange(256).double() / 255
 finite = {"allow_nan": False, "allow_infinity": False}
@@ -146,7 +146,7 @@ def test_samples_follow_the_probabilities():
 def test_beyond_the_largest_scale_nothing_changes_and_nothing_pulls():
     likelihood = LogisticMixture(1)
     x = torch.full((1, 1, 1, 1), 0.4).double()
-    at, beyond = (one_pixel(1, logits=[0.0], means=[0.1], log_scales=[LARGEST_LOG_SCALE * factor]) for factor in (1, 2))
+    at, beyond = (one_pixel(1, logits=[0.0], means=[0.1], log_scales=[MAX_LOG_SCALE * factor]) for factor in (1, 2))
     assert likelihood.log_prob(x, at) == likelihood.log_prob(x, beyond)
     (gradient,) = torch.autograd.grad(likelihood.log_prob(x, beyond.requires_grad_()), beyond)
     assert gradient[0, 2] == 0 and gradient.isfinite().all()

@@ -8,8 +8,8 @@ from betavae.data.datamodule import ImageDataModule
 from betavae.module import TEST_DRAWS, VAEModule
 from betavae.objectives import elbo
 from betavae.running import checkpoint
-from betavae.running.lightning import Steps, grouped
-from betavae.running.resuming import ExactResume, StopAtDivergence
+from betavae.running.lightning import MultiStepModule, group_batches
+from betavae.running.resuming import ExactResume, DivergenceGuard
 from tests.commands import fresh
 from tests.conftest import DATA, MODULE
 
@@ -48,10 +48,10 @@ def test_a_checkpoint_is_the_whole_recipe_in_a_fresh_process(data_root, tmp_path
     model = {"model": MODULE["model"] | {"hidden_dims": [32, 16]}}
     module, data, trainer = fit(data_root, module=MODULE | model, callbacks=[ExactResume()])
     trainer.save_checkpoint(tmp_path / "a.ckpt")
-    x = data.sets["test"].pixels[:8] / 255
+    x = data.splits["test"].pixels[:8] / 255
     torch.save((x, module.eval()(x)), tmp_path / "expected.pt")
     assert torch.load(tmp_path / "a.ckpt", weights_only=True)["hyper_parameters"] == module.hparams
-    assert checkpoint.read(tmp_path / "a.ckpt")["betavae_format"] == checkpoint.FORMAT
+    assert checkpoint.read_checkpoint(tmp_path / "a.ckpt")["betavae_format"] == checkpoint.FORMAT
     code = """
 import torch, betavae
 x, expected = torch.load("expected.pt")
@@ -69,7 +69,7 @@ def test_the_test_is_over_all_images_in_nats_and_for_any_batch_size(fitted):
         results.append({k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith("test/")})
     assert results[0] == pytest.approx(results[1], rel=1e-6) and results[0] == pytest.approx(results[2], rel=1e-6)
     # The same by the plain formula with other noise: within five standard errors of the mean over images.
-    x = data.sets["test"].pixels.float() / 255
+    x = data.splits["test"].pixels.float() / 255
     with torch.no_grad():
         terms = elbo(module.vae, x, torch.randn(1, len(x), 20), 1.0)
     per_image = terms.recon + terms.kl.sum(1)
@@ -88,7 +88,7 @@ def test_a_test_draws_several_z_of_each_image(fitted, monkeypatch):
     monkeypatch.setattr(module, "objective", lambda vae, x, noise, b: seen.append(noise) or elbo(vae, x, noise, b))
     trainer.test(module, data, verbose=False)
     assert len(seen) == TEST_DRAWS * 10 and not any(torch.equal(seen[0], other) for other in seen[1:])
-    x = data.sets["test"].pixels.float() / 255
+    x = data.splits["test"].pixels.float() / 255
     with torch.no_grad():
         draws = [torch.cat(seen[draw::TEST_DRAWS], 1) for draw in range(TEST_DRAWS)]
         expected = sum(elbo(module.vae, x, noise, 1.0).loss for noise in draws) / TEST_DRAWS
@@ -166,7 +166,7 @@ def test_training_sums_are_reduced_once_per_interval(data_root):
             self.reductions += tensor.ndim == 2  # not of a yes or no
             return super().reduce(tensor, *args, **kwargs)
 
-    _, _, trainer = fit(data_root, callbacks=[StopAtDivergence()], strategy=Counting("cpu"))
+    _, _, trainer = fit(data_root, callbacks=[DivergenceGuard()], strategy=Counting("cpu"))
     assert trainer.strategy.reductions == 2  # of 10 steps with `log_every_n_steps=5`
 
 
@@ -176,10 +176,10 @@ def test_several_steps_in_one_batch_of_lightning_change_nothing(data_root):
     for together in (1, 3):
         L.seed_everything(0, verbose=False)
         data = ImageDataModule(**DATA | {"root": data_root, "validation_size": 59_000, "binarize": "dynamic"})
-        module, epochs = Steps(**MODULE | settings), Epochs()
+        module, epochs = MultiStepModule(**MODULE | settings), Epochs()
         if together > 1:
-            module.several(together, 1, None, "norm")
-            data.train_dataloader = grouped(data.train_dataloader, together, only_indices=False)
+            module.enable_multi_step(together, 1, None, "norm")
+            data.train_dataloader = group_batches(data.train_dataloader, together, only_indices=False)
         trainer = L.Trainer(
             max_epochs=4, max_steps=20, limit_val_batches=0, accelerator="cpu", callbacks=[epochs], **QUIET
         )
@@ -200,11 +200,11 @@ def test_accumulated_and_clipped_gradients_are_lightnings_own(data_root, clip, a
     for per_call in (1, 3):
         L.seed_everything(0, verbose=False)
         data = ImageDataModule(**DATA | {"root": data_root, "validation_size": 59_000})
-        module = Steps(**MODULE)
+        module = MultiStepModule(**MODULE)
         wanted = {"gradient_clip_val": clip, "gradient_clip_algorithm": algorithm, "accumulate_grad_batches": 2}
         if per_call > 1:
-            module.several(per_call, 2, clip, algorithm)
-            data.train_dataloader = grouped(data.train_dataloader, per_call * 2, only_indices=False)
+            module.enable_multi_step(per_call, 2, clip, algorithm)
+            data.train_dataloader = group_batches(data.train_dataloader, per_call * 2, only_indices=False)
             wanted = {}
         trainer = L.Trainer(max_epochs=2, limit_val_batches=0, accelerator="cpu", **wanted, **QUIET)
         trainer.fit(module, data)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from betavae.networks import ACTIVATIONS, NETWORKS
-from betavae.resnet import Residual, stages
+from betavae.resnet import ResidualBlock, stage_shapes
 from betavae.vae import VAE
 from tests.conftest import MODEL
 
@@ -46,7 +46,7 @@ def test_pictures_of_any_size_and_shape(network, size, channels, params_per_chan
 
 @given(size=st.tuples(*[st.integers(8, 256)] * 2), hidden_dims=st.lists(st.integers(1, 99), min_size=1, max_size=9))
 def test_a_resnets_depth_follows_the_picture(size, hidden_dims):
-    shapes = stages((3, *size), hidden_dims)
+    shapes = stage_shapes((3, *size), hidden_dims)
     assert 4 <= min(shapes[-1][1:]) <= 7
     for before, after in pairwise([size, *(shape[1:] for shape in shapes)]):
         assert min(before) > 7 and after == tuple(math.ceil(n / 2) for n in before)
@@ -55,7 +55,7 @@ def test_a_resnets_depth_follows_the_picture(size, hidden_dims):
 
 
 def test_a_residual_block_starts_as_nothing_and_learns():
-    block = Residual(16, "silu")
+    block = ResidualBlock(16, "silu")
     x = torch.randn(2, 16, 5, 5)
     torch.testing.assert_close(block(x), x)
     block(x).square().sum().backward()
@@ -67,7 +67,7 @@ def test_blocks_deepen_a_resnet():
     for network in NETWORKS["resnet"]:
         for blocks in (1, 3):
             layers = list(network((1, 28, 28), [8, 16], 2, "relu", blocks=blocks).modules())
-            assert sum(isinstance(layer, Residual) for layer in layers) == 2 * blocks
+            assert sum(isinstance(layer, ResidualBlock) for layer in layers) == 2 * blocks
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

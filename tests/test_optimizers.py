@@ -11,7 +11,7 @@ from betavae.errors import UserError
 from betavae.likelihoods import LIKELIHOODS
 from betavae.module import VAEModule
 from betavae.objectives import elbo
-from betavae.optimizers import POLYNOMIALS, MuonAdam, names, orthogonalize
+from betavae.optimizers import POLAR_EXPRESS_COEFFS, MuonAdam, optimizer_names, orthogonalize
 from betavae.running import lightning
 from betavae.running.lightning import compile_loss
 from betavae.running.resuming import ExactResume
@@ -25,7 +25,7 @@ SETTINGS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.0, "vector_lr": 1e-3, 
 def test_orthogonalize_applies_its_polynomials_to_the_singular_values(shape):
     u, s, vt = torch.linalg.svd(torch.randn(shape), full_matrices=False)
     value = s / (s**4).sum() ** 0.25
-    for a, b, c in POLYNOMIALS:
+    for a, b, c in POLAR_EXPRESS_COEFFS:
         value = a * value + b * value**3 + c * value**5
     result = u.T @ orthogonalize(u @ torch.diag(1e-4 * s) @ vt) @ vt.T  # at any scale of the gradient
     assert (result.diagonal() - value).abs().max() < 0.1  # in bfloat16
@@ -92,7 +92,7 @@ def test_its_state_survives_a_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("network", ["mlp", "conv", "resnet"])
-@pytest.mark.parametrize("name", [name for name in names() if name != "Muon"])  # which takes no biases
+@pytest.mark.parametrize("name", [name for name in optimizer_names() if name != "Muon"])  # which takes no biases
 def test_every_optimizer_resumes_bit_for_bit(tmp_path, name, network):
     np.save(tmp_path / "images.npy", np.random.default_rng(0).integers(0, 256, (40, 8, 8), dtype=np.uint8))
     data = DATA | {"name": "arrays", "validation_size": 0, "batch_size": 12, "test_size": 4}
@@ -118,7 +118,7 @@ def test_init_data_starts_at_the_mean_image(likelihood):
     x = torch.rand(64, 1, 28, 28) * torch.rand(28, 28)
     vae = VAE(**MODEL | {"likelihood": likelihood})
     plain = vae.encoder[1](x.flatten(1))
-    vae.centre(x.mean(0))
+    vae.init_from_mean_image(x.mean(0))
     centred = plain.mean(0) - vae.encoder[1].weight @ x.mean(0).flatten()
     torch.testing.assert_close(vae.encoder[1](x.flatten(1)).mean(0), centred, rtol=1e-4, atol=1e-5)
     vae.decoder[0].weight.data.zero_(), vae.decoder[0].bias.data.fill_(-1)  # a dead hidden layer leaves the bias alone
@@ -127,7 +127,7 @@ def test_init_data_starts_at_the_mean_image(likelihood):
     elif likelihood != "continuous_bernoulli":
         torch.testing.assert_close(vae.sample(1)[0], x.mean(0).clamp(1e-3, 1 - 1e-3), rtol=1e-3, atol=2e-3)
     with pytest.raises(UserError, match="init=data"):
-        VAE(**MODEL | {"network": "conv"}).centre(x.mean(0))
+        VAE(**MODEL | {"network": "conv"}).init_from_mean_image(x.mean(0))
 
 
 @pytest.mark.parametrize("network", ["mlp", "conv"])

@@ -81,12 +81,12 @@ def test_encoding_agrees_with_the_model(place, pictures):
     import torch
 
     import betavae
-    from betavae.data.pictures import read_pictures
+    from betavae.data.pictures import read_images
 
     run("images=PICTURES/discs", "out=discs.csv", cwd=place, script="scripts/encode.py")
     rows = list(csv.DictReader((place / "discs.csv").read_text().splitlines()))
     loaded = betavae.load(runs=str(place / "runs"))
-    found = read_pictures(place / "PICTURES" / "discs", loaded.vae.image_shape)
+    found = read_images(place / "PICTURES" / "discs", loaded.vae.image_shape)
     mean, logvar = loaded.vae.encode(found.pixels.float() / 255)
     assert [row["name"] for row in rows] == found.names
     ours = torch.tensor([[float(row[f"mean_{d}"]) for d in range(4)] for row in rows])
@@ -160,9 +160,9 @@ def test_compressed_and_back(place, pictures, tmp_path):
     assert "decoded and compared" in compress and "PNG" in compress and (place / "images.png").exists()
     assert "1,302 images, as they were" in decompress
     assert "nats per image" in train_binary and "binarised: above 127 is 1" in compress_binary
-    from betavae.data.pictures import read_pictures
+    from betavae.data.pictures import read_images
 
-    found = read_pictures(place / "PICTURES", (1, 28, 28))
+    found = read_images(place / "PICTURES", (1, 28, 28))
     for name, pixels in list(zip(found.names, found.pixels, strict=True))[::100]:
         assert np.array_equal(np.asarray(Image.open(place / "decompressed" / name)), pixels[0].numpy())
     wrong = run(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from betavae.curves import Curves
+from betavae.curves import TrainMetrics
 from betavae.likelihoods import LIKELIHOODS, Gaussian
 from betavae.logistic_mixture import LogisticMixture
 from betavae.precision import set_float32_precision
@@ -18,15 +18,15 @@ BYTES = torch.arange(256).float() / 255
 
 
 def test_sums_of_an_interval_resume_on_the_device_of_the_module():
-    saved = Curves()
-    saved.interval.add({"loss": torch.ones(()), "kl": torch.ones(())}, 5)
+    saved = TrainMetrics()
+    saved.window.add({"loss": torch.ones(()), "kl": torch.ones(())}, 5)
     with FakeTensorMode(allow_non_fake_inputs=True):  # a GPU that is not there
-        resumed, cuda = Curves(), torch.device("cuda:0")
+        resumed, cuda = TrainMetrics(), torch.device("cuda:0")
         resumed.load_state_dict(saved.state_dict())
         resumed.on_train_start(None, SimpleNamespace(device=cuda))
-        resumed.interval.add({name: torch.ones((), device=cuda) for name in ("loss", "kl")}, 5)
+        resumed.window.add({name: torch.ones((), device=cuda) for name in ("loss", "kl")}, 5)
         strategy = SimpleNamespace(reduce=lambda rows, reduce_op: rows)
-        assert resumed.interval.reduce_rows(SimpleNamespace(strategy=strategy)).shape == (2, 3)
+        assert resumed.window.reduce_rows(SimpleNamespace(strategy=strategy)).shape == (2, 3)
 
 
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])

@@ -175,11 +175,11 @@ def test_tensorboard_names_an_embeddings_folder_after_its_step(tmp_path):
 
 def test_torch_load_reads_a_file_with_a_comment(tmp_path):
     """files.py: made_here, and pictures.py: save_tensor."""
-    from betavae.files import made_here
+    from betavae.files import has_stamp
     from betavae.pictures import save_tensor
 
     path = save_tensor(torch.arange(3), tmp_path / "x.pt")
-    assert torch.equal(torch.load(path, weights_only=True), torch.arange(3)) and made_here(path)
+    assert torch.equal(torch.load(path, weights_only=True), torch.arange(3)) and has_stamp(path)
 
 
 @pytest.mark.parametrize(

@@ -195,14 +195,14 @@ def test_who_speaks(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], 
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert processes.rank() == rank and processes.side_by_side() == side_by_side
+    assert processes.rank() == rank and processes.externally_launched() == side_by_side
 
 
 def test_a_port_that_is_taken_is_a_sentence(tmp_path: Path) -> None:
     port = free_port()
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", port + 1))
-        taken.listen()
+        taken.install()
         variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
         child = Child(*SETTINGS, "hydra.run.dir=run", cwd=tmp_path, environment=variables)
         assert child.wait() == 1 and child.text.startswith(f"error: MASTER_PORT={port}: "), child.text

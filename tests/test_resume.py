@@ -16,7 +16,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from betavae.module import VAEModule
-from betavae.running.training import Training
+from betavae.running.training import TrainingRun
 from betavae.running.yaml_files import read_yaml
 from tests.commands import TINY, Child, run
 
@@ -152,7 +152,7 @@ def test_killed_after_the_test_its_points_are_not_there_twice(
     tmp_path: Path, root: str, rich: tuple[dict[str, Any], float]
 ) -> None:
     def die_late() -> None:
-        Training.finish = lambda *args: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+        TrainingRun.finish = lambda *args: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
 
     assert go_on(tmp_path, [*RICH, root], prepare=die_late).wait() == -signal.SIGKILL
     assert go_on(tmp_path, [*RICH, root]).wait() == 0

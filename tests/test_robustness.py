@@ -71,9 +71,9 @@ def test_divergence_stops_the_run_and_spoils_nothing(tmp_path, data_root, what, 
     # The very step, and at most an interval (here 3 steps) late.
     assert found["steps"] - 3 < step + 1 <= found["steps"] + 1
     paths = list((tmp_path / "run" / "checkpoints").glob("*.ckpt"))
-    assert [checkpoint.read(path)["global_step"] for path in paths] == [kept] * (2 if kept else 0)
+    assert [checkpoint.read_checkpoint(path)["global_step"] for path in paths] == [kept] * (2 if kept else 0)
     for path in paths:
-        assert all(value.isfinite().all() for value in checkpoint.read(path)["state_dict"].values())
+        assert all(value.isfinite().all() for value in checkpoint.read_checkpoint(path)["state_dict"].values())
 
 
 def test_a_learning_rate_that_is_too_large(tmp_path, data_root):
@@ -104,7 +104,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, data_root):
     assert done.returncode == 1, output
     errors = [line for line in output.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "No space left on device" in errors[0] and "Traceback" not in output, output
-    content = checkpoint.read(kept / "checkpoints" / "last.ckpt")
+    content = checkpoint.read_checkpoint(kept / "checkpoints" / "last.ckpt")
     assert content["global_step"] > 0 and not list(kept.rglob("*.part"))
     # With room again, it goes on.
     run(f"resume={kept}", "trainer.max_epochs=" + str(content["epoch"] + 2), cwd=tmp_path)
@@ -192,7 +192,7 @@ def test_a_run_folder_can_move(tmp_path, data_root):
     (tmp_path / "old").rename(tmp_path / "new")
     run("resume=new", "trainer.max_epochs=3", cwd=tmp_path)
     assert not (tmp_path / "old").exists()
-    [best] = [v for k, v in checkpoint.read(tmp_path / "new/checkpoints/last.ckpt")["callbacks"].items() if "val/" in k]
+    [best] = [v for k, v in checkpoint.read_checkpoint(tmp_path / "new/checkpoints/last.ckpt")["callbacks"].items() if "val/" in k]
     assert list(best["best_k_models"]) == [str(tmp_path / "new" / "checkpoints" / "best.ckpt")]
 
 

@@ -7,35 +7,35 @@ import pytest
 
 from betavae.errors import UserError
 from betavae.running import run_folder
-from betavae.running.loggers import CSV, TensorBoard
-from betavae.running.run_folder import MARK, RUN, SWEEP, RunFolder, mark_of, put_mark
+from betavae.running.loggers import CSVRunLogger, TensorBoard
+from betavae.running.run_folder import MARKER_FILE, RUN, SWEEP, RunFolder, read_marker, claim_folder
 from tests.commands import TINY, run
 
 
 def test_an_empty_folder_becomes_ours_and_a_full_one_never(tmp_path):
-    assert put_mark(tmp_path / "new", RUN, "k") and mark_of(tmp_path / "new") == RUN
-    assert not put_mark(tmp_path / "new", RUN, "k")
+    assert claim_folder(tmp_path / "new", RUN, "k") and read_marker(tmp_path / "new") == RUN
+    assert not claim_folder(tmp_path / "new", RUN, "k")
     with pytest.raises(UserError, match=r"k: .*new is a run of betavae, not a sweep of betavae"):
-        put_mark(tmp_path / "new", SWEEP, "k")
+        claim_folder(tmp_path / "new", SWEEP, "k")
     (tmp_path / "theirs").mkdir()
-    (tmp_path / "theirs" / MARK).write_text("something else")
+    (tmp_path / "theirs" / MARKER_FILE).write_text("something else")
     with pytest.raises(UserError, match="something else, not a run"):
-        put_mark(tmp_path / "theirs", RUN, "k")
+        claim_folder(tmp_path / "theirs", RUN, "k")
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"k: .*file"):
-        put_mark(tmp_path / "file", RUN, "k")
+        claim_folder(tmp_path / "file", RUN, "k")
 
 
 def test_a_folder_that_holds_a_run_is_no_sweep(tmp_path):
     (tmp_path / "thesis.tex").touch()
-    put_mark(tmp_path / "foo", RUN, "k")
+    claim_folder(tmp_path / "foo", RUN, "k")
     (tmp_path / "foo" / "config.yaml").touch()
     with pytest.raises(UserError, match="is not empty and not a sweep of betavae"):
-        put_mark(tmp_path, SWEEP, "k")
+        claim_folder(tmp_path, SWEEP, "k")
 
 
 def test_only_what_is_ours_is_cleared_away(tmp_path):
-    put_mark(tmp_path, RUN, "k")
+    claim_folder(tmp_path, RUN, "k")
     ours = ["config.yaml", "train.log", "checkpoints/last.ckpt", "events.out.tfevents.1795527689.vm.4552.0"]
     ours += ["projector/posterior_means/tensors.tsv", "checkpoints/last.ckpt.abc.part"]
     theirs = ["notes", "events.out.tfevents.mine", "curves.csv", "checkpoints/kept.ckpt", "figures/mine.png"]
@@ -45,12 +45,12 @@ def test_only_what_is_ours_is_cleared_away(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("{}")
     folder = RunFolder(tmp_path)
-    folder.rewind()
+    folder.drop_regenerated()
     TensorBoard(folder, None)
-    CSV(folder, None)
+    CSVRunLogger(folder, None)
     assert not list(tmp_path.glob("events.*.0"))
     assert all((tmp_path / name).exists() for name in theirs)
-    RunFolder(tmp_path).clear()
+    RunFolder(tmp_path).delete_outputs()
     assert not any((tmp_path / name).exists() for name in ours)
     assert all((tmp_path / name).exists() for name in theirs)
 
@@ -66,23 +66,23 @@ def test_on_a_full_disk_a_run_is_neither_running_nor_finished(tmp_path, monkeypa
     monkeypatch.setattr(run_folder, "write_whole", full)
     with pytest.raises(OSError, match="No space"):
         folder.write_record({"status": status, "test": {"loss": 1.0}})
-    assert folder.record()["status"] == left
+    assert folder.read_metrics()["status"] == left
 
 
 def test_half_a_record_is_none(tmp_path):
     (tmp_path / "metrics.json").write_text('{"status": "fini')
-    assert RunFolder(tmp_path).record() == {} and RunFolder(tmp_path).status() == ""
+    assert RunFolder(tmp_path).read_metrics() == {} and RunFolder(tmp_path).status() == ""
 
 
 def test_looking_takes_nothing(tmp_path):
     folder = RunFolder(tmp_path)
     folder.write_record({"status": "running"})
     assert folder.status() == "interrupted"
-    with folder.held():
-        assert folder.is_held() and folder.is_held() and folder.status() == "running"
-        with pytest.raises(UserError, match="being worked in by another process"), RunFolder(tmp_path).held():
+    with folder.lock():
+        assert folder.is_locked() and folder.is_locked() and folder.status() == "running"
+        with pytest.raises(UserError, match="being worked in by another process"), RunFolder(tmp_path).lock():
             pass
-    assert not folder.is_held()
+    assert not folder.is_locked()
 
 
 def test_times_are_of_the_whole_run_and_not_of_its_best_checkpoint(tmp_path, data_root):

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from betavae.errors import UserError
-from betavae.kept import digest
+from betavae.kept import file_hash
 from betavae.running import checkpoint
 from betavae.uses import sampling
-from betavae.uses.sampling import SAMPLERS, Mixture, fitted, posterior_samples
+from betavae.uses.sampling import SAMPLERS, Mixture, load_or_fit_sampler, posterior_samples
 from betavae.vae import VAE
 from tests.conftest import DATA, MODEL, MODULE, REPO
 
@@ -81,7 +81,7 @@ def lone(vae, tmp_path, data_root):
     model = MODEL | {"hidden_dims": [16], "latent_dim": 2}
     content = {"betavae_format": checkpoint.FORMAT, "hyper_parameters": MODULE | {"model": model}}
     content["state_dict"] = {f"vae.{key}": value for key, value in vae.state_dict().items()}
-    checkpoint.save(content | {"datamodule_hyper_parameters": DATA | {"root": data_root}}, path)
+    checkpoint.save_checkpoint(content | {"datamodule_hyper_parameters": DATA | {"root": data_root}}, path)
     return path
 
 
@@ -95,7 +95,7 @@ def test_it_is_fitted_once_and_to_the_images_of_the_digit(vae, lone):
         return x, labels
 
     def fit(sampler="gaussian", digit=None):
-        return fitted(sampler, vae, training, lone, lone.parent, digit)
+        return load_or_fit_sampler(sampler, vae, training, lone, lone.parent, digit)
 
     first = fit()
     assert all(torch.equal(*pair) for pair in zip(first, fit(), strict=True)) and len(asked) == 1
@@ -121,18 +121,18 @@ def test_it_is_fitted_once_and_to_the_images_of_the_digit(vae, lone):
 
 @pytest.mark.parametrize("found", ["foreign", "harmed", "stale"])
 def test_what_lies_there_is_used_only_if_it_is_ours_and_whole(vae, lone, capsys, found):
-    path = lone.parent / f"sampler_gaussian_{digest(lone)}.pt"
+    path = lone.parent / f"sampler_gaussian_{file_hash(lone)}.pt"
     x, labels = torch.rand(20, 1, 28, 28), torch.zeros(20)
-    wanted = fitted("gaussian", vae, lambda: (x, labels), lone, lone.parent)
+    wanted = load_or_fit_sampler("gaussian", vae, lambda: (x, labels), lone, lone.parent)
     whole = path.read_bytes()
     if found == "foreign":
         path.write_text("my thesis")
     elif found == "harmed":
         path.write_bytes(whole[:200] + b"\0" * 300 + whole[500:])
     else:  # ours, of another question
-        fitted("knn", vae, lambda: (x, labels), lone, lone.parent)
-        path.write_bytes((lone.parent / f"sampler_knn_{digest(lone)}.pt").read_bytes())
-    again = fitted("gaussian", vae, lambda: (x, labels), lone, lone.parent)
+        load_or_fit_sampler("knn", vae, lambda: (x, labels), lone, lone.parent)
+        path.write_bytes((lone.parent / f"sampler_knn_{file_hash(lone)}.pt").read_bytes())
+    again = load_or_fit_sampler("gaussian", vae, lambda: (x, labels), lone, lone.parent)
     assert all(torch.equal(*pair) for pair in zip(again, wanted, strict=True))
     if found == "foreign":
         assert path.read_text() == "my thesis" and "not made by betavae" in capsys.readouterr().out
@@ -149,8 +149,8 @@ def test_the_command(lone, tmp_path):
         command(out | {"sampler": "knn", "temperature": 2.0})
     run = checkpoint.load(lone)
     x, labels = run.images("train")
-    latents = fitted("knn", run.vae, lambda: (x[labels == 7], labels[labels == 7]), lone, tmp_path, 7)
+    latents = load_or_fit_sampler("knn", run.vae, lambda: (x[labels == 7], labels[labels == 7]), lone, tmp_path, 7)
     wanted = run.vae.decode(latents.sample(4, torch.Generator().manual_seed(0)))
     torch.testing.assert_close(torch.load(tmp_path / "a.pt", weights_only=True), wanted)
-    assert {path.name for path in lone.parent.iterdir()} - set(theirs) == {f"sampler_knn_7_{digest(lone)}.pt"}
+    assert {path.name for path in lone.parent.iterdir()} - set(theirs) == {f"sampler_knn_7_{file_hash(lone)}.pt"}
     assert all((lone.parent / name).read_bytes() == content for name, content in theirs.items())

@@ -17,11 +17,11 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from betavae.errors import Pruned, UserError
+from betavae.errors import TrialPruned, UserError
 from betavae.module import VAEModule
 from betavae.running.cli import safe_name
 from betavae.sweeping import jobs, pareto, report, search
-from betavae.sweeping.pruning import Pruning, pruning
+from betavae.sweeping.pruning import PruningCallback, pruning_callbacks
 from tests.commands import REPO, Child, fresh, run, wait_for
 
 optuna = pytest.importorskip("optuna")
@@ -60,7 +60,7 @@ def settings(storage: str, **changes: object) -> search.SearchSettings:
     """Those of the shipped search."""
     with initialize_config_dir(str(REPO / "configs"), version_base="1.3"):
         cfg = compose("train", ["sweep=optuna", f"hydra.sweeper.storage={storage}"], return_hydra_config=True)
-    return search.settings_of(cfg.hydra).model_copy(update=changes)
+    return search.search_settings(cfg.hydra).model_copy(update=changes)
 
 
 def test_what_is_searched_is_what_was_written() -> None:
@@ -96,7 +96,7 @@ def told(study: optuna.Study, curve: list[float]) -> None:
     study.tell(trial, min(curve))
 
 
-def epochs(callback: Pruning, values: list[float], most: int) -> list[int]:
+def epochs(callback: PruningCallback, values: list[float], most: int) -> list[int]:
     """The epochs that are trained if these are their numbers, as a trainer would call."""
     trainer = SimpleNamespace(should_stop=False, callback_metrics={})
     callback.on_train_start(trainer, None)
@@ -127,16 +127,16 @@ def test_a_trial_ends_where_it_is_worse_than_a_share_of_those_that_finished(tmp_
     chosen = settings(f"sqlite:///{tmp_path}/study.db", pruner=pruner)
     assert settings("x").pruner == "quartile" and (chosen.objectives, chosen.n_trials) == (["neg_elbo"], 30)
     study = search.open_study(chosen, 4)
-    for offset in (-2.0, -0.5, 0.5, 2.0, 0.5)[: search.STARTUP]:
+    for offset in (-2.0, -0.5, 0.5, 2.0, 0.5)[: search.STARTUP_TRIALS]:
         told(study, [10.0 + offset, 9.0 + offset, 8.0 + offset, 7.0 + offset])
     trial = study.ask()
-    callback = Pruning(chosen, trial.number, 4)
+    callback = PruningCallback(chosen, trial.number, 4)
     assert epochs(callback, values, 4) == trained
     assert study.trials[trial.number].intermediate_values == dict(zip(trained, values, strict=False))
     if trained == [1, 2, 3, 4]:
         callback.on_train_end(None, None)
     else:
-        with pytest.raises(Pruned, match=f"after epoch {trained[-1]}, with a validation neg_elbo of"):
+        with pytest.raises(TrialPruned, match=f"after epoch {trained[-1]}, with a validation neg_elbo of"):
             callback.on_train_end(None, None)
 
 
@@ -144,12 +144,12 @@ def test_what_a_killed_job_had_told_stands_and_is_not_told_twice(tmp_path, recwa
     chosen = settings(f"{tmp_path}/study.log")  # a journal
     study = search.open_study(chosen, 4)
     trial = study.ask()
-    assert epochs(Pruning(chosen, trial.number, 4), [10.0, 9.0], 2) == [1, 2]
-    assert epochs(Pruning(chosen, trial.number, 4), [10.5, 9.5, 8.0, 7.0], 4) == [1, 2, 3, 4]
+    assert epochs(PruningCallback(chosen, trial.number, 4), [10.0, 9.0], 2) == [1, 2]
+    assert epochs(PruningCallback(chosen, trial.number, 4), [10.5, 9.5, 8.0, 7.0], 4) == [1, 2, 3, 4]
     assert study.trials[0].intermediate_values == {1: 10.0, 2: 9.0, 3: 8.0, 4: 7.0}
     assert not list(recwarn) and (tmp_path / "study.log").is_file()
     with pytest.raises(UserError, match="does not know trial 7 here"):
-        Pruning(chosen, 7, 4).on_train_start(None, None)
+        PruningCallback(chosen, 7, 4).on_train_start(None, None)
 
 
 def test_hyperband_halves_by_the_epochs_of_a_run(tmp_path) -> None:
@@ -158,7 +158,7 @@ def test_hyperband_halves_by_the_epochs_of_a_run(tmp_path) -> None:
     for _ in range(12):
         told(study, [1.0] * 9)
     # Which rungs a trial meets depends on its number; it is past none of them with the worst value.
-    ends = {epochs(Pruning(chosen, study.ask().number, 9), [2.0] * 9, 9)[-1] for _ in range(6)}
+    ends = {epochs(PruningCallback(chosen, study.ask().number, 9), [2.0] * 9, 9)[-1] for _ in range(6)}
     assert {1, 4} <= ends <= {1, 4, 9}
 
 
@@ -168,11 +168,11 @@ def test_what_does_not_prune(tmp_path, changes) -> None:
     study = search.open_study(chosen, 4)
     assert isinstance(study.pruner, optuna.pruners.NopPruner) and len(study.directions) == len(chosen.objectives)
     cfg = OmegaConf.create({"sweeper": {"trial": 0} | chosen.model_dump()})
-    assert pruning(cfg, 4) == []
+    assert pruning_callbacks(cfg, 4) == []
     cfg.sweeper.update({"pruner": "median", "objectives": ["kl"]})
-    assert len(pruning(cfg, 4)) == 1
+    assert len(pruning_callbacks(cfg, 4)) == 1
     cfg.sweeper.trial = None  # a plain run
-    assert pruning(cfg, 4) == []
+    assert pruning_callbacks(cfg, 4) == []
 
 
 def test_a_search_survives_divergence_and_being_killed(tmp_path: Path, data: str) -> None:
@@ -218,7 +218,7 @@ def test_a_pruned_job_says_so_is_kept_and_is_counted(tmp_path: Path, data: str) 
     (tmp_path / "study").mkdir()
     (tmp_path / "study" / ".betavae").write_text("a sweep of betavae\n")
     study = search.open_study(settings(f"sqlite:///{tmp_path}/study/study.db"), 2)
-    for _ in range(search.STARTUP):
+    for _ in range(search.STARTUP_TRIALS):
         told(study, [300.0, 200.0])
     text = run(*words, "hydra.sweeper.n_trials=1", cwd=tmp_path, code=1)
     (folder,) = (tmp_path / "study").glob("*/")
@@ -235,7 +235,7 @@ def test_a_pruned_job_says_so_is_kept_and_is_counted(tmp_path: Path, data: str) 
     text = run(*words, "hydra.sweeper.n_trials=2", cwd=tmp_path, code=1)  # the same settings are drawn again
     assert f"{folder.name} is pruned already" in text and (folder / "metrics.json").stat().st_mtime_ns == before
     assert [t.state.name for t in study.trials[-2:]] == ["PRUNED", "PRUNED"]
-    table = report.markdown(report.settings(tmp_path / "study"))
+    table = report.markdown(report.group_jobs(tmp_path / "study"))
     assert "0/1 (1 pruned)" in table and "1 jobs: 1 pruned." in table.splitlines()
 
 
@@ -244,7 +244,7 @@ def test_jobs_side_by_side_tell_the_study_too(tmp_path: Path, data: str) -> None
     (tmp_path / "study").mkdir()
     (tmp_path / "study" / ".betavae").write_text("a sweep of betavae\n")
     study = search.open_study(settings(f"sqlite:///{tmp_path}/study/study.db"), 2)
-    for _ in range(search.STARTUP):
+    for _ in range(search.STARTUP_TRIALS):
         told(study, [530.0, 500.0])
     for lr in (1e-9, 1e-2, 1e30):
         study.enqueue_trial({"optimizer.lr": lr})
@@ -302,21 +302,21 @@ def test_the_validation_numbers_are_those_of_the_chosen_checkpoint(tmp_path: Pat
 
 def test_the_front_is_what_nothing_beats() -> None:
     points = [[1.0, 5.0], [2.0, 3.0], [2.0, 4.0], [3.0, 3.0], [4.0, 1.0], [2.0, 3.0], [5.0, 1.0]]
-    assert [points[i] for i in pareto.front(points)] == [[1.0, 5.0], [2.0, 3.0], [2.0, 3.0], [4.0, 1.0]]
+    assert [points[i] for i in pareto.pareto_indices(points)] == [[1.0, 5.0], [2.0, 3.0], [2.0, 3.0], [4.0, 1.0]]
     study = optuna.create_study(directions=["minimize", "minimize"])
     many = torch.randint(0, 12, (60, 2)).double().tolist()
     for values in many:
         study.add_trial(optuna.trial.create_trial(values=values))
-    assert sorted(many[i] for i in pareto.front(many)) == sorted(trial.values for trial in study.best_trials)
-    (axes,) = pareto.picture(points, pareto.front(points), ("a", "b")).axes
+    assert sorted(many[i] for i in pareto.pareto_indices(many)) == sorted(trial.values for trial in study.best_trials)
+    (axes,) = pareto.pareto_figure(points, pareto.pareto_indices(points), ("a", "b")).axes
     assert axes.lines[0].get_xydata().tolist() == [[1.0, 5.0], [2.0, 3.0], [2.0, 3.0], [4.0, 1.0]]
     assert [text.get_text() for text in axes.texts] == ["1", "2", "3", "4"]
 
 
 def test_the_scores_of_a_job() -> None:
     found = {"validation": {"neg_elbo": 100.5, "kl": 20.0}, "test": {"neg_elbo": 1.0}, "seconds": 3.0, "parameters": 7}
-    assert jobs.scores(found, ["kl", "seconds"]) == [20.0, 3.0] and jobs.scores(found, ["parameters"]) == [7.0]
-    assert jobs.scores(found, ["kl", "recon"]) == []
+    assert jobs.objective_values(found, ["kl", "seconds"]) == [20.0, 3.0] and jobs.objective_values(found, ["parameters"]) == [7.0]
+    assert jobs.objective_values(found, ["kl", "recon"]) == []
 
 
 @pytest.mark.parametrize(

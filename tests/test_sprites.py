@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from betavae.data.images import Subset
-from betavae.data.sprites import FACTORS, SHAPES, Sprites, factors, rows_of, sprites
+from betavae.data.images import LazySubset
+from betavae.data.sprites import FACTORS, SHAPES, Sprites, factor_labels, split_indices, sprites
 from betavae.errors import UserError
 
 SIZES = tuple(FACTORS.values())
@@ -45,7 +45,7 @@ def test_a_batch_is_each_sprite_drawn_where_it_stands(pixels):
     random = torch.randint(ALL, (60,), generator=torch.Generator().manual_seed(0))
     largest = index_of(*np.ix_(range(3), [5], range(0, 40, 6), [0, 15, 31], [0, 31]))  # in all corners
     index = torch.cat([random, largest, torch.tensor([0, ALL - 1])])
-    expected = torch.stack([drawn(size, *row) for row in factors(index).tolist()])
+    expected = torch.stack([drawn(size, *row) for row in factor_labels(index).tolist()])
     images = pixels.index_select(0, index)
     assert images.dtype == torch.uint8 and images.shape == (len(index), 1, size, size)
     assert torch.equal(images, expected)
@@ -54,8 +54,8 @@ def test_a_batch_is_each_sprite_drawn_where_it_stands(pixels):
 def test_factors_number_the_images_in_order():
     rows = torch.tensor([0, 1, 32, 1024, 40 * 1024, 6 * 40 * 1024, ALL - 1])
     expected = [[0] * 5, [0, 0, 0, 0, 1], [0, 0, 0, 1, 0], [0, 0, 1, 0, 0], [0, 1, 0, 0, 0], [1, 0, 0, 0, 0]]
-    assert factors(rows).tolist() == [*expected, [2, 5, 39, 31, 31]]
-    table = factors()
+    assert factor_labels(rows).tolist() == [*expected, [2, 5, 39, 31, 31]]
+    table = factor_labels()
     assert table.shape == (ALL, 5) and table.dtype == torch.int64
     assert torch.equal(index_of(*table.T.numpy()), torch.arange(ALL))
 
@@ -108,7 +108,7 @@ def test_how_many_sprites_are_different():
 
 
 def test_a_split_goes_to_a_device_as_its_rows_or_as_what_draws_them():
-    drawn, kept = Subset(Sprites(32), torch.arange(3)), Subset(torch.zeros(9, 1, 2, 2), torch.arange(3))
+    drawn, kept = LazySubset(Sprites(32), torch.arange(3)), LazySubset(torch.zeros(9, 1, 2, 2), torch.arange(3))
     assert isinstance(drawn.to("meta").pixels, Sprites) and drawn.to("meta").index.device.type == "meta"
     assert kept.to("meta").shape == (3, 1, 2, 2) and kept.to("cpu") is kept
 
@@ -116,7 +116,7 @@ def test_a_split_goes_to_a_device_as_its_rows_or_as_what_draws_them():
 def test_splits():
     train, test, validation = (sprites("unused", split) for split in ("train", "test", "validation"))
     assert train.pixels.shape == (ALL, 1, 64, 64) and len(train.pixels) == ALL and train.labels.shape == (ALL, 5)
-    rows = {split: rows_of(split, ALL) for split in ("test", "validation")}
+    rows = {split: split_indices(split, ALL) for split in ("test", "validation")}
     assert len(torch.unique(torch.cat(list(rows.values())))) == 20_000
     assert rows["test"][:3].tolist() == [42, 51, 73]  # for everybody, for ever
     for split, images in (("test", test), ("validation", validation)):

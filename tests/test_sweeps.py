@@ -23,7 +23,7 @@ from betavae.errors import UserError
 from betavae.pictures import save_figure
 from betavae.running import checkpoint
 from betavae.running.cli import job_name, safe_name
-from betavae.running.run_folder import RUN, SWEEP, RunFolder, put_mark
+from betavae.running.run_folder import RUN, SWEEP, RunFolder, claim_folder
 from betavae.sweeping import jobs, report
 from tests.commands import REPO, Child, fresh, run, started, wait_for
 
@@ -67,9 +67,9 @@ def killed_and_resumed(tmp_path_factory: pytest.TempPathFactory, data: str) -> t
     have not begun, but beta=4 failed in an earlier try. Then the same command again, to its end."""
     cwd = tmp_path_factory.mktemp("sweep")
     args = ["-m", *SMALL, data, "trainer.max_epochs=12", "beta=0.5,-1,2,3,4", "hydra.sweep.dir=sweep"]
-    put_mark(cwd / "sweep", SWEEP, "")
+    claim_folder(cwd / "sweep", SWEEP, "")
     earlier = cwd / "sweep" / job_name(",".join(sorted([*SMALL, data, "trainer.max_epochs=12", "beta=4"])))
-    put_mark(earlier, RUN, "")
+    claim_folder(earlier, RUN, "")
     (earlier / "checkpoints").mkdir(parents=True)
     (earlier / "metrics.json").write_text('{"status": "failed", "error": "OSError: disk full"}')
     (earlier / "checkpoints" / "last.ckpt").write_text("half a file")
@@ -173,7 +173,7 @@ def test_the_report_of_a_sweep(killed_and_resumed: tuple[Path, str, dict[str, fl
 def test_a_sheet_of_samples_has_room_for_many_settings(
     killed_and_resumed: tuple[Path, str, dict[str, float]], tmp_path: Path
 ) -> None:
-    found = [setting for setting in report.settings(killed_and_resumed[0] / "sweep") if setting.finished]
+    found = [setting for setting in report.group_jobs(killed_and_resumed[0] / "sweep") if setting.finished]
     many = [setting._replace(values={f"key_{i}": "value" for i in range(30)}) for setting in found]
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # Matplotlib's, that axes have no room
@@ -209,15 +209,15 @@ def made(tmp_path: Path) -> Path:
 
 def test_tensorboard_is_named_where_a_job_has_written_for_it(made: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(jobs.SweepCallback, "folder", made)
-    jobs.print_jobs()
+    jobs.print_summary()
     assert capsys.readouterr().out.endswith(f"next  python scripts/sweep_report.py sweep={made}\n")
     (job(made, "beta_10,seed_2") / "events.out.tfevents.1").touch()
-    jobs.print_jobs()
+    jobs.print_summary()
     assert capsys.readouterr().out.endswith(f"sweep={made}\n      tensorboard --logdir {made}\n")
 
 
 def test_the_table_is_exact_and_marks_what_failed_or_is_missing(made: Path) -> None:
-    found = report.settings(made)
+    found = report.group_jobs(made)
     assert [setting.values["beta"] for setting in found] == ["1", "2", "10"], "numbers by size"
     assert found[0].mean_sd("neg_elbo") == pytest.approx((3.0, 7.0**0.5))
     lines = report.markdown(found).splitlines()
@@ -237,15 +237,15 @@ def test_the_table_is_exact_and_marks_what_failed_or_is_missing(made: Path) -> N
 
 
 def test_charts_show_the_numbers(made: Path) -> None:
-    (axes,) = report.rate_distortion(report.settings(made)).axes
+    (axes,) = report.rate_distortion(report.group_jobs(made)).axes
     assert axes.lines[0].get_xydata().tolist() == [[0.75, 2.25], [1.0, 3.0]]
     assert [text.get_text() for text in axes.texts] == ["β=1", "β=10"]
-    (axes,) = report.chart(report.settings(made), None, "neg_elbo").axes
+    (axes,) = report.metric_figure(report.group_jobs(made), None, "neg_elbo").axes
     assert axes.lines[0].get_xydata().tolist() == [[1.0, 3.0], [10.0, 4.0]]
     for beta, value in (("1", 5.0), ("2", 7.0)):
         write_job(made, [f"beta={beta}", "model.latent_dim=2", "seed=1"], "finished", neg_elbo=value, kl=1, recon=1)
-    found = report.settings(made)
-    (axes,) = report.chart(found, ["beta", "model.latent_dim"], "neg_elbo").axes
+    found = report.group_jobs(made)
+    (axes,) = report.metric_figure(found, ["beta", "model.latent_dim"], "neg_elbo").axes
     grid = axes.images[0].get_array()
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["1", "2", "10"]
     assert grid.filled(-1).tolist() == [[5.0, 7.0, -1.0], [3.0, -1.0, 4.0]]
@@ -285,7 +285,7 @@ def test_a_folder_is_for_one_job(tmp_path: Path, status: str) -> None:
     (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(then)))
 
     def earlier(**changes: object) -> str:
-        return jobs.earlier_try(folder, OmegaConf.merge(then, changes), ["beta=1"])
+        return jobs.previous_status(folder, OmegaConf.merge(then, changes), ["beta=1"])
 
     assert earlier() == earlier(runs="b") == status
     assert earlier(trainer={"max_epochs": 3, "came_later": 1}) == status  # than the file was written
@@ -301,7 +301,7 @@ def test_a_folder_is_for_one_job(tmp_path: Path, status: str) -> None:
 
 def test_what_a_sweep_cannot_do_is_refused_in_one_sentence(tmp_path: Path, data: str) -> None:
     many = run("-m", "trainer=ddp", "beta=1,2", data, cwd=tmp_path, code=1)
-    assert many == f"error: {jobs.ONE_DEVICE}\n"
+    assert many == f"error: {jobs.ONE_DEVICE_MESSAGE}\n"
     resume = run("-m", "resume=a,b", data, cwd=tmp_path, code=1)
     assert resume.startswith("error: resume") and "hydra.sweep.dir" in resume and resume.count("\n") == 1
     typo = run("-m", "betaa=1,2", data, cwd=tmp_path, code=1)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from betavae.running.building import build_data, build_module
-from betavae.running.settings import plain
+from betavae.running.settings import to_plain
 from betavae.running.validation import NUMBERS, terms_of
 from tests.commands import TINY, run
 from tests.test_configs import composed
@@ -85,9 +85,9 @@ def test_what_would_be_in_vain_is_one_sentence(tmp_path, settings, said):
 def test_an_objectives_own_terms_are_known_and_looking_changes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ["objective=tc", "data=arrays", "data.root=images.npy", "data.test_size=9", "data.validation_size=11"]
-    settings = plain(composed(*words, "data.batch_size=4"))
+    settings = to_plain(composed(*words, "data.batch_size=4"))
     datamodule = build_data(settings["data"])
-    assert set(terms_of(datamodule.sets["validation"], build_module(settings, datamodule))) >= set(NUMBERS[:-1])
+    assert set(terms_of(datamodule.splits["validation"], build_module(settings, datamodule))) >= set(NUMBERS[:-1])
     states = []
     for monitor in ("neg_elbo", "total_correlation"):
         where = f"hydra.run.dir={monitor}"

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from betavae.errors import UserError
-from betavae.running.resuming import reopen
-from betavae.running.run_folder import RUN, RunFolder, put_mark
-from betavae.running.settings import plain
+from betavae.running.resuming import load_resumed_config
+from betavae.running.run_folder import RUN, RunFolder, claim_folder
+from betavae.running.settings import to_plain
 from betavae.running.yaml_files import MAX_BYTES, read_yaml, write_yaml
 from tests.commands import REPO
 
@@ -50,14 +50,14 @@ def test_the_settings_of_every_run_are_read_back_as_they_were(
     tmp_path_factory, experiment, name, root, extra, callback
 ):
     folder = RunFolder(tmp_path_factory.mktemp("run"))
-    put_mark(folder.path, RUN, "key")
-    written = plain(composed(experiment)) | {"name": name}
+    claim_folder(folder.path, RUN, "key")
+    written = to_plain(composed(experiment)) | {"name": name}
     for group in ("model", "data", "objective", "beta_schedule", "optimizer", "trainer"):
         written[group] |= extra
     written["data"]["root"] = root
     written["callbacks"]["own"] = {"mine": callback}
     write_yaml(folder.path / "config.yaml", written)
-    found, state = reopen(folder, composed(experiment), [])
+    found, state = load_resumed_config(folder, composed(experiment), [])
     assert state is None and found.pop("resume") == str(folder.path)
     del written["resume"]
     assert found == written and types(found) == types(written)

@@ -31,8 +31,8 @@ def main() -> None:
     L.seed_everything(1, verbose=False)
     data = ImageDataModule("mnist", root, 0, 64 // processes, 300, "none", seed=0)
     data.setup()
-    test = data.sets["test"]
-    data.sets["test"] = replace(test, pixels=test.pixels[:1001], labels=test.labels[:1001])  # no even share
+    test = data.splits["test"]
+    data.splits["test"] = replace(test, pixels=test.pixels[:1001], labels=test.labels[:1001])  # no even share
     model = {"network": "mlp", "hidden_dims": [32], "latent_dim": 5, "activation": "relu", "likelihood": "bernoulli"}
     module = Fixed(
         model | {"image_shape": [1, 28, 28]},

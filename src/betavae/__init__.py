@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from betavae.data.datamodule import ImageDataModule
     from betavae.module import VAEModule
-    from betavae.running.checkpoint import Run, load
+    from betavae.running.checkpoint import TrainedRun, load
     from betavae.vae import VAE
 
 # Looked up when they are asked for: `python train.py --help` does not wait for torch.
@@ -14,10 +14,10 @@ _HOMES = {
     "VAE": "betavae.vae",
     "VAEModule": "betavae.module",
     "ImageDataModule": "betavae.data.datamodule",
-    "Run": "betavae.running.checkpoint",
+    "TrainedRun": "betavae.running.checkpoint",
     "load": "betavae.running.checkpoint",
 }
-__all__ = ["VAE", "ImageDataModule", "Run", "VAEModule", "load"]
+__all__ = ["VAE", "ImageDataModule", "TrainedRun", "VAEModule", "load"]
 
 
 def __getattr__(name: str) -> Any:

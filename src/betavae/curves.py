@@ -10,7 +10,7 @@ from torch import Tensor
 from betavae.precision import to_float64
 
 
-class Sums:
+class MetricAccumulator:
     """Named sums over the images of each training batch, kept on the device until they are read.
 
     Reading, or `self.log`, at every step would cost a third of an epoch.
@@ -37,8 +37,8 @@ class Sums:
         """
         flat = torch.stack([value for batch in self.batches for value in batch.values()]).view(len(self), -1)
         images = torch.tensor(self.images, dtype=flat.dtype, device=flat.device)
-        rows: Any = trainer.strategy.reduce(torch.cat((images[:, None], flat), 1), reduce_op="sum")
-        return rows.cpu().double()
+        reduce_rows: Any = trainer.strategy.reduce(torch.cat((images[:, None], flat), 1), reduce_op="sum")
+        return reduce_rows.cpu().double()
 
 
 class Totals:
@@ -64,7 +64,7 @@ class Totals:
         return total.sums, total.images
 
 
-class Curves(Callback):
+class TrainMetrics(Callback):
     """The terms of training for every logger, `train/NAME`: means over the images of `log_every_n_steps` steps.
 
     `trainer.callback_metrics` has them too, and beside them the means of the epoch so far as `epoch/NAME`. A training
@@ -72,66 +72,66 @@ class Curves(Callback):
     """
 
     def __init__(self) -> None:
-        self.interval = Sums()
+        self.window = MetricAccumulator()
         self.epoch: dict[str, Tensor] = {}
         self.epoch_images = 0
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self.interval.to(module.device)  # a checkpoint is read on the CPU
+        self.window.to(module.device)  # a checkpoint is read on the CPU
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         for sums, images in outputs["sums"]:
-            self.interval.add(sums, images)
-        if trainer.is_last_batch or len(self.interval) >= trainer.log_every_n_steps:  # type: ignore[attr-defined]
-            self.end_interval(trainer, module)
+            self.window.add(sums, images)
+        if trainer.is_last_batch or len(self.window) >= trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            self.log_window(trainer, module)
 
     def read(self, trainer: L.Trainer, module: L.LightningModule) -> tuple[list[str], Tensor]:
         """Reduce the rows of the interval so far, and pass them to every callback with `on_train_sums`.
 
         Returns: the names of the terms, and `Sums.reduce_rows`.
         """
-        names, rows = list(self.interval.batches[0]), self.interval.reduce_rows(trainer)
+        names, rows = list(self.window.batches[0]), self.window.reduce_rows(trainer)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if hook := getattr(callback, "on_train_sums", None):
                 hook(trainer, module, names, rows)
         return names, rows
 
-    def end_interval(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def log_window(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         names, rows = self.read(trainer, module)
-        self.interval = Sums()
+        self.window = MetricAccumulator()
         count, *totals = rows.sum(0)
         sums, images = dict(zip(names, totals, strict=True)), int(count)
         self.epoch = {name: self.epoch.get(name, 0) + value for name, value in sums.items()}
         self.epoch_images += images
         means = {f"train/{name}": value / images for name, value in sums.items()}
         trainer.callback_metrics.update(means)
-        self.tell_epoch(trainer)
+        self.publish_epoch_means(trainer)
         scalars = {name: value.item() for name, value in means.items()}
         scalars["train/beta"] = module.current_beta()  # type: ignore[operator]
         scalars["train/learning_rate"] = trainer.optimizers[0].param_groups[0]["lr"]
         for logger in trainer.loggers:
             logger.log_metrics(scalars, trainer.global_step)
 
-    def tell_epoch(self, trainer: L.Trainer) -> None:
+    def publish_epoch_means(self, trainer: L.Trainer) -> None:
         means = {f"epoch/{name}": value / self.epoch_images for name, value in self.epoch.items()}
         trainer.callback_metrics.update(means)
 
-    def end_epoch(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def flush_epoch(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Also where `max_steps` or early stopping ends it before its last batch; for callbacks that come earlier."""
-        if len(self.interval):
-            self.end_interval(trainer, module)
-        self.tell_epoch(trainer)
+        if len(self.window):
+            self.log_window(trainer, module)
+        self.publish_epoch_means(trainer)
         self.epoch, self.epoch_images = {}, 0
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self.end_epoch(trainer, module)
+        self.flush_epoch(trainer, module)
 
     def state_dict(self) -> dict[str, Any]:
-        interval = [self.interval.batches, self.interval.images]
+        interval = [self.window.batches, self.window.images]
         return {"interval": interval, "epoch": self.epoch, "epoch_images": self.epoch_images}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.interval.batches, self.interval.images = (list(part) for part in state["interval"])
+        self.window.batches, self.window.images = (list(part) for part in state["interval"])
         self.epoch, self.epoch_images = state["epoch"], state["epoch_images"]

@@ -12,11 +12,11 @@ import math
 import torch
 from torch import Tensor
 
-from betavae.terms import Terms, gaussian_kl
+from betavae.terms import LossTerms, gaussian_kl
 from betavae.vae import VAE, Posterior
 
 
-def kl_parts(posterior: Posterior, noise: Tensor, images: int, sampling: str = "stratified") -> dict[str, Tensor]:
+def kl_decomposition(posterior: Posterior, noise: Tensor, images: int, sampling: str = "stratified") -> dict[str, Tensor]:
     """The three parts, `(B,)` each, at the samples of `noise` `(k, B, latent_dim)`; they add up to the KL in mean.
 
     q(z) is estimated from the batch by stratified sampling (Chen et al. 2018, appendix C.2): the image that z came from
@@ -49,7 +49,7 @@ def kl_parts(posterior: Posterior, noise: Tensor, images: int, sampling: str = "
     }
 
 
-def tc(vae: VAE, x: Tensor, noise: Tensor, beta: Tensor | float, images: int, sampling: str = "stratified") -> Terms:
+def beta_tcvae(vae: VAE, x: Tensor, noise: Tensor, beta: Tensor | float, images: int, sampling: str = "stratified") -> LossTerms:
     """beta-TCVAE (Chen et al. 2018): recon + I(x; z) + beta * total correlation + dimension-wise KL.
 
     The three are `kl_parts`; their sum at weight 1 is the KL, taken in closed form, so that at beta = 1 this is `elbo`.
@@ -60,14 +60,14 @@ def tc(vae: VAE, x: Tensor, noise: Tensor, beta: Tensor | float, images: int, sa
     """
     posterior, _, params = vae(x, noise)
     recon, kl = -vae.likelihood.log_prob(x, params).mean(0), gaussian_kl(posterior)
-    parts = kl_parts(posterior, noise, images, sampling)
+    parts = kl_decomposition(posterior, noise, images, sampling)
     loss = (recon + kl.sum(1) + (beta - 1) * parts["total_correlation"]).mean()
-    return Terms(loss, recon.detach(), kl.detach(), posterior.detach(), parts)
+    return LossTerms(loss, recon.detach(), kl.detach(), posterior.detach(), parts)
 
 
-def dip(
+def dip_vae(
     vae: VAE, x: Tensor, noise: Tensor, beta: Tensor | float, variant: str, off_diagonal: float, diagonal: float
-) -> Terms:
+) -> LossTerms:
     """DIP-VAE (Kumar et al. 2018): the beta-VAE with a price on a covariance C that is not the identity.
 
     loss = recon + beta * KL + off_diagonal * sum_ij C_ij^2 (i != j) + diagonal * sum_i (C_ii - 1)^2, where C is that of
@@ -81,13 +81,13 @@ def dip(
     if variant == "ii":
         covariance = covariance + posterior.logvar.exp().mean(0).diag()
     variances = covariance.diag()
-    price = off_diagonal * ((covariance - variances.diag()) ** 2).sum() + diagonal * ((variances - 1) ** 2).sum()
-    loss = (recon + beta * kl.sum(1)).mean() + price
-    extra = {"covariance_price": price.expand(len(x))}
-    return Terms(loss, recon.detach(), kl.detach(), posterior.detach(), extra)
+    penalty = off_diagonal * ((covariance - variances.diag()) ** 2).sum() + diagonal * ((variances - 1) ** 2).sum()
+    loss = (recon + beta * kl.sum(1)).mean() + penalty
+    extra = {"covariance_price": penalty.expand(len(x))}
+    return LossTerms(loss, recon.detach(), kl.detach(), posterior.detach(), extra)
 
 
-def capacity(vae: VAE, x: Tensor, noise: Tensor, beta: Tensor | float, gamma: float) -> Terms:
+def capacity_vae(vae: VAE, x: Tensor, noise: Tensor, beta: Tensor | float, gamma: float) -> LossTerms:
     """recon + gamma * |KL - C|, KL the mean over the batch and C nats the capacity (Burgess et al. 2018).
 
     C is what `beta` is elsewhere, so that `beta=25` with `beta_schedule=linear` raises it from 0 to 25 as in the paper.
@@ -95,4 +95,4 @@ def capacity(vae: VAE, x: Tensor, noise: Tensor, beta: Tensor | float, gamma: fl
     posterior, _, params = vae(x, noise)
     recon, kl = -vae.likelihood.log_prob(x, params).mean(0), gaussian_kl(posterior)
     loss = recon.mean() + gamma * (kl.sum(1).mean() - beta).abs()
-    return Terms(loss, recon.detach(), kl.detach(), posterior.detach())
+    return LossTerms(loss, recon.detach(), kl.detach(), posterior.detach())

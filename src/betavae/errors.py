@@ -5,7 +5,7 @@ class UserError(Exception):
     """Something the user can put right. The message is one sentence: the key or file, what is wrong, what is right."""
 
 
-class Diverged(UserError):
+class DivergenceError(UserError):
     """The training left the finite numbers. `last` holds the last finite means, if there were any."""
 
     def __init__(self, what: str, last: dict[str, float]):
@@ -17,14 +17,14 @@ class Diverged(UserError):
         )
 
 
-class Pruned(Exception):
+class TrialPruned(Exception):
     """The end of a trial that its search has found hopeless. The message says what it came to."""
 
 
-class Interrupted(SystemExit):
+class RunInterrupted(SystemExit):
     """The end of a run that was asked to stop, and has said how it goes on. `code` is 128 plus the signal's number."""
 
 
-def last_words(text: str) -> str:
+def last_error_line(text: str) -> str:
     """Of what a command of ours printed that failed: why."""
     return (text.splitlines() or ["it was killed"])[-1].removeprefix("error: ")

@@ -10,25 +10,25 @@ from betavae.precision import at_least_float32
 from betavae.vae import VAE
 
 
-def accelerate(vae: VAE) -> VAE:
+def use_fast_cpu_kernels(vae: VAE) -> VAE:
     """Put the quicker ones in place, in `vae` itself; its weights, their names and, but for rounding, numbers stay."""
     for module in list(vae.modules()):
         for name, child in module.named_children():
             if type(child) is nn.Tanh:
-                setattr(module, name, Tanh())
+                setattr(module, name, FastTanh())
     if isinstance(vae.likelihood, Bernoulli):
         vae.likelihood.cross_entropy = cross_entropy  # type: ignore[method-assign]
     return vae
 
 
-class Tanh(nn.Module):
+class FastTanh(nn.Module):
     """tanh x = 2 sigmoid(2 x) - 1: torch.tanh takes five times a sigmoid's time (torch 2.15, CPU)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return (2 * x).sigmoid_().mul(2).sub_(1)
 
 
-class CrossEntropy(torch.autograd.Function):
+class FastBCEWithLogits(torch.autograd.Function):
     """The sum over an image's pixels of log(1 + e^l) - x l, with its gradient sigmoid(l) - x: exact at any logit l.
 
     `F.binary_cross_entropy_with_logits` says the same; but log1p is not vectorised on AVX-512 machines (torch 2.15),
@@ -55,4 +55,4 @@ class CrossEntropy(torch.autograd.Function):
 
 
 # One object for every VAE: code compiled for one serves the next, unless a function that it calls is another one.
-cross_entropy = CrossEntropy.apply
+cross_entropy = FastBCEWithLogits.apply

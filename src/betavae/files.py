@@ -16,17 +16,17 @@ from pathlib import Path
 from betavae.errors import UserError
 
 STAMP = "betavae"  # in every file that a script writes where its user says
-MAGIC = b"betavae images\r\n\x1a\n"  # starts compressed images; its line ends show a file transferred as text
-PART = ".part"  # the end of the name of a file that is being written
-PART_START = "betavae-part-"  # its start, where its end must be that of the whole file
+COMPRESSED_MAGIC = b"betavae images\r\n\x1a\n"  # starts compressed images; its line ends show a file transferred as text
+TMP_SUFFIX = ".part"  # the end of the name of a file that is being written
+TMP_PREFIX = "betavae-part-"  # its start, where its end must be that of the whole file
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def atomic_write_bytes(path: Path, content: bytes) -> None:
     """Written beside under a name of its own and renamed: whoever reads `path` never finds half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = None
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f"{path.name}.", suffix=PART, delete=False) as file:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f"{path.name}.", suffix=TMP_SUFFIX, delete=False) as file:
             part = Path(file.name)
             file.write(content)
             file.flush()
@@ -50,16 +50,16 @@ UMASK = _umask()
 
 
 @contextlib.contextmanager
-def writing(out: str | Path, key: str = "out") -> Iterator[Path]:
+def atomic_path(out: str | Path, key: str = "out") -> Iterator[Path]:
     """A path to write to, with the ending of the path that a user named by the setting `key`, and beside it; it becomes
     that path when the block ends, so that a process that is killed leaves no half of a file there.
 
     Raises UserError where something lies there that this project did not make, and for a failure in the block.
     """
     path = Path(out).expanduser()
-    check_ours(path, key)
+    require_own_file(path, key)
     # Of its name only the ending, since a name may be as long as a name can be.
-    part = path.with_name(f"{PART_START}{secrets.token_hex(4)}{path.suffix}")
+    part = path.with_name(f"{TMP_PREFIX}{secrets.token_hex(4)}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield part
@@ -71,16 +71,16 @@ def writing(out: str | Path, key: str = "out") -> Iterator[Path]:
             part.unlink(missing_ok=True)
 
 
-def check_ours(path: Path, key: str) -> None:
+def require_own_file(path: Path, key: str) -> None:
     """Raises UserError where something lies that this project did not make."""
-    if os.path.lexists(path) and not made_here(path):
+    if os.path.lexists(path) and not has_stamp(path):
         raise UserError(f"{key}: {path} is there already and was not made by betavae; delete it or name another")
 
 
 def check_writable(out: str | Path, key: str = "out") -> None:
     """Raises UserError where `writing` would, before hours of work. Makes no folder."""
     path = Path(out).expanduser()
-    check_ours(path, key)
+    require_own_file(path, key)
     folder = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
     try:
         with tempfile.TemporaryFile(dir=folder):
@@ -90,7 +90,7 @@ def check_writable(out: str | Path, key: str = "out") -> None:
 
 
 @contextlib.contextmanager
-def filling(out: str | Path, key: str = "out") -> Iterator[Path]:
+def atomic_dir(out: str | Path, key: str = "out") -> Iterator[Path]:
     """Yield a temporary folder to write into; its content becomes that of `out` when the block ends without an error.
 
     An empty folder is filled in place, since it may be the working folder, a mount point or linked to.
@@ -104,7 +104,7 @@ def filling(out: str | Path, key: str = "out") -> Iterator[Path]:
     try:
         if os.path.lexists(path) and (not there or any(path.iterdir())):
             raise taken
-        part = (path if there else path.absolute().parent) / f"{PART_START}{secrets.token_hex(4)}"
+        part = (path if there else path.absolute().parent) / f"{TMP_PREFIX}{secrets.token_hex(4)}"
         part.mkdir(parents=True)
         yield part
         if there:
@@ -123,7 +123,7 @@ def filling(out: str | Path, key: str = "out") -> Iterator[Path]:
             shutil.rmtree(part, ignore_errors=True)
 
 
-def made_here(path: Path) -> bool:
+def has_stamp(path: Path) -> bool:
     """Tell whether a file bears the mark of this project.
 
     It is the software of a PNG, JPEG, WebP or TIFF, the creator of a PDF or SVG, a zip file's comment (tensors), a JSON
@@ -145,7 +145,7 @@ def made_here(path: Path) -> bool:
         if path.suffix.lower() == ".svg":
             agent = rf"<dc:creator>\s*<cc:Agent>\s*<dc:title>{STAMP}</dc:title>"
             return re.search(agent.encode(), start) is not None
-        if start.startswith(MAGIC):
+        if start.startswith(COMPRESSED_MAGIC):
             return True
         if start.startswith(b"PK"):
             with zipfile.ZipFile(path) as archive:

@@ -10,11 +10,11 @@ import math
 import torch
 from torch import Tensor
 
-from betavae.terms import Terms, gaussian_kl
+from betavae.terms import LossTerms, gaussian_kl
 from betavae.vae import VAE, Posterior
 
 
-def log_ratio(z: Tensor, posterior: Posterior) -> Tensor:
+def log_prior_over_posterior(z: Tensor, posterior: Posterior) -> Tensor:
     """log p(z) - log q(z|x), `(..., B)`, for z `(..., B, latent_dim)`."""
     mean, logvar = posterior
     return 0.5 * ((z - mean) ** 2 * torch.exp(-logvar) + logvar - z**2).sum(-1)
@@ -25,18 +25,18 @@ def log_mean_exp(log_weights: Tensor) -> Tensor:
     return log_weights.logsumexp(0) - math.log(len(log_weights))
 
 
-def iwae(vae: VAE, x: Tensor, noise: Tensor, beta: Tensor | float) -> Terms:
+def iwae(vae: VAE, x: Tensor, noise: Tensor, beta: Tensor | float) -> LossTerms:
     """The importance-weighted bound of k samples; with k = 1 the ELBO, its KL not in closed form but from that sample.
 
     `x` `(B, C, H, W)`, `noise` `(k, B, latent_dim)` from N(0, I).
     """
     posterior, z, params = vae(x, noise)
     log_px = vae.likelihood.log_prob(x, params)
-    log_weights = log_px + beta * log_ratio(z, posterior)
-    return _weighted(posterior, log_px, log_weights)
+    log_weights = log_px + beta * log_prior_over_posterior(z, posterior)
+    return _iw_terms(posterior, log_px, log_weights)
 
 
-def dreg(vae: VAE, x: Tensor, noise: Tensor, beta: Tensor | float, resample: int | None = None) -> Terms:
+def dreg(vae: VAE, x: Tensor, noise: Tensor, beta: Tensor | float, resample: int | None = None) -> LossTerms:
     """`iwae` with the doubly reparameterised gradient of the encoder (Tucker et al. 2019).
 
     The same value and the same expected gradient. The noisy score of q is left out, which in expectation multiplies the
@@ -46,24 +46,24 @@ def dreg(vae: VAE, x: Tensor, noise: Tensor, beta: Tensor | float, resample: int
     same expected gradient with a little more noise, at large k for half of the time.
     """
     posterior = vae.encode(x)
-    scoreless = posterior.detach()
+    detached_posterior = posterior.detach()
 
-    def weigh(noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def log_weights_at(noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         z = posterior.rsample(noise)
         log_px = vae.likelihood.log_prob(x, vae.decode_params(z))
-        return z, log_px, log_px + beta * log_ratio(z, scoreless)
+        return z, log_px, log_px + beta * log_prior_over_posterior(z, detached_posterior)
 
     training = torch.is_grad_enabled()
     with torch.set_grad_enabled(training and resample is None):
-        z, log_px, log_weights = weigh(noise)
-    terms = _weighted(posterior, log_px, log_weights)
+        z, log_px, log_weights = log_weights_at(noise)
+    terms = _iw_terms(posterior, log_px, log_weights)
     weights = log_weights.detach().softmax(0)
     if training and resample is not None:
         # Systematic resampling: of the weights laid end to end, those that a comb of one random offset hits.
         comb = (torch.arange(resample, device=x.device)[:, None] + torch.rand(len(x), device=x.device)) / resample
         drawn = torch.searchsorted(weights.cumsum(0).T.contiguous(), comb.T.contiguous()).clamp_(max=len(weights) - 1).T
         weights = weights.gather(0, drawn)
-        z, _, log_weights = weigh(noise.take_along_dim(drawn.unsqueeze(-1), 0))
+        z, _, log_weights = log_weights_at(noise.take_along_dim(drawn.unsqueeze(-1), 0))
         drawn_loss = -log_weights.mean()
         terms = terms._replace(loss=terms.loss + drawn_loss - drawn_loss.detach())
     if z.requires_grad:
@@ -72,6 +72,6 @@ def dreg(vae: VAE, x: Tensor, noise: Tensor, beta: Tensor | float, resample: int
     return terms
 
 
-def _weighted(posterior: Posterior, log_px: Tensor, log_weights: Tensor) -> Terms:
+def _iw_terms(posterior: Posterior, log_px: Tensor, log_weights: Tensor) -> LossTerms:
     loss = -log_mean_exp(log_weights).mean()
-    return Terms(loss, -log_px.mean(0).detach(), gaussian_kl(posterior).detach(), posterior.detach())
+    return LossTerms(loss, -log_px.mean(0).detach(), gaussian_kl(posterior).detach(), posterior.detach())

@@ -10,17 +10,17 @@ from typing import Any
 import torch
 
 from betavae.errors import UserError
-from betavae.files import STAMP, made_here, writing
+from betavae.files import STAMP, has_stamp, atomic_path
 from betavae.torch_file import load_torch_file
 
 
-def kept(path: Path, asked: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def load_or_compute(path: Path, asked: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What `make()` gives, tensors and plain values; if `path` holds what it once gave for the same `asked`, that.
 
     A file of ours that is harmed, or was made for something else, is made anew. Anybody else's is left alone, and where
     nothing can be kept that is said, and the answer is the same.
     """
-    if path.is_file() and made_here(path):
+    if path.is_file() and has_stamp(path):
         try:
             content = load_torch_file(path)
             if content["asked"] == asked:
@@ -29,14 +29,14 @@ def kept(path: Path, asked: dict[str, Any], make: Callable[[], dict[str, Any]]) 
             pass
     made = make()
     try:
-        with writing(path, "not kept") as part:
-            part.write_bytes(stamped({"asked": asked, "made": made}))
+        with atomic_path(path, "not kept") as part:
+            part.write_bytes(to_bytes({"asked": asked, "made": made}))
     except UserError as error:
         print(error)
     return made
 
 
-def stamped(content: dict[str, Any]) -> bytes:
+def to_bytes(content: dict[str, Any]) -> bytes:
     """As `torch.save` has it, with our stamp."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
@@ -45,6 +45,6 @@ def stamped(content: dict[str, Any]) -> bytes:
     return buffer.getvalue()
 
 
-def digest(path: Path) -> str:
+def file_hash(path: Path) -> str:
     """Which file it is, whatever its name."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]

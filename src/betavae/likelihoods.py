@@ -34,11 +34,11 @@ class Likelihood(nn.Module):
         """`(..., C, H, W)`, drawn from p(x|z)."""
         raise NotImplementedError
 
-    def meaning(self, binarize: str) -> str:
+    def describe(self, binarize: str) -> str:
         """What numbers under it are, for images binarised so (a setting of the data)."""
         return "a log-density of pixels in [0, 1], which may be above 0: compare it with other densities only"
 
-    def exact(self, binarize: str) -> bool:
+    def is_discrete(self, binarize: str) -> bool:
         """Whether it is a probability of just what such images are, so that it has a number of bits."""
         return False
 
@@ -50,10 +50,10 @@ class Bernoulli(Likelihood):
     """
 
     def log_prob(self, x: Tensor, params: Tensor) -> Tensor:
-        return -self.cross_entropy(x, params)
+        return -self.bce_with_logits(x, params)
 
     @staticmethod
-    def cross_entropy(x: Tensor, logits: Tensor) -> Tensor:
+    def bce_with_logits(x: Tensor, logits: Tensor) -> Tensor:
         """`(..., B)` in nats. `fast.accelerate` puts a quicker one in its place."""
         x = at_least_float32(x).expand_as(logits)
         return F.binary_cross_entropy_with_logits(logits.to(x.dtype), x, reduction="none").sum(IMAGE_DIMS)
@@ -61,19 +61,19 @@ class Bernoulli(Likelihood):
     def mean(self, params: Tensor) -> Tensor:
         return torch.sigmoid(params)
 
-    def params_of(self, mean: Tensor) -> Tensor:
+    def params_from_mean(self, mean: Tensor) -> Tensor:
         """The logits of about this mean, none beyond ±7."""
         return torch.logit(mean, eps=1e-3)
 
     def sample(self, params: Tensor, generator: torch.Generator | None = None) -> Tensor:
         return torch.bernoulli(torch.sigmoid(params), generator=generator)
 
-    def meaning(self, binarize: str) -> str:
-        if not self.exact(binarize):
+    def describe(self, binarize: str) -> str:
+        if not self.is_discrete(binarize):
             return "a Bernoulli likelihood of pixels that are not binary: the tutorial's surrogate, no log-likelihood"
         return "a log-likelihood of binarised images: compare it with others on images binarised the same way only"
 
-    def exact(self, binarize: str) -> bool:
+    def is_discrete(self, binarize: str) -> bool:
         return binarize != "none"
 
 
@@ -83,7 +83,7 @@ class ContinuousBernoulli(Bernoulli):
     With l the logit its normaliser is C = l / tanh(l / 2), which is even, smooth, and 2 at l = 0.
     """
 
-    meaning, exact = Likelihood.meaning, Likelihood.exact
+    meaning, exact = Likelihood.describe, Likelihood.is_discrete
 
     def log_prob(self, x: Tensor, params: Tensor) -> Tensor:
         params = at_least_float32(params)

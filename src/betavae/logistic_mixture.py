@@ -15,16 +15,16 @@ from torch.autograd.function import once_differentiable
 from betavae.precision import at_least_float32, to_float64
 
 # A scale of e^-15 is a certainty, at e^15 only the bytes 0 and 255 are left: beyond, the scale stays what it is there.
-LARGEST_LOG_SCALE = 15.0
+MAX_LOG_SCALE = 15.0
 
 
-def split(params: Tensor, components: int) -> tuple[Tensor, ...]:
+def split_params(params: Tensor, components: int) -> tuple[Tensor, ...]:
     """`(..., 3 * components * C, H, W)` -> logits, means, log-scales, each `(..., components, C, H, W)`."""
     logits, means, log_scales = params.unflatten(-3, (3, components, -1)).unbind(-5)
-    return logits, means, log_scales.clamp(-LARGEST_LOG_SCALE, LARGEST_LOG_SCALE)
+    return logits, means, log_scales.clamp(-MAX_LOG_SCALE, MAX_LOG_SCALE)
 
 
-def log_pixels(x: Tensor, params: Tensor, components: int, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
+def pixel_log_prob(x: Tensor, params: Tensor, components: int, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
     """The log-probability of each pixel `(..., C, H, W)`, and its gradient in the shape of `params` if asked for.
 
     With w = 1 / (255 s) the width of a bin and d = |x - m| / s - w / 2 how far the mean is outside of it, both in
@@ -36,7 +36,7 @@ def log_pixels(x: Tensor, params: Tensor, components: int, with_gradient: bool) 
     distance to their one edge. e^-max(d, 0) is taken out of it and into the mixture's log-sum-exp.
     """
     x = at_least_float32(x).unsqueeze(-4)
-    logits, means, log_scales = split(params.to(x.dtype), components)
+    logits, means, log_scales = split_params(params.to(x.dtype), components)
     lowest, highest = x <= 0, x >= 1
     inside = ~(lowest | highest)
     per_scale = torch.exp(-log_scales)
@@ -61,7 +61,7 @@ def log_pixels(x: Tensor, params: Tensor, components: int, with_gradient: bool) 
     beyond = far / (1 + far)  # sigmoid(-(d + w))
     by_distance = responsibility * (beyond - outside)
     by_width = responsibility * ((beyond + outside) / 2 + torch.where(inside, torch.exp(-width) / mass, 0.0))
-    free = log_scales.abs() < LARGEST_LOG_SCALE
+    free = log_scales.abs() < MAX_LOG_SCALE
     gradient = (
         responsibility - shares / all_shares,
         -by_distance * side * per_scale,
@@ -70,7 +70,7 @@ def log_pixels(x: Tensor, params: Tensor, components: int, with_gradient: bool) 
     return log_prob, torch.stack(gradient, -5).flatten(-5, -3)
 
 
-class LogProb(torch.autograd.Function):
+class MixtureLogProb(torch.autograd.Function):
     """The sum over pixels, its gradient taken on the way forward.
 
     So each exponential is taken once: compiled, forward and backward together take two thirds of the time that autograd
@@ -79,7 +79,7 @@ class LogProb(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, params: Tensor, components: int) -> Tensor:
-        log_prob, gradient = log_pixels(x, params, components, ctx.needs_input_grad[1])
+        log_prob, gradient = pixel_log_prob(x, params, components, ctx.needs_input_grad[1])
         ctx.dtype = params.dtype
         if gradient is not None and params.dtype != torch.float16:  # whose range is too small before the batch's mean
             gradient = gradient.to(params.dtype)
@@ -105,17 +105,17 @@ class LogisticMixture(nn.Module):
 
     def log_prob(self, x: Tensor, params: Tensor) -> Tensor:
         """`(..., B)` in nats, summed over pixels and channels: a log-probability of images of bytes, x = byte / 255."""
-        return LogProb.apply(x, params, self.components)
+        return MixtureLogProb.apply(x, params, self.components)
 
     def probabilities(self, params: Tensor) -> Tensor:
         """Of all bytes, `(..., C, H, W, 256)`."""
         bytes_ = at_least_float32(torch.arange(256, dtype=params.dtype, device=params.device)) / 255
         x = bytes_.view(-1, *[1] * params.ndim)
-        return log_pixels(x, params, self.components, False)[0].exp().movedim(0, -1)
+        return pixel_log_prob(x, params, self.components, False)[0].exp().movedim(0, -1)
 
     def mean(self, params: Tensor) -> Tensor:
         """`(..., C, H, W)` in [0, 1], of the mixture before its bytes are rounded: at most half a byte from theirs."""
-        logits, means, log_scales = split(to_float64(params), self.components)
+        logits, means, log_scales = split_params(to_float64(params), self.components)
         scale = log_scales.exp()
         # 1 less the integral of F over [0, 1]
         below = scale * (nn.functional.softplus((1 - means) / scale) - nn.functional.softplus(-means / scale))
@@ -137,7 +137,7 @@ class LogisticMixture(nn.Module):
 
     def sample(self, params: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Images of bytes / 255, `(..., C, H, W)`."""
-        logits, means, log_scales = split(params.float(), self.components)
+        logits, means, log_scales = split_params(params.float(), self.components)
         shape, device = means.select(-4, 0).shape, params.device
         cumulative = logits.softmax(-4).cumsum(-4)[..., :-1, :, :, :]
         pick = torch.rand(shape, generator=generator, device=device).unsqueeze(-4)

@@ -7,12 +7,12 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from betavae.curves import Curves, Totals
+from betavae.curves import TrainMetrics, Totals
 from betavae.errors import UserError
-from betavae.objectives import chosen
+from betavae.objectives import build_objective
 from betavae.optimizers import optimizer_class
 from betavae.schedules import BETA_SCHEDULES, lr_factor
-from betavae.terms import ACTIVE_UNIT_VARIANCE
+from betavae.terms import ACTIVE_UNIT_THRESHOLD
 from betavae.vae import VAE
 
 EVALUATION_SEED = 0
@@ -39,7 +39,7 @@ class VAEModule(L.LightningModule):
         super().__init__()
         self.save_hyperparameters(logger=False)
         self.vae = VAE(**model)
-        self.k, self.objective = objective["k"], chosen(objective)
+        self.k, self.objective = objective["k"], build_objective(objective)
         self.beta, self.total_steps = beta, 0.0
         self.beta_factor = partial(BETA_SCHEDULES[beta_schedule["name"]], **without(beta_schedule, "name"))
 
@@ -49,7 +49,7 @@ class VAEModule(L.LightningModule):
     def loss(self, x: Tensor, noise: Tensor, beta: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """What torch.compile may compile: the loss, and each term summed over the batch."""
         terms = self.objective(self.vae, x, noise, beta)
-        return terms.loss, terms.sums()
+        return terms.loss, terms.batch_sums()
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         x, _ = batch
@@ -60,7 +60,7 @@ class VAEModule(L.LightningModule):
         return {"loss": loss, "sums": [(sums, len(x))]}
 
     def configure_callbacks(self) -> list[Any]:
-        return [Curves()]
+        return [TrainMetrics()]
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.evaluate(batch[0], draws=1)
@@ -84,14 +84,14 @@ class VAEModule(L.LightningModule):
         for draw in noise[rank::processes, :size].to(x).view(len(x), draws, self.k, -1).permute(1, 2, 0, 3):
             terms = self.objective(self.vae, x, draw, self.beta)
             mean = terms.posterior.mean
-            self.evaluation.add(terms.sums() | {"mean": mean.sum(0), "square": (mean**2).sum(0)}, len(x))
+            self.evaluation.add(terms.batch_sums() | {"mean": mean.sum(0), "square": (mean**2).sum(0)}, len(x))
 
     def on_validation_epoch_end(self, split: str = "val") -> None:
         """Means over all images of all processes, and the number of active units."""
         sums, images = self.evaluation.gather(self.trainer)
         variance = sums.pop("square") / images - (sums.pop("mean") / images) ** 2
         means = {f"{split}/{name}": value / images for name, value in sums.items()}
-        means[f"{split}/active_units"] = (variance > ACTIVE_UNIT_VARIANCE).sum().double()
+        means[f"{split}/active_units"] = (variance > ACTIVE_UNIT_THRESHOLD).sum().double()
         # For callbacks; loggers get it with the step, where `log_dict` would give them a second curve of epoch numbers.
         self.log_dict({name: value.float() for name, value in means.items()}, logger=False)
         for logger in self.loggers:

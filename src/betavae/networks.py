@@ -27,7 +27,7 @@ class MLPEncoder(nn.Sequential):
         super().__init__(*layers, nn.Linear(widths[-1], 2 * latent_dim))
 
     @torch.no_grad()
-    def centre(self, mean: Tensor) -> None:
+    def init_from_mean(self, mean: Tensor) -> None:
         """Make the first layer see images minus `mean` `(*image_shape)`, by its bias."""
         weight, bias = self[1].weight, self[1].bias
         bias.sub_(weight @ mean.flatten())  # type: ignore[operator]

@@ -10,14 +10,14 @@ from torch.optim import Optimizer
 # Odd polynomials a x + b x^3 + c x^5, applied in turn to the singular values: two of the sequence of Amsel et al.
 # 2025 ("Polar Express"). They bring every value from 0.05 up to between 0.18 and 1.9. That is coarse; but in training,
 # five steps of the usual kind were no better, and cost more than twice as much.
-POLYNOMIALS = ((4.1070591, -2.9478499, 0.5448431), (3.9486909, -2.9089021, 0.5518191))
+POLAR_EXPRESS_COEFFS = ((4.1070591, -2.9478499, 0.5448431), (3.9486909, -2.9089021, 0.5518191))
 
 
 def orthogonalize(matrix: Tensor) -> Tensor:
     """U p(S) V^T of a matrix U S V^T, p(S) roughly 1, by products of bfloat16 matrices alone."""
     x = matrix.bfloat16()
     wide = x.size(0) <= x.size(1)
-    for number, (a, b, c) in enumerate(POLYNOMIALS):
+    for number, (a, b, c) in enumerate(POLAR_EXPRESS_COEFFS):
         gram = x @ x.mT if wide else x.mT @ x
         if number == 0:
             # A bound on the largest singular value that is tighter than the Frobenius norm, and free.
@@ -91,7 +91,7 @@ def optimizer_class(name: str) -> type[Optimizer]:
     return MuonAdam if name == "MuonAdam" else getattr(torch.optim, name)
 
 
-def names() -> list[str]:
+def optimizer_names() -> list[str]:
     """What `optimizer_class` takes."""
     useless = ("Optimizer", "SparseAdam")  # an abstract class; gradients are dense
     classes = [name for name, cls in vars(torch.optim).items() if isinstance(cls, type) and issubclass(cls, Optimizer)]

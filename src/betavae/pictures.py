@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from betavae.errors import UserError
-from betavae.files import STAMP, writing
+from betavae.files import STAMP, atomic_path
 from betavae.vae import VAE
 
 MAX_SPRITE_SIDE = 4096  # pixels; of a larger image of all tiles, a browser may show nothing
 PIXELS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
 
 
-def grid(images: Tensor, columns: int) -> Tensor:
+def make_grid(images: Tensor, columns: int) -> Tensor:
     """`(N, C, H, W)` -> one picture `(C, rows * (H + 2) + 2, columns * (W + 2) + 2)`, with black lines between."""
     n, c, h, w = images.shape
     rows = -(-n // columns)
@@ -70,7 +70,7 @@ def new_figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def show(axes: Any, picture: Tensor) -> None:
+def imshow(axes: Any, picture: Tensor) -> None:
     """Draw a `(C, H, W)` picture in [0, 1] on matplotlib axes, pixel for pixel."""
     pixels = picture.clamp(0, 1).cpu().permute(1, 2, 0).numpy()
     axes.imshow(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels, cmap="gray", vmin=0, vmax=1)
@@ -78,7 +78,7 @@ def show(axes: Any, picture: Tensor) -> None:
     axes.set_yticks([])
 
 
-def kl_bars(kl: Tensor) -> Any:
+def kl_bar_figure(kl: Tensor) -> Any:
     """KL per latent dimension in nats, in descending order, as a figure."""
     figure = new_figure(6, 3)
     axes = figure.add_subplot()
@@ -95,7 +95,7 @@ def traversal_figure(rows: Tensor, values: Tensor, dimensions: Sequence[int], kl
     """The rows of a `traversal`, each named by its dimension and that dimension's KL in nats `(latent_dim,)`."""
     figure = new_figure(0.45 * len(values) + 1.2, 0.45 * len(dimensions) + 0.6)
     axes = figure.add_subplot()
-    show(axes, grid(rows, len(values)))
+    imshow(axes, make_grid(rows, len(values)))
     height, width = (size + 2 for size in rows.shape[-2:])
     axes.set_yticks(
         [(row + 0.5) * height for row in range(len(dimensions))], [f"z{d}  {kl[d]:.2f} nats" for d in dimensions]
@@ -133,7 +133,7 @@ def bits_figure(rows: dict[str, tuple[float | None, float]], note: str) -> Any:
     return figure
 
 
-def coloured(x: Tensor, labels: Tensor) -> Tensor:
+def tint_by_label(x: Tensor, labels: Tensor) -> Tensor:
     """`(N, 3, H, W)`: grey images as strokes on white in the colour of their (first) label; colour images as they
     are."""
     import matplotlib
@@ -150,7 +150,7 @@ def tiles(x: Tensor, labels: Tensor, most: int) -> Tensor:
 
     TensorBoard's sprite of tiles that are not square fails or is unreadable (torch 2.14).
     """
-    drawn, (height, width) = coloured(x, labels), x.shape[-2:]
+    drawn, (height, width) = tint_by_label(x, labels), x.shape[-2:]
     side = min(most, max(height, width))
     if max(height, width) > side:
         height, width = (max(1, size * side // max(height, width)) for size in (height, width))
@@ -159,7 +159,7 @@ def tiles(x: Tensor, labels: Tensor, most: int) -> Tensor:
     return torch.nn.functional.pad(drawn, (left, side - width - left, top, side - height - top), value=1.0)
 
 
-def as_image(picture: Tensor, scale: int = 2) -> Any:
+def to_pil(picture: Tensor, scale: int = 2) -> Any:
     """A `(C, H, W)` picture in [0, 1] as one of Pillow's, each pixel `scale` by `scale`."""
     from PIL import Image
 
@@ -168,7 +168,7 @@ def as_image(picture: Tensor, scale: int = 2) -> Any:
     return Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
 
 
-def save_picture(picture: Tensor, out: str | Path, scale: int = 2) -> None:
+def save_image(picture: Tensor, out: str | Path, scale: int = 2) -> None:
     """Write a `(C, H, W)` picture in [0, 1] to a file, each pixel `scale` by `scale`."""
     from PIL.PngImagePlugin import PngInfo
 
@@ -176,14 +176,14 @@ def save_picture(picture: Tensor, out: str | Path, scale: int = 2) -> None:
     text = PngInfo()
     text.add_text("Software", STAMP)
     marks: dict[str, dict[str, Any]] = {".png": {"pnginfo": text}, ".pdf": {"creator": STAMP}}
-    with writing(out) as path:
-        as_image(picture, scale).save(path, **marks.get(path.suffix.lower(), {"exif": exif_mark()}))
+    with atomic_path(out) as path:
+        to_pil(picture, scale).save(path, **marks.get(path.suffix.lower(), {"exif": exif_mark()}))
 
 
 def save_figure(figure: Any, out: str | Path) -> None:
     """Write a matplotlib figure to a file."""
     check_ending(out, (*PIXELS, ".pdf", ".svg"))
-    with writing(out) as path:
+    with atomic_path(out) as path:
         name = {".png": "Software", ".pdf": "Creator", ".svg": "Creator"}.get(path.suffix.lower())
         mark = {"metadata": {name: STAMP}} if name else {"pil_kwargs": {"exif": exif_mark()}}
         figure.savefig(path, dpi=150, bbox_inches="tight", **mark)
@@ -205,7 +205,7 @@ def check_ending(out: str | Path, endings: Sequence[str]) -> None:
 
 
 def save_tensor(tensor: Any, out: str | Path) -> Path:
-    with writing(out) as path:
+    with atomic_path(out) as path:
         torch.save(tensor, path)
         with zipfile.ZipFile(path, "a") as archive:
             archive.comment = STAMP.encode()

@@ -7,15 +7,15 @@ from torch import Tensor, nn
 
 from betavae.activations import ACTIVATIONS
 
-SMALLEST = 7  # pixels: resolution is halved until the shorter side has no more
+MIN_SIDE = 7  # pixels: resolution is halved until the shorter side has no more
 
 
-def normed(channels: int, activation: str) -> list[nn.Module]:
+def norm_act(channels: int, activation: str) -> list[nn.Module]:
     """Group norm (Wu & He 2018), in at most 8 groups, and the activation."""
     return [nn.GroupNorm(math.gcd(8, channels), channels), ACTIVATIONS[activation]()]
 
 
-class Residual(nn.Module):
+class ResidualBlock(nn.Module):
     """x + f(x), f of two 3 x 3 convolutions; at first f(x) = 0."""
 
     def __init__(self, channels: int, activation: str):
@@ -24,9 +24,9 @@ class Residual(nn.Module):
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)  # type: ignore[arg-type]
         self.f = nn.Sequential(
-            *normed(channels, activation),
+            *norm_act(channels, activation),
             nn.Conv2d(channels, channels, 3, padding=1),
-            *normed(channels, activation),
+            *norm_act(channels, activation),
             last,
         )
 
@@ -34,14 +34,14 @@ class Residual(nn.Module):
         return x + self.f(x)
 
 
-def stages(image_shape: Sequence[int], hidden_dims: Sequence[int]) -> list[tuple[int, int, int]]:
+def stage_shapes(image_shape: Sequence[int], hidden_dims: Sequence[int]) -> list[tuple[int, int, int]]:
     """`(channels, H, W)` of each stage, half the size of the one before, until the shorter side has 4 to 7 pixels.
 
     The last of `hidden_dims` is repeated as often as it takes; what is left of them is not used.
     """
     height, width = image_shape[1:]
     shapes: list[tuple[int, int, int]] = []
-    while min(height, width) > SMALLEST or not shapes:
+    while min(height, width) > MIN_SIDE or not shapes:
         height, width = (height + 1) // 2, (width + 1) // 2
         shapes.append((hidden_dims[min(len(shapes), len(hidden_dims) - 1)], height, width))
     return shapes
@@ -55,12 +55,12 @@ class ResNetEncoder(nn.Sequential):
     ):
         layers: list[nn.Module] = []
         channels = image_shape[0]
-        for out_channels, _, _ in (shapes := stages(image_shape, hidden_dims)):
+        for out_channels, _, _ in (shapes := stage_shapes(image_shape, hidden_dims)):
             layers += [nn.Conv2d(channels, out_channels, 3, stride=2, padding=1)]
-            layers += [Residual(out_channels, activation) for _ in range(blocks)]
+            layers += [ResidualBlock(out_channels, activation) for _ in range(blocks)]
             channels = out_channels
         head = nn.Linear(math.prod(shapes[-1]), 2 * latent_dim)
-        super().__init__(*layers, *normed(channels, activation), nn.Flatten(), head)
+        super().__init__(*layers, *norm_act(channels, activation), nn.Flatten(), head)
 
 
 class ResNetDecoder(nn.Sequential):
@@ -69,11 +69,11 @@ class ResNetDecoder(nn.Sequential):
     def __init__(
         self, params_shape: Sequence[int], hidden_dims: Sequence[int], latent_dim: int, activation: str, blocks: int = 1
     ):
-        shapes = [tuple(params_shape), *stages(params_shape, hidden_dims)]
+        shapes = [tuple(params_shape), *stage_shapes(params_shape, hidden_dims)]
         layers: list[nn.Module] = [nn.Linear(latent_dim, math.prod(shapes[-1])), nn.Unflatten(1, shapes[-1])]
         for (channels, _, _), (out_channels, height, width) in zip(shapes[:0:-1], shapes[-2::-1], strict=True):
-            layers += [Residual(channels, activation) for _ in range(blocks)]
+            layers += [ResidualBlock(channels, activation) for _ in range(blocks)]
             # n pixels become 2n by a kernel of 4, 2n - 1 by one of 3.
             kernel = (4 - height % 2, 4 - width % 2)
-            layers += [*normed(channels, activation), nn.ConvTranspose2d(channels, out_channels, kernel, 2, padding=1)]
+            layers += [*norm_act(channels, activation), nn.ConvTranspose2d(channels, out_channels, kernel, 2, padding=1)]
         super().__init__(*layers)

@@ -6,23 +6,23 @@ from torch import Tensor
 
 from betavae.vae import Posterior
 
-ACTIVE_UNIT_VARIANCE = 0.01  # of the posterior mean over the data; a unit that varies less is not in use (Burda et al.)
+ACTIVE_UNIT_THRESHOLD = 0.01  # of the posterior mean over the data; a unit that varies less is not in use (Burda et al.)
 
 
-class Terms(NamedTuple):
+class LossTerms(NamedTuple):
     """The terms of one batch. `loss` is a scalar; the others hold one value per image and carry no gradient."""
 
     loss: Tensor  # ()
     recon: Tensor  # (B,)
     kl: Tensor  # (B, latent_dim)
     posterior: Posterior  # (B, latent_dim) each
-    extra: dict[str, Tensor] = {}  # noqa: RUF012 - any further terms, (B,) each
+    extra_terms: dict[str, Tensor] = {}  # noqa: RUF012 - any further terms, (B,) each
 
-    def sums(self) -> dict[str, Tensor]:
+    def batch_sums(self) -> dict[str, Tensor]:
         """Each term by its name, summed over the images of the batch."""
         recon, kl = self.recon.sum(), self.kl.sum()
         sums = {"loss": self.loss.detach() * len(self.recon), "recon": recon, "kl": kl, "neg_elbo": recon + kl}
-        return sums | {name: term.detach().sum() for name, term in self.extra.items()}
+        return sums | {name: term.detach().sum() for name, term in self.extra_terms.items()}
 
 
 def gaussian_kl(posterior: Posterior) -> Tensor:

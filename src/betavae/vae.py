@@ -54,13 +54,13 @@ class VAE(nn.Module):
         self.latent_dim = latent_dim
         self.image_shape = tuple(image_shape)
         channels, *size = image_shape
-        self.encoder = encoder(image_shape, hidden_dims, latent_dim, activation, **_own(encoder, settings))
-        likelihood_: Any = parts[2](**_own(parts[2], settings))
+        self.encoder = encoder(image_shape, hidden_dims, latent_dim, activation, **_kwargs_for(encoder, settings))
+        likelihood_: Any = parts[2](**_kwargs_for(parts[2], settings))
         self.likelihood: Any = likelihood_
         params_shape = (likelihood_.params_per_channel * channels, *size)
-        self.decoder = decoder(params_shape, hidden_dims, latent_dim, activation, **_own(decoder, settings))
+        self.decoder = decoder(params_shape, hidden_dims, latent_dim, activation, **_kwargs_for(decoder, settings))
 
-    def centre(self, mean: Tensor) -> None:
+    def init_from_mean_image(self, mean: Tensor) -> None:
         """Start from the mean image `(C, H, W)` in [0, 1]: the encoder sees what differs from it, the decoder gives it.
 
         Raises UserError if the networks or the likelihood cannot.
@@ -107,5 +107,5 @@ class VAE(nn.Module):
         return self.decode(self.encode(x).mean)
 
 
-def _own(part: Callable[..., Any], settings: dict[str, Any]) -> dict[str, Any]:
+def _kwargs_for(part: Callable[..., Any], settings: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name in inspect.signature(part).parameters}

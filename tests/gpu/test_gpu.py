@@ -23,11 +23,11 @@ from lightning.pytorch.callbacks import Callback
 import betavae
 from betavae.callbacks import CALLBACKS
 from betavae.data import datamodule
-from betavae.fast import accelerate
+from betavae.fast import use_fast_cpu_kernels
 from betavae.likelihoods import LIKELIHOODS
 from betavae.module import VAEModule
 from betavae.networks import NETWORKS
-from betavae.objectives import OBJECTIVES, chosen
+from betavae.objectives import OBJECTIVES, build_objective
 from betavae.uses.sampling import posterior_samples
 from betavae.vae import VAE
 from tests.commands import REPO, TINY
@@ -274,8 +274,8 @@ def compare_numbers() -> None:
     errors: dict[str, list[str]] = {name: [] for name in OBJECTIVES}
     x, noise = torch.rand(6, 1, 12, 12).mul(255).round().div(255).double(), torch.randn(3, 6, 2).double()
     for name, network, likelihood in product(OBJECTIVES, NETWORKS, LIKELIHOODS):
-        objective = chosen({"name": name, "k": 3, "images": 50, "kl_parts": True} | SETTINGS.get(name, {}))
-        vae = accelerate(VAE(network, HIDDEN[network], 2, "tanh", likelihood, [1, 12, 12]).double())
+        objective = build_objective({"name": name, "k": 3, "images": 50, "kl_parts": True} | SETTINGS.get(name, {}))
+        vae = use_fast_cpu_kernels(VAE(network, HIDDEN[network], 2, "tanh", likelihood, [1, 12, 12]).double())
         found = []
         for device in ("cpu", DEVICE):
             mine, given = deepcopy(vae).to(device), [t.to(device) for t in (x, noise, torch.tensor(0.5).double())]
@@ -283,7 +283,7 @@ def compare_numbers() -> None:
             try:
                 terms = objective(mine, *given)
                 terms.loss.backward()
-                sums = terms.sums()
+                sums = terms.batch_sums()
             except RuntimeError as error:
                 errors[name].append(f"{network}, {likelihood} on {device}: {error}")
                 break

@@ -11,12 +11,12 @@ from collections.abc import Callable
 from betavae.data.arrays import arrays
 from betavae.data.dsprites import dsprites
 from betavae.data.folder import folder
-from betavae.data.images import Images, Subset
+from betavae.data.images import ImageSet, LazySubset
 from betavae.data.mnist import mnist
 from betavae.data.sprites import sprites
 from betavae.data.torchvision_sets import cifar10, fashion_mnist, kmnist, svhn
 
-SOURCES: dict[str, Callable[..., Images | None]] = {
+DATASETS: dict[str, Callable[..., ImageSet | None]] = {
     "mnist": mnist,
     "fashion_mnist": fashion_mnist,
     "kmnist": kmnist,
@@ -27,6 +27,6 @@ SOURCES: dict[str, Callable[..., Images | None]] = {
     "sprites": sprites,
     "dsprites": dsprites,
 }
-OWN = ("folder", "arrays")  # whose name does not say which images they are
+USER_DATASETS = ("folder", "arrays")  # whose name does not say which images they are
 
-__all__ = ["OWN", "SOURCES", "Images", "Subset", "mnist"]
+__all__ = ["USER_DATASETS", "DATASETS", "ImageSet", "LazySubset", "mnist"]

@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from betavae.data.images import Images, Subset
+from betavae.data.images import ImageSet, LazySubset
 from betavae.data.splits import DEFAULT_SIZE, count_of
 from betavae.errors import UserError
 
 SPLIT_SEED = 0  # one test set for everybody, whatever the seed of the run
 
 
-def as_tensor(array: np.ndarray) -> Tensor:
+def tensor_from_mmap(array: np.ndarray) -> Tensor:
     """A tensor on the array's own memory, which may be a file mapped for reading.
 
     Mapped copy-on-write instead, torch would have nothing to warn of; but Linux counts such a mapping as memory that
@@ -33,14 +33,14 @@ def open_arrays(path: Path) -> Mapping[str, np.ndarray]:
     Raises UserError if there is no such file, or it is not what its name says.
     """
     try:
-        held = np.load(path, mmap_mode="r", allow_pickle=False)
-        if not isinstance(held, np.ndarray):
-            check_compression(held.zip)
+        archive = np.load(path, mmap_mode="r", allow_pickle=False)
+        if not isinstance(archive, np.ndarray):
+            check_compression(archive.zip)
     except FileNotFoundError as error:
         raise UserError(f"{path} cannot be read: there is no such file") from error
     except Exception as error:  # ValueError, EOFError, BadZipFile, OSError, ...
         raise UserError(f"{path} is not a whole NumPy file of plain arrays ({error})") from error
-    return {"images": held} if isinstance(held, np.ndarray) else held
+    return {"images": archive} if isinstance(archive, np.ndarray) else archive
 
 
 def check_compression(archive: zipfile.ZipFile) -> None:
@@ -50,7 +50,7 @@ def check_compression(archive: zipfile.ZipFile) -> None:
             raise ValueError(f"{part.filename} is compressed by a method that NumPy does not write")
 
 
-def array_of(held: Mapping[str, np.ndarray], key: str, path: Path) -> np.ndarray:
+def read_array(held: Mapping[str, np.ndarray], key: str, path: Path) -> np.ndarray:
     """Raises UserError if there is no such array in the file, or it cannot be read."""
     if key not in held:
         raise UserError(f"{path} holds {', '.join(held) or 'nothing'}; it must hold {key} as well")
@@ -60,7 +60,7 @@ def array_of(held: Mapping[str, np.ndarray], key: str, path: Path) -> np.ndarray
         raise UserError(f"{path}: {key} cannot be read ({error})") from error
 
 
-def pixels_of(held: Mapping[str, np.ndarray], path: Path, key: str | None = None) -> Tensor:
+def read_pixels(held: Mapping[str, np.ndarray], path: Path, key: str | None = None) -> Tensor:
     """`(N, C, H, W)` uint8, from the array named `key`, else `images`, else the only one.
 
     `(N, H, W)`, `(N, H, W, C)` and `(N, C, H, W)` are told apart by C, which is 1 or 3; where both could be, it is
@@ -71,7 +71,7 @@ def pixels_of(held: Mapping[str, np.ndarray], path: Path, key: str | None = None
         if "images" not in held and len(pictures) != 1:
             raise UserError(f"{path} holds {', '.join(held) or 'nothing'}: which are the pictures? Name them images")
         key = "images" if "images" in held else pictures[0]
-    array = array_of(held, key, path)
+    array = read_array(held, key, path)
     if array.dtype != np.uint8:
         scale = " * 255" if array.dtype.kind in "fb" else " / 257" if array.dtype == np.uint16 else ""
         meant = "floats in [0, 1]" if array.dtype.kind == "f" else str(array.dtype)
@@ -87,14 +87,14 @@ def pixels_of(held: Mapping[str, np.ndarray], path: Path, key: str | None = None
         raise UserError(
             f"{path}: {key} is {tuple(array.shape)}; it must be (N, H, W), (N, H, W, C) or (N, C, H, W) with C 1 or 3"
         )
-    return as_tensor(array)
+    return tensor_from_mmap(array)
 
 
-def labels_of(held: Mapping[str, np.ndarray], key: str, n: int, path: Path) -> Tensor:
+def read_labels(held: Mapping[str, np.ndarray], key: str, n: int, path: Path) -> Tensor:
     """`(n,)` or `(n, F)` int64; zeros where the file has none. Raises UserError for other shapes and types."""
     if key not in held:
         return torch.zeros(n, dtype=torch.int64)
-    labels = array_of(held, key, path)
+    labels = read_array(held, key, path)
     if labels.dtype.kind not in "iub" or labels.ndim not in (1, 2) or len(labels) != n:
         raise UserError(
             f"{path}: {key} is {tuple(labels.shape)} of {labels.dtype}; it must be whole numbers, ({n},) or ({n}, F)"
@@ -103,7 +103,7 @@ def labels_of(held: Mapping[str, np.ndarray], key: str, n: int, path: Path) -> T
     return numbers[:, 0] if numbers.shape[1:] == (1,) else numbers
 
 
-def arrays(root: Path, split: str, test_size: float | None = None) -> Images | None:
+def arrays(root: Path, split: str, test_size: float | None = None) -> ImageSet | None:
     """`root` is FILE.npy or FILE.npz with `images` (uint8) and, if there are any, `labels`; or with `x_train`,
     `y_train`, `x_test`, `y_test`, as Keras publishes its sets.
 
@@ -117,11 +117,11 @@ def arrays(root: Path, split: str, test_size: float | None = None) -> Images | N
     if "x_train" in held:
         if test_size is not None:
             raise UserError(f"data.test_size={test_size} is invalid: expected null ({path} has its own test images)")
-        pixels = pixels_of(held, path, f"x_{split}")
-        return Images(pixels, labels_of(held, f"y_{split}", len(pixels), path))
-    pixels = pixels_of(held, path)
-    labels = labels_of(held, "labels", len(pixels), path)
+        pixels = read_pixels(held, path, f"x_{split}")
+        return ImageSet(pixels, read_labels(held, f"y_{split}", len(pixels), path))
+    pixels = read_pixels(held, path)
+    labels = read_labels(held, "labels", len(pixels), path)
     order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(SPLIT_SEED))
     test = count_of(DEFAULT_SIZE if test_size is None else test_size, len(pixels), "data.test_size")
     index = (order[:test] if split == "test" else order[test:]).sort().values
-    return Images(Subset(pixels, index), labels[index])
+    return ImageSet(LazySubset(pixels, index), labels[index])

@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from betavae.data.images import Images
+from betavae.data.images import ImageSet
 from betavae.data.read_ahead import read_ahead
 
 
-class Batches:
+class BatchLoader:
     """Batches `(x, label)`, x `(B, C, H, W)` float in [0, 1], of uint8 images.
 
     The order is a pure function of (seed, epoch), and the position within an epoch is part of a checkpoint, so that a
@@ -18,7 +18,7 @@ class Batches:
 
     def __init__(
         self,
-        images: Images,
+        images: ImageSet,
         batch_size: int,
         epoch: Callable[[], int] | None = None,
         seed: int = 0,
@@ -30,11 +30,11 @@ class Batches:
         batch)."""
         self.images, self.batch_size = images, batch_size
         self.epoch, self.seed, self.reshuffle, self.binarize = epoch, seed, reshuffle, binarize
-        self.position = {"epoch": -1, "batches": 0}
+        self.progress = {"epoch": -1, "batches": 0}
         self.device = images.labels.device  # of the batches
-        self.share(0, 1)
+        self.shard(0, 1)
 
-    def share(self, rank: int, processes: int) -> None:
+    def shard(self, rank: int, processes: int) -> None:
         """Only the images of one of several processes: every `processes`-th in this order."""
         self.rank, self.processes = rank, processes
         # Training shares are of equal size, since every step waits for all processes. Evaluation covers every image, in
@@ -51,9 +51,9 @@ class Batches:
 
     def from_host(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield each batch converted on the device from its bytes, which are read ahead."""
-        items = ((index, self.position) for index in self.indices())
+        items = ((index, self.progress) for index in self.indices())
         for (_, position), parts in read_ahead(lambda item: self.read(item[0]), items, self.device):
-            self.position = position
+            self.progress = position
             yield self.convert(*parts)
 
     def indices(self) -> Iterator[Tensor]:
@@ -62,12 +62,12 @@ class Batches:
         order = torch.arange(len(self.images))
         if self.epoch:
             epoch = self.epoch()
-            start = self.position["batches"] if self.position["epoch"] == epoch else 0
+            start = self.progress["batches"] if self.progress["epoch"] == epoch else 0
             generator = torch.Generator().manual_seed(self.seed + 1_000_003 * epoch * self.reshuffle)
             order = torch.randperm(len(order), generator=generator)
         mine = order[self.rank :: self.processes][: self.size].to(self.images.labels.device)
         for number in range(start, len(self)):
-            self.position = {"epoch": epoch, "batches": number + 1}
+            self.progress = {"epoch": epoch, "batches": number + 1}
             yield mine[number * self.batch_size : (number + 1) * self.batch_size]
 
     def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,16 +80,16 @@ class Batches:
     def convert(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         if self.binarize == "none":
             return pixels.float().div_(255), labels
-        return binarized(pixels, self.binarize).float(), labels
+        return binarize_pixels(pixels, self.binarize).float(), labels
 
     def state_dict(self) -> dict[str, int]:
-        return self.position
+        return self.progress
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.position = state
+        self.progress = state
 
 
-def binarized(pixels: Tensor, how: str, generator: torch.Generator | None = None) -> Tensor:
+def binarize_pixels(pixels: Tensor, how: str, generator: torch.Generator | None = None) -> Tensor:
     """uint8 -> bool: above 127 ("threshold"), or a draw of probability pixel / 255 ("dynamic")."""
     if how == "threshold":
         return pixels > 127

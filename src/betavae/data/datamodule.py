@@ -10,17 +10,17 @@ from typing import Any
 import lightning as L
 import torch
 
-from betavae.data import OWN, SOURCES
-from betavae.data.batches import Batches, binarized
+from betavae.data import USER_DATASETS, DATASETS
+from betavae.data.batches import BatchLoader, binarize_pixels
 from betavae.data.fingerprint import fingerprint
-from betavae.data.images import Images
+from betavae.data.images import ImageSet
 from betavae.data.splits import DEFAULT_SIZE, count_of, set_aside
 from betavae.errors import UserError
 
 # One validation split and one binarised test set for everybody, whatever the seed of the run.
 SPLIT_SEED = 0
-BINARIZE_SEED = 0
-LARGEST_ON_DEVICE = 2**32  # bytes; of more images than that, `Batches` sends one batch at a time
+EVAL_BINARIZE_SEED = 0
+MAX_DEVICE_BYTES = 2**32  # bytes; of more images than that, `Batches` sends one batch at a time
 
 
 class ImageDataModule(L.LightningDataModule):
@@ -47,38 +47,38 @@ class ImageDataModule(L.LightningDataModule):
     ):
         super().__init__()
         self.save_hyperparameters(logger=False)
-        if name not in SOURCES:
-            raise UserError(f"data.name={name} cannot be: it must be one of {', '.join(SOURCES)}")
+        if name not in DATASETS:
+            raise UserError(f"data.name={name} cannot be: it must be one of {', '.join(DATASETS)}")
         for key in settings:
-            if key not in inspect.signature(SOURCES[name]).parameters:
+            if key not in inspect.signature(DATASETS[name]).parameters:
                 raise UserError(f"data.{key} is not a setting of data.name={name}")
-        self.source, self.name, self.settings, self.root = SOURCES[name], name, settings, Path(root).expanduser()
+        self.source, self.name, self.settings, self.root = DATASETS[name], name, settings, Path(root).expanduser()
         self.validation_size, self.batch_size, self.eval_batch_size = validation_size, batch_size, eval_batch_size
         self.binarize, self.seed = binarize, seed
-        self.originals: dict[str, Images] = {}  # the splits before they are binarised
-        self.sets: dict[str, Images] = {}
+        self.originals: dict[str, ImageSet] = {}  # the splits before they are binarised
+        self.splits: dict[str, ImageSet] = {}
 
     def setup(self, stage: str | None = None) -> None:
-        if self.sets:
+        if self.splits:
             return
-        self.originals = self.load_training() | {"test": self.load("test")}
+        self.originals = self.load_training() | {"test": self.load_split("test")}
         left = len(self.originals["train"])
         if self.batch_size > left:
             raise UserError(
                 f"data.batch_size={self.batch_size} cannot be: {left} images are left to train on; lower it"
             )
-        self.sets = {name: part if name == "train" else self.fixed(part) for name, part in self.originals.items()}
+        self.splits = {name: part if name == "train" else self.binarize_for_eval(part) for name, part in self.originals.items()}
 
     @functools.cached_property
     def fingerprints(self) -> dict[str, str]:
         """The hash of each split, known after `setup`; {} for a data set whose name says which images it holds."""
-        return {name: fingerprint(part) for name, part in self.originals.items()} if self.name in OWN else {}
+        return {name: fingerprint(part) for name, part in self.originals.items()} if self.name in USER_DATASETS else {}
 
-    def load_training(self) -> dict[str, Images]:
+    def load_training(self) -> dict[str, ImageSet]:
         """Load the training and validation images."""
-        train, validation = self.load("train"), self.source(self.root, "validation", **self.settings)
+        train, validation = self.load_split("train"), self.source(self.root, "validation", **self.settings)
         if validation is None or self.validation_size == 0:
-            train, validation = self.split(train)
+            train, validation = self.split_validation(train)
         elif self.validation_size is not None:
             raise UserError(
                 f"data.validation_size={self.validation_size} is invalid: expected null or 0 (data.name={self.name} in "
@@ -86,13 +86,13 @@ class ImageDataModule(L.LightningDataModule):
             )
         return {"train": train, "validation": validation}
 
-    def load(self, split: str) -> Images:
+    def load_split(self, split: str) -> ImageSet:
         images = self.source(self.root, split, **self.settings)
         if images is None or not len(images):
             raise UserError(f"data: {self.name} in {self.root} has no {split} images")
         return images
 
-    def split(self, images: Images) -> tuple[Images, Images]:
+    def split_validation(self, images: ImageSet) -> tuple[ImageSet, ImageSet]:
         n, size = len(images), DEFAULT_SIZE if self.validation_size is None else self.validation_size
         if images.names and size:
             held = set_aside(images.names, size, "data.validation_size", "validation/")
@@ -100,41 +100,41 @@ class ImageDataModule(L.LightningDataModule):
             count = count_of(size, n, "data.validation_size") if size else 0
             held = torch.randperm(n, generator=torch.Generator().manual_seed(SPLIT_SEED))[:count]
         left = torch.ones(n, dtype=torch.bool).index_fill(0, held, False)
-        return images.take(left.nonzero().squeeze(1)), images.take(held.sort().values)
+        return images.select(left.nonzero().squeeze(1)), images.select(held.sort().values)
 
-    def fixed(self, images: Images) -> Images:
+    def binarize_for_eval(self, images: ImageSet) -> ImageSet:
         """Binarised once, for evaluation."""
         if self.binarize == "none":
             return images
-        generator = torch.Generator().manual_seed(BINARIZE_SEED)
-        pixels = binarized(images.tensor(), self.binarize, generator).to(torch.uint8) * 255
+        generator = torch.Generator().manual_seed(EVAL_BINARIZE_SEED)
+        pixels = binarize_pixels(images.tensor(), self.binarize, generator).to(torch.uint8) * 255
         return replace(images, pixels=pixels)
 
     @property
     def image_shape(self) -> list[int]:
         """`[C, H, W]`, known after `setup`."""
-        return list(self.sets["train"].pixels.shape[1:])
+        return list(self.splits["train"].pixels.shape[1:])
 
-    def train_dataloader(self) -> Batches:
+    def train_dataloader(self) -> BatchLoader:
         trainer: Any = self.trainer
         same = trainer is not None and bool(trainer.overfit_batches)  # the same batches in every epoch
         epoch = (lambda: trainer.current_epoch) if trainer is not None else (lambda: 0)
-        return self.batches("train", self.batch_size, epoch, self.seed, not same, self.binarize)
+        return self.make_loader("train", self.batch_size, epoch, self.seed, not same, self.binarize)
 
-    def val_dataloader(self) -> Batches | list:
-        return self.batches("validation", self.eval_batch_size) if len(self.sets["validation"]) else []
+    def val_dataloader(self) -> BatchLoader | list:
+        return self.make_loader("validation", self.eval_batch_size) if len(self.splits["validation"]) else []
 
-    def test_dataloader(self) -> Batches:
-        return self.batches("test", self.eval_batch_size)
+    def test_dataloader(self) -> BatchLoader:
+        return self.make_loader("test", self.eval_batch_size)
 
-    def batches(self, split: str, batch_size: int, *training: Any) -> Batches:
-        images, trainer = self.sets[split], self.trainer
+    def make_loader(self, split: str, batch_size: int, *training: Any) -> BatchLoader:
+        images, trainer = self.splits[split], self.trainer
         if trainer is None:
-            return Batches(images, batch_size, *training)
+            return BatchLoader(images, batch_size, *training)
         device = trainer.strategy.root_device
-        if math.prod(images.pixels.shape) <= LARGEST_ON_DEVICE:
+        if math.prod(images.pixels.shape) <= MAX_DEVICE_BYTES:
             images = images.to(device)
-        batches = Batches(images, batch_size, *training)
+        batches = BatchLoader(images, batch_size, *training)
         batches.device = device
-        batches.share(trainer.global_rank, trainer.world_size)
+        batches.shard(trainer.global_rank, trainer.world_size)
         return batches

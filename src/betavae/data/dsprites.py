@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from betavae.data.arrays import check_compression
-from betavae.data.images import Images
-from betavae.data.sprites import rows_of
+from betavae.data.images import ImageSet
+from betavae.data.sprites import split_indices
 from betavae.errors import UserError
 
 FILE = "dsprites_ndarray_co1sh3sc6or40x32y32_64x64.npz"
 
 
-class Bits:
+class PackedImages:
     """Binary images `(N, 1, H, W)`, eight pixels a byte, handed out as uint8, 0 or 255."""
 
     def __init__(self, packed: Tensor, width: int):
@@ -29,8 +29,8 @@ class Bits:
     def __len__(self) -> int:
         return len(self.packed)
 
-    def to(self, device: torch.device | str) -> "Bits":
-        return Bits(self.packed.to(device), self.shape[3])
+    def to(self, device: torch.device | str) -> "PackedImages":
+        return PackedImages(self.packed.to(device), self.shape[3])
 
     def index_select(self, dim: int, index: Tensor) -> Tensor:
         """The images `index` `(B,)` as `(B, 1, H, W)` uint8."""
@@ -38,7 +38,7 @@ class Bits:
         return words.view(torch.uint8).view(-1, *self.shape[1:])
 
 
-def dsprites(root: Path, split: str) -> Images:
+def dsprites(root: Path, split: str) -> ImageSet:
     """The 737,280 images of `root/FILE` and their factors `(N, 5)`: shape, scale, orientation, posX, posY.
 
     The colour, of one value, is left out. Splits are those of `rows_of`. Packed images take 380 MB of memory.
@@ -55,8 +55,8 @@ def dsprites(root: Path, split: str) -> Images:
     if classes.shape != (len(packed), 6) or classes.dtype.kind not in "iu":
         raise UserError(f"{path} is not dSprites' file: latents_classes is {classes.dtype} {classes.shape}")
     labels = torch.from_numpy(classes[:, 1:].astype(np.int64))
-    rows = rows_of(split, len(packed))
-    return Images(Bits(packed, width), labels) if rows is None else Images(Bits(packed[rows], width), labels[rows])
+    rows = split_indices(split, len(packed))
+    return ImageSet(PackedImages(packed, width), labels) if rows is None else ImageSet(PackedImages(packed[rows], width), labels[rows])
 
 
 def read_bits(path: Path, at_once: int = 8192) -> tuple[Tensor, int]:

@@ -6,13 +6,13 @@ import math
 
 import torch
 
-from betavae.data.images import Images
+from betavae.data.images import ImageSet
 
 MAX_HASHED_BYTES = 2**28  # of larger sets, evenly spaced blocks are hashed
 BLOCK_BYTES = 2**20
 
 
-def fingerprint(images: Images, labels: bool = False) -> str:
+def fingerprint(images: ImageSet, labels: bool = False) -> str:
     """Hash shape, names and pixels, and if asked the labels.
 
     Of more than `MAX_HASHED_BYTES` of pixels, hash as many in evenly spaced blocks.

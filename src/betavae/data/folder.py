@@ -15,27 +15,27 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
-from betavae.data.arrays import as_tensor
-from betavae.data.images import Images
-from betavae.data.listing import SPLIT_FOLDERS, SUFFIXES, as_text, label_of, natural, picture_files, split_folders
-from betavae.data.pictures import NOT_UTF8, UnreadablePicture, check_fit, left_out, read_each
+from betavae.data.arrays import tensor_from_mmap
+from betavae.data.images import ImageSet
+from betavae.data.listing import SPLIT_FOLDERS, SUFFIXES, as_text, label_from_path, natural_sort_key, picture_files, split_folders
+from betavae.data.pictures import NOT_UTF8, UnreadablePicture, validate_fit, skipped_message, iter_images
 from betavae.data.splits import DEFAULT_SIZE, set_aside
 from betavae.errors import UserError
 from betavae.files import STAMP
 
-FORMAT = 2  # of what is kept, and of how pictures are read: with another number all are read anew
+CACHE_FORMAT = 2  # of what is kept, and of how pictures are read: with another number all are read anew
 SPLITS = ("train", "validation", "test")
-MADE_OF = "made_of.json"  # the mark of a folder that is kept: what it was made of, but for the pictures' own state
-FILES = {"index.json", "pixels.npy", MADE_OF}
+CACHE_MANIFEST = "made_of.json"  # the mark of a folder that is kept: what it was made of, but for the pictures' own state
+FILES = {"index.json", "pixels.npy", CACHE_MANIFEST}
 
 
-def splits_of(root: Path, names: Sequence[str], say: bool) -> dict[str, str]:
+def detect_splits(root: Path, names: Sequence[str], say: bool) -> dict[str, str]:
     """The first-level folders that are splits, and which; {} where there are none, or they are classes.
 
     A single one beside other folders is a class, which is said if asked to. Raises UserError if it is not clear."""
     splits = split_folders(names)
     if not splits:
-        folders = sorted({label_of(name) for name in names} - {"."}, key=natural)
+        folders = sorted({label_from_path(name) for name in names} - {"."}, key=natural_sort_key)
         named = [folder for folder in folders if folder.lower() in SPLIT_FOLDERS]
         others = [folder for folder in folders if folder not in named]
         beside = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
@@ -65,16 +65,16 @@ def splits_of(root: Path, names: Sequence[str], say: bool) -> dict[str, str]:
     return splits
 
 
-def in_splits(folders: dict[str, str], names: Sequence[str], test_size: float | None) -> list[tuple[str, str, str]]:
+def assign_splits(folders: dict[str, str], names: Sequence[str], test_size: float | None) -> list[tuple[str, str, str]]:
     """`(split, name, label)` of all pictures, split by split and there in natural order.
 
     Where there is no folder `test`, `set_aside` says which of the training pictures are for testing.
     """
-    listed = [("train", name, label_of(name)) for name in sorted(names, key=natural)]
+    listed = [("train", name, label_from_path(name)) for name in sorted(names, key=natural_sort_key)]
     if folders:  # pictures beside them are in none
-        first = [(label_of(name), name) for _, name, _ in listed]
+        first = [(label_from_path(name), name) for _, name, _ in listed]
         listed = [
-            (folders[folder], name, label_of(name.partition("/")[2])) for folder, name in first if folder in folders
+            (folders[folder], name, label_from_path(name.partition("/")[2])) for folder, name in first if folder in folders
         ]
     if test_size is not None:
         train = [name for split, name, _ in listed if split == "train"]
@@ -83,7 +83,7 @@ def in_splits(folders: dict[str, str], names: Sequence[str], test_size: float | 
     return sorted(listed, key=lambda picture: SPLITS.index(picture[0]))
 
 
-def decode(
+def decode_to_cache(
     root: Path, listed: list[tuple[str, str, str]], shape: Sequence[int], fit: str, background: str, to: Path
 ) -> None:
     """Write `to/pixels.npy`, the pictures that can be read in the order they are `listed` in, and `to/index.json`, all
@@ -94,7 +94,7 @@ def decode(
     notes: Counter[str] = Counter()
     with open(to / "pixels.npy", "wb") as out:
         np.lib.format.write_array_header_1_0(out, header | {"shape": (len(listed), *shape)})
-        results = read_each([root / name for _, name, _ in listed], shape, fit, background)
+        results = iter_images([root / name for _, name, _ in listed], shape, fit, background)
         for (split, name, label), result in zip(listed, results, strict=True):
             text = as_text(name)
             if isinstance(result, UnreadablePicture):
@@ -111,10 +111,10 @@ def decode(
         os.fsync(out.fileno())
     for split in {split for split, _, _ in listed}:
         if not counts[split]:
-            raise UserError(f"data.root={root} has no picture for {split} that can be read: {left_out(skipped)}")
+            raise UserError(f"data.root={root} has no picture for {split} that can be read: {skipped_message(skipped)}")
     for note, count in notes.items():
         print(f"{count:,} of {len(kept):,} pictures in {root}: {note}", file=sys.stderr)
-    classes = sorted({label for _, label in kept}, key=natural)
+    classes = sorted({label for _, label in kept}, key=natural_sort_key)
     number = {label: i for i, label in enumerate(classes)}
     index = {
         "counts": counts,
@@ -126,7 +126,7 @@ def decode(
     (to / "index.json").write_text(json.dumps(index))
 
 
-def make(
+def build_cache(
     kept: Path,
     root: Path,
     listed: list[tuple[str, str, str]],
@@ -139,7 +139,7 @@ def make(
     part = kept.with_name(f"{kept.name}.part")
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(kept.with_name(f"{family(kept)}.lock"))
+        lock = FileLock(kept.with_name(f"{cache_prefix(kept)}.lock"))
         try:
             held = lock.acquire(timeout=0)
         except Timeout:
@@ -151,35 +151,35 @@ def make(
             shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
             part.mkdir()
             try:
-                (part / MADE_OF).write_text(json.dumps(made_of))
-                decode(root, listed, shape, fit, background, part)
+                (part / CACHE_MANIFEST).write_text(json.dumps(made_of))
+                decode_to_cache(root, listed, shape, fit, background, part)
                 part.rename(kept)
             finally:
                 shutil.rmtree(part, ignore_errors=True)
-            remove_older(kept, made_of)
+            remove_stale_caches(kept, made_of)
     except OSError as error:
         raise UserError(f"data.cache={kept.parent}: {part} cannot be written ({error.strerror})") from error
 
 
-def family(kept: Path) -> str:
+def cache_prefix(kept: Path) -> str:
     """What the names of all folders begin with that are kept of one folder of pictures in one size."""
     return kept.name.rpartition("-")[0]
 
 
-def remove_older(kept: Path, made_of: dict[str, Any]) -> None:
+def remove_stale_caches(kept: Path, made_of: dict[str, Any]) -> None:
     """Remove what this function's callers kept, or left half made, of the same folder as it was, by the same settings.
 
     A process that has mapped such a file goes on reading it.
     """
     for old in list(kept.parent.iterdir()):
-        if old == kept or family(old) != family(kept):
+        if old == kept or cache_prefix(old) != cache_prefix(kept):
             continue
         with contextlib.suppress(OSError, ValueError):  # without our mark
-            if json.loads((old / MADE_OF).read_text()) != made_of or not set(os.listdir(old)) <= FILES:
+            if json.loads((old / CACHE_MANIFEST).read_text()) != made_of or not set(os.listdir(old)) <= FILES:
                 continue
             # Under a name that is never read, since it may be killed half-way.
             part = old if old.suffix == ".part" else old.rename(old.with_name(f"{old.name}.part"))
-            for name in sorted(FILES, key=MADE_OF.__eq__):  # the mark last
+            for name in sorted(FILES, key=CACHE_MANIFEST.__eq__):  # the mark last
                 (part / name).unlink(missing_ok=True)
             part.rmdir()
             print(f"removed {old}, of the pictures as they were before", file=sys.stderr)
@@ -194,7 +194,7 @@ def folder(
     background: str = "white",
     test_size: float | None = None,
     cache: str = "data",
-) -> Images | None:
+) -> ImageSet | None:
     """All pictures below `root`, as `read_picture` reads them, `image_size` pixels high and wide (or `[H, W]`).
 
     Labels are the first-level folders' numbers in natural order, "." being the pictures beside them; without folders
@@ -209,7 +209,7 @@ def folder(
     """
     root, at = Path(root).expanduser(), Path(cache).expanduser()
     shape = [channels, image_size, image_size] if isinstance(image_size, int) else [channels, *image_size]
-    check_fit(shape, fit, background)
+    validate_fit(shape, fit, background)
     if at.resolve().is_relative_to(root.resolve()):
         raise UserError(
             f"data.cache={cache} cannot be: it lies in the pictures' own folder, data.root={root}; name another for "
@@ -221,27 +221,27 @@ def folder(
     if not files:
         raise UserError(f"data.root={root} has no pictures ({', '.join(SUFFIXES)})")
     names = [file[0] for file in files]
-    folders = splits_of(root, names, split == "train")
+    folders = detect_splits(root, names, split == "train")
     if "test" not in folders.values():
         test_size = DEFAULT_SIZE if test_size is None else test_size
     elif test_size is not None:
         raise UserError(f"data.test_size={test_size} is invalid: expected null ({root} has its own test images)")
     made_of = {"made_by": STAMP, "settings": [str(root.resolve()), shape, fit, background, test_size]}
-    recipe = json.dumps([FORMAT, made_of["settings"], folders, files])
+    recipe = json.dumps([CACHE_FORMAT, made_of["settings"], folders, files])
     digest = hashlib.sha256(recipe.encode()).hexdigest()[:16]
     kept = at / f"{root.resolve().name}-{'x'.join(map(str, shape))}-{digest}"
     if not kept.is_dir():
-        make(kept, root, in_splits(folders, names, test_size), shape, fit, background, made_of)
+        build_cache(kept, root, assign_splits(folders, names, test_size), shape, fit, background, made_of)
     try:
         index = json.loads((kept / "index.json").read_text())
-        pixels = as_tensor(np.load(kept / "pixels.npy", mmap_mode="r"))
+        pixels = tensor_from_mmap(np.load(kept / "pixels.npy", mmap_mode="r"))
         labels = torch.tensor(index["labels"])
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{kept} is damaged; delete it, and it is made anew from {root}") from error
     if index["skipped"] and split == "train":
-        print(f"of the pictures in {root}, {left_out(index['skipped'])}", file=sys.stderr)
+        print(f"of the pictures in {root}, {skipped_message(index['skipped'])}", file=sys.stderr)
     start = sum(index["counts"].get(before, 0) for before in SPLITS[: SPLITS.index(split)])
     rows = slice(start, start + index["counts"].get(split, 0))
     if rows.stop == start:
         return None
-    return Images(pixels[rows], labels[rows], index["classes"], index["names"][rows])
+    return ImageSet(pixels[rows], labels[rows], index["classes"], index["names"][rows])

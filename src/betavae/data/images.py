@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LARGEST_COPY = 2**28  # bytes; of more images than that, a part is looked up, not copied
+MAX_COPY_BYTES = 2**28  # bytes; of more images than that, a part is looked up, not copied
 
 
 @dataclass(frozen=True)
-class Images:
+class ImageSet:
     """uint8 images `(N, C, H, W)` with labels.
 
     `pixels` is a tensor, or anything with a tensor's `shape`, `index_select(0, index)` and `to(device)`, so that images
@@ -26,14 +26,14 @@ class Images:
     def __len__(self) -> int:
         return self.pixels.shape[0]
 
-    def take(self, index: Tensor) -> "Images":
+    def select(self, index: Tensor) -> "ImageSet":
         """Those at `index`: copied where they are few and lie in a tensor, else looked up when they are asked for."""
-        few = isinstance(self.pixels, Tensor) and self.pixels.numel() <= LARGEST_COPY
-        pixels = self.pixels.index_select(0, index) if few else Subset(self.pixels, index)
+        few = isinstance(self.pixels, Tensor) and self.pixels.numel() <= MAX_COPY_BYTES
+        pixels = self.pixels.index_select(0, index) if few else LazySubset(self.pixels, index)
         names = self.names and [self.names[i] for i in index.tolist()]
         return replace(self, pixels=pixels, labels=self.labels[index], names=names)
 
-    def to(self, device: torch.device) -> "Images":
+    def to(self, device: torch.device) -> "ImageSet":
         return replace(self, pixels=self.pixels.to(device), labels=self.labels.to(device))
 
     def tensor(self) -> Tensor:
@@ -42,7 +42,7 @@ class Images:
         return self.pixels if isinstance(self.pixels, Tensor) else self.pixels.index_select(0, index)
 
 
-class Subset:
+class LazySubset:
     """Some of the images that lie in a file, or are drawn."""
 
     def __init__(self, pixels: Any, index: Tensor):
@@ -60,5 +60,5 @@ class Subset:
         if torch.device(device).type == "cpu":
             return self
         if not isinstance(self.pixels, Tensor):
-            return Subset(self.pixels.to(device), self.index.to(device))
+            return LazySubset(self.pixels.to(device), self.index.to(device))
         return self.pixels.index_select(0, self.index).to(device)

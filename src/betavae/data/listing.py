@@ -18,10 +18,10 @@ SPLIT_FOLDERS = {
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
-File = tuple[str, int, int]  # the name relative to the folder, with "/"; bytes; time of the last change in ns
+FileEntry = tuple[str, int, int]  # the name relative to the folder, with "/"; bytes; time of the last change in ns
 
 
-def png_names(names: Sequence[str], out: str | Path) -> list[str]:
+def png_filenames(names: Sequence[str], out: str | Path) -> list[str]:
     """The names of PNG files, below the folder `out`, of pictures of these names. Raises UserError, before anything is
     written, for one that leads out of it, and for two that are the same."""
     files: dict[str, str] = {}
@@ -41,24 +41,24 @@ def as_text(name: str) -> str:
     return re.sub(r"[\ud800-\udfff]", lambda match: f"\\x{ord(match[0]) & 0xFF:02x}", name)
 
 
-def numbers(n: int) -> list[str]:
+def index_names(n: int) -> list[str]:
     """Names of `n` images that have none."""
     return [f"{i:0{len(str(n - 1))}d}" for i in range(n)]
 
 
-def natural(name: str) -> tuple[list[str | int], str]:
+def natural_sort_key(name: str) -> tuple[list[str | int], str]:
     """The key that sorts picture 9 before picture 10, for people."""
     parts = enumerate(re.split(r"(\d+)", name))
     return [int(part) if i % 2 else part.casefold() for i, part in parts], name
 
 
-def picture_files(root: Path) -> list[File]:
+def picture_files(root: Path) -> list[FileEntry]:
     """All pictures below `root`, told by their suffix, sorted; not those below a name with a leading dot.
 
     Symbolic links are followed, but each picture is listed once, by its own name where it lies below `root`: aliases
     would come to lie on both sides of a split. Raises UserError if a folder cannot be listed.
     """
-    found: list[File] = []
+    found: list[FileEntry] = []
     seen: set[str] = set()  # real paths of pictures and folders
     folders = [(os.path.realpath(root), "")]
     while folders:
@@ -82,7 +82,7 @@ def picture_files(root: Path) -> list[File]:
                             found.append((name, status.st_size, status.st_mtime_ns))
             except OSError as error:
                 raise UserError(f"{folder} cannot be listed ({error.strerror})") from error
-        for name, real in sorted(links, key=lambda link: natural(link[0])):
+        for name, real in sorted(links, key=lambda link: natural_sort_key(link[0])):
             if real in seen:
                 continue
             if os.path.isdir(real):
@@ -95,7 +95,7 @@ def picture_files(root: Path) -> list[File]:
     return sorted(found)
 
 
-def label_of(name: str) -> str:
+def label_from_path(name: str) -> str:
     """The first folder of a picture's name, "." where there is none."""
     return name.split("/")[0] if "/" in name else "."
 
@@ -103,6 +103,6 @@ def label_of(name: str) -> str:
 def split_folders(names: Iterable[str]) -> dict[str, str]:
     """Each first-level folder of pictures of these `names` and the split it is; {} unless all are called as splits are,
     in capitals or not: one that is called `train` beside `bus` is a class."""
-    folders = sorted({label_of(name) for name in names} - {"."})
+    folders = sorted({label_from_path(name) for name in names} - {"."})
     splits = {folder: SPLIT_FOLDERS[folder.lower()] for folder in folders if folder.lower() in SPLIT_FOLDERS}
     return splits if len(splits) == len(folders) else {}

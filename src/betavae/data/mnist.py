@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from betavae.data.images import Images
+from betavae.data.images import ImageSet
 from betavae.errors import UserError
 
 # Of the unpacked files, as published with the database.
@@ -22,33 +22,33 @@ MNIST_MD5 = {
 LARGEST_FILE = 47_040_016  # bytes; nothing of MNIST unpacks to more
 
 
-def mnist(root: Path, split: str, download: bool = True) -> Images | None:
+def mnist(root: Path, split: str, download: bool = True) -> ImageSet | None:
     """MNIST (LeCun, Cortes & Burges), unpacked once into `root`/MNIST/raw, where torchvision looks for it too, and
     compared with its published MD5 sums. Without `download` nothing is written: it is unpacked into memory."""
     if split == "validation":
         return None
     part = {"train": "train", "test": "t10k"}[split]
-    images, labels = (content(root, f"{part}-{kind}", download) for kind in ("images-idx3-ubyte", "labels-idx1-ubyte"))
+    images, labels = (read_idx(root, f"{part}-{kind}", download) for kind in ("images-idx3-ubyte", "labels-idx1-ubyte"))
     # IDX: a header of 16 bytes before images, of 8 before labels.
     pixels = torch.frombuffer(images, dtype=torch.uint8, offset=16).view(-1, 1, 28, 28)
-    return Images(pixels, torch.frombuffer(labels, dtype=torch.uint8, offset=8).long(), [str(d) for d in range(10)])
+    return ImageSet(pixels, torch.frombuffer(labels, dtype=torch.uint8, offset=8).long(), [str(d) for d in range(10)])
 
 
-def content(root: Path, name: str, download: bool) -> bytearray:
+def read_idx(root: Path, name: str, download: bool) -> bytearray:
     path = root / "MNIST" / "raw" / name
     if not path.exists():
         packed = resources.files("betavae.data") / "mnist_files" / f"{name}.xz"
         unpacked = lzma.LZMADecompressor().decompress(packed.read_bytes(), max_length=LARGEST_FILE)
         if not download:
             return bytearray(unpacked)
-        write_beside(path, unpacked)
+        atomic_write_bytes(path, unpacked)
     found = bytearray(path.read_bytes())
     if hashlib.md5(found, usedforsecurity=False).hexdigest() != MNIST_MD5[name]:
         raise UserError(f"{path} is not MNIST's file (its MD5 sum is wrong); delete it and it is unpacked anew")
     return found
 
 
-def write_beside(path: Path, content: bytes) -> None:
+def atomic_write_bytes(path: Path, content: bytes) -> None:
     """Written beside and renamed, so that two first runs at once both find whole files."""
     part = None
     try:

@@ -14,14 +14,14 @@ from PIL import ExifTags, Image, ImageColor, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
-from betavae.data.arrays import labels_of, open_arrays, pixels_of
-from betavae.data.listing import SUFFIXES, as_text, label_of, natural, picture_files, split_folders
+from betavae.data.arrays import read_labels, open_arrays, read_pixels
+from betavae.data.listing import SUFFIXES, as_text, label_from_path, natural_sort_key, picture_files, split_folders
 from betavae.errors import UserError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
-FITS = ("crop", "pad")
+FIT_MODES = ("crop", "pad")
 NOT_UTF8 = "name that is not UTF-8, its other bytes written as \\xNN"
-GREY = ("1", "L", "LA", "La", "I;16", "I;16L", "I;16B", "I;16N")  # Pillow's modes
+GRAY_MODES = ("1", "L", "LA", "La", "I;16", "I;16L", "I;16B", "I;16N")  # Pillow's modes
 
 # `read_picture` refuses what Pillow would only warn of.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -31,23 +31,23 @@ class UnreadablePicture(Exception):
     """Why a picture could not be read, in a few words."""
 
 
-def check_fit(image_shape: Sequence[int], fit: str, background: str) -> None:
+def validate_fit(image_shape: Sequence[int], fit: str, background: str) -> None:
     """Raises UserError if no picture could be read this way."""
     if len(image_shape) != 3 or image_shape[0] not in (1, 3) or min(image_shape) < 1:
         raise UserError(f"pictures cannot be read as {tuple(image_shape)}: it must be (C, H, W), with C 1 or 3")
-    if fit not in FITS:
-        raise UserError(f"fit={fit} cannot be: it must be one of {', '.join(FITS)}")
+    if fit not in FIT_MODES:
+        raise UserError(f"fit={fit} cannot be: it must be one of {', '.join(FIT_MODES)}")
     try:
         ImageColor.getrgb(background)
     except (ValueError, AttributeError) as error:
         raise UserError(f"background={background} is no colour: name one, such as white, or '#ff8800'") from error
 
 
-def fit_picture(image: Image.Image, image_shape: Sequence[int], fit: str, background: str) -> tuple[Tensor, list[str]]:
+def fit_image(image: Image.Image, image_shape: Sequence[int], fit: str, background: str) -> tuple[Tensor, list[str]]:
     """A picture of any size and kind -> uint8 `(C, H, W)`, and what was done to it. See `read_picture`."""
     channels, height, width = image_shape
     mode, notes = ("L" if channels == 1 else "RGB"), []
-    grey = image.mode in GREY
+    grey = image.mode in GRAY_MODES
     if image.mode.startswith("I;16"):
         # To the nearest of 256 values, 65535 / 255 = 257 apart.
         image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
@@ -89,12 +89,12 @@ def fit_picture(image: Image.Image, image_shape: Sequence[int], fit: str, backgr
     return torch.from_numpy(pixels.copy()), notes
 
 
-def read_picture(
+def read_image(
     file: str | Path | IO[bytes],
     image_shape: Sequence[int],
     fit: str = "crop",
     background: str = "white",
-    most: int | None = None,
+    max_pixels: int | None = None,
     own_size: bool = False,
 ) -> tuple[Tensor, list[str]]:
     """A PNG, JPEG, WebP, BMP, GIF (its first frame) or TIFF -> uint8 `(C, H, W)`, and what was done to it.
@@ -110,10 +110,10 @@ def read_picture(
     `Image.MAX_IMAGE_PIXELS`, 89,478,485), above which a small file may be meant to fill the memory; UserError if
     nothing could be read so.
     """
-    check_fit(image_shape, fit, background)
+    validate_fit(image_shape, fit, background)
     if isinstance(file, str | Path) and os.path.exists(file) and not os.path.isfile(file):
         raise UnreadablePicture("not a regular file")  # one that is a pipe would be waited for
-    limit, side = most or Image.MAX_IMAGE_PIXELS, 2 * max(image_shape[1:])
+    limit, side = max_pixels or Image.MAX_IMAGE_PIXELS, 2 * max(image_shape[1:])
     try:
         with Image.open(file, formats=FORMATS) as image:
             if limit and image.width * image.height > limit:
@@ -132,7 +132,7 @@ def read_picture(
                 picture = image.resize(size, Image.Resampling.BICUBIC, box=drafted[1])
             picture = ImageOps.exif_transpose(picture)
             shape = (image_shape[0], picture.height, picture.width) if own_size else image_shape
-            pixels, more = fit_picture(picture, shape, fit, background)
+            pixels, more = fit_image(picture, shape, fit, background)
             return pixels, notes + more
     except UnreadablePicture:
         raise
@@ -144,15 +144,15 @@ def read_picture(
         raise UnreadablePicture(f"{type(error).__name__}: {error}") from error
 
 
-def read_each(
+def iter_images(
     paths: Sequence[str | Path], image_shape: Sequence[int], fit: str, background: str
 ) -> Iterator[tuple[Tensor, list[str]] | UnreadablePicture]:
     """For each path in turn what `read_picture` gives or raises; on all cores, with a progress bar."""
-    check_fit(image_shape, fit, background)
+    validate_fit(image_shape, fit, background)
 
     def read(path: str | Path) -> tuple[Tensor, list[str]] | UnreadablePicture:
         try:
-            return read_picture(path, image_shape, fit, background)
+            return read_image(path, image_shape, fit, background)
         except UnreadablePicture as reason:
             return reason
 
@@ -162,14 +162,14 @@ def read_each(
         yield from tqdm(done, total=len(paths), desc="reading pictures", unit="", leave=False, disable=None)
 
 
-def left_out(skipped: Sequence[tuple[str, str]]) -> str:
+def skipped_message(skipped: Sequence[tuple[str, str]]) -> str:
     """Pictures that could not be read, `(name, reason)`, in a sentence that names the first five."""
     named = ", ".join(f"{name} ({reason})" for name, reason in skipped[:5])
     more = f" and {len(skipped) - 5:,} more" if len(skipped) > 5 else ""
     return f"{len(skipped):,} could not be read: {named}{more}"
 
 
-class Pictures(NamedTuple):
+class LoadedImages(NamedTuple):
     """Pictures in memory: `pixels` uint8 `(N, C, H, W)`, their names and labels, sentences on what was done, and those
     that could not be read, `(name, reason)`."""
 
@@ -180,12 +180,12 @@ class Pictures(NamedTuple):
     unread: Sequence[tuple[str, str]] = ()
 
 
-def read_pictures(
+def read_images(
     where: str | Path | Sequence[str | Path],
     image_shape: Sequence[int],
     fit: str = "crop",
     background: str = "white",
-) -> Pictures:
+) -> LoadedImages:
     """Pictures for a model of this `image_shape`, all in memory, each as `read_picture` reads it.
 
     `where` is a folder (with all its sub-folders), a file, a list of either, or FILE.npy or FILE.npz as `arrays` takes
@@ -193,34 +193,34 @@ def read_pictures(
     first-level sub-folders, where it has any, or the folders below them where they are splits. Raises UserError if
     there is nothing, or nothing that could be read.
     """
-    check_fit(image_shape, fit, background)
+    validate_fit(image_shape, fit, background)
     entries = [Path(entry).expanduser() for entry in ([where] if isinstance(where, str | Path) else where)]
     results: Iterator[tuple[Tensor, list[str]] | UnreadablePicture]
     labels: list | None = None
     if len(entries) == 1 and entries[0].suffix in (".npy", ".npz"):
         held = open_arrays(entries[0])
-        pixels = pixels_of(held, entries[0])
+        pixels = read_pixels(held, entries[0])
         names = [str(i) for i in range(len(pixels))]
         if "labels" in held:
-            labels = labels_of(held, "labels", len(pixels), entries[0]).tolist()
+            labels = read_labels(held, "labels", len(pixels), entries[0]).tolist()
         if pixels.shape[1:] == torch.Size(image_shape):
-            return Pictures(pixels, names, labels, [])
+            return LoadedImages(pixels, names, labels, [])
         each = (Image.fromarray(picture.permute(1, 2, 0).squeeze(2).numpy()) for picture in pixels)
-        results = (fit_picture(image, image_shape, fit, background) for image in each)
+        results = (fit_image(image, image_shape, fit, background) for image in each)
     else:
         paths: list[Path] = []
         names = []
         for entry in entries:
-            inside = sorted((name for name, *_ in picture_files(entry)), key=natural) if entry.is_dir() else [""]
+            inside = sorted((name for name, *_ in picture_files(entry)), key=natural_sort_key) if entry.is_dir() else [""]
             paths += [entry / name for name in inside]
             within = f"{entry.name}/" if len(entries) > 1 and entry.is_dir() else ""
             names += [within + (name or entry.name) for name in inside]
         if len(entries) == 1:
             splits = split_folders(names)
-            below = [name.partition("/")[2] if label_of(name) in splits else name for name in names]
-            labels = [as_text(label_of(name)) for name in below]
+            below = [name.partition("/")[2] if label_from_path(name) in splits else name for name in names]
+            labels = [as_text(label_from_path(name)) for name in below]
             labels = labels if set(labels) != {"."} else None
-        results = read_each(paths, image_shape, fit, background)
+        results = iter_images(paths, image_shape, fit, background)
 
     pictures, kept, skipped = [], [], []
     counts: Counter[str] = Counter()
@@ -233,13 +233,13 @@ def read_pictures(
             kept.append(i)
             counts.update(result[1] + [NOT_UTF8] * (texts[i] != names[i]))
     if not kept:
-        why = left_out(skipped) if skipped else f"there are no pictures ({', '.join(SUFFIXES)})"
+        why = skipped_message(skipped) if skipped else f"there are no pictures ({', '.join(SUFFIXES)})"
         raise UserError(f"{', '.join(map(str, entries))}: {why}")
     notes = [f"{count:,} of {len(kept):,} pictures: {note}" for note, count in counts.items()]
-    return Pictures(
+    return LoadedImages(
         torch.stack(pictures),
         [texts[i] for i in kept],
         [labels[i] for i in kept] if labels is not None else None,
-        notes + ([left_out(skipped)] if skipped else []),
+        notes + ([skipped_message(skipped)] if skipped else []),
         skipped,
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from betavae.data.images import Images
+from betavae.data.images import ImageSet
 from betavae.errors import UserError
 
 SHAPES = ["square", "ellipse", "heart"]
@@ -42,7 +42,7 @@ class Sprites:
         self.shape = torch.Size(
             [math.prod(FACTORS.values()) if index is None else len(index), 1, image_size, image_size]
         )
-        pictures = torch.cat([draw(shape, image_size) for shape in SHAPES])
+        pictures = torch.cat([render_sprites(shape, image_size) for shape in SHAPES])
         side = pictures.shape[-1]
         rows = pictures.new_zeros(len(pictures) + 1, image_size, image_size)  # the first block is empty
         rows[1:, :side, :side] = pictures
@@ -69,7 +69,7 @@ class Sprites:
         return windows.index_select(0, start).view(-1, 1, size, size)
 
 
-def draw(shape: str, image_size: int) -> Tensor:
+def render_sprites(shape: str, image_size: int) -> Tensor:
     """Every sprite of a shape, as it is at the top left: `(6 * 40 * phases * phases, side, side)` uint8, 0 or 255.
 
     In 64 pixels there is one phase and sprites are 33 pixels to a side; in 32 there are two in each direction, half a
@@ -85,13 +85,13 @@ def draw(shape: str, image_size: int) -> Tensor:
     for scale in torch.linspace(0.5, 1, 6, dtype=torch.float64):
         for angle in torch.linspace(0, 2 * math.pi, 40, dtype=torch.float64):
             cos, sin = angle.cos() / scale, angle.sin() / scale
-            lit = inside(shape, cos * x + sin * y, cos * y - sin * x)  # (phases y, phases x, points y, points x)
+            lit = contains(shape, cos * x + sin * y, cos * y - sin * x)  # (phases y, phases x, points y, points x)
             share = lit.unflatten(-1, (side, SUBPIXELS)).unflatten(-3, (side, SUBPIXELS)).double().mean((-3, -1))
             pictures.append((share >= 0.5).transpose(0, 1).flatten(0, 1))
     return torch.cat(pictures).to(torch.uint8) * 255
 
 
-def inside(shape: str, x: Tensor, y: Tensor) -> Tensor:
+def contains(shape: str, x: Tensor, y: Tensor) -> Tensor:
     """Whether points, in pixels of a 64 x 64 image, lie in the shape at scale 1, its centroid at 0; y points down."""
     if shape == "square":
         return (x.abs() < 11.3) & (y.abs() < 11.3)
@@ -103,20 +103,20 @@ def inside(shape: str, x: Tensor, y: Tensor) -> Tensor:
     return inner * inner * inner < x * x * y * y * y
 
 
-def sprites(root: Path, split: str, image_size: int = 64) -> Images:
+def sprites(root: Path, split: str, image_size: int = 64) -> ImageSet:
     """Sprites of 64 x 64 pixels, or of 32 x 32, and their factors `(N, 5)`, see `rows_of`. `root` is not used."""
-    rows = rows_of(split, math.prod(FACTORS.values()))
-    return Images(Sprites(image_size, rows), factors(rows))
+    rows = split_indices(split, math.prod(FACTORS.values()))
+    return ImageSet(Sprites(image_size, rows), factor_labels(rows))
 
 
-def factors(rows: Tensor | None = None) -> Tensor:
+def factor_labels(rows: Tensor | None = None) -> Tensor:
     """(N, 5) int64: the values 0, 1, ... of `FACTORS` of the images `rows`, or of all."""
     sizes = tuple(FACTORS.values())
     rows = torch.arange(math.prod(sizes)) if rows is None else rows
     return torch.stack(torch.unravel_index(rows, sizes), 1)
 
 
-def rows_of(split: str, size: int) -> Tensor | None:
+def split_indices(split: str, size: int) -> Tensor | None:
     """Which images a split has; None: all.
 
     "train" is all of them, as in the literature on these data, where nothing is held out. "validation" and "test" are

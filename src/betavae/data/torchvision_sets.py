@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from betavae.data.images import Images
+from betavae.data.images import ImageSet
 from betavae.errors import UserError
 
 MNIST_FILES = (
@@ -19,7 +19,7 @@ MNIST_FILES = (
 )
 
 
-def fetch(make: Callable[[], Any], name: str, folder: Path, files: str, download: bool) -> Any:
+def load_or_download(make: Callable[[], Any], name: str, folder: Path, files: str, download: bool) -> Any:
     """`make()`, or what is to be put into `folder` where that fails."""
     try:
         return make()
@@ -36,43 +36,43 @@ def fetch(make: Callable[[], Any], name: str, folder: Path, files: str, download
         ) from error
 
 
-def like_mnist(name: str, root: Path, split: str, download: bool) -> Images | None:
+def load_mnist_like(name: str, root: Path, split: str, download: bool) -> ImageSet | None:
     """A set in MNIST's format. torchvision knows no checksums of unpacked files, so shapes are looked at."""
     from torchvision import datasets  # here and below, since it takes a second
 
     if split == "validation":
         return None
     cls, folder = getattr(datasets, name), root / name / "raw"
-    data = fetch(lambda: cls(str(root), train=split == "train", download=download), name, folder, MNIST_FILES, download)
+    data = load_or_download(lambda: cls(str(root), train=split == "train", download=download), name, folder, MNIST_FILES, download)
     size = 60_000 if split == "train" else 10_000
     if data.data.shape != (size, 28, 28) or data.targets.shape != (size,) or data.targets.max() > 9:
         raise UserError(f"{folder} holds files that are not {name}'s (the shape is wrong); delete them")
-    return Images(data.data.unsqueeze(1), data.targets, data.classes)
+    return ImageSet(data.data.unsqueeze(1), data.targets, data.classes)
 
 
-def fashion_mnist(root: Path, split: str, download: bool = True) -> Images | None:
+def fashion_mnist(root: Path, split: str, download: bool = True) -> ImageSet | None:
     """Clothes, 60,000 + 10,000 of 28 x 28 (Xiao et al. 2017)."""
-    return like_mnist("FashionMNIST", root, split, download)
+    return load_mnist_like("FashionMNIST", root, split, download)
 
 
-def kmnist(root: Path, split: str, download: bool = True) -> Images | None:
+def kmnist(root: Path, split: str, download: bool = True) -> ImageSet | None:
     """Cursive Japanese, 60,000 + 10,000 of 28 x 28 (Clanuwat et al. 2018)."""
-    return like_mnist("KMNIST", root, split, download)
+    return load_mnist_like("KMNIST", root, split, download)
 
 
-def cifar10(root: Path, split: str, download: bool = True) -> Images | None:
+def cifar10(root: Path, split: str, download: bool = True) -> ImageSet | None:
     """Small photographs in colour, 50,000 + 10,000 of 32 x 32 (Krizhevsky 2009)."""
     from torchvision import datasets
 
     if split == "validation":
         return None
     make = lambda: datasets.CIFAR10(str(root), train=split == "train", download=download)  # noqa: E731
-    data = fetch(make, "CIFAR-10", root, f"{datasets.CIFAR10.filename}, from {datasets.CIFAR10.url}", download)
+    data = load_or_download(make, "CIFAR-10", root, f"{datasets.CIFAR10.filename}, from {datasets.CIFAR10.url}", download)
     pixels = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
-    return Images(pixels, torch.tensor(data.targets), data.classes)
+    return ImageSet(pixels, torch.tensor(data.targets), data.classes)
 
 
-def svhn(root: Path, split: str, download: bool = True) -> Images | None:
+def svhn(root: Path, split: str, download: bool = True) -> ImageSet | None:
     """House numbers in colour, 73,257 + 26,032 of 32 x 32 (Netzer et al. 2011)."""
     if split == "validation":
         return None
@@ -83,5 +83,5 @@ def svhn(root: Path, split: str, download: bool = True) -> Images | None:
     folder = root / "SVHN"
     url, name, _ = datasets.SVHN.split_list[split]
     make = lambda: datasets.SVHN(str(folder), split=split, download=download)  # noqa: E731
-    data = fetch(make, "SVHN", folder, f"{name}, from {url}", download)
-    return Images(torch.from_numpy(np.ascontiguousarray(data.data)), torch.from_numpy(data.labels))
+    data = load_or_download(make, "SVHN", folder, f"{name}, from {url}", download)
+    return ImageSet(torch.from_numpy(np.ascontiguousarray(data.data)), torch.from_numpy(data.labels))

@@ -27,7 +27,7 @@ SCORES = (
     *("beta_vae_score", "factor_vae_score", "mig", "sap", "dci_disentanglement", "dci_completeness"),
     *("dci_informativeness", "modularity", "explicitness"),
 )
-LEAVES = (10, 30, 100, 300)  # least rows in a leaf of DCI's trees
+MIN_LEAF_SIZES = (10, 30, 100, 300)  # least rows in a leaf of DCI's trees
 
 
 def beta_vae_score(latents: Tensor, factors: Tensor, seed: int = 0, points: int = 3000, pairs: int = 64) -> float:
@@ -41,7 +41,7 @@ def beta_vae_score(latents: Tensor, factors: Tensor, seed: int = 0, points: int 
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    z, v = varying(latents, factors)
+    z, v = drop_constant_columns(latents, factors)
     rng = np.random.default_rng(seed)
     # The first two thirds of each factor's points are for training.
     train = np.tile(np.arange(points) < 2 * points // 3, v.shape[1])
@@ -55,7 +55,7 @@ def pair_differences(
     z: np.ndarray, values: np.ndarray, points: int, pairs: int, rng: np.random.Generator
 ) -> np.ndarray:
     """(points, D): mean |z_1 - z_2| over pairs of two rows, drawn at random, that share a value."""
-    order, start, count = groups(values)
+    order, start, count = rows_by_value(values)
     place = np.flatnonzero(count[values[order]] > 1)  # in `order`, of rows that are not alone
     if not len(place):
         raise UserError(f"latents: in {len(z)} rows no two share a value of a factor; give more rows")
@@ -73,12 +73,12 @@ def factor_vae_score(latents: Tensor, factors: Tensor, seed: int = 0, votes: int
     from. Votes are learnt from two thirds of the batches and counted in the rest. It misses a factor that has a second
     dimension, and other factors in the same dimension, as long as that dimension varies least.
     """
-    z, v = varying(latents, factors)
+    z, v = drop_constant_columns(latents, factors)
     rng = np.random.default_rng(seed)
     z = z / np.where(np.ptp(z, 0) > 0, z.std(0), 1)
     least = np.zeros((v.shape[1], votes), dtype=int)
     for factor, values in enumerate(v.T):
-        order, start, count = groups(values)
+        order, start, count = rows_by_value(values)
         value = values[rng.integers(len(z), size=(votes, 1))]
         rows = order[start[value] + (rng.random((votes, batch)) * count[value]).astype(int)]
         least[factor] = z[rows].var(1, ddof=1).argmin(1)
@@ -87,7 +87,7 @@ def factor_vae_score(latents: Tensor, factors: Tensor, seed: int = 0, votes: int
     return float((factor_of[test] == np.arange(len(test))[:, None]).mean())
 
 
-def groups(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def rows_by_value(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Rows `(N,)` in the order of their value 0, 1, ..., and of each value the first place there and how many rows."""
     count = np.bincount(values)
     return values.argsort(kind="stable"), count.cumsum() - count, count
@@ -100,7 +100,7 @@ def mig(latents: Tensor, factors: Tensor, bins: int = 20) -> float:
     equally wide `bins` between the least and the largest z_d, as in disentanglement_lib. With 20 bins a factor of more
     values cannot reach 1 (32 equally frequent values on a line: 0.85). It misses a second factor in the same dimension.
     """
-    z, v = varying(latents, factors)
+    z, v = drop_constant_columns(latents, factors)
     information = mutual_information(z, v, bins)
     second, first = np.sort(np.pad(information, ((1, 0), (0, 0))), axis=0)[-2:]  # no dimension: no information
     return float(((first - second) / [entropy(np.bincount(values)) for values in v.T]).mean())
@@ -138,9 +138,9 @@ def sap(latents: Tensor, factors: Tensor, seed: int = 0) -> float:
     """
     from sklearn.tree import DecisionTreeClassifier
 
-    z, v = varying(latents, factors)
+    z, v = drop_constant_columns(latents, factors)
     gaps = []
-    for values, train, test in tasks(v, seed):
+    for values, train, test in iter_factor_splits(v, seed):
         present = np.unique(values[test])
         accuracy = [1 / len(present)]  # of no dimension
         for code in z.T[:, :, None]:
@@ -176,13 +176,13 @@ def dci(latents: Tensor, factors: Tensor, seed: int = 0, trees: int = 20) -> DCI
     """
     from sklearn.ensemble import RandomForestClassifier
 
-    z, v = varying(latents, factors)
+    z, v = drop_constant_columns(latents, factors)
     importances, accuracies = [], []
-    for values, train, test in tasks(v, seed):
+    for values, train, test in iter_factor_splits(v, seed):
         fit, check = np.split(train, [3 * len(train) // 4])
         forests = [
             RandomForestClassifier(trees, min_samples_leaf=leaf, max_features=None, random_state=seed % 2**32)
-            for leaf in LEAVES
+            for leaf in MIN_LEAF_SIZES
         ]
         checked = np.array([forest.fit(z[fit], values[fit]).score(z[check], values[check]) for forest in forests])
         enough = checked.max() - math.sqrt(checked.max() * (1 - checked.max()) / len(check))
@@ -207,7 +207,7 @@ def modularity(latents: Tensor, factors: Tensor, bins: int = 20) -> float:
     deviations of the G-test) is left out, or a few collapsed dimensions would decide the score; with none left it is 0.
     It misses factors that no dimension has, and how little information it may be.
     """
-    z, v = varying(latents, factors)
+    z, v = drop_constant_columns(latents, factors)
     information = mutual_information(z, v, bins)
     freedom = (bins - 1) * v.max(0)
     informed = (2 * len(z) * information > freedom + 4 * np.sqrt(2 * freedom)).any(1)
@@ -231,9 +231,9 @@ def explicitness(latents: Tensor, factors: Tensor, seed: int = 0) -> float:
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    z, v = varying(latents, factors)
+    z, v = drop_constant_columns(latents, factors)
     areas = []
-    for values, train, test in tasks(v, seed):
+    for values, train, test in iter_factor_splits(v, seed):
         classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
         probability = classifier.fit(z[train], values[train]).predict_proba(z[test])
         present = [(column, values[test] == value) for column, value in enumerate(classifier.classes_)]
@@ -241,7 +241,7 @@ def explicitness(latents: Tensor, factors: Tensor, seed: int = 0) -> float:
     return float(np.mean(areas))
 
 
-def varying(latents: Tensor, factors: Tensor) -> tuple[np.ndarray, np.ndarray]:
+def drop_constant_columns(latents: Tensor, factors: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Latents and factors less constant columns; the values of each factor are numbered 0, 1, ... in their order."""
     shapes = f"latents {tuple(latents.shape)} and factors {tuple(factors.shape)}"
     if latents.ndim != 2 or factors.ndim != 2 or len(latents) != len(factors):
@@ -259,7 +259,7 @@ def varying(latents: Tensor, factors: Tensor) -> tuple[np.ndarray, np.ndarray]:
     return (z[:, alive] if alive.any() else z[:, :1]), np.stack(columns, 1)
 
 
-def tasks(v: np.ndarray, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def iter_factor_splits(v: np.ndarray, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """For each factor its values `(N,)`, and which rows are for training, two thirds, and which for testing."""
     train, test = np.split(np.random.default_rng(seed).permutation(len(v)), [2 * len(v) // 3])
     for values in v.T:

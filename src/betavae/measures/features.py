@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from betavae.data.fingerprint import fingerprint
-from betavae.data.images import Images
+from betavae.data.images import ImageSet
 from betavae.errors import UserError
-from betavae.kept import kept
+from betavae.kept import load_or_compute
 
-WIDTH = 64  # of the features
+FEATURE_DIM = 64  # of the features
 EPOCHS = 4
-FEWEST = 200  # images to learn from
+MIN_IMAGES = 200  # images to learn from
 
 
 class Classifier(nn.Module):
@@ -38,9 +38,9 @@ class Classifier(nn.Module):
                 break
             layers += [nn.Conv2d(channels, out, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2, ceil_mode=True)]
             channels, height, width = out, (height + 1) // 2, (width + 1) // 2
-        hidden = [nn.Flatten(), nn.Linear(channels * height * width, WIDTH), nn.ReLU()]
+        hidden = [nn.Flatten(), nn.Linear(channels * height * width, FEATURE_DIM), nn.ReLU()]
         self.body = nn.Sequential(*layers, *hidden)
-        self.head = nn.Linear(WIDTH, len(labels))
+        self.head = nn.Linear(FEATURE_DIM, len(labels))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(F.dropout(self.body(x), 0.2, self.training))
@@ -56,7 +56,7 @@ class Classifier(nn.Module):
         return self.labels[self.head(features).argmax(1)]
 
 
-def train(images: Images, seed: int = 0, epochs: int = EPOCHS, batch: int = FEWEST) -> Classifier:
+def train(images: ImageSet, seed: int = 0, epochs: int = EPOCHS, batch: int = MIN_IMAGES) -> Classifier:
     """A classifier of these images, shifted by up to two pixels each time. A minute on two cores for MNIST. Raises
     UserError for fewer than `batch` of them."""
     if len(images) < batch:
@@ -83,7 +83,7 @@ def train(images: Images, seed: int = 0, epochs: int = EPOCHS, batch: int = FEWE
     return model.eval().requires_grad_(False)
 
 
-def trained(path: Path, train_set: Images, test_set: Images) -> tuple[Classifier, float]:
+def load_or_train(path: Path, train_set: ImageSet, test_set: ImageSet) -> tuple[Classifier, float]:
     """The classifier of `train_set`, kept in the file `path`, and its accuracy on `test_set`."""
     shape, labels = tuple(train_set.pixels.shape[1:]), train_set.labels.unique()
 
@@ -94,7 +94,7 @@ def trained(path: Path, train_set: Images, test_set: Images) -> tuple[Classifier
         return {"state": model.state_dict(), "accuracy": (found == test_set.labels).float().mean().item()}
 
     data = [fingerprint(images, labels=True) for images in (train_set, test_set)]
-    made = kept(path, {"data": data, "shape": list(shape), "version": 2}, make)
+    made = load_or_compute(path, {"data": data, "shape": list(shape), "version": 2}, make)
     model = Classifier(shape, labels)
     model.load_state_dict(made["state"])
     return model.eval().requires_grad_(False), made["accuracy"]

@@ -24,7 +24,7 @@ def moments(features: Tensor) -> Moments:
     return Moments(features.mean(0), torch.cov(features.T).view(features.shape[1], -1))
 
 
-def frechet(one: Moments, two: Moments) -> float:
+def frechet_distance(one: Moments, two: Moments) -> float:
     """The squared 2-Wasserstein distance |m_1 - m_2|^2 + tr(C_1 + C_2 - 2 (C_1 C_2)^(1/2)) of two normal distributions
     (Dowson & Landau 1982), in squared units of the features; of Inception's features, the FID (Heusel et al. 2017).
 
@@ -38,7 +38,7 @@ def frechet(one: Moments, two: Moments) -> float:
     return max(0.0, distance.item())
 
 
-def kernel_distance(one: Tensor, two: Tensor) -> float:
+def kid(one: Tensor, two: Tensor) -> float:
     """The squared maximum mean discrepancy under the kernel (a . b / D + 1)^3 (KID, Binkowski et al. 2018).
 
     Unbiased, so that it does not depend on N and is about 0, of either sign, for samples of one distribution.
@@ -55,14 +55,14 @@ def kernel_distance(one: Tensor, two: Tensor) -> float:
     return (within(one) + within(two) - 2 * kernel(one, two).mean()).item()
 
 
-class Shares(NamedTuple):
+class PRDC(NamedTuple):
     precision: float
     recall: float
     density: float
     coverage: float
 
 
-def shares(real: Tensor, fake: Tensor, k: int = 3, k_density: int = 5) -> Shares:
+def prdc(real: Tensor, fake: Tensor, k: int = 3, k_density: int = 5) -> PRDC:
     """How the k-nearest-neighbour balls of two sets of images hold each other's points.
 
     A ball around an image reaches its k-th nearest neighbour in its own set. Precision is the share of fakes in a ball
@@ -80,7 +80,7 @@ def shares(real: Tensor, fake: Tensor, k: int = 3, k_density: int = 5) -> Shares
 
     between = distances(real, fake)  # (N, M)
     inside = between <= radius(real, k_density)[:, None]
-    return Shares(
+    return PRDC(
         precision=(between <= radius(real, k)[:, None]).any(0).float().mean().item(),
         recall=(between <= radius(fake, k)).any(1).float().mean().item(),
         density=inside.float().sum(0).mean().item() / k_density,
@@ -97,7 +97,7 @@ def nearest(points: Tensor, among: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
     return torch.linalg.vector_norm(points[:, None] - among[places], dim=2), places
 
 
-def imbalance(found: Tensor, wanted: Tensor) -> float:
+def label_tv_distance(found: Tensor, wanted: Tensor) -> float:
     """The total variation distance between the frequencies of labels `(N,)` and `(M,)`: the share of images that would
     have to change their label, in [0, 1]."""
     _, places = torch.cat((found, wanted)).unique(return_inverse=True)
@@ -113,16 +113,16 @@ def scores(real: Tensor, fake: Tensor, n: int) -> list[dict[str, float]]:
         some = real.roll(-n * number, 0)[:n]
         rows.append(
             {
-                "fid": frechet(wanted, moments(part)),
-                "kid": kernel_distance(some, part),
-                **shares(some, part)._asdict(),
+                "fid": frechet_distance(wanted, moments(part)),
+                "kid": kid(some, part),
+                **prdc(some, part)._asdict(),
                 "nearest": nearest(part, real)[0].median().item(),
             }
         )
     return rows
 
 
-def pixels(images: Tensor) -> Tensor:
+def pixel_features(images: Tensor) -> Tensor:
     """Images `(N, C, H, W)` as features: `(N, at most 1024)`, halved as often as it takes, since a Fréchet distance
     takes the cube of that."""
     while images[0].numel() > 1024 and max(images.shape[2:]) > 1:
@@ -131,7 +131,7 @@ def pixels(images: Tensor) -> Tensor:
     return images.flatten(1)
 
 
-def summary(values: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
+def mean_and_se(values: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
     """The mean over repeats of each number, with its standard error."""
     rows = {name: torch.tensor([value[name] for value in values], dtype=torch.float64) for name in values[0]}
     return {name: {"mean": r.mean().item(), "se": r.std().item() / math.sqrt(len(r))} for name, r in rows.items()}

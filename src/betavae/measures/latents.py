@@ -11,7 +11,7 @@ from betavae.vae import VAE, Posterior
 NEIGHBORS = 5  # of the nearest-neighbor classifier, which needs as many training images
 
 
-def aggregate(posterior: Posterior, seed: int = 0, rows: int = 500) -> dict[str, float]:
+def aggregate_posterior(posterior: Posterior, seed: int = 0, rows: int = 500) -> dict[str, float]:
     """How the aggregate posterior q(z) = 1/N sum_n q(z|x_n) of these N images differs from the prior.
 
     rate = mutual_information + marginal_kl (Hoffman & Johnson 2016, "ELBO surgery"): `mutual_information` is that of z
@@ -51,7 +51,7 @@ def posterior_means(vae: VAE, x: Tensor) -> Tensor:
     return torch.cat([vae.encode(part.to(device)).mean.cpu() for part in x.split(1000)])
 
 
-def probes(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> dict[str, float]:
+def probe_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> dict[str, float]:
     """Test accuracy of 5 nearest neighbours, and of logistic regression, on posterior means."""
     from sklearn.linear_model import LogisticRegression  # here, since it takes a second
     from sklearn.neighbors import KNeighborsClassifier

@@ -11,28 +11,28 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from betavae.callbacks import CALLBACKS
-from betavae.data.datamodule import LARGEST_ON_DEVICE, ImageDataModule
+from betavae.data.datamodule import MAX_DEVICE_BYTES, ImageDataModule
 from betavae.errors import UserError
-from betavae.fast import accelerate
-from betavae.objectives import OBJECTIVES, own_settings
+from betavae.fast import use_fast_cpu_kernels
+from betavae.objectives import OBJECTIVES, objective_kwargs
 from betavae.running import lightning
 from betavae.running.checkpoint import SafeCheckpointIO, first_line
-from betavae.running.progress import Bar, EpochLines, Pictures, ValidationNumbers
+from betavae.running.progress import EpochProgressBar, EpochSummary, ImageLogger, LastValidationMetrics
 from betavae.running.resuming import (
     ExactResume,
     GracefulStop,
-    Patience,
+    ResumableEarlyStopping,
     RunCheckpoint,
-    Signals,
-    StopAtDivergence,
+    SignalHandler,
+    DivergenceGuard,
 )
 from betavae.running.run_folder import RunFolder
-from betavae.running.settings import check_arguments
+from betavae.running.settings import check_signature
 from betavae.running.validation import check_validation
 from betavae.schedules import BETA_SCHEDULES
 
 # Arguments of Lightning's Trainer that are this project's business.
-OURS = (
+RESERVED_TRAINER_ARGS = (
     *("logger", "callbacks", "plugins", "default_root_dir", "enable_checkpointing", "enable_model_summary"),
     *("num_sanity_val_steps", "use_distributed_sampler", "reload_dataloaders_every_n_epochs", "barebones"),
     *("fast_dev_run", "inference_mode", "model_registry", "enable_autolog_hparams"),
@@ -40,26 +40,26 @@ OURS = (
 
 
 def build_data(settings: dict[str, Any]) -> ImageDataModule:
-    check_arguments("data", ImageDataModule, settings)
+    check_signature("data", ImageDataModule, settings)
     datamodule = ImageDataModule(**settings)
     datamodule.setup()
     return datamodule
 
 
-def build_module(settings: dict[str, Any], datamodule: ImageDataModule) -> lightning.Steps:
+def build_module(settings: dict[str, Any], datamodule: ImageDataModule) -> lightning.MultiStepModule:
     """`settings` are those of a whole run."""
-    objective = settings["objective"] | {"images": len(datamodule.sets["train"])}
+    objective = settings["objective"] | {"images": len(datamodule.splits["train"])}
     schedule = settings["beta_schedule"]
-    own = own_settings(objective)
-    check_arguments("objective", OBJECTIVES[objective["name"]], own, "vae", "x", "noise", "beta")
+    own = objective_kwargs(objective)
+    check_signature("objective", OBJECTIVES[objective["name"]], own, "vae", "x", "noise", "beta")
     own = {name: value for name, value in schedule.items() if name != "name"}
-    check_arguments("beta_schedule", BETA_SCHEDULES[schedule["name"]], own, "step", "total_steps")
+    check_signature("beta_schedule", BETA_SCHEDULES[schedule["name"]], own, "step", "total_steps")
     optimizer = dict(settings["optimizer"])
     clips, precision = settings["trainer"]["gradient_clip_val"], settings["trainer"]["precision"]
     if clips and "mixed" in precision and "fused" in optimizer:
         optimizer["fused"] = False  # a fused one unscales gradients itself, after they would have been clipped
     try:
-        module = lightning.Steps(
+        module = lightning.MultiStepModule(
             model=settings["model"] | {"image_shape": datamodule.image_shape},
             objective=objective,
             optimizer=optimizer,
@@ -68,17 +68,17 @@ def build_module(settings: dict[str, Any], datamodule: ImageDataModule) -> light
     except TypeError as error:  # of a network's or a likelihood's own settings
         raise UserError(f"model: {error}") from error
     except RuntimeError as error:
-        raise too_large(error) from error
+        raise as_out_of_memory(error) from error
     if settings["init"] == "data":
-        train = datamodule.sets["train"]
+        train = datamodule.splits["train"]
         some = train.pixels.index_select(0, torch.arange(min(len(train), 60_000)))
-        module.vae.centre(some.float().mean(0) / 255)
-    if settings["trainer"]["accelerator"] == "cpu" or not gpu_there():
-        accelerate(module.vae)  # which a GPU would only launch more kernels for
+        module.vae.init_from_mean_image(some.float().mean(0) / 255)
+    if settings["trainer"]["accelerator"] == "cpu" or not gpu_available():
+        use_fast_cpu_kernels(module.vae)  # which a GPU would only launch more kernels for
     return module
 
 
-def too_large(error: Exception) -> Exception:
+def as_out_of_memory(error: Exception) -> Exception:
     """A sentence for a model that memory does not hold."""
     text = first_line(error)
     if any(words in text for words in ("can't allocate memory", "not enough memory", "out of memory", "overflow")):
@@ -88,46 +88,46 @@ def too_large(error: Exception) -> Exception:
     return error
 
 
-def build_callbacks(settings: dict[str, Any], run: RunFolder, signals: Signals, validates: bool) -> list[Callback]:
+def build_callbacks(settings: dict[str, Any], run: RunFolder, signals: SignalHandler, has_validation: bool) -> list[Callback]:
     wanted, checkpoints = settings["callbacks"], {"dirpath": run.last.parent, "enable_version_counter": False}
     callbacks: list[Callback] = [
-        StopAtDivergence(),
+        DivergenceGuard(),
         ExactResume(),
-        EpochLines(),
-        ValidationNumbers(),
-        Pictures(wanted["figures_every"], run.path / "figures"),
+        EpochSummary(),
+        LastValidationMetrics(),
+        ImageLogger(wanted["figures_every"], run.path / "figures"),
         GracefulStop(signals, run.last),
         RunCheckpoint(filename="last", save_on_train_epoch_end=True, **checkpoints),  # type: ignore[arg-type]
     ]
-    if validates:
+    if has_validation:
         monitor = f"val/{wanted['monitor']}"
         # Saved when it is validated, so before `last`, which remembers it.
         callbacks.append(RunCheckpoint(filename="best", monitor=monitor, save_on_train_epoch_end=False, **checkpoints))  # type: ignore
         if (patience := wanted["early_stopping_patience"]) is not None:
-            callbacks.append(Patience(monitor, patience=patience, check_on_train_epoch_end=False))
+            callbacks.append(ResumableEarlyStopping(monitor, patience=patience, check_on_train_epoch_end=False))
     if settings["trainer"]["enable_progress_bar"] and sys.stdout.isatty():
-        callbacks.append(Bar())
+        callbacks.append(EpochProgressBar())
     for name, arguments in wanted["own"].items():
         if name not in CALLBACKS:
             known = ", ".join(CALLBACKS) or "nothing"
             raise UserError(f"callbacks.own.{name} is not in CALLBACKS of callbacks.py, which has {known}")
-        check_arguments(f"callbacks.own.{name}", CALLBACKS[name], arguments or {})
+        check_signature(f"callbacks.own.{name}", CALLBACKS[name], arguments or {})
         callbacks.append(CALLBACKS[name](**(arguments or {})))
     return callbacks
 
 
 def build_trainer(
     settings: dict[str, Any],
-    module: lightning.Steps,
+    module: lightning.MultiStepModule,
     datamodule: ImageDataModule,
     callbacks: list[Callback],
 ) -> L.Trainer:
     wanted = dict(settings["trainer"])
     for key in wanted:
-        if key in OURS:
+        if key in RESERVED_TRAINER_ARGS:
             raise UserError(f"trainer.{key} is not a setting: this project sets it itself (see docs/settings.md)")
     precision, accelerator = wanted["precision"], wanted["accelerator"]
-    cpu = accelerator == "cpu" or (accelerator == "auto" and not gpu_there())
+    cpu = accelerator == "cpu" or (accelerator == "auto" and not gpu_available())
     if cpu and precision.startswith("16"):
         raise UserError(
             f"trainer.precision={precision} is invalid: it needs a GPU (on a CPU: 32-true, 64-true, bf16-mixed or "
@@ -153,29 +153,29 @@ def build_trainer(
             raise UserError(
                 "trainer.gradient_clip_val with 16-mixed needs trainer.steps_per_batch=1 (trainer=fast makes it 10)"
             )
-        module.several(per_call, accumulate, clip, algorithm)
+        module.enable_multi_step(per_call, accumulate, clip, algorithm)
         module.in_cuda_graph = in_graph
-        loader = lightning.grouped(datamodule.train_dataloader, per_call * accumulate, in_graph)
+        loader = lightning.group_batches(datamodule.train_dataloader, per_call * accumulate, in_graph)
         datamodule.train_dataloader = loader  # type: ignore[method-assign,assignment]
     if mode:
         lightning.compile_loss(module, None if mode is True else mode)
-    if not len(datamodule.sets["validation"]):
+    if not len(datamodule.splits["validation"]):
         wanted["limit_val_batches"] = 0
     wanted.setdefault("profiler", lightning.NoProfiler())
-    wanted["enable_progress_bar"] = any(isinstance(callback, Bar) for callback in callbacks)
+    wanted["enable_progress_bar"] = any(isinstance(callback, EpochProgressBar) for callback in callbacks)
     wanted |= {
         "callbacks": callbacks,
         "logger": False,  # until the run begins
-        "plugins": [SafeCheckpointIO(), *lightning.plugins()],
+        "plugins": [SafeCheckpointIO(), *lightning.cluster_plugins()],
         "num_sanity_val_steps": 0,
         "enable_model_summary": False,
     }
-    check_arguments("trainer", L.Trainer, wanted)
+    check_signature("trainer", L.Trainer, wanted)
     try:
         trainer = L.Trainer(**wanted)
     except (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError) as error:
         raise UserError(f"trainer: {first_line(error).rstrip('.')}") from error
-    lightning.mend(trainer)
+    lightning.patch_trainer(trainer)
     return trainer
 
 
@@ -184,7 +184,7 @@ def check_cuda_graph(settings: dict[str, Any], datamodule: ImageDataModule) -> N
     trainer, optimizer = settings["trainer"], settings["optimizer"]
     cuda = trainer["accelerator"] in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     fused = optimizer["name"] in ("Adam", "AdamW") and optimizer.get("fused") is True
-    size = math.prod(datamodule.sets["train"].pixels.shape)
+    size = math.prod(datamodule.splits["train"].pixels.shape)
     clipped = trainer["gradient_clip_val"] and "mixed" in trainer["precision"]
     for wrong, remedy in (
         (not cuda, "a CUDA device"),
@@ -196,23 +196,23 @@ def check_cuda_graph(settings: dict[str, Any], datamodule: ImageDataModule) -> N
         (trainer["accumulate_grad_batches"] > 1, "trainer.accumulate_grad_batches=1"),
         (trainer["detect_anomaly"], "trainer.detect_anomaly=false"),
         (not fused, "optimizer=adam or adamw with optimizer.fused=true"),
-        (size > LARGEST_ON_DEVICE, f"training images of at most {LARGEST_ON_DEVICE:,} bytes"),
+        (size > MAX_DEVICE_BYTES, f"training images of at most {MAX_DEVICE_BYTES:,} bytes"),
     ):
         if wrong:
             raise UserError(f"trainer.cuda_graph=true is invalid here: it needs {remedy}")
 
 
-def gpu_there() -> bool:
+def gpu_available() -> bool:
     return torch.cuda.is_available() or torch.backends.mps.is_available()
 
 
 def build(
-    settings: dict[str, Any], run: RunFolder, signals: Signals
-) -> tuple[ImageDataModule, lightning.Steps, L.Trainer]:
+    settings: dict[str, Any], run: RunFolder, signals: SignalHandler
+) -> tuple[ImageDataModule, lightning.MultiStepModule, L.Trainer]:
     """All three, without loggers. Only the data folder is touched; raises UserError for what cannot be."""
     datamodule = build_data(settings["data"])
     module = build_module(settings, datamodule)
-    callbacks = build_callbacks(settings, run, signals, len(datamodule.sets["validation"]) > 0)
+    callbacks = build_callbacks(settings, run, signals, len(datamodule.splits["validation"]) > 0)
     trainer = build_trainer(settings, module, datamodule, callbacks)
-    check_validation(settings, datamodule.sets, module, trainer.world_size)
+    check_validation(settings, datamodule.splits, module, trainer.world_size)
     return datamodule, module, trainer

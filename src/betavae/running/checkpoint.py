@@ -14,14 +14,14 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
-from betavae.data import OWN, SOURCES
-from betavae.data.batches import binarized
-from betavae.data.datamodule import BINARIZE_SEED, SPLIT_SEED, ImageDataModule
+from betavae.data import USER_DATASETS, DATASETS
+from betavae.data.batches import binarize_pixels
+from betavae.data.datamodule import EVAL_BINARIZE_SEED, SPLIT_SEED, ImageDataModule
 from betavae.data.fingerprint import fingerprint
-from betavae.data.images import Images
+from betavae.data.images import ImageSet
 from betavae.errors import UserError
-from betavae.fast import accelerate
-from betavae.files import write_whole
+from betavae.fast import use_fast_cpu_kernels
+from betavae.files import atomic_write_bytes
 from betavae.running.run_folder import read_json
 from betavae.running.settings import check_group
 from betavae.torch_file import load_torch_file
@@ -31,7 +31,7 @@ FORMAT = 3  # of a checkpoint; each format is read by the versions that write it
 MAX_PARTS = 20  # modules and parameters of a network, per weight that its checkpoint holds
 
 
-class Run(NamedTuple):
+class TrainedRun(NamedTuple):
     """A trained VAE in evaluation mode, and what its checkpoint says about it."""
 
     vae: VAE
@@ -61,45 +61,45 @@ class Run(NamedTuple):
             )
         # A path that a checkpoint names is only read: whoever wrote it does not choose where files are put.
         ours = {"cache": "data", "download": bool(root)}
-        taken = inspect.signature(SOURCES[name]).parameters
+        taken = inspect.signature(DATASETS[name]).parameters
         settings = {key: value for key, value in ours.items() if key in taken}
         return ImageDataModule(**(self.data | settings | {"root": root or known}))
 
-    def images(self, split: str = "test", root: str | None = None, most: int | None = None) -> tuple[Tensor, Tensor]:
+    def images(self, split: str = "test", root: str | None = None, max_images: int | None = None) -> tuple[Tensor, Tensor]:
         """Images `(N, C, H, W)` in [0, 1] of "train", "validation" or "test", as the model sees them, and their labels;
         of dynamically binarised training images one draw, and of more than `most` that many, from a fixed seed."""
-        images = self.subset(split, root, most)
+        images = self.subset(split, root, max_images)
         return images.pixels.float() / 255, images.labels
 
-    def split(self, split: str, root: str | None = None) -> Images:
+    def split(self, split: str, root: str | None = None) -> ImageSet:
         """The uint8 images of a split, those for evaluation binarised as in training.
 
         Raises UserError if they have changed since the training.
         """
         datamodule = self.datamodule(root)
-        images = datamodule.load("test") if split == "test" else datamodule.load_training()[split]
-        if datamodule.name in OWN and fingerprint(images) != self.fingerprints.get(split):
+        images = datamodule.load_split("test") if split == "test" else datamodule.load_training()[split]
+        if datamodule.name in USER_DATASETS and fingerprint(images) != self.fingerprints.get(split):
             raise UserError(
                 f"{datamodule.root}: the {split} images have changed since {self.path} was trained, so images that it "
                 "has seen could count as unseen; restore the data or pass a copy by data_root=PATH, or pass other "
                 "images by images=PATH where the command takes it"
             )
-        return images if split == "train" else datamodule.fixed(images)
+        return images if split == "train" else datamodule.binarize_for_eval(images)
 
-    def subset(self, split: str, root: str | None = None, most: int | None = None) -> Images:
+    def subset(self, split: str, root: str | None = None, most: int | None = None) -> ImageSet:
         """The same in memory; of dynamically binarised training images one draw, and at most `most` images."""
         images = self.split(split, root)
         if most is not None and len(images) > most:
             chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(SPLIT_SEED))[:most]
-            images = images.take(chosen.sort().values)
+            images = images.select(chosen.sort().values)
         pixels = images.tensor()
         if split == "train" and self.data["binarize"] != "none":
-            bits = binarized(pixels, self.data["binarize"], torch.Generator().manual_seed(BINARIZE_SEED))
+            bits = binarize_pixels(pixels, self.data["binarize"], torch.Generator().manual_seed(EVAL_BINARIZE_SEED))
             pixels = bits.to(torch.uint8) * 255
         return replace(images, pixels=pixels)
 
 
-def newest(runs: Path) -> Path:
+def latest_run(runs: Path) -> Path:
     """The run under `runs`, sweeps included, that finished last."""
     found = [path for path in runs.rglob("metrics.json") if read_json(path).get("status") == "finished"]
     for metrics in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
@@ -108,20 +108,20 @@ def newest(runs: Path) -> Path:
     raise UserError(f"no finished run under {runs}/: train one with `python train.py`, or name one with ckpt=PATH")
 
 
-def load(ckpt: str | Path | None = None, runs: str = "runs") -> Run:
+def load(ckpt: str | Path | None = None, runs: str = "runs") -> TrainedRun:
     """The run of the checkpoint file `ckpt` (a run folder will do too: its best, else its last; None: the newest
     finished run under `runs`), on the CPU.
 
     Raises UserError when the file is not a whole checkpoint of this project.
     """
-    path = Path(ckpt).expanduser() if ckpt else newest(Path(runs).expanduser())
+    path = Path(ckpt).expanduser() if ckpt else latest_run(Path(runs).expanduser())
     if (path / "checkpoints").is_dir():
         path = next((p for n in ("best", "last") if (p := path / "checkpoints" / f"{n}.ckpt").exists()), path)
-    content = read(path)
+    content = read_checkpoint(path)
     settings, data = content["hyper_parameters"], content.get("datamodule_hyper_parameters", {})
     vae = VAE(**settings["model"])
     vae.load_state_dict({key.removeprefix("vae."): value for key, value in content["state_dict"].items()})
-    return Run(accelerate(vae.eval().requires_grad_(False)), path, settings, data, content.get("fingerprints", {}))
+    return TrainedRun(use_fast_cpu_kernels(vae.eval().requires_grad_(False)), path, settings, data, content.get("fingerprints", {}))
 
 
 def check_stored_settings(group: str, values: dict[str, Any], path: Path) -> None:
@@ -132,7 +132,7 @@ def check_stored_settings(group: str, values: dict[str, Any], path: Path) -> Non
         raise UserError(f"{path} holds a setting that cannot be: {error}") from error
 
 
-def read(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint of this project: tensors and plain values, with the weights that its settings describe."""
     if not path.exists():
         raise UserError(f"ckpt: {path} does not exist; name a .ckpt file or a run folder")
@@ -196,17 +196,17 @@ class SafeCheckpointIO(TorchCheckpointIO):
     """Checkpoints that appear whole or not at all, and are read as `read` does."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        save(checkpoint, path)
+        save_checkpoint(checkpoint, path)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        return read(Path(path))
+        return read_checkpoint(Path(path))
 
 
-def save(content: dict[str, Any], path: str | Path) -> None:
+def save_checkpoint(content: dict[str, Any], path: str | Path) -> None:
     """As one whole file. Raises UserError if it cannot be written."""
     buffer = io.BytesIO()
     torch.save(content, buffer)  # in memory first, because torch hides what a disk says
     try:
-        write_whole(Path(path), buffer.getvalue())
+        atomic_write_bytes(Path(path), buffer.getvalue())
     except OSError as error:
         raise UserError(f"could not save {path} ({error.strerror}); the checkpoint before it is untouched") from error

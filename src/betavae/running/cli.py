@@ -28,48 +28,48 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from pydantic import Field
 
-from betavae.errors import Interrupted, UserError
+from betavae.errors import RunInterrupted, UserError
 from betavae.running import processes
 from betavae.running.command_line import argument
-from betavae.running.settings import Flag, LongSeed, Place, PlaceOrNull, Settings, keys_of, nearest, plain, validated
+from betavae.running.settings import Seed63, PathStr, OptionalPathStr, Settings, dotted_keys, suggest, to_plain, validate
 from betavae.sweeping import jobs
 
 # What a machine refuses, as opposed to what we got wrong.
-ENVIRONMENT = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG)
+USER_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG)
 # Beside the sources; with the package installed elsewhere, beside the script that runs or its folder.
-PLACES = (Path(__file__).parents[3], *Path(sys.argv[0]).resolve().parents[:2])
-CONFIGS = next((place / "configs" for place in PLACES if (place / "configs" / "train.yaml").is_file()), Path("configs"))
+CONFIG_ROOTS = (Path(__file__).parents[3], *Path(sys.argv[0]).resolve().parents[:2])
+CONFIGS = next((place / "configs" for place in CONFIG_ROOTS if (place / "configs" / "train.yaml").is_file()), Path("configs"))
 
 
 class ScriptSettings(Settings):
     """What every script shares; a script's own settings are a class of its own, in the script. The title of a field
     says what it is for, its type what it may be."""
 
-    debug: Flag = Field(False, title="true: errors come with their traceback")
+    debug: bool = Field(False, title="true: errors come with their traceback")
 
 
 class RunsSettings(ScriptSettings):
     """Of a script that looks for runs."""
 
-    runs: Place = Field("runs", title="the folder in which runs are looked for")
+    runs: PathStr = Field("runs", title="the folder in which runs are looked for")
 
 
 class ModelSettings(RunsSettings):
     """Of a script that reads a checkpoint."""
 
-    ckpt: PlaceOrNull = Field(None, title="a checkpoint file or a run folder; null: the newest finished run")
+    ckpt: OptionalPathStr = Field(None, title="a checkpoint file or a run folder; null: the newest finished run")
 
 
 class DataSettings(ModelSettings):
     """Of a script that looks at images of the data that a model was trained on."""
 
-    data_root: PlaceOrNull = Field(None, title="the data folder; null: the one it was trained with")
+    data_root: OptionalPathStr = Field(None, title="the data folder; null: the one it was trained with")
 
 
-class Seeded(ScriptSettings):
+class SeedSettings(ScriptSettings):
     """Of a script that draws at random."""
 
-    seed: LongSeed = Field(0, title="the same seed gives the same output")
+    seed: Seed63 = Field(0, title="the same seed gives the same output")
 
 
 def safe_name(text: Any) -> str:
@@ -89,13 +89,13 @@ def job_name(overrides: str) -> str:
     return f"{name[:191].rstrip(',_')}_{digest}".lstrip("_") if overrides else "job"
 
 
-class RunDir:
+class UniqueRunDir:
     """The resolver that names a run folder, which Hydra asks more than once; a process has one."""
 
     def __init__(self) -> None:
         self.known: dict[tuple[str | None, str], str] = {}
         self.made: list[Path] = []  # folders above the run's, the innermost first
-        self.there = {Path.cwd()}  # folders that were named, and were there before
+        self.preexisting = {Path.cwd()}  # folders that were named, and were there before
 
     def __call__(self, resume: str | None, wanted: str) -> str:
         """`resume`, or `wanted`, where that is taken with a number, made here so that no other run gets it."""
@@ -105,7 +105,7 @@ class RunDir:
                 raise UserError(f"resume: {resume} is {found}")
             return resume
         if (resume, wanted) not in self.known:
-            self.known[resume, wanted] = processes.from_rank_zero(lambda: self.make(Path(wanted)))
+            self.known[resume, wanted] = processes.broadcast_from_rank_zero(lambda: self.make(Path(wanted)))
         return self.known[resume, wanted]
 
     def make(self, wanted: Path) -> str:
@@ -122,16 +122,16 @@ class RunDir:
             raise UserError(f"runs: cannot make a folder in {parent} ({error.strerror})") from error
         raise UserError(f"runs: {wanted} and its numbers are all taken")
 
-    def take_back(self) -> None:
+    def remove_empty(self) -> None:
         """Remove the run folder and what was made for it, where nothing lies there."""
         path = Path(HydraConfig.get().runtime.output_dir)
         for folder in (path, *self.made):
-            if folder.resolve() not in self.there:
+            if folder.resolve() not in self.preexisting:
                 with contextlib.suppress(OSError):  # it holds something
                     folder.rmdir()
 
 
-run_dir = RunDir()
+run_dir = UniqueRunDir()
 OmegaConf.register_new_resolver("run_dir", run_dir)
 OmegaConf.register_new_resolver("job_name", job_name)
 OmegaConf.register_new_resolver("safe_name", safe_name)
@@ -143,20 +143,20 @@ class Command:
     def __init__(self, task: Callable[[DictConfig], Any], name: str, keys: Callable[[], list[str]], folder: str | None):
         self.task, self.name, self.keys = task, name, keys
         self.failure: Exception | None = None
-        self.begun = False
+        self.composed = False
         # A function, whose name and file Hydra looks at.
-        guarded = functools.wraps(task)(lambda cfg: self.guarded(cfg))
+        guarded = functools.wraps(task)(lambda cfg: self.run_guarded(cfg))
         self.hydra_main = hydra.main(version_base="1.3", config_path=folder, config_name=name)(guarded)
 
-    def guarded(self, cfg: DictConfig) -> Any:
-        self.begun = True
+    def run_guarded(self, cfg: DictConfig) -> Any:
+        self.composed = True
         try:
             return self.task(cfg)
         except Exception as error:
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 raise
             if self.name == "train":
-                run_dir.take_back()
+                run_dir.remove_empty()
             self.failure = error  # past Hydra, which would print around it
 
     def __call__(self) -> None:
@@ -170,13 +170,13 @@ class Command:
         # Our Slurm preset is whole, and bears the name of the plugin's own on purpose.
         warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/submitit_slurm' is validated")
         logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it tells of a cache of fonts that it makes
-        self.failure, self.begun = None, False
+        self.failure, self.composed = None, False
         jobs.SweepCallback.folder = None
         typed = (word.partition("=") for word in sys.argv[1:])
         named = [Path(value.strip("'\"")) for key, _, value in typed if key in ("resume", "hydra.run.dir")]
         # Hydra makes a named folder itself, with the folders above it.
         run_dir.made = [parent for path in named for parent in path.parents if not parent.exists()]
-        run_dir.there = {Path.cwd(), *(path.resolve() for path in named if path.is_dir())}
+        run_dir.preexisting = {Path.cwd(), *(path.resolve() for path in named if path.is_dir())}
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="surrogateescape")  # a path that is not UTF-8 is printed as it is
         if threading.current_thread() is threading.main_thread():
@@ -187,35 +187,35 @@ class Command:
                 raise self.failure
         except (KeyboardInterrupt, SystemExit) as stop:
             code = 130 if isinstance(stop, KeyboardInterrupt) else stop.code
-            jobs.print_jobs(interrupted=True)
-            if code in (130, 143) and not isinstance(stop, Interrupted) and processes.rank() == 0:
+            jobs.print_summary(interrupted=True)
+            if code in (130, 143) and not isinstance(stop, RunInterrupted) and processes.rank() == 0:
                 print("stopped before there was anything to keep", file=sys.stderr)
             sys.exit(code)
         except Exception as error:
-            jobs.print_jobs()
-            if debug or not (sentence := self.explain(error)):
+            jobs.print_summary()
+            if debug or not (sentence := self.describe_error(error)):
                 raise
             rank = processes.rank()
             print(f"error: {sentence}" if not rank else f"[rank {rank}] error: {sentence}", file=sys.stderr)
             sys.exit(1)
-        if jobs.print_jobs():
+        if jobs.print_summary():
             sys.exit(1)
 
-    def explain(self, error: Exception) -> str | None:
-        return explain(error, not self.begun, self.keys())
+    def describe_error(self, error: Exception) -> str | None:
+        return explain(error, not self.composed, self.keys())
 
 
 def train_command(task: Callable[[DictConfig], Any]) -> Command:
     return Command(task, "train", all_keys, str(CONFIGS))
 
 
-def script(settings: type[ScriptSettings]) -> Callable[[Callable[[Any], Any]], Command]:
+def script_command(settings: type[ScriptSettings]) -> Callable[[Callable[[Any], Any]], Command]:
     """Make a function of `settings` a command line; its module's docstring is its help, the class the defaults."""
 
     def decorate(task: Callable[[Any], Any]) -> Command:
         name = Path(inspect.getfile(task)).stem
         fields = settings.model_fields
-        lines = [f"  {key}={shown(field.default)}".ljust(28) + f"  {field.title}" for key, field in fields.items()]
+        lines = [f"  {key}={format_default(field.default)}".ljust(28) + f"  {field.title}" for key, field in fields.items()]
         words = (task.__globals__["__doc__"] or "").strip()
         node = {
             **{key: field.get_default(call_default_factory=True) for key, field in fields.items()},
@@ -224,26 +224,26 @@ def script(settings: type[ScriptSettings]) -> Callable[[Callable[[Any], Any]], C
                 "output_subdir": None,
                 "run": {"dir": "."},
                 "job": {"chdir": False, "name": name},
-                "help": {"app_name": name, "template": escaped(f"{words}\n\n" + "\n".join(lines) + "\n")},
+                "help": {"app_name": name, "template": escape_interpolation(f"{words}\n\n" + "\n".join(lines) + "\n")},
             },
         }
         ConfigStore.instance().store(name=name, node=node)
-        return Command(lambda cfg: task(validated(settings, plain(cfg))), name, lambda: keys_of(settings), None)
+        return Command(lambda cfg: task(validate(settings, to_plain(cfg))), name, lambda: dotted_keys(settings), None)
 
     return decorate
 
 
-def escaped(text: str) -> str:
+def escape_interpolation(text: str) -> str:
     return text.replace("${", "\\${")
 
 
-def shown(value: Any) -> str:
+def format_default(value: Any) -> str:
     """As it is typed on a command line."""
     return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
 
 
 @contextlib.contextmanager
-def importing() -> Iterator[None]:
+def gc_paused() -> Iterator[None]:
     """Imports of torch and its like with the garbage collector off: it would look at their million objects many times
     over, for half a second. Nor does it look at them again later, which takes a third of a second each time (3.11)."""
     if "torch" in sys.modules:
@@ -265,11 +265,11 @@ def explain(error: Exception, composing: bool, keys: list[str]) -> str | None:
     from hydra.errors import HydraException, OverrideParseException
     from omegaconf.errors import OmegaConfBaseException
 
-    if isinstance(error, OSError) and error.errno in ENVIRONMENT:
+    if isinstance(error, OSError) and error.errno in USER_ERRNOS:
         return f"{error.filename or 'a file'}: {error.strerror}"
     if isinstance(error, OverrideParseException):
         return f"{error.override} cannot be read as key=value; put quotes around values with special characters"
-    if sentence := jobs.explain(error):
+    if sentence := jobs.describe_launcher_error(error):
         return sentence
     if not composing and not isinstance(error, (UserError, HydraException, OmegaConfBaseException)):
         return None
@@ -288,7 +288,7 @@ def explain(error: Exception, composing: bool, keys: list[str]) -> str | None:
             if options := [f"{group}={path.stem}" for path in files if name in OmegaConf.load(path)]:
                 return f"{match[1]} is a setting of {' and '.join(options)}, and this run has another {group}"
             return f"{match[1]} is a setting of some runs that this one does not have: +{match[1]}=... adds it"
-        return f"{match[1]} is not a setting{nearest(match[1], keys, '; `--help` and `--cfg job` show all settings')}"
+        return f"{match[1]} is not a setting{suggest(match[1], keys, '; `--help` and `--cfg job` show all settings')}"
     if match := re.search(r"Could not delete from config\. The value of '([^']+)' is ", text):
         return f"~{match[1]}=... deletes {match[1]} only if that is its value; `~{match[1]}` deletes it whatever it is"
     if match := re.search(r"Ambiguous value for argument '([^']+)'", text):
@@ -308,11 +308,11 @@ def all_keys() -> list[str]:
         own = {key: value for key, value in dict(content).items() if key not in ("defaults", "hydra")}  # type: ignore
         everywhere = path.parent == CONFIGS or "@package _global_" in path.read_text()
         nested = own if everywhere else {path.parent.name: own}
-        keys += [key for item in jobs.flat_settings(nested) for key in prefixes(item)]
+        keys += [key for item in jobs.flat_settings(nested) for key in key_prefixes(item)]
     return list(dict.fromkeys(keys))
 
 
-def prefixes(key: str) -> list[str]:
+def key_prefixes(key: str) -> list[str]:
     """a.b.c -> a, a.b, a.b.c"""
     parts = key.split(".")
     return [".".join(parts[:n]) for n in range(1, len(parts) + 1)]

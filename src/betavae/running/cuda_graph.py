@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from betavae.data.batches import Batches
+from betavae.data.batches import BatchLoader
 from betavae.module import VAEModule
 from betavae.precision import at_least_float32
 
@@ -24,7 +24,7 @@ class CUDAGraphSteps:
     eager steps. Lightning's hooks inside a step are not called.
     """
 
-    def __init__(self, module: VAEModule, batches: Batches, capacity: int, clip: tuple[float | None, str]):
+    def __init__(self, module: VAEModule, batches: BatchLoader, capacity: int, clip: tuple[float | None, str]):
         optimizer: Any = module.optimizers(use_pl_optimizer=False)
         self.module, self.batches, self.optimizer, self.clip = module, batches, optimizer, clip
         self.scheduler: Any = module.lr_schedulers()

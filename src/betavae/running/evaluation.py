@@ -12,56 +12,56 @@ from torch import Tensor
 from tqdm import tqdm
 
 from betavae.errors import UserError
-from betavae.files import STAMP, made_here, write_whole, writing
-from betavae.kept import stamped
+from betavae.files import STAMP, has_stamp, atomic_write_bytes, atomic_path
+from betavae.kept import to_bytes
 from betavae.measures.disentanglement import scores_with_errors
-from betavae.measures.likelihood import GROUP, PerImage, importance_sample
-from betavae.running.checkpoint import Run
+from betavae.measures.likelihood import RNG_GROUP, PerImageBounds, importance_bounds
+from betavae.running.checkpoint import TrainedRun
 from betavae.torch_file import load_torch_file
 from betavae.vae import VAE
 
 SAVE_EVERY = 5  # seconds
-DISENTANGLEMENT = "disentanglement.json"  # in a run's folder
+DISENTANGLEMENT_FILE = "disentanglement.json"  # in a run's folder
 
 
-def identity(path: Path, **asked: Any) -> dict[str, Any]:
+def evaluation_key(path: Path, **asked: Any) -> dict[str, Any]:
     """What a kept part of an evaluation must have been asked to be of use for this one."""
     return asked | {"file": hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()}
 
 
-def resumable(
+def evaluate_resumable(
     vae: VAE, x: Tensor, ks: list[int], seed: int, memory_mb: int, kept: Path, asked: dict[str, Any]
-) -> PerImage:
+) -> PerImageBounds:
     """`importance_sample` of all of `x`, with a bar, and what is done kept in the file `kept` until it is deleted."""
-    if kept.exists() and not made_here(kept):
+    if kept.exists() and not has_stamp(kept):
         raise UserError(
             f"folder: {kept} is there already and was not made by betavae; delete it or name another folder"
         )
-    parts = unfinished(kept, asked)
+    parts = load_partial(kept, asked)
     if parts:
-        print(f"going on after the {len(parts) * GROUP:,} images that are in {kept}")
-    groups = importance_sample(vae, x, ks, seed, memory_mb, start=len(parts) * GROUP)
+        print(f"going on after the {len(parts) * RNG_GROUP:,} images that are in {kept}")
+    groups = importance_bounds(vae, x, ks, seed, memory_mb, start=len(parts) * RNG_GROUP)
     saved = time.monotonic() - SAVE_EVERY
-    for part in tqdm(groups, "images / 32", -(-len(x) // GROUP), initial=len(parts), disable=None):
+    for part in tqdm(groups, "images / 32", -(-len(x) // RNG_GROUP), initial=len(parts), disable=None):
         parts.append(part)
         if time.monotonic() >= saved + SAVE_EVERY:
-            write_whole(kept, stamped({"asked": asked, "parts": [tuple(part) for part in parts]}))
+            atomic_write_bytes(kept, to_bytes({"asked": asked, "parts": [tuple(part) for part in parts]}))
             saved = time.monotonic()
-    return PerImage.together(parts)
+    return PerImageBounds.concat(parts)
 
 
-def unfinished(kept: Path, asked: dict[str, Any]) -> list[PerImage]:
+def load_partial(kept: Path, asked: dict[str, Any]) -> list[PerImageBounds]:
     """What an evaluation that was stopped has left, if it was asked the same."""
     try:
         content = load_torch_file(kept)
-        return [PerImage(*part) for part in content["parts"]] if content["asked"] == asked else []
+        return [PerImageBounds(*part) for part in content["parts"]] if content["asked"] == asked else []
     except Exception:  # there is none, or it is no such file
         return []
 
 
 @torch.no_grad()
 def disentanglement(
-    run: Run, out: Path, images: int = 10_000, latents: str = "mean", seed: int = 0, data_root: str | None = None
+    run: TrainedRun, out: Path, images: int = 10_000, latents: str = "mean", seed: int = 0, data_root: str | None = None
 ) -> dict[str, Any]:
     """Every score of `measures.disentanglement` on so many of the test images; kept in the file `out`.
 
@@ -86,12 +86,12 @@ def disentanglement(
         **{"data": run.data["name"], "images": len(x), "latents": latents, "seed": seed},
         **found,
     }
-    with writing(out, "folder") as path:
+    with atomic_path(out, "folder") as path:
         path.write_text(json.dumps(result, indent=2) + "\n")
     return result
 
 
-def lines(result: dict[str, Any]) -> list[str]:
+def format_report(result: dict[str, Any]) -> list[str]:
     """What is printed: each mean with its standard error over images."""
 
     def value(name: str) -> str:

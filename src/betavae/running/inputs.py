@@ -4,23 +4,23 @@ from pathlib import Path
 
 import torch
 
-from betavae.data import OWN, SOURCES
-from betavae.data.images import Images
-from betavae.data.listing import numbers
-from betavae.data.pictures import Pictures, read_pictures
+from betavae.data import USER_DATASETS, DATASETS
+from betavae.data.images import ImageSet
+from betavae.data.listing import index_names
+from betavae.data.pictures import LoadedImages, read_images
 from betavae.errors import UserError
-from betavae.running.checkpoint import Run
+from betavae.running.checkpoint import TrainedRun
 
-NAMED = set(SOURCES) - set(OWN)  # whose name alone says which images they are
+BUILTIN_DATASETS = set(DATASETS) - set(USER_DATASETS)  # whose name alone says which images they are
 SPLITS = ("test", "validation", "train")
 
 
-def is_set(where: str | list[str]) -> bool:
+def is_dataset_name(where: str | list[str]) -> bool:
     """Whether it is the name of a data set, and no file or folder is there by that name."""
-    return isinstance(where, str) and where in NAMED and not Path(where).exists()
+    return isinstance(where, str) and where in BUILTIN_DATASETS and not Path(where).exists()
 
 
-def named_images(run: Run, where: str | list[str], data_root: str | None = None) -> Pictures:
+def resolve_images(run: TrainedRun, where: str | list[str], data_root: str | None = None) -> LoadedImages:
     """`test`, `validation` or `train` of the model's own data; the name of a data set, for its test images; a folder, a
     file, or several: pictures, or FILE.npy or .npz. Pixels are uint8 of the model's shape, for a model of binarised
     images 0 and 255; `notes` say what was done to them. Names are the files' where there are files, and the labels of
@@ -33,13 +33,13 @@ def named_images(run: Run, where: str | list[str], data_root: str | None = None)
         labels: list | None = own.labels.tolist()
         if own.names:  # of a folder, whose labels nobody knows by their numbers
             labels = [own.classes[label] for label in own.labels] if own.classes else None
-        return Pictures(own.tensor(), own.names or numbers(len(own)), labels, [])
-    if is_set(where):
-        images = SOURCES[str(where)](Path(data_root or "data"), "test")
-        found = of_set(images, run) if images else None
+        return LoadedImages(own.tensor(), own.names or index_names(len(own)), labels, [])
+    if is_dataset_name(where):
+        images = DATASETS[str(where)](Path(data_root or "data"), "test")
+        found = from_dataset(images, run) if images else None
     else:
         look = {key: run.data[key] for key in ("fit", "background") if key in run.data}
-        found = read_pictures(where, run.vae.image_shape, **look)
+        found = read_images(where, run.vae.image_shape, **look)
     if found is None:
         raise UserError(f"images={where}: it has no test images")
     if run.data.get("binarize", "none") == "none":
@@ -48,10 +48,10 @@ def named_images(run: Run, where: str | list[str], data_root: str | None = None)
     return found._replace(pixels=pixels, notes=[*found.notes, "binarised: above 127 is 1"])
 
 
-def of_set(images: Images, run: Run) -> Pictures:
+def from_dataset(images: ImageSet, run: TrainedRun) -> LoadedImages:
     if tuple(images.pixels.shape[1:]) != run.vae.image_shape:
         raise UserError(
             f"its images are {tuple(images.pixels.shape[1:])}, and this model's {run.vae.image_shape}: name a folder "
             "of pictures, which are resized"
         )
-    return Pictures(images.tensor(), numbers(len(images)), images.labels.tolist(), [])
+    return LoadedImages(images.tensor(), index_names(len(images)), images.labels.tolist(), [])

@@ -12,17 +12,17 @@ from lightning.pytorch.plugins import HalfPrecision
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.profilers import PassThroughProfiler
 
-from betavae.data.batches import Batches
+from betavae.data.batches import BatchLoader
 from betavae.module import VAEModule
 from betavae.networks import ConvEncoder
 from betavae.resnet import ResNetEncoder
 from betavae.running.cuda_graph import CUDAGraphSteps
 
 
-class Steps(VAEModule):
+class MultiStepModule(VAEModule):
     """`VAEModule` as train.py runs it: `per_call` optimiser steps in each call that Lightning makes."""
 
-    per_call = 1
+    steps_per_call = 1
     accumulate = 1  # batches for each of them
     clip: tuple[float | None, str] = (None, "norm")
     in_cuda_graph = False
@@ -36,10 +36,10 @@ class Steps(VAEModule):
         else:
             super().__setattr__(name, value)
 
-    def several(self, per_call: int, accumulate: int, clip: float | None, algorithm: str) -> None:
+    def enable_multi_step(self, per_call: int, accumulate: int, clip: float | None, algorithm: str) -> None:
         """Lightning's own work for a call takes a third of the time of a compiled step (2.6); this shares it."""
         self.automatic_optimization = False
-        self.per_call, self.accumulate, self.clip = per_call, accumulate, (clip, algorithm)
+        self.steps_per_call, self.accumulate, self.clip = per_call, accumulate, (clip, algorithm)
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         if self.automatic_optimization:
@@ -47,7 +47,7 @@ class Steps(VAEModule):
         if self.in_cuda_graph:
             if self.cuda_graph is None:
                 batches = self.trainer.train_dataloader.batches  # type: ignore[union-attr]
-                self.cuda_graph = CUDAGraphSteps(self, batches, self.per_call, self.clip)
+                self.cuda_graph = CUDAGraphSteps(self, batches, self.steps_per_call, self.clip)
             return {"sums": self.cuda_graph.run(batch)}
         optimizer: Any = self.optimizers()
         scheduler: Any = self.lr_schedulers()
@@ -77,14 +77,14 @@ class Steps(VAEModule):
         self.trainer.estimated_stepping_batches  # noqa: B018 - sets the loader up
         calls = self.trainer.num_training_batches
         groups: Any = self.trainer.train_dataloader
-        steps = min(-(-len(groups.batches) // self.accumulate), calls * self.per_call) * (self.trainer.max_epochs or 1)
+        steps = min(-(-len(groups.batches) // self.accumulate), calls * self.steps_per_call) * (self.trainer.max_epochs or 1)
         return min(steps, self.trainer.max_steps) if self.trainer.max_steps > 0 else steps
 
 
-class Groups:
+class BatchGroups:
     """`size` batches at a time, each made when its turn comes; or only their indices."""
 
-    def __init__(self, batches: Batches, size: int, only_indices: bool):
+    def __init__(self, batches: BatchLoader, size: int, only_indices: bool):
         self.batches, self.size, self.only_indices = batches, size, only_indices
 
     def __len__(self) -> int:
@@ -102,8 +102,8 @@ class Groups:
         self.batches.load_state_dict(state)
 
 
-def grouped(loader: Callable[[], Batches], size: int, only_indices: bool) -> Callable[[], Groups]:
-    return lambda: Groups(loader(), size, only_indices)
+def group_batches(loader: Callable[[], BatchLoader], size: int, only_indices: bool) -> Callable[[], BatchGroups]:
+    return lambda: BatchGroups(loader(), size, only_indices)
 
 
 JOBS_PER_COMPILE_CACHE = 32
@@ -145,12 +145,12 @@ class NoProfiler(PassThroughProfiler):
         return self.nothing
 
 
-def plugins() -> list[Any]:
+def cluster_plugins() -> list[Any]:
     # Or it would queue a job again itself, and restart all jobs of its folder from this one's checkpoint (2.6).
     return [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
 
 
-def mend(trainer: L.Trainer) -> None:
+def patch_trainer(trainer: L.Trainer) -> None:
     # With max_steps, it would count the epoch twice from whose end a run goes on (2.6).
     trainer.fit_loop._iteration_based_training = lambda: False  # type: ignore[method-assign]
     if isinstance(trainer.precision_plugin, HalfPrecision):

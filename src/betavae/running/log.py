@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 WARNED: set[str] = set()  # what this run has warned of
 
 
-def quiet() -> None:
+def silence_libraries() -> None:
     """No tips, device tables or notices about other libraries' insides."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logger = logging.getLogger(name)

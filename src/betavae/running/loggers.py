@@ -14,9 +14,9 @@ from torch import Tensor
 
 from betavae import pictures
 from betavae.errors import UserError
-from betavae.files import STAMP, writing
+from betavae.files import STAMP, atomic_path
 from betavae.running.remote_loggers import MLflow, WeightsAndBiases
-from betavae.running.run_folder import RunFolder, ours
+from betavae.running.run_folder import RunFolder, is_own_output
 from betavae.running.run_logger import RunLogger
 
 STAMP_COLUMN = f"made by {STAMP}"
@@ -29,9 +29,9 @@ class TensorBoard(RunLogger, TensorBoardLogger):
         purge_step = state["global_step"] + 1 if state else None
         super().__init__(run.path, name="", version="", default_hp_metric=False, purge_step=purge_step)
         self.folder = run.path
-        self.look = f"tensorboard --logdir {shlex.quote(str(run.path.parent))}"
+        self.view_command = f"tensorboard --logdir {shlex.quote(str(run.path.parent))}"
         sizes = state.get("events", {}) if state else {}
-        for path in filter(ours, run.path.glob("events.out.tfevents.*")):
+        for path in filter(is_own_output, run.path.glob("events.out.tfevents.*")):
             if size := sizes.get(path.name):
                 os.truncate(path, min(size, path.stat().st_size))
             else:
@@ -43,12 +43,12 @@ class TensorBoard(RunLogger, TensorBoardLogger):
     def finalize(self, status: str) -> None:
         self.save()  # not closed between fit and test, so that a run has one file of events
 
-    def position(self) -> dict[str, int]:
+    def resume_offsets(self) -> dict[str, int]:
         """In bytes."""
         self.save()
         return {path.name: path.stat().st_size for path in sorted(self.folder.glob("events.out.tfevents.*"))}
 
-    def log_picture(self, name: str, picture: Tensor, step: int) -> None:
+    def log_image_grid(self, name: str, picture: Tensor, step: int) -> None:
         enlarged = picture.repeat_interleave(2, 1).repeat_interleave(2, 2)
         self.experiment.add_image(f"pictures/{name}", (enlarged * 255).round().to(torch.uint8).cpu(), step)
 
@@ -60,7 +60,7 @@ class TensorBoard(RunLogger, TensorBoardLogger):
         means = torch.nn.functional.pad(means, (0, max(0, 3 - means.shape[1])))
         self.experiment.add_embedding(means, labels, tiles, global_step="projector", tag="posterior_means")
 
-    def log_outcome(self, settings: dict[str, Any], metrics: dict[str, float]) -> None:
+    def log_final_metrics(self, settings: dict[str, Any], metrics: dict[str, float]) -> None:
         """The HPARAMS tab: flat names, written once, with the final test numbers."""
         from torch.utils.tensorboard.summary import hparams
 
@@ -71,11 +71,11 @@ class TensorBoard(RunLogger, TensorBoardLogger):
         writer.add_summary(start)
         writer.add_summary(end)
 
-    def end(self, status: str) -> None:
+    def finish(self, status: str) -> None:
         self.experiment.close()
 
 
-class CSV(RunLogger):
+class CSVRunLogger(RunLogger):
     """`curves.csv`, a row for each call, its first column the step; and `figures/NAME_STEP.png`. The settings are in
     config.yaml beside it. (Lightning's CSVLogger deletes the file of a run that goes on, and writes it anew, in place,
     with each new column: killed then, a run would lose it.)"""
@@ -90,12 +90,12 @@ class CSV(RunLogger):
         self.rows = len(kept)
         if kept:
             self.write(kept)
-        elif ours(self.path):
+        elif is_own_output(self.path):
             self.columns = []
             self.path.unlink(missing_ok=True)
 
     def read(self) -> list[dict[str, str]]:
-        if not ours(self.path):
+        if not is_own_output(self.path):
             return []
         with open(self.path, newline="") as file:
             table = csv.DictReader(file)
@@ -103,7 +103,7 @@ class CSV(RunLogger):
             return list(table)
 
     def write(self, rows: list[dict[str, Any]]) -> None:
-        with writing(self.path, "logger=csv") as part, open(part, "w", newline="") as file:
+        with atomic_path(self.path, "logger=csv") as part, open(part, "w", newline="") as file:
             table = csv.DictWriter(file, [*self.columns, STAMP_COLUMN])
             table.writeheader()
             table.writerows(rows)
@@ -121,25 +121,25 @@ class CSV(RunLogger):
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """Lightning's; see config.yaml."""
 
-    def position(self) -> dict[str, int]:
+    def resume_offsets(self) -> dict[str, int]:
         """In rows."""
         return {self.FILE: self.rows}
 
     def file(self, name: str, step: int) -> Path:
         return self.folder / "figures" / f"{name.replace('/', '_')}_{step:06d}.png"
 
-    def log_picture(self, name: str, picture: Tensor, step: int) -> None:
-        pictures.save_picture(picture, self.file(name, step))
+    def log_image_grid(self, name: str, picture: Tensor, step: int) -> None:
+        pictures.save_image(picture, self.file(name, step))
 
     def log_figure(self, name: str, figure: Any, step: int) -> None:
         pictures.save_figure(figure, self.file(name, step))
 
 
 # Each is called with the run's folder, the state it goes on from, and its settings.
-LOGGERS = {"tensorboard": TensorBoard, "csv": CSV, "wandb": WeightsAndBiases, "mlflow": MLflow}
+LOGGERS = {"tensorboard": TensorBoard, "csv": CSVRunLogger, "wandb": WeightsAndBiases, "mlflow": MLflow}
 
 
-def start(settings: dict[str, dict[str, Any]], run: RunFolder, state: dict[str, Any] | None) -> dict[str, RunLogger]:
+def make_loggers(settings: dict[str, dict[str, Any]], run: RunFolder, state: dict[str, Any] | None) -> dict[str, RunLogger]:
     """A run's loggers by name. Raises UserError for one that cannot be."""
     for name in settings:
         if name in ("wandb", "mlflow") and importlib.util.find_spec(name) is None:

@@ -15,11 +15,11 @@ def rank() -> int:
     """0 in the one process that speaks and writes for all; known before there is a Trainer."""
     for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
         if name in os.environ and (name != "SLURM_PROCID" or started_by_srun()):
-            return int(os.environ[name]) or node()
-    return node()
+            return int(os.environ[name]) or node_rank()
+    return node_rank()
 
 
-def node() -> int:
+def node_rank() -> int:
     return 0 if "RANK" in os.environ else int(os.environ.get("NODE_RANK", 0))
 
 
@@ -29,7 +29,7 @@ def started_by_srun() -> bool:
     return int(os.environ.get("SLURM_NTASKS", 1)) > 1 and not typed
 
 
-def side_by_side() -> bool:
+def externally_launched() -> bool:
     """Whether other processes of this run read the same command at this moment, as torchrun and srun start them, or a
     person on each of several nodes. Those that Lightning starts come later, with what was decided in their command."""
     by_others = "TORCHELASTIC_RUN_ID" in os.environ or started_by_srun()
@@ -37,14 +37,14 @@ def side_by_side() -> bool:
 
 
 def started_by_lightning() -> bool:
-    return "LOCAL_RANK" in os.environ and not side_by_side()
+    return "LOCAL_RANK" in os.environ and not externally_launched()
 
 
-def from_rank_zero(decide: Callable[[], Any]) -> Any:
+def broadcast_from_rank_zero(fn: Callable[[], Any]) -> Any:
     """What `decide` gives, as JSON has it, or its UserError; where several processes ask, it is asked in rank zero."""
-    if not side_by_side():
-        return decide()
-    line, key = _line(), f"betavae/{next(_numbers)}"
+    if not externally_launched():
+        return fn()
+    line, key = _store(), f"betavae/{next(_message_ids)}"
     if rank():
         answer, error = json.loads(line.get(key))
         if error:
@@ -52,7 +52,7 @@ def from_rank_zero(decide: Callable[[], Any]) -> Any:
             raise UserError(error)
         return answer
     try:
-        answer = decide()
+        answer = fn()
     except UserError as error:
         line.set(key, json.dumps((None, str(error))))
         # The store may be this process' own, and end with it while the others have yet to reach it.
@@ -65,7 +65,7 @@ def from_rank_zero(decide: Callable[[], Any]) -> Any:
     return answer
 
 
-_numbers = iter(range(10**9))
+_message_ids = iter(range(10**9))
 
 
 def _environment() -> Any:
@@ -77,7 +77,7 @@ def _environment() -> Any:
 
 
 @functools.cache
-def _line() -> Any:
+def _store() -> Any:
     """torch's store of keys and values that all processes reach: torchrun's, or one beside the run's own port."""
     from torch.distributed import PrefixStore, TCPStore
 

@@ -15,9 +15,9 @@ from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from torch import Tensor
 
 from betavae import pictures
-from betavae.curves import Curves
+from betavae.curves import TrainMetrics
 from betavae.running.log import warn_on_error
-from betavae.running.run_logger import loggers_of
+from betavae.running.run_logger import run_loggers
 from betavae.terms import gaussian_kl
 from betavae.vae import VAE
 
@@ -25,10 +25,10 @@ log = logging.getLogger(__name__)
 SHOWN = ("recon", "kl")  # after the loss, on a line of an epoch; an objective's own terms follow
 EMBEDDED = 2000  # test images in the embedding projector
 PART = 500  # images at once
-NAMES = {"kl": "KL", "neg_elbo": "neg. ELBO"}
+DISPLAY_NAMES = {"kl": "KL", "neg_elbo": "neg. ELBO"}
 
 
-class Pictures(Callback):
+class ImageLogger(Callback):
     """Draw every `every` epochs (0: never), and once more when `finish` is called after the test.
 
     Reconstructions of fixed test images, samples from fixed z, a latent traversal, KL per dimension, in two dimensions
@@ -41,7 +41,7 @@ class Pictures(Callback):
 
     def images(self, trainer: L.Trainer, vae: VAE, most: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the first `most` test images in parts, on the device and in the dtype of the weights, with labels."""
-        test = trainer.datamodule.sets["test"]  # type: ignore[attr-defined]
+        test = trainer.datamodule.splits["test"]  # type: ignore[attr-defined]
         for index in torch.arange(min(most, len(test))).split(PART):
             x = test.pixels.index_select(0, index).float() / 255
             yield x.to(next(vae.parameters())), test.labels[index]
@@ -55,12 +55,12 @@ class Pictures(Callback):
         span = torch.linspace(-3, 3, 11, device=x.device)
         rows = pictures.traversal(vae, vae.encode(x[:1]).mean[0], by_kl, span)
         drawn = {
-            "reconstructions": pictures.grid(pictures.reconstructions(vae, x), 8),
-            "samples": pictures.grid(vae.decode(z), 8),
-            "traversal": pictures.grid(rows, len(span)),
+            "reconstructions": pictures.make_grid(pictures.reconstructions(vae, x), 8),
+            "samples": pictures.make_grid(vae.decode(z), 8),
+            "traversal": pictures.make_grid(rows, len(span)),
         }
         if vae.latent_dim == 2:
-            drawn["manifold"] = pictures.grid(pictures.manifold(vae, 20), 20)
+            drawn["manifold"] = pictures.make_grid(pictures.manifold(vae, 20), 20)
         return drawn, kl
 
     @torch.no_grad()
@@ -68,25 +68,25 @@ class Pictures(Callback):
         drawn: dict[str, Tensor] = {}
         with evaluating(vae), warn_on_error("drawing pictures of the model"):
             drawn, kl = self.draw(trainer, vae)
-        for logger in loggers_of(trainer) if drawn else []:
+        for logger in run_loggers(trainer) if drawn else []:
             with warn_on_error(f"sending pictures to {type(logger).__name__}"):
                 for name, picture in drawn.items():
-                    logger.log_picture(name, picture, trainer.global_step)
-                logger.log_figure("latent/kl_per_dimension", pictures.kl_bars(kl), trainer.global_step)
+                    logger.log_image_grid(name, picture, trainer.global_step)
+                logger.log_figure("latent/kl_per_dimension", pictures.kl_bar_figure(kl), trainer.global_step)
         if not final:
             return
         with warn_on_error(f"writing pictures to {self.folder}"):
             for name, picture in drawn.items():
-                pictures.save_picture(picture, self.folder / f"{name}.png")
+                pictures.save_image(picture, self.folder / f"{name}.png")
         with evaluating(vae), warn_on_error("drawing the embedding projector"):
-            n = min(EMBEDDED, len(trainer.datamodule.sets["test"]))  # type: ignore[attr-defined]
+            n = min(EMBEDDED, len(trainer.datamodule.splits["test"]))  # type: ignore[attr-defined]
             side = pictures.MAX_SPRITE_SIDE // math.ceil(math.sqrt(n))
             parts = [
                 (vae.encode(x).mean.cpu(), labels, pictures.tiles(x.float().cpu(), labels, side))
                 for x, labels in self.images(trainer, vae, n)
             ]
             means, labels, tiles = zip(*parts, strict=True)
-            for logger in loggers_of(trainer):
+            for logger in run_loggers(trainer):
                 logger.log_embedding(torch.cat(means), torch.cat(labels).tolist(), torch.cat(tiles))
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -113,20 +113,20 @@ def evaluating(vae: VAE) -> Iterator[None]:
             module.training = training
 
 
-def shown(metrics: dict[str, Any], split: str) -> dict[str, float]:
+def display_metrics(metrics: dict[str, Any], split: str) -> dict[str, float]:
     """The loss, recon, kl, and an objective's own terms, as they were last logged for a split."""
     named = {name.removeprefix(f"{split}/"): float(value) for name, value in metrics.items() if name.startswith(split)}
     return {name: value for name, value in named.items() if name != "neg_elbo"}
 
 
-class Bar(TQDMProgressBar):
+class EpochProgressBar(TQDMProgressBar):
     """The progress bar of a terminal: one line an epoch."""
 
     def __init__(self) -> None:
         super().__init__(refresh_rate=20, leave=True)
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        numbers = {name: f"{value:.2f}" for name, value in shown(trainer.callback_metrics, "train").items()}
+        numbers = {name: f"{value:.2f}" for name, value in display_metrics(trainer.callback_metrics, "train").items()}
         if "val/neg_elbo" in trainer.callback_metrics:
             numbers["val neg. ELBO"] = f"{trainer.callback_metrics['val/neg_elbo']:.2f}"
         return numbers
@@ -144,7 +144,7 @@ class Bar(TQDMProgressBar):
     init_test_tqdm = init_validation_tqdm
 
 
-class ValidationNumbers(Callback):
+class LastValidationMetrics(Callback):
     """The last validation numbers, by name; each checkpoint has its own."""
 
     def __init__(self) -> None:
@@ -161,7 +161,7 @@ class ValidationNumbers(Callback):
         self.numbers = dict(state["numbers"])
 
 
-class EpochLines(Callback):
+class EpochSummary(Callback):
     """One line per epoch, for the log file and for a terminal that is not one; and the seconds, over all sessions."""
 
     def __init__(self) -> None:
@@ -180,10 +180,10 @@ class EpochLines(Callback):
         self.started = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        next(c for c in trainer.callbacks if isinstance(c, Curves)).end_epoch(trainer, module)  # type: ignore[attr-defined]
+        next(c for c in trainer.callbacks if isinstance(c, TrainMetrics)).end_epoch(trainer, module)  # type: ignore[attr-defined]
         line = f"epoch {trainer.current_epoch + 1:>3}/{trainer.max_epochs}"
-        for name, value in shown(trainer.callback_metrics, "epoch").items():
-            line += f"  {NAMES.get(name, name)} {value:.2f}"
+        for name, value in display_metrics(trainer.callback_metrics, "epoch").items():
+            line += f"  {DISPLAY_NAMES.get(name, name)} {value:.2f}"
         if "val/neg_elbo" in trainer.callback_metrics:
             line += f"  val neg. ELBO {trainer.callback_metrics['val/neg_elbo']:.2f}"
         self.epochs.append(round(time.perf_counter() - self.started, 3))

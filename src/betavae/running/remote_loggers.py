@@ -29,7 +29,7 @@ class WeightsAndBiases(RunLogger, WandbLogger):
     def __init__(self, run: RunFolder, state: dict[str, Any] | None, project: str, entity: str | None, mode: str):
         import wandb
 
-        kept = run.record().get("loggers", {}).get("wandb")
+        kept = run.read_metrics().get("loggers", {}).get("wandb")
         try:
             experiment = wandb.init(
                 project=project,
@@ -50,26 +50,26 @@ class WeightsAndBiases(RunLogger, WandbLogger):
         experiment.define_metric("*", step_metric="trainer/global_step")  # as Lightning does
         self.rows = (state.get("events", {}) if state else {}).get("wandb", 0)
         if mode == "online":
-            self.look = experiment.url
-            log.info("watch %s", self.look)
+            self.view_command = experiment.url
+            log.info("watch %s", self.view_command)
         else:
             again = "--append " if kept else ""
-            self.look = f"wandb sync {again}{shlex.quote(str(Path(os.path.relpath(experiment.dir)).parent))}"
+            self.view_command = f"wandb sync {again}{shlex.quote(str(Path(os.path.relpath(experiment.dir)).parent))}"
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         # W&B's own "step" is the number of the row.
         self.experiment.log({**metrics, "trainer/global_step": step}, step=self.rows, commit=True)
         self.rows += 1
 
-    def position(self) -> dict[str, int]:
+    def resume_offsets(self) -> dict[str, int]:
         """In rows."""
         return {"wandb": self.rows}
 
     def log_settings(self, settings: dict[str, Any]) -> None:
         self.log_hyperparams(settings)
 
-    def log_picture(self, name: str, picture: Tensor, step: int) -> None:
-        self.log_image(f"pictures/{name}", [pictures.as_image(picture)], step)
+    def log_image_grid(self, name: str, picture: Tensor, step: int) -> None:
+        self.log_image(f"pictures/{name}", [pictures.to_pil(picture)], step)
 
     def log_figure(self, name: str, figure: Any, step: int) -> None:
         from PIL import Image
@@ -78,10 +78,10 @@ class WeightsAndBiases(RunLogger, WandbLogger):
         figure.savefig(drawn, dpi=150)
         self.log_image(name, [Image.open(drawn)], step)
 
-    def log_outcome(self, settings: dict[str, Any], metrics: dict[str, float]) -> None:
+    def log_final_metrics(self, settings: dict[str, Any], metrics: dict[str, float]) -> None:
         self.experiment.summary.update(metrics)
 
-    def end(self, status: str) -> None:
+    def finish(self, status: str) -> None:
         self.experiment.finish(exit_code=0 if status == "finished" else 1)
 
 
@@ -94,7 +94,7 @@ class MLflow(RunLogger, MLFlowLogger):
         from mlflow.exceptions import MlflowException
 
         logging.getLogger("mlflow").setLevel(logging.WARNING)
-        kept = run.record().get("loggers", {}).get("mlflow")
+        kept = run.read_metrics().get("loggers", {}).get("mlflow")
         try:
             client = MlflowClient(tracking_uri)
             if client.get_experiment_by_name(experiment) is None:
@@ -113,7 +113,7 @@ class MLflow(RunLogger, MLFlowLogger):
         except MlflowException as error:
             raise UserError(f"logger.mlflow.tracking_uri={tracking_uri}: {str(error).splitlines()[0]}") from error
         self.settings, self.step = set(there.params), max(self.last.values(), default=0)
-        self.look = f"mlflow ui --backend-store-uri {shlex.quote(tracking_uri)}"
+        self.view_command = f"mlflow ui --backend-store-uri {shlex.quote(tracking_uri)}"
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         self.step = step or 0
@@ -126,18 +126,18 @@ class MLflow(RunLogger, MLFlowLogger):
         # MLflow takes none twice: those of a run that goes on stay as they were.
         self.log_hyperparams({name: value for name, value in settings.items() if name not in self.settings})
 
-    def log_picture(self, name: str, picture: Tensor, step: int) -> None:
-        self.experiment.log_image(self.run_id, pictures.as_image(picture), f"pictures/{name}/{step:06d}.png")
+    def log_image_grid(self, name: str, picture: Tensor, step: int) -> None:
+        self.experiment.log_image(self.run_id, pictures.to_pil(picture), f"pictures/{name}/{step:06d}.png")
 
     def log_figure(self, name: str, figure: Any, step: int) -> None:
         self.experiment.log_figure(self.run_id, figure, f"{name}/{step:06d}.png")
 
-    def log_outcome(self, settings: dict[str, Any], metrics: dict[str, float]) -> None:
+    def log_final_metrics(self, settings: dict[str, Any], metrics: dict[str, float]) -> None:
         self.log_metrics(metrics, self.step)
 
     def finalize(self, status: str = "success") -> None:
         """Lightning's, after training and again after the test; see `end`."""
 
-    def end(self, status: str) -> None:
+    def finish(self, status: str) -> None:
         word = {"finished": "FINISHED", "interrupted": "KILLED"}.get(status, "FAILED")
         self.experiment.set_terminated(self.run_id, word)

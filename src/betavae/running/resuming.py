@@ -13,55 +13,55 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
-from betavae.curves import Curves
-from betavae.errors import Diverged, UserError
+from betavae.curves import TrainMetrics
+from betavae.errors import DivergenceError, UserError
 from betavae.running import checkpoint
 from betavae.running.lightning import stop_after_this_step
 from betavae.running.run_folder import RunFolder
-from betavae.running.run_logger import loggers_of
-from betavae.running.settings import check_settings, plain
+from betavae.running.run_logger import run_loggers
+from betavae.running.settings import check_settings, to_plain
 from betavae.running.yaml_files import read_yaml
 
 # What may change when a run goes on; everything else is the experiment itself.
-CHANGEABLE = ("trainer.", "callbacks.", "data.root", "data.eval_batch_size", "debug")
+RESUME_OVERRIDABLE = ("trainer.", "callbacks.", "data.root", "data.eval_batch_size", "debug")
 
 
-class Signals:
+class SignalHandler:
     """Ctrl-C, SIGTERM, and SIGUSR2 where a cluster's launcher listens to it. While `patient` they are noted, for the
     step under way to be finished; the second one, or one at any other time, ends the run at once."""
 
     def __init__(self) -> None:
-        self.asked: int | None = None
-        self.patient = False
+        self.received: int | None = None
+        self.deferring = False
         self.before: dict[int, Any] = {}
 
-    def __enter__(self) -> "Signals":
+    def __enter__(self) -> "SignalHandler":
         if threading.current_thread() is threading.main_thread():
             numbers = [signal.SIGINT, signal.SIGTERM]
             if sys.platform != "win32" and callable(signal.getsignal(signal.SIGUSR2)):
                 numbers.append(signal.SIGUSR2)
             self.before = {number: signal.getsignal(number) for number in numbers}
-            self.listen()
+            self.install()
         return self
 
-    def listen(self) -> None:
+    def install(self) -> None:
         """Also to be called when somebody has put handlers of their own in place."""
         for number in self.before:
-            signal.signal(number, self.note)
+            signal.signal(number, self.on_signal)
 
     def __exit__(self, *error: Any) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def note(self, number: int, frame: Any) -> None:
-        again, self.asked = self.asked, number
-        if again or not self.patient:
+    def on_signal(self, number: int, frame: Any) -> None:
+        again, self.received = self.received, number
+        if again or not self.deferring:
             raise KeyboardInterrupt
 
     def requeue(self) -> None:
         """Let a launcher's own handler queue the job again, if it was that which asked."""
-        if self.asked not in (None, signal.SIGINT, signal.SIGTERM):
-            self.before[self.asked](self.asked, None)  # type: ignore[index]
+        if self.received not in (None, signal.SIGINT, signal.SIGTERM):
+            self.before[self.received](self.received, None)  # type: ignore[index]
 
 
 class GracefulStop(Callback):
@@ -70,13 +70,13 @@ class GracefulStop(Callback):
     Of several processes each is asked on its own; they agree on the step where they log, `log_every_n_steps`.
     """
 
-    def __init__(self, signals: Signals, last: Path):
+    def __init__(self, signals: SignalHandler, last: Path):
         self.signals, self.last = signals, last
-        self.mid_epoch, self.whole, self.together = False, True, True
+        self.mid_epoch, self.step_complete, self.ranks_in_sync = False, True, True
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self.signals.listen()
-        self.signals.patient = True
+        self.signals.install()
+        self.signals.deferring = True
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -84,31 +84,31 @@ class GracefulStop(Callback):
         # Accumulated gradients are not in a checkpoint: wait for the step that uses them. And for a validation that is
         # due, which Lightning would leave in its middle.
         self.mid_epoch = True
-        self.whole = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        self.step_complete = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         due = trainer.is_last_batch or (batch_idx + 1) % trainer.val_check_batch == 0  # type: ignore[attr-defined,operator]
         # Several processes: where no half-made sums are left, which a checkpoint holds of the first one only.
         logged = (batch_idx + 1) % trainer.log_every_n_steps == 0 and module.automatic_optimization  # type: ignore[attr-defined]
-        self.together = trainer.world_size == 1 or logged or trainer.is_last_batch  # type: ignore[attr-defined]
-        if not due and self.together:
+        self.ranks_in_sync = trainer.world_size == 1 or logged or trainer.is_last_batch  # type: ignore[attr-defined]
+        if not due and self.ranks_in_sync:
             self.stop_if_asked(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if self.together:
+        if self.ranks_in_sync:
             self.stop_if_asked(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self.mid_epoch, self.whole = False, True
+        self.mid_epoch, self.step_complete = False, True
         self.stop_if_asked(trainer)
 
     def stop_if_asked(self, trainer: L.Trainer) -> None:
-        asked = self.signals.asked is not None
+        asked = self.signals.received is not None
         if trainer.world_size > 1:
             asked = trainer.strategy.reduce_boolean_decision(asked, all=False)
-        if asked and self.whole:
+        if asked and self.step_complete:
             stop_after_this_step(trainer)
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self.signals.patient = False
+        self.signals.deferring = False
 
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
         # At an epoch's end it has just been saved.
@@ -133,7 +133,7 @@ class ExactResume(Callback):
         if (state_dict := getattr(trainer.train_dataloader, "state_dict", None)) is not None:
             checkpoint_["batches"] = state_dict()  # a DataLoader of somebody's own has none
         if trainer.is_global_zero:
-            positions = [logger.position() for logger in loggers_of(trainer)]
+            positions = [logger.resume_offsets() for logger in run_loggers(trainer)]
             checkpoint_["events"] = {name: size for position in positions for name, size in position.items()}
 
     def on_load_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint_: dict[str, Any]) -> None:
@@ -165,7 +165,7 @@ class ExactResume(Callback):
             torch.get_device_module(module.device).set_rng_state(states[trainer.global_rank].clone())
 
 
-class StopAtDivergence(Callback):
+class DivergenceGuard(Callback):
     """End a run whose loss or weights are not finite, before a checkpoint of it is saved. Raises Diverged."""
 
     def __init__(self) -> None:
@@ -181,14 +181,14 @@ class StopAtDivergence(Callback):
             step = trainer.global_step - (len(finite) - 1 - good) // (
                 trainer.accumulate_grad_batches * module.accumulate
             )
-            raise Diverged(f"the loss of step {step} is not finite", self.last)
+            raise DivergenceError(f"the loss of step {step} is not finite", self.last)
 
     def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint_: dict[str, Any]) -> None:
-        curves = next(c for c in trainer.callbacks if isinstance(c, Curves))  # type: ignore[attr-defined]
-        if len(curves.interval):
+        curves = next(c for c in trainer.callbacks if isinstance(c, TrainMetrics))  # type: ignore[attr-defined]
+        if len(curves.window):
             curves.read(trainer, module)
         if not torch.stack([p.isfinite().all() for p in module.parameters()]).all():
-            raise Diverged(f"the weights after step {trainer.global_step} are not finite", self.last)
+            raise DivergenceError(f"the weights after step {trainer.global_step} are not finite", self.last)
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -203,7 +203,7 @@ class RunCheckpoint(ModelCheckpoint):
         super().load_state_dict(state | paths | {"dirpath": self.dirpath, "best_k_models": best})
 
 
-class Patience(EarlyStopping):
+class ResumableEarlyStopping(EarlyStopping):
     """Early stopping that is still stopped after a resume, and takes a changed patience."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -214,7 +214,7 @@ class Patience(EarlyStopping):
             trainer.should_stop = True
 
 
-def reopen(run: RunFolder, now: DictConfig, overrides: list[str]) -> tuple[dict[str, Any], dict[str, Any] | None]:
+def load_resumed_config(run: RunFolder, now: DictConfig, overrides: list[str]) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Read the settings that `run` was started with, and its last checkpoint.
 
     Args:
@@ -242,7 +242,7 @@ def reopen(run: RunFolder, now: DictConfig, overrides: list[str]) -> tuple[dict[
         key = change.key_or_group
         if key == "resume":
             continue
-        if change.is_delete() or not key.startswith(CHANGEABLE) or key == "trainer.steps_per_batch":
+        if change.is_delete() or not key.startswith(RESUME_OVERRIDABLE) or key == "trainer.steps_per_batch":
             raise UserError(
                 f"resume: {change.input_line} cannot change when a run goes on (what can: trainer.* but "
                 "steps_per_batch, callbacks.*, data.root, data.eval_batch_size, debug); start a new run for it"
@@ -251,11 +251,11 @@ def reopen(run: RunFolder, now: DictConfig, overrides: list[str]) -> tuple[dict[
             raise UserError(
                 "resume: trainer.accumulate_grad_batches cannot change where trainer.steps_per_batch is above 1"
             )
-        set_nested(settings, key, plain(OmegaConf.select(now, key)))
+        set_nested(settings, key, to_plain(OmegaConf.select(now, key)))
     settings["resume"] = str(run.path)
     if not run.last.exists():
         return settings, None
-    content = checkpoint.read(run.last)
+    content = checkpoint.read_checkpoint(run.last)
     trained = {key: value for key, value in content["hyper_parameters"]["model"].items() if key != "image_shape"}
     if trained != model:
         key = next(key for key in {**model, **trained} if model.get(key) != trained.get(key))

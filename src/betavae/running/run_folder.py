@@ -13,13 +13,13 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from betavae.errors import UserError
-from betavae.files import PART, PART_START, made_here, write_whole
+from betavae.files import TMP_SUFFIX, TMP_PREFIX, has_stamp, atomic_write_bytes
 
-MARK = ".betavae"  # a file in every folder of ours, that says what it is
+MARKER_FILE = ".betavae"  # a file in every folder of ours, that says what it is
 RUN, SWEEP, REPORT = (f"{kind} of betavae\n" for kind in ("a run", "a sweep", "a report"))
 # All that a run writes: what is cleared away is on this list, and nothing else ever is.
-FILES = ("config.yaml", "overrides.yaml", "metrics.json", "train.log", "projector_config.pbtxt")
-FOLDERS = (
+OUTPUT_FILES = ("config.yaml", "overrides.yaml", "metrics.json", "train.log", "projector_config.pbtxt")
+OUTPUT_GLOBS = (
     *("checkpoints/best.ckpt", "checkpoints/last.ckpt", "evaluation.json", "evaluation.part", "fidelity.json"),
     "disentanglement.json",
     *(f"projector/posterior_means/{name}" for name in ("metadata.tsv", "sprite.png", "tensors.tsv")),
@@ -29,9 +29,9 @@ FOLDERS = (
 UNFINISHED = ("running", "interrupted")
 
 
-def mark_of(path: Path) -> str | None:
+def read_marker(path: Path) -> str | None:
     try:
-        return (path / MARK).read_text()
+        return (path / MARKER_FILE).read_text()
     except (OSError, UnicodeDecodeError):
         return None
 
@@ -45,7 +45,7 @@ def check_mark(path: Path, mark: str, key: str) -> bool:
         if os.path.lexists(path):
             raise UserError(f"{key}: {path} is a file; name a folder")
         return False
-    if (found := mark_of(path)) is not None and found != mark:
+    if (found := read_marker(path)) is not None and found != mark:
         raise UserError(f"{key}: {path} is {found.strip()}, not {mark.strip()}; name another folder")
     if found is not None:
         return True
@@ -56,7 +56,7 @@ def check_mark(path: Path, mark: str, key: str) -> bool:
     return False
 
 
-def put_mark(path: Path, mark: str, key: str) -> bool:
+def claim_folder(path: Path, mark: str, key: str) -> bool:
     """Make `path` a folder of ours. False if it was one already.
 
     Raises UserError if anything else is there, or it cannot be made.
@@ -65,7 +65,7 @@ def put_mark(path: Path, mark: str, key: str) -> bool:
         if check_mark(path, mark, key):
             return False
         path.mkdir(parents=True, exist_ok=True)
-        with open(path / MARK, "x") as file:
+        with open(path / MARKER_FILE, "x") as file:
             file.write(mark)
         return True
     except FileExistsError:  # of two at once, the other was first
@@ -98,19 +98,19 @@ class RunFolder:
         return self.path / "checkpoints" / "best.ckpt"
 
     def is_run(self) -> bool:
-        return mark_of(self.path) == RUN
+        return read_marker(self.path) == RUN
 
-    def record(self) -> dict[str, Any]:
+    def read_metrics(self) -> dict[str, Any]:
         """metrics.json, the one place that says how a run is or was."""
         return read_json(self.path / "metrics.json")
 
     def write_record(self, record: dict[str, Any]) -> None:
         path, text = self.path / "metrics.json", json.dumps(record, indent=2) + "\n"
         try:
-            write_whole(path, text.encode())
+            atomic_write_bytes(path, text.encode())
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            if not full or not path.exists() or self.record().get("status") == record["status"]:
+            if not full or not path.exists() or self.read_metrics().get("status") == record["status"]:
                 raise
             # On a full disk: what fits into the blocks that the file has. A run must not seem to be running, and one
             # whose numbers are lost is not finished.
@@ -128,11 +128,11 @@ class RunFolder:
 
     def status(self) -> str:
         """finished, failed, diverged, pruned, interrupted, running; or "" for a run that never began."""
-        status = self.record().get("status", "")
-        return "interrupted" if status == "running" and not self.is_held() else status
+        status = self.read_metrics().get("status", "")
+        return "interrupted" if status == "running" and not self.is_locked() else status
 
     @contextlib.contextmanager
-    def held(self, wait: bool = False) -> Iterator[None]:
+    def lock(self, wait: bool = False) -> Iterator[None]:
         """Worked in by this process alone; the system lets go when it dies, however it dies.
 
         Raises UserError if another works here, unless it is to `wait` for its end.
@@ -143,7 +143,7 @@ class RunFolder:
         except Timeout:
             raise UserError(f"{self.path} is being worked in by another process; wait for its end") from None
 
-    def is_held(self) -> bool:
+    def is_locked(self) -> bool:
         """Looked at by a shared lock, which two that look at once can both have."""
         try:
             import fcntl
@@ -158,13 +158,13 @@ class RunFolder:
             return True
         return False
 
-    def clear(self) -> None:
+    def delete_outputs(self) -> None:
         """Take away what a run wrote here, by name; what else lies here stays."""
-        for name in FILES:
+        for name in OUTPUT_FILES:
             (self.path / name).unlink(missing_ok=True)
-        for pattern in FOLDERS:
+        for pattern in OUTPUT_GLOBS:
             for path in self.path.glob(pattern):
-                if path.is_file() and ours(path):
+                if path.is_file() and is_own_output(path):
                     path.unlink()
         self.clear_parts()
         for name in ("checkpoints", "figures", "projector/posterior_means", "projector"):
@@ -173,19 +173,19 @@ class RunFolder:
 
     def clear_parts(self) -> None:
         """Half-written files of a process that was killed."""
-        patterns = [f"{name}.*{PART}" for name in (*FILES, "checkpoints/*.ckpt", "evaluation.part")]
-        for pattern in (*patterns, f"{PART_START}*", f"figures/{PART_START}*"):
+        patterns = [f"{name}.*{TMP_SUFFIX}" for name in (*OUTPUT_FILES, "checkpoints/*.ckpt", "evaluation.part")]
+        for pattern in (*patterns, f"{TMP_PREFIX}*", f"figures/{TMP_PREFIX}*"):
             for path in self.path.glob(pattern):
                 if not path.is_dir():  # as that of an export into this folder, which may be under way
                     path.unlink()
 
-    def discard(self) -> None:
+    def delete(self) -> None:
         """Take back a run that could not even begin."""
-        self.clear()
-        for name in (".lock", MARK):
+        self.delete_outputs()
+        for name in (".lock", MARKER_FILE):
             (self.path / name).unlink(missing_ok=True)
 
-    def rewind(self) -> None:
+    def drop_regenerated(self) -> None:
         """Without what a run that goes on will make again whole."""
         embedding = self.path / "projector" / "posterior_means"
         for name in ("metadata.tsv", "sprite.png", "tensors.tsv"):
@@ -195,7 +195,7 @@ class RunFolder:
         self.clear_parts()
 
 
-def ours(path: Path) -> bool:
+def is_own_output(path: Path) -> bool:
     """Whether a file with one of our names in a run folder was made by us, as far as it can be told."""
     if path.name.startswith("events."):
         return re.fullmatch(r"events\.out\.tfevents\.\d+\..+\.\d+\.\d+", path.name) is not None
@@ -204,7 +204,7 @@ def ours(path: Path) -> bool:
         or path.suffix in (".pt", ".csv")
         or path.name in ("evaluation.json", "fidelity.json", "disentanglement.json")
     )
-    return not stamped or made_here(path)
+    return not stamped or has_stamp(path)
 
 
 def git_commit() -> str | None:

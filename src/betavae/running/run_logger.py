@@ -15,13 +15,13 @@ class RunLogger(Logger):
     on from; Lightning's `version` is what a logger is found by when it does, where its place is not the run folder.
     """
 
-    look: str | None = None  # the command that shows what it keeps
+    view_command: str | None = None  # the command that shows what it keeps
 
     def log_settings(self, settings: dict[str, Any]) -> None:
         """By flat names, before the first step."""
 
     @abstractmethod
-    def log_picture(self, name: str, picture: Tensor, step: int) -> None:
+    def log_image_grid(self, name: str, picture: Tensor, step: int) -> None:
         """`picture` `(C, H, W)` in [0, 1]."""
 
     @abstractmethod
@@ -31,16 +31,16 @@ class RunLogger(Logger):
     def log_embedding(self, means: Tensor, labels: list[Any], tiles: Tensor) -> None:
         """Latent points `(N, latent_dim)`, each with a label and a square tile `(3, side, side)`."""
 
-    def log_outcome(self, settings: dict[str, Any], metrics: dict[str, float]) -> None:
+    def log_final_metrics(self, settings: dict[str, Any], metrics: dict[str, float]) -> None:
         """The settings again, with the test numbers that metrics.json has."""
 
-    def position(self) -> dict[str, int]:
+    def resume_offsets(self) -> dict[str, int]:
         """How far each of its files went, for a checkpoint: what comes later will come again."""
         return {}
 
-    def end(self, status: str) -> None:
+    def finish(self, status: str) -> None:
         """`status` is that of metrics.json."""
 
 
-def loggers_of(trainer: L.Trainer) -> list[RunLogger]:
+def run_loggers(trainer: L.Trainer) -> list[RunLogger]:
     return [logger for logger in trainer.loggers if isinstance(logger, RunLogger)]

@@ -21,23 +21,23 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 
-from betavae.errors import Diverged, Interrupted, Pruned, UserError
+from betavae.errors import DivergenceError, RunInterrupted, TrialPruned, UserError
 from betavae.precision import set_float32_precision
 from betavae.running import loggers
-from betavae.running.building import build, too_large
+from betavae.running.building import build, as_out_of_memory
 from betavae.running.checkpoint import first_line
 from betavae.running.command_line import argument
-from betavae.running.log import close_log, quiet, start_log, warn_on_error
-from betavae.running.processes import from_rank_zero, rank, started_by_lightning
-from betavae.running.progress import NAMES, Bar, EpochLines, Pictures, ValidationNumbers
-from betavae.running.resuming import Signals, reopen
-from betavae.running.run_folder import RUN, RunFolder, git_commit, put_mark
-from betavae.running.run_logger import loggers_of
-from betavae.running.settings import check_settings, has_words, plain
+from betavae.running.log import close_log, silence_libraries, start_log, warn_on_error
+from betavae.running.processes import broadcast_from_rank_zero, rank, started_by_lightning
+from betavae.running.progress import DISPLAY_NAMES, EpochProgressBar, EpochSummary, ImageLogger, LastValidationMetrics
+from betavae.running.resuming import SignalHandler, load_resumed_config
+from betavae.running.run_folder import RUN, RunFolder, git_commit, claim_folder
+from betavae.running.run_logger import run_loggers
+from betavae.running.settings import check_settings, has_words, to_plain
 from betavae.running.validation import never_validates
 from betavae.running.yaml_files import write_yaml
-from betavae.sweeping.jobs import ONE_DEVICE, chooses_by_validation
-from betavae.sweeping.pruning import pruning
+from betavae.sweeping.jobs import ONE_DEVICE_MESSAGE, chooses_by_validation
+from betavae.sweeping.pruning import pruning_callbacks
 
 log = logging.getLogger(__name__)
 
@@ -53,12 +53,12 @@ def train(cfg: DictConfig) -> float:
     sweep = hydra_cfg.mode == RunMode.MULTIRUN
     overrides = list(hydra_cfg.overrides.task)
     run = RunFolder(os.path.relpath(hydra_cfg.runtime.output_dir))
-    settings, state = plain(cfg), None
+    settings, state = to_plain(cfg), None
     resume = settings["resume"] is not None
     if resume:
         # A job of a sweep goes on with the very settings it has.
-        settings, state = reopen(run, cfg, [] if sweep else overrides)
-        done = run.record()
+        settings, state = load_resumed_config(run, cfg, [] if sweep else overrides)
+        done = run.read_metrics()
         if done.get("status") == "finished" and done.get("displayed", True) and len(overrides) == 1:
             log_to_terminal(
                 f"{run.path} is finished; to train it longer: {argument('resume', run.path)} trainer.max_epochs=N"
@@ -70,12 +70,12 @@ def train(cfg: DictConfig) -> float:
             f"resume: trainer.max_epochs={settings['trainer']['max_epochs']} is past: it is in epoch "
             f"{state['epoch'] + 1}"
         )
-    with Signals() as signals, claimed(run, new=not resume and not sweep, sweep=sweep):
-        return Training(settings, run, overrides, sweep, state, signals).run()
+    with SignalHandler() as signals, claim_run_folder(run, new=not resume and not sweep, sweep=sweep):
+        return TrainingRun(settings, run, overrides, sweep, state, signals).run()
 
 
 @contextlib.contextmanager
-def claimed(run: RunFolder, new: bool, sweep: bool) -> Iterator[None]:
+def claim_run_folder(run: RunFolder, new: bool, sweep: bool) -> Iterator[None]:
     """A run folder for this process, or (of several) for all of this run; a `new` one must hold no run yet. What could
     not even begin is taken back."""
     if sweep or (started_by_lightning() and rank()):  # the job, or the first process, has seen to it
@@ -85,17 +85,17 @@ def claimed(run: RunFolder, new: bool, sweep: bool) -> Iterator[None]:
     held = contextlib.ExitStack()
 
     def claim() -> bool:
-        made = put_mark(run.path, RUN, "hydra.run.dir")
+        made = claim_folder(run.path, RUN, "hydra.run.dir")
         # One that was killed before it wrote its settings has left the mark alone.
         if new and not made and (run.path / "config.yaml").exists():
             raise UserError(
                 f"{run.path} already holds a run; go on with it by {argument('resume', run.path)}, or choose another "
                 "folder"
             )
-        held.enter_context(run.held())
+        held.enter_context(run.lock())
         return made
 
-    made = from_rank_zero(claim)
+    made = broadcast_from_rank_zero(claim)
     if rank():
         yield
         return
@@ -103,13 +103,13 @@ def claimed(run: RunFolder, new: bool, sweep: bool) -> Iterator[None]:
         try:
             yield
         except UserError:
-            if made and not run.record():
+            if made and not run.read_metrics():
                 close_log()
-                run.discard()
+                run.delete()
             raise
 
 
-class Training:
+class TrainingRun:
     """One run from its settings to its last line. In each method one stage of it."""
 
     def __init__(
@@ -119,7 +119,7 @@ class Training:
         overrides: list[str],
         sweep: bool,
         state: dict[str, Any] | None,
-        signals: Signals,
+        signals: SignalHandler,
     ):
         self.settings, self.folder, self.overrides, self.sweep = settings, run, overrides, sweep
         self.state, self.signals = state, signals
@@ -129,14 +129,14 @@ class Training:
         # The seed comes before anything is built, so that it decides the first weight too.
         L.seed_everything(self.settings["seed"], verbose=False)
         set_float32_precision(self.settings["trainer"]["matmul_precision"])
-        quiet()
+        silence_libraries()
         # A copy, since the user's own classes may change what they are given.
         settings = copy.deepcopy(self.settings)
         self.datamodule, self.module, self.trainer = build(settings, self.folder, self.signals)
         if self.sweep and self.trainer.world_size > 1:
-            raise UserError(ONE_DEVICE)
+            raise UserError(ONE_DEVICE_MESSAGE)
         search = self.sweep and chooses_by_validation(HydraConfig.get())
-        if search and (why := never_validates(self.settings, self.datamodule.sets)):
+        if search and (why := never_validates(self.settings, self.datamodule.splits)):
             raise UserError(f"a search chooses by validation numbers, and this run never validates ({why})")
         found = self.datamodule.fingerprints
         known = self.state.get("fingerprints", {}) if self.state else found
@@ -145,11 +145,11 @@ class Training:
                 f"resume: {self.datamodule.root}: the {', '.join(changed)} images have changed since this run "
                 "began; restore the data or pass a copy by data.root=PATH, or start a new run"
             )
-        self.trainer.callbacks += pruning(HydraConfig.get(), self.settings["trainer"]["max_epochs"])  # type: ignore[attr-defined]
-        self.seconds = next(c for c in self.trainer.callbacks if isinstance(c, EpochLines))  # type: ignore[attr-defined]
+        self.trainer.callbacks += pruning_callbacks(HydraConfig.get(), self.settings["trainer"]["max_epochs"])  # type: ignore[attr-defined]
+        self.epoch_summary = next(c for c in self.trainer.callbacks if isinstance(c, EpochSummary))  # type: ignore[attr-defined]
         try:
             if rank() == 0:
-                self.begin()
+                self.start()
             else:
                 self.trainer.loggers = [DummyLogger()]  # Lightning's own callbacks ask for one
             self.fit()
@@ -157,27 +157,27 @@ class Training:
             if rank() == 0:
                 self.finish(scalars)
         except BaseException as error:
-            ending = self.ended_early(too_large(error) if isinstance(error, RuntimeError) else error)
+            ending = self.translate_error(as_out_of_memory(error) if isinstance(error, RuntimeError) else error)
             if ending is error:
                 raise
             raise ending from error
         return scalars["neg_elbo"]
 
-    def begin(self) -> None:
+    def start(self) -> None:
         """The files that say what is run, before its first step."""
         if self.settings["resume"] is not None:
-            self.folder.rewind()
-        bar = isinstance(self.trainer.progress_bar_callback, Bar)
+            self.folder.drop_regenerated()
+        bar = isinstance(self.trainer.progress_bar_callback, EpochProgressBar)
         side_by_side = self.sweep and not HydraConfig.get().launcher["_target_"].endswith(".BasicLauncher")
         start_log(self.folder.path, not bar, f"{self.folder.path.name}  " if side_by_side else "")
         if self.settings["resume"] is None:
             write_yaml(self.folder.path / "overrides.yaml", self.overrides)
         # Also on resume: a run that is stopped again goes on with what this command changed.
         write_yaml(self.folder.path / "config.yaml", self.settings | {"resume": None})
-        kept = loggers.start(self.settings["logger"], self.folder, self.state)
+        kept = loggers.make_loggers(self.settings["logger"], self.folder, self.state)
         self.trainer.loggers = list(kept.values())
         for logger in kept.values():
-            logger.log_settings(flat(self.settings))
+            logger.log_settings(flatten_hparams(self.settings))
         device = self.trainer.strategy.root_device
         self.record = {
             "status": "running",
@@ -200,19 +200,19 @@ class Training:
         self.trainer.fit(self.module, self.datamodule, ckpt_path=last)
         self.record |= {"epochs": self.trainer.current_epoch, "steps": self.trainer.global_step}
         # Now, since Lightning winds callbacks back to the checkpoint that is tested.
-        self.record |= {"epoch_seconds": list(self.seconds.epochs), "fit_seconds": round(self.seconds.before, 2)}
+        self.record |= {"epoch_seconds": list(self.epoch_summary.epochs), "fit_seconds": round(self.epoch_summary.before, 2)}
         self.fitted = time.perf_counter()
 
     def test(self) -> dict[str, float]:
         """The test numbers of the best checkpoint, or the last where no images were kept for validation."""
-        best = self.folder.best.exists() and len(self.datamodule.sets["validation"]) > 0
+        best = self.folder.best.exists() and len(self.datamodule.splits["validation"]) > 0
         best = self.trainer.strategy.broadcast(best)
-        self.chosen = self.folder.best if best else self.folder.last
-        self.trainer.test(self.module, self.datamodule, ckpt_path=str(self.chosen), verbose=False)
+        self.tested_checkpoint = self.folder.best if best else self.folder.last
+        self.trainer.test(self.module, self.datamodule, ckpt_path=str(self.tested_checkpoint), verbose=False)
         metrics = {name: value.item() for name, value in self.trainer.callback_metrics.items()}
         test = {name.removeprefix("test/"): value for name, value in metrics.items() if name.startswith("test/")}
         if not all(math.isfinite(value) for value in test.values()):
-            raise Diverged(f"the test numbers of {self.chosen} are not finite", {})
+            raise DivergenceError(f"the test numbers of {self.tested_checkpoint} are not finite", {})
         if self.module.vae.likelihood.exact(self.settings["data"]["binarize"]):
             test["bits_per_dimension"] = test["neg_elbo"] / math.log(2) / math.prod(self.module.vae.image_shape)
         return {name: round(value, 4) for name, value in test.items()}
@@ -223,41 +223,41 @@ class Training:
         record = self.record | {
             "status": "finished",
             "displayed": False,  # killed before it is, the run is tested and displayed again by a resume
-            "checkpoint": str(self.chosen.relative_to(self.folder.path)),
+            "checkpoint": str(self.tested_checkpoint.relative_to(self.folder.path)),
             "test": scalars,
             "threads": torch.get_num_threads(),
             "seconds": round(self.record["fit_seconds"] + time.perf_counter() - self.fitted, 2),
         }
-        if self.chosen == self.folder.best:
+        if self.tested_checkpoint == self.folder.best:
             # Of that very checkpoint: Lightning winds callbacks back to the one that is tested.
-            validation = next(c for c in self.trainer.callbacks if isinstance(c, ValidationNumbers))  # type: ignore
+            validation = next(c for c in self.trainer.callbacks if isinstance(c, LastValidationMetrics))  # type: ignore
             record["validation"] = {name: round(value, 4) for name, value in validation.numbers.items()}
         if not likelihood.exact(binarize):
             record["note"] = likelihood.meaning(binarize)
         self.folder.write_record(record)
         self.record = record
         self.say(scalars)
-        for logger in loggers_of(self.trainer):
+        for logger in run_loggers(self.trainer):
             with warn_on_error(f"sending test numbers to {type(logger).__name__}"):
-                logger.log_outcome(flat(self.settings), {f"test/{name}": value for name, value in scalars.items()})
-        next(c for c in self.trainer.callbacks if isinstance(c, Pictures)).finish(self.trainer, self.module.vae)  # type: ignore
+                logger.log_final_metrics(flatten_hparams(self.settings), {f"test/{name}": value for name, value in scalars.items()})
+        next(c for c in self.trainer.callbacks if isinstance(c, ImageLogger)).finish(self.trainer, self.module.vae)  # type: ignore
         with warn_on_error("noting in metrics.json that all is drawn"):
             self.folder.write_record(record | {"displayed": True})
         if not self.sweep:
             log.info("      docs/numbers.md says what these numbers are")
             log.info("run   %s", self.folder.path)
-            kept = [logger.look for logger in loggers_of(self.trainer) if logger.look]
-            following = [*kept, f"python scripts/sample.py {argument('ckpt', self.chosen)}"]
+            kept = [logger.view_command for logger in run_loggers(self.trainer) if logger.view_command]
+            following = [*kept, f"python scripts/sample.py {argument('ckpt', self.tested_checkpoint)}"]
             log.info("next  %s", "\n      ".join(following))
         self.end_loggers("finished")
 
     def say(self, scalars: dict[str, float]) -> None:
         apart = ("active_units", "neg_elbo", "bits_per_dimension")
         main = {name: scalars[name] for name in scalars if name not in apart}
-        terms = "  ".join(f"{NAMES.get(name, name)} {value:.2f}" for name, value in main.items())
+        terms = "  ".join(f"{DISPLAY_NAMES.get(name, name)} {value:.2f}" for name, value in main.items())
         log.info(
             "test  %s  neg. ELBO %.2f nats per image (%d active units, %s, trained in %.0f s)",
-            *(terms, scalars["neg_elbo"], scalars["active_units"], self.chosen.name, self.record["fit_seconds"]),
+            *(terms, scalars["neg_elbo"], scalars["active_units"], self.tested_checkpoint.name, self.record["fit_seconds"]),
         )
         if "bits_per_dimension" in scalars:
             log.info("      %.4f bits per dimension", scalars["bits_per_dimension"])
@@ -265,38 +265,38 @@ class Training:
             log.info("note  %s", self.record["note"])
 
     def end_loggers(self, status: str) -> None:
-        for logger in loggers_of(self.trainer):
+        for logger in run_loggers(self.trainer):
             with warn_on_error(f"closing {type(logger).__name__}"):
-                logger.end(status)
+                logger.finish(status)
 
-    def ended_early(self, error: BaseException) -> BaseException:
+    def translate_error(self, error: BaseException) -> BaseException:
         """What to raise for a run that did not come to its end, after its folder says why."""
         if isinstance(error, MisconfigurationException):
             error = UserError(f"trainer: {first_line(error).rstrip('.')}")
         stopped = isinstance(error, KeyboardInterrupt | SystemExit)
         if rank() == 0 and self.record:
-            self.say_why(error, stopped)
+            self.record_failure(error, stopped)
         if not stopped:
             return error
-        asked = self.signals.asked
+        asked = self.signals.received
         if isinstance(error, SystemExit) and asked not in (None, signal.SIGINT, signal.SIGTERM):
             return error  # of a launcher that has queued the job again
-        return Interrupted(128 + (asked or signal.SIGINT))
+        return RunInterrupted(128 + (asked or signal.SIGINT))
 
-    def say_why(self, error: BaseException, stopped: bool) -> None:
+    def record_failure(self, error: BaseException, stopped: bool) -> None:
         if self.record["status"] == "finished":
             log.info("stopped while pictures were drawn, after the test; draw them with")
             log.info("  python train.py %s", argument("resume", self.folder.path))
             self.end_loggers("finished")
             return
-        named = {Diverged: "diverged", Pruned: "pruned"}
+        named = {DivergenceError: "diverged", TrialPruned: "pruned"}
         status = "interrupted" if stopped else named.get(type(error), "failed")
         steps = self.trainer.global_step
         new = not self.sweep and self.settings["resume"] is None
         if status == "failed" and isinstance(error, UserError) and not steps and new:
             self.end_loggers(status)
             close_log()
-            self.folder.clear()  # nothing ever began
+            self.folder.delete_outputs()  # nothing ever began
             return
         self.record |= {"status": status, "epochs": self.trainer.current_epoch, "steps": steps}
         if status in ("failed", "diverged"):
@@ -318,7 +318,7 @@ def log_to_terminal(line: str) -> None:
     print(line)
 
 
-def flat(settings: dict[str, Any]) -> dict[str, Any]:
+def flatten_hparams(settings: dict[str, Any]) -> dict[str, Any]:
     """Return settings for a table of hyper-parameters, each key's values of one type in all runs: null is left out."""
     values: dict[str, Any] = {"seed": settings["seed"], "beta": settings["beta"]}
     for group in ("model", "data", "objective", "beta_schedule", "optimizer", "lr_schedule", "trainer"):

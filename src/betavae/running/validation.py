@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from betavae.errors import UserError
-from betavae.running.settings import nearest
+from betavae.running.settings import suggest
 
 NUMBERS = ("loss", "recon", "kl", "neg_elbo", "active_units")  # of every validation; an objective may add its own
 UNASKED = {"monitor": "neg_elbo", "early_stopping_patience": None}  # callbacks.KEY of a run that needs no validation
@@ -90,7 +90,7 @@ def check_names(
     known = list(dict.fromkeys((*known, *terms_of(*build()))))
     for name in names:
         if name not in known:
-            raise UserError(f"{key}={name} is invalid: expected one of {', '.join(known)}{nearest(name, known)}")
+            raise UserError(f"{key}={name} is invalid: expected one of {', '.join(known)}{suggest(name, known)}")
 
 
 def terms_of(images: Any, module: Any) -> list[str]:
@@ -102,4 +102,4 @@ def terms_of(images: Any, module: Any) -> list[str]:
     x = images.pixels.index_select(0, torch.arange(min(2, len(images)))).float() / 255
     noise = torch.zeros(module.k, len(x), module.vae.latent_dim)
     with torch.random.fork_rng(devices=[]), torch.no_grad(), evaluating(module.vae):
-        return list(module.objective(module.vae, x, noise, module.beta).sums())
+        return list(module.objective(module.vae, x, noise, module.beta).batch_sums())

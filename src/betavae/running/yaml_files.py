@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from betavae.errors import UserError
-from betavae.files import write_whole
+from betavae.files import atomic_write_bytes
 
 MAX_BYTES = 2**20
 
@@ -40,7 +40,7 @@ for side in (Loader, Dumper):  # 1e-3 is a number in YAML 1.2 and for Hydra, but
 
 def write_yaml(path: Path, values: Any) -> None:
     """Write plain values to a YAML file that `read_yaml` reads back as they are."""
-    write_whole(path, yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True).encode())
+    atomic_write_bytes(path, yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True).encode())
 
 
 def read_yaml(path: Path, kind: type = dict) -> Any:

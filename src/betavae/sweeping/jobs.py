@@ -20,25 +20,25 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from betavae.errors import Pruned, UserError
+from betavae.errors import TrialPruned, UserError
 from betavae.running import processes
 from betavae.running.command_line import argument
-from betavae.running.run_folder import MARK, RUN, SWEEP, UNFINISHED, RunFolder, put_mark
-from betavae.running.settings import plain
+from betavae.running.run_folder import MARKER_FILE, RUN, SWEEP, UNFINISHED, RunFolder, claim_folder
+from betavae.running.settings import to_plain
 from betavae.running.yaml_files import read_yaml, write_yaml
 
 log = logging.getLogger(__name__)
 
-ENDED = ("finished", "pruned")
+DONE_STATUSES = ("finished", "pruned")
 MAX_VALUES = 1_000_000  # settings of all jobs of a sweep
-ONE_DEVICE = (
+ONE_DEVICE_MESSAGE = (
     "a sweep trains each job on one device: leave trainer.devices and trainer.num_nodes at 1 and run jobs side by side "
     "(hydra/launcher=joblib), or give up -m and start the runs on many devices one by one"
 )
-SEARCH = "search.json"  # in a search's folder: what it makes small
-RECORDED = ("seconds", "parameters")  # what a search can make small beside validation numbers
+SEARCH_FILE = "search.json"  # in a search's folder: what it makes small
+RECORD_OBJECTIVES = ("seconds", "parameters")  # what a search can make small beside validation numbers
 # What cannot change a result, and so does not make two jobs different.
-INCIDENTAL = ("runs", "resume", "debug", "name", "callbacks.figures_every", "trainer.enable_progress_bar")
+IGNORED_KEYS = ("runs", "resume", "debug", "name", "callbacks.figures_every", "trainer.enable_progress_bar")
 
 
 STATUSES = ("finished", "failed", "diverged", "pruned", "interrupted", "running", "missing")
@@ -76,8 +76,8 @@ class SweepCallback(Callback):
         if any(item.lstrip("+").startswith("resume=") for item in config.hydra.overrides.task):
             raise UserError("resume goes with one run; go on with a sweep by hydra.sweep.dir=ITS_FOLDER")
         several = trainer.num_nodes != 1 or (isinstance(trainer.devices, int) and trainer.devices not in (0, 1))
-        if several or processes.side_by_side():
-            raise UserError(ONE_DEVICE)
+        if several or processes.externally_launched():
+            raise UserError(ONE_DEVICE_MESSAGE)
         search = is_search(config.hydra)
         if chooses_by_validation(config.hydra) and config.data.validation_size == 0:
             raise UserError(
@@ -85,7 +85,7 @@ class SweepCallback(Callback):
             )
         folder = Path(config.hydra.sweep.dir)
         SweepCallback.made = [parent for parent in folder.parents if not parent.exists()]
-        put_mark(folder, SWEEP, "hydra.sweep.dir")
+        claim_folder(folder, SWEEP, "hydra.sweep.dir")
         SweepCallback.folder, SweepCallback.search = folder, search
 
 
@@ -96,7 +96,7 @@ def is_search(hydra_cfg: Any) -> bool:
 
 def chooses_by_validation(hydra_cfg: Any) -> bool:
     """Return whether a sweeper chooses the settings by validation numbers of the jobs."""
-    return is_search(hydra_cfg) and not set(hydra_cfg.sweeper.get("objectives") or ["neg_elbo"]) <= set(RECORDED)
+    return is_search(hydra_cfg) and not set(hydra_cfg.sweeper.get("objectives") or ["neg_elbo"]) <= set(RECORD_OBJECTIVES)
 
 
 def run_job(task: Callable[[DictConfig], float], cfg: DictConfig) -> float:
@@ -110,16 +110,16 @@ def run_job(task: Callable[[DictConfig], float], cfg: DictConfig) -> float:
     if hydra_cfg.mode != RunMode.MULTIRUN:
         return task(cfg)
     run = RunFolder(os.path.relpath(hydra_cfg.runtime.output_dir))
-    put_mark(run.path, RUN, "hydra.sweep.dir")
-    with run.held(wait=True):
-        status = earlier_try(run, cfg, list(hydra_cfg.overrides.task))
-        if status in ENDED:
+    claim_folder(run.path, RUN, "hydra.sweep.dir")
+    with run.lock(wait=True):
+        status = previous_status(run, cfg, list(hydra_cfg.overrides.task))
+        if status in DONE_STATUSES:
             print(f"{run.path.name} is {status} already")
-            return objective(run, cfg)
+            return monitored_value(run, cfg)
         cfg.resume = str(run.path) if status == "interrupted" else None
         try:
             task(cfg)
-        except Pruned:
+        except TrialPruned:
             return math.nan
         except Exception as error:
             mark_failed(run, error)
@@ -127,31 +127,31 @@ def run_job(task: Callable[[DictConfig], float], cfg: DictConfig) -> float:
             if cfg.debug:
                 traceback.print_exc()
             return math.nan  # and not an error, for which Hydra would leave out the batches to come
-        return objective(run, cfg)
+        return monitored_value(run, cfg)
 
 
-def objective(run: RunFolder, cfg: DictConfig) -> float:
+def monitored_value(run: RunFolder, cfg: DictConfig) -> float:
     """On validation images: test images choose nothing."""
-    return run.record().get("validation", {}).get(cfg.callbacks.monitor, math.nan)
+    return run.read_metrics().get("validation", {}).get(cfg.callbacks.monitor, math.nan)
 
 
-def scores(record: dict[str, Any], objectives: Sequence[str]) -> list[float]:
+def objective_values(record: dict[str, Any], objectives: Sequence[str]) -> list[float]:
     """Return what a search makes small, of a finished job; nothing where one of them is missing: it never validated."""
-    known = record.get("validation", {}) | {name: record[name] for name in RECORDED if name in record}
+    known = record.get("validation", {}) | {name: record[name] for name in RECORD_OBJECTIVES if name in record}
     return [float(known[name]) for name in objectives] if set(objectives) <= known.keys() else []
 
 
-def earlier_try(run: RunFolder, cfg: DictConfig, overrides: list[str]) -> str:
+def previous_status(run: RunFolder, cfg: DictConfig, overrides: list[str]) -> str:
     """What an earlier try left in a job's folder: "finished", "pruned", "interrupted" (to be resumed), or "", cleared
     up."""
-    record = run.record()
+    record = run.read_metrics()
     status = record.get("status", "")
     # What was killed while it was drawn, failed after its training, could not be resumed, or has a damaged record has
     # good weights.
     undrawn = status == "finished" and not record.get("displayed", True)
     goes_on = status in (*UNFINISHED, "") or undrawn or (status == "failed" and record.get("resumable", False))
     goes_on = goes_on and run.last.exists()
-    if goes_on or status in ENDED:
+    if goes_on or status in DONE_STATUSES:
         if difference := first_difference(run.path / "config.yaml", cfg):
             key, then, now = difference
             raise UserError(
@@ -159,7 +159,7 @@ def earlier_try(run: RunFolder, cfg: DictConfig, overrides: list[str]) -> str:
                 "or delete that folder"
             )
         return "interrupted" if goes_on else status
-    run.clear()
+    run.delete_outputs()
     write_yaml(run.path / "overrides.yaml", overrides)
     return ""
 
@@ -167,8 +167,8 @@ def earlier_try(run: RunFolder, cfg: DictConfig, overrides: list[str]) -> str:
 def first_difference(path: Path, cfg: DictConfig) -> tuple[str, Any, Any] | None:
     """The first setting that differs between a config file and `cfg`, and its two values; what cannot change a result,
     and settings that the file is too old to have, aside."""
-    then, now = flat_settings(read_yaml(path)), flat_settings(plain(cfg))
-    for key in sorted({*then, *now} - set(INCIDENTAL)):
+    then, now = flat_settings(read_yaml(path)), flat_settings(to_plain(cfg))
+    for key in sorted({*then, *now} - set(IGNORED_KEYS)):
         newer = key not in then and key.startswith(("trainer.", "callbacks.", "objective."))
         if not newer and not key.startswith("logger.") and then.get(key) != now.get(key):
             return key, then.get(key), now.get(key)
@@ -189,7 +189,7 @@ def mark_failed(run: RunFolder, error: Exception) -> None:
 
     A job that was to be resumed keeps its checkpoint: the next try resumes it.
     """
-    record = run.record()
+    record = run.read_metrics()
     if (status := record.get("status")) in ("failed", "diverged"):
         return
     resumable = status in (*UNFINISHED, "finished")
@@ -205,7 +205,7 @@ def read_jobs(sweep: Path) -> list[Job]:
     found = [read_job(path.parent) for path in sorted(sweep.glob("*/overrides.yaml"))]
     found.sort(key=lambda job: [sort_key(value) for value in job.overrides.values()])
     begun = [sorted(job.overrides.items()) for job in found]
-    for overrides in planned(sweep):
+    for overrides in planned_jobs(sweep):
         if sorted(overrides.items()) not in begun:
             found.append(Job(sweep / "-", "missing", overrides, {}))
     return found
@@ -213,11 +213,11 @@ def read_jobs(sweep: Path) -> list[Job]:
 
 def read_job(folder: Path) -> Job:
     run = RunFolder(folder)
-    overrides = as_settings(read_yaml(folder / "overrides.yaml", list))
-    return Job(folder, run.status() or "running", overrides, run.record())
+    overrides = parse_overrides(read_yaml(folder / "overrides.yaml", list))
+    return Job(folder, run.status() or "running", overrides, run.read_metrics())
 
 
-def planned(sweep: Path) -> list[dict[str, str]]:
+def planned_jobs(sweep: Path) -> list[dict[str, str]]:
     """The settings of every job of the grid that was last started in this folder."""
     path = sweep / "multirun.yaml"
     if not path.exists():
@@ -238,10 +238,10 @@ def planned(sweep: Path) -> list[dict[str, str]]:
                 raise UserError(f"{path} is too large: its jobs have more than {MAX_VALUES:,} settings")
     except (HydraException, RecursionError):  # a glob, whose jobs only the config folder knows, or a damaged file
         return []
-    return [as_settings(list(job)) for job in itertools.product(*values.values())]
+    return [parse_overrides(list(job)) for job in itertools.product(*values.values())]
 
 
-def as_settings(overrides: list[Any]) -> dict[str, str]:
+def parse_overrides(overrides: list[Any]) -> dict[str, str]:
     return dict(str(item).lstrip("+").split("=", 1) for item in overrides if "=" in str(item))
 
 
@@ -253,14 +253,14 @@ def sort_key(text: str) -> tuple[float, str]:
         return math.inf, text
 
 
-def print_jobs(interrupted: bool = False) -> bool:
+def print_summary(interrupted: bool = False) -> bool:
     """After a sweep: a table of its jobs and the names of those that failed. Returns whether any failed or is missing
     (of a search: whether all did); nothing is printed where no job began."""
     if SweepCallback.folder is None:
         return False
     jobs = read_jobs(SweepCallback.folder) if SweepCallback.folder.is_dir() else []
     if all(job.status == "missing" for job in jobs):
-        take_back(SweepCallback.folder)
+        remove_empty_sweep(SweepCallback.folder)
         return False
     rows = [
         (
@@ -277,7 +277,7 @@ def print_jobs(interrupted: bool = False) -> bool:
     for row in (header, *rows):
         cells = (cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
         print("  ".join(cells).rstrip())
-    print(counted(jobs))
+    print(status_summary(jobs))
     for note in sorted({job.record["note"] for job in jobs if job.test and "note" in job.record}):
         print(f"note  {note}")
     bad = [job for job in jobs if job.status in ("failed", "diverged")]
@@ -295,7 +295,7 @@ def print_jobs(interrupted: bool = False) -> bool:
     return bool(bad) or any(job.status == "missing" for job in jobs)
 
 
-def counted(jobs: Sequence[Job]) -> str:
+def status_summary(jobs: Sequence[Job]) -> str:
     """`30 jobs: 14 finished, 16 pruned`"""
     found = [job.status for job in jobs]
     return f"{len(jobs)} jobs: " + ", ".join(
@@ -303,17 +303,17 @@ def counted(jobs: Sequence[Job]) -> str:
     )
 
 
-def take_back(sweep: Path) -> None:
+def remove_empty_sweep(sweep: Path) -> None:
     """The folder of a sweep that was stopped by an error before any job."""
-    if sweep.is_dir() and {path.name for path in sweep.iterdir()} <= {"multirun.yaml", MARK}:
-        for name in ("multirun.yaml", MARK):
+    if sweep.is_dir() and {path.name for path in sweep.iterdir()} <= {"multirun.yaml", MARKER_FILE}:
+        for name in ("multirun.yaml", MARKER_FILE):
             (sweep / name).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # it holds something
             for folder in (sweep, *SweepCallback.made):
                 folder.rmdir()
 
 
-def explain(error: Exception) -> str | None:
+def describe_launcher_error(error: Exception) -> str | None:
     """One sentence for an error of a launcher or a sweeper, or None."""
     text = str(error)
     if match := re.search(r"hydra/(launcher|sweeper)/(\w+)'|hydra_plugins\.hydra_(\w+?)_(?:launcher|sweeper)", text):

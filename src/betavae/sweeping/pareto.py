@@ -6,17 +6,17 @@ from typing import Any
 from betavae import pictures
 
 
-def front(points: Sequence[Sequence[float]]) -> list[int]:
+def pareto_indices(points: Sequence[Sequence[float]]) -> list[int]:
     """Which of the points, all to be small, no other one dominates: is as small in each number and not equal. In order
     of their first number."""
 
-    def beaten(point: Sequence[float]) -> bool:
+    def dominated(point: Sequence[float]) -> bool:
         return any(list(other) != list(point) and all(map(float.__le__, other, point)) for other in points)
 
-    return sorted((i for i, point in enumerate(points) if not beaten(point)), key=lambda i: tuple(points[i]))
+    return sorted((i for i, point in enumerate(points) if not dominated(point)), key=lambda i: tuple(points[i]))
 
 
-def picture(points: Sequence[Sequence[float]], best: Sequence[int], labels: Sequence[str]) -> Any:
+def pareto_figure(points: Sequence[Sequence[float]], best: Sequence[int], labels: Sequence[str]) -> Any:
     """All points, and the numbered `best` along the edge of what can be reached."""
     figure = pictures.new_figure(6, 4.5)
     axes = figure.add_subplot()

@@ -5,25 +5,25 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from betavae.errors import Pruned, UserError
-from betavae.sweeping.search import SearchSettings, open_study, optuna_here, settings_of
+from betavae.errors import TrialPruned, UserError
+from betavae.sweeping.search import SearchSettings, open_study, import_optuna, search_settings
 
 
-def pruning(hydra_cfg: Any, max_epochs: int) -> list[Callback]:
+def pruning_callbacks(hydra_cfg: Any, max_epochs: int) -> list[Callback]:
     """For a trial of a search that prunes: `Pruning`. `trial`, its number, comes with the job's config, which every
     launcher hands on."""
-    if hydra_cfg.sweeper.get("trial") is None or not (settings := settings_of(hydra_cfg)).prunes:
+    if hydra_cfg.sweeper.get("trial") is None or not (settings := search_settings(hydra_cfg)).prunes:
         return []
-    return [Pruning(settings, hydra_cfg.sweeper.trial, max_epochs)]
+    return [PruningCallback(settings, hydra_cfg.sweeper.trial, max_epochs)]
 
 
-class Pruning(Callback):
+class PruningCallback(Callback):
     """After each epoch with a validation, its objective goes to the study as step `epoch`, from 1 up. Raises Pruned as
     training ends, if that was early because the study's pruner finds the trial hopeless."""
 
     def __init__(self, settings: SearchSettings, number: int, max_epochs: int):
         self.settings, self.number, self.max_epochs = settings, number, max_epochs
-        self.validated, self.why = False, ""
+        self.validated, self.reason = False, ""
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         study = open_study(self.settings, self.max_epochs)
@@ -35,7 +35,7 @@ class Pruning(Callback):
             )
         self.reported = set(frozen.intermediate_values)  # by a job that was then killed
         # There is no public way to a trial that another process has asked for.
-        self.trial = optuna_here().Trial(study, frozen._trial_id)
+        self.trial = import_optuna().Trial(study, frozen._trial_id)
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.validated = True
@@ -49,9 +49,9 @@ class Pruning(Callback):
         if epoch not in self.reported:
             self.trial.report(float(value), epoch)
         if epoch < self.max_epochs and self.trial.should_prune():  # at its end there is nothing left to spare
-            self.why = f"after epoch {epoch}, with a validation {objective} of {float(value):.2f}"
+            self.reason = f"after epoch {epoch}, with a validation {objective} of {float(value):.2f}"
             trainer.should_stop = True
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if self.why:
-            raise Pruned(self.why)
+        if self.reason:
+            raise TrialPruned(self.reason)

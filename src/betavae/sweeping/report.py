@@ -14,22 +14,22 @@ from betavae import pictures
 from betavae.errors import UserError
 from betavae.measures.disentanglement import SCORES
 from betavae.running import checkpoint, evaluation
-from betavae.running.evaluation import DISENTANGLEMENT
-from betavae.running.run_folder import REPORT, check_mark, put_mark, read_json
+from betavae.running.evaluation import DISENTANGLEMENT_FILE
+from betavae.running.run_folder import REPORT, check_mark, claim_folder, read_json
 from betavae.running.yaml_files import read_yaml
 from betavae.sweeping import pareto
-from betavae.sweeping.jobs import RECORDED, SEARCH, STATUSES, Job, counted, flat_settings, read_jobs, scores, sort_key
+from betavae.sweeping.jobs import RECORD_OBJECTIVES, SEARCH_FILE, STATUSES, Job, status_summary, flat_settings, read_jobs, objective_values, sort_key
 
-REPLICATE = "seed"  # the key whose values are repetitions of one setting
+SEED_KEY = "seed"  # the key whose values are repetitions of one setting
 SCALES = ("neg_elbo", "kl", "recon")
 NAMES = {
     **{"neg_elbo": "neg. ELBO", "kl": "rate", "recon": "distortion", "active_units": "active units"},
     **{"fid": "Fréchet distance", "mig": "MIG", "factor_vae_score": "FactorVAE score"},
 }
-MEASURED = ("evaluation.json", "fidelity.json", DISENTANGLEMENT)  # what scripts leave in a job's folder
+MEASUREMENT_FILES = ("evaluation.json", "fidelity.json", DISENTANGLEMENT_FILE)  # what scripts leave in a job's folder
 
 
-class Setting(NamedTuple):
+class SettingGroup(NamedTuple):
     """The jobs that differ by their seed only, and the values of the swept keys that they share."""
 
     values: dict[str, str]
@@ -41,15 +41,15 @@ class Setting(NamedTuple):
 
     @property
     def label(self) -> str:
-        return ", ".join(f"{short(key)}={value}" for key, value in self.values.items()) or "all jobs"
+        return ", ".join(f"{short_key(key)}={value}" for key, value in self.values.items()) or "all jobs"
 
     def mean_sd(self, metric: str) -> tuple[float, float]:
         """Mean and sample standard deviation over the finished seeds; nan where there are none, or only one."""
-        results = [row[metric] for row in map(numbers, self.finished) if metric in row]
+        results = [row[metric] for row in map(job_metrics, self.finished) if metric in row]
         return fmean(results) if results else math.nan, stdev(results) if len(results) > 1 else math.nan
 
 
-def numbers(job: Job) -> dict[str, float]:
+def job_metrics(job: Job) -> dict[str, float]:
     """Of a finished job: the test numbers of its training, its seconds, and what was measured afterwards, by name:
     `fid`, or below a key of that file `mixture.fid`. Where two have one name it is the training's."""
     found: dict[str, float] = {}
@@ -62,12 +62,12 @@ def numbers(job: Job) -> dict[str, float]:
             elif isinstance(value, dict) and not prefix:
                 add(f"{key}.", value)
 
-    for file in MEASURED:
+    for file in MEASUREMENT_FILES:
         add("", read_json(job.folder / file))
     return {**found, **job.test, "seconds": job.record["seconds"]}
 
 
-def newest(sweeps: Path) -> Path:
+def latest_sweep(sweeps: Path) -> Path:
     found = [path for path in sweeps.glob("*") if any(path.glob("*/overrides.yaml"))]
     if not found:
         raise UserError(
@@ -76,19 +76,19 @@ def newest(sweeps: Path) -> Path:
     return max(found, key=lambda path: path.stat().st_mtime)
 
 
-def settings(sweep: Path) -> list[Setting]:
+def group_jobs(sweep: Path) -> list[SettingGroup]:
     """The settings of a sweep in order of their values, numbers by size."""
     jobs = read_jobs(sweep)
     if not jobs:
         raise UserError(f"sweep: {sweep} holds no job of a sweep; name the folder that holds the jobs' folders")
     keys = list(dict.fromkeys(key for job in jobs for key in job.overrides))
     table = [{key: value_of(job, key) for key in keys} for job in jobs]
-    swept = [key for key in keys if key != REPLICATE and len({row[key] for row in table}) > 1]
+    swept = [key for key in keys if key != SEED_KEY and len({row[key] for row in table}) > 1]
     groups: dict[tuple[str, ...], list[Job]] = {}
     for job, row in zip(jobs, table, strict=True):
         groups.setdefault(tuple(row[key] for key in swept), []).append(job)
     ordered = sorted(groups, key=lambda values: [sort_key(value) for value in values])
-    return [Setting(dict(zip(swept, values, strict=True)), groups[values]) for values in ordered]
+    return [SettingGroup(dict(zip(swept, values, strict=True)), groups[values]) for values in ordered]
 
 
 def value_of(job: Job, key: str) -> str:
@@ -99,31 +99,31 @@ def value_of(job: Job, key: str) -> str:
     return "default" if value is None else str(value)
 
 
-def short(key: str) -> str:
+def short_key(key: str) -> str:
     return key.rsplit(".")[-1]
 
 
-def measured(found: Sequence[Setting]) -> list[str]:
-    return [name for setting in found for job in setting.finished for name in numbers(job)]
+def available_metrics(found: Sequence[SettingGroup]) -> list[str]:
+    return [name for setting in found for job in setting.finished for name in job_metrics(job)]
 
 
-def metrics(found: Sequence[Setting]) -> list[str]:
+def table_metrics(found: Sequence[SettingGroup]) -> list[str]:
     """Those of the tables: none below a key."""
-    names = dict.fromkeys(name for name in measured(found) if "." not in name)
+    names = dict.fromkeys(name for name in available_metrics(found) if "." not in name)
     known = [*NAMES, *(name for name in names if name not in (*NAMES, "seconds")), "seconds"]
     return sorted(names | {"seconds": None}, key=known.index)
 
 
-def states(setting: Setting) -> str:
+def status_cell(setting: SettingGroup) -> str:
     """`3/3`, or what became of the others: `1/3 (1 failed, 1 missing)`."""
     others = [job.status for job in setting.jobs if job.status != "finished"]
     text = f"{len(setting.finished)}/{len(setting.jobs)}"
     return text + (f" ({', '.join(f'{others.count(s)} {s}' for s in dict.fromkeys(others))})" if others else "")
 
 
-def write_csv(found: Sequence[Setting], path: Path) -> None:
+def write_csv(found: Sequence[SettingGroup], path: Path) -> None:
     """One row per setting: its values, how many jobs reached which status, mean and sd of every number."""
-    names = metrics(found)
+    names = table_metrics(found)
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow([*found[0].values, *STATUSES, *(f"{name}_{part}" for name in names for part in ("mean", "sd"))])
@@ -133,19 +133,19 @@ def write_csv(found: Sequence[Setting], path: Path) -> None:
             writer.writerow([*setting.values.values(), *counts, *("" if math.isnan(x) else f"{x:.6g}" for x in cells)])
 
 
-def markdown(found: Sequence[Setting]) -> str:
-    names = [name for name in metrics(found) if name in (*NAMES, "seconds")]
-    header = [*map(short, found[0].values), "finished", *(NAMES.get(name, name) for name in names)]
+def markdown(found: Sequence[SettingGroup]) -> str:
+    names = [name for name in table_metrics(found) if name in (*NAMES, "seconds")]
+    header = [*map(short_key, found[0].values), "finished", *(NAMES.get(name, name) for name in names)]
     rows = [header, ["---"] * len(header)]
     for setting in found:
         cells = [
-            number(*setting.mean_sd(name), digits=1 if name in ("active_units", "seconds") else 2) for name in names
+            format_mean_sd(*setting.mean_sd(name), digits=1 if name in ("active_units", "seconds") else 2) for name in names
         ]
-        rows.append([*setting.values.values(), states(setting), *cells])
+        rows.append([*setting.values.values(), status_cell(setting), *cells])
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     notes = {job.record.get("note", "") for setting in found for job in setting.finished}
     lines += ["", "Test set, nats per image, mean ± standard deviation over seeds."]
-    lines += [counted([job for setting in found for job in setting.jobs]) + "."]
+    lines += [status_summary([job for setting in found for job in setting.jobs]) + "."]
     lines += [f"Note: {note}." for note in sorted(notes) if note]
     if len(notes) > 1:
         lines.append(
@@ -156,33 +156,33 @@ def markdown(found: Sequence[Setting]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def number(mean: float, sd: float, digits: int) -> str:
+def format_mean_sd(mean: float, sd: float, digits: int) -> str:
     if math.isnan(mean):
         return ""
     return f"{mean:.{digits}f}" + ("" if math.isnan(sd) else f" ± {sd:.{digits}f}")
 
 
-def families(found: Sequence[Setting], key: str) -> dict[str, list[Setting]]:
+def group_lines(found: Sequence[SettingGroup], key: str) -> dict[str, list[SettingGroup]]:
     """Settings that differ by `key` alone, under what they share: the points of one line."""
-    lines: dict[str, list[Setting]] = {}
+    lines: dict[str, list[SettingGroup]] = {}
     for setting in found:
         if setting.finished:
-            rest = Setting({k: v for k, v in setting.values.items() if k != key}, [])
+            rest = SettingGroup({k: v for k, v in setting.values.items() if k != key}, [])
             lines.setdefault(rest.label if rest.values else "", []).append(setting)
     return lines
 
 
-def rate_distortion(found: Sequence[Setting]) -> Any:
+def rate_distortion(found: Sequence[SettingGroup]) -> Any:
     """Each setting's rate and distortion; along a line only beta changes."""
     figure = pictures.new_figure(6, 4.5)
     axes = figure.add_subplot()
     swept = "beta" in found[0].values
-    lines = families(found, "beta" if swept else "")
+    lines = group_lines(found, "beta" if swept else "")
     for label, points in lines.items():
         (x, xerr), (y, yerr) = (
             zip(*(point.mean_sd(name) for point in points), strict=True) for name in ("kl", "recon")
         )
-        axes.errorbar(x, y, bars(yerr), bars(xerr), fmt="o-" if swept else "o", ms=4, lw=1, capsize=2, label=label)
+        axes.errorbar(x, y, error_bars(yerr), error_bars(xerr), fmt="o-" if swept else "o", ms=4, lw=1, capsize=2, label=label)
         if len(lines) <= 6:
             for point, at in zip(points, zip(x, y, strict=True), strict=True):
                 text = f"β={point.values['beta']}" if swept else ""
@@ -195,20 +195,20 @@ def rate_distortion(found: Sequence[Setting]) -> Any:
     return figure
 
 
-def bars(sds: Sequence[float]) -> list[float]:
+def error_bars(sds: Sequence[float]) -> list[float]:
     return [0.0 if math.isnan(sd) else sd for sd in sds]
 
 
-def line(found: Sequence[Setting], key: str, metric: str) -> Any:
+def line_plot(found: Sequence[SettingGroup], key: str, metric: str) -> Any:
     figure = pictures.new_figure(6, 4.5)
     axes = figure.add_subplot()
     values = ordered_values(found, key)
     place = {value: float(value) if all(map(is_number, values)) else i for i, value in enumerate(values)}
-    lines = families(found, key)
+    lines = group_lines(found, key)
     for label, points in lines.items():
         y, yerr = zip(*(point.mean_sd(metric) for point in points), strict=True)
         x = [place[point.values[key]] for point in points]
-        axes.errorbar(x, y, bars(yerr), fmt="o-", ms=4, lw=1, capsize=2, label=label)
+        axes.errorbar(x, y, error_bars(yerr), fmt="o-", ms=4, lw=1, capsize=2, label=label)
     if 1 < len(lines) <= 20:
         axes.legend(fontsize=8)
     low, high = min(place.values()), max(place.values())
@@ -222,7 +222,7 @@ def line(found: Sequence[Setting], key: str, metric: str) -> Any:
     return figure
 
 
-def heat_map(found: Sequence[Setting], keys: Sequence[str], metric: str) -> Any:
+def heat_map(found: Sequence[SettingGroup], keys: Sequence[str], metric: str) -> Any:
     """The metric over two keys, averaged over whatever else was swept; an empty cell has no finished job."""
     across, down = (ordered_values(found, key) for key in keys)
     cells: dict[tuple[str, str], list[float]] = {}
@@ -246,7 +246,7 @@ def heat_map(found: Sequence[Setting], keys: Sequence[str], metric: str) -> Any:
     return figure
 
 
-def scatter(found: Sequence[Setting], keys: Sequence[str], metric: str) -> Any:
+def scatter(found: Sequence[SettingGroup], keys: Sequence[str], metric: str) -> Any:
     """For a search, whose settings lie on no grid."""
     figure = pictures.new_figure(6, 4.5)
     axes = figure.add_subplot()
@@ -265,7 +265,7 @@ def scatter(found: Sequence[Setting], keys: Sequence[str], metric: str) -> Any:
     return figure
 
 
-def ordered_values(found: Sequence[Setting], key: str) -> list[str]:
+def ordered_values(found: Sequence[SettingGroup], key: str) -> list[str]:
     return sorted({setting.values[key] for setting in found}, key=sort_key)
 
 
@@ -273,29 +273,29 @@ def is_number(text: str) -> bool:
     return sort_key(text)[1] == ""
 
 
-def chart(found: Sequence[Setting], keys: Sequence[str] | None, metric: str) -> Any:
+def metric_figure(found: Sequence[SettingGroup], keys: Sequence[str] | None, metric: str) -> Any:
     """A line over one swept key, a map over two; None where nothing but the seed was swept."""
     swept = list(found[0].values)
     for key in keys or []:
         if key not in swept:
             raise UserError(f"over: {key} was not swept here; swept: {', '.join(swept) or 'nothing but seeds'}")
-    if metric not in measured(found):
+    if metric not in available_metrics(found):
         raise UserError(
-            f"metric={metric} is not in the jobs' metrics.json, {' or '.join(MEASURED)}; it must be one of "
-            f"{', '.join(metrics(found))}"
+            f"metric={metric} is not in the jobs' metrics.json, {' or '.join(MEASUREMENT_FILES)}; it must be one of "
+            f"{', '.join(table_metrics(found))}"
         )
     keys = list(keys or swept[:2])
     if not keys:
         return None
     if len(keys) == 1:
-        return line(found, keys[0], metric)
+        return line_plot(found, keys[0], metric)
     pairs = {(setting.values[keys[0]], setting.values[keys[1]]) for setting in found}
     on_grid = len(pairs) * 2 > math.prod(len(ordered_values(found, key)) for key in keys)
     return heat_map(found, keys, metric) if on_grid else scatter(found, keys, metric)
 
 
 @torch.no_grad()
-def contact_sheet(found: Sequence[Setting], seed: int) -> Any:
+def contact_sheet(found: Sequence[SettingGroup], seed: int) -> Any:
     """Sixteen samples of each setting (its first finished seed), all from the same z as far as dimensions allow."""
     points = [setting for setting in found if setting.finished]
     last_key = list(found[0].values)[-1:]
@@ -310,47 +310,47 @@ def contact_sheet(found: Sequence[Setting], seed: int) -> Any:
         vae = checkpoint.load(str(point.finished[0].folder), "").vae
         axes = figure.add_subplot(rows, columns, place)
         images = vae.sample(16, 1.0, torch.Generator().manual_seed(seed))
-        pictures.show(axes, pictures.grid(images, 4))
+        pictures.imshow(axes, pictures.make_grid(images, 4))
         axes.set_title(title, fontsize=7)
     return figure
 
 
-def pareto_front(sweep: Path, found: Sequence[Setting]) -> tuple[Any, str]:
+def pareto_front(sweep: Path, found: Sequence[SettingGroup]) -> tuple[Any, str]:
     """Of a search with two objectives: its picture, and a line for each of its jobs; else nothing."""
-    objectives = read_json(sweep / SEARCH).get("objectives", [])
-    finished = [(setting.label, scores(job.record, objectives)) for setting in found for job in setting.finished]
+    objectives = read_json(sweep / SEARCH_FILE).get("objectives", [])
+    finished = [(setting.label, objective_values(job.record, objectives)) for setting in found for job in setting.finished]
     named = [(label, point) for label, point in finished if point]
     if len(objectives) != 2 or not named:
         return None, ""
     points = [point for _, point in named]
-    best = pareto.front(points)
+    best = pareto.pareto_indices(points)
     labels = [
-        NAMES.get(name, name) if name in RECORDED else f"validation {NAMES.get(name, name)}" for name in objectives
+        NAMES.get(name, name) if name in RECORD_OBJECTIVES else f"validation {NAMES.get(name, name)}" for name in objectives
     ]
     lines = ["", f"Pareto front of {' and '.join(labels)}:", ""]
     for number, i in enumerate(best, start=1):
         lines.append(f"{number}. {points[i][0]:.2f} and {points[i][1]:.2f}: {named[i][0]}")
-    return pareto.picture(points, best, labels), "\n".join(lines) + "\n"
+    return pareto.pareto_figure(points, best, labels), "\n".join(lines) + "\n"
 
 
-def write(sweep: Path, out: Path, keys: Sequence[str] | None, metric: str, seed: int) -> list[str]:
+def write_report(sweep: Path, out: Path, keys: Sequence[str] | None, metric: str, seed: int) -> list[str]:
     """Everything into the folder `out`; the names of the files. A score of disentanglement is measured where it was
     not yet."""
     check_mark(out, REPORT, "out")
-    found = settings(sweep)
+    found = group_jobs(sweep)
     if metric in SCORES:
-        lacking = [job for setting in found for job in setting.finished if metric not in numbers(job)]
+        lacking = [job for setting in found for job in setting.finished if metric not in job_metrics(job)]
         for job in tqdm(lacking, "runs measured", disable=None):
-            evaluation.disentanglement(checkpoint.load(str(job.folder), ""), job.folder / DISENTANGLEMENT)
+            evaluation.disentanglement(checkpoint.load(str(job.folder), ""), job.folder / DISENTANGLEMENT_FILE)
     figures, (front, lines) = {}, pareto_front(sweep, found)
     if any(setting.finished for setting in found):
         figures = {
             "rate_distortion": rate_distortion(found),
-            metric: chart(found, keys, metric),
+            metric: metric_figure(found, keys, metric),
             "samples": contact_sheet(found, seed),
             "pareto": front,
         }
-    put_mark(out, REPORT, "out")
+    claim_folder(out, REPORT, "out")
     write_csv(found, out / "table.csv")
     (out / "table.md").write_text(markdown(found) + lines)
     drawn = {f"{name}.png": figure for name, figure in figures.items() if figure is not None}

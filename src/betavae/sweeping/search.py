@@ -20,44 +20,44 @@ from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf
 
 from betavae.errors import UserError
-from betavae.files import STAMP, writing
+from betavae.files import STAMP, atomic_path
 from betavae.running.run_folder import RunFolder
-from betavae.running.settings import Count, Seed, Settings, Text, check_settings, kind, one_of, plain, validated
+from betavae.running.settings import PositiveInt, Seed, Settings, NonEmptyStr, check_settings, constrained, choice, to_plain, validate
 from betavae.running.validation import NUMBERS, check_names, never_validates
-from betavae.sweeping.jobs import INCIDENTAL, RECORDED, SEARCH, flat_settings, scores
+from betavae.sweeping.jobs import IGNORED_KEYS, RECORD_OBJECTIVES, SEARCH_FILE, flat_settings, objective_values
 
-STARTUP = 5  # trials that run to their end before others are measured by them
-SHARES = {"quartile": 25.0, "median": 50.0}  # the percentage of the finished trials that a trial must be among
+STARTUP_TRIALS = 5  # trials that run to their end before others are measured by them
+PERCENTILES = {"quartile": 25.0, "median": 50.0}  # the percentage of the finished trials that a trial must be among
 
 
 class SearchSettings(Settings):
     """`hydra.sweeper` of `sweep=optuna`."""
 
-    study_name: Text
-    storage: Text
-    objectives: kind(
-        list[Text], "a list of one or two names, such as [neg_elbo] or [recon,kl]", min_length=1, max_length=2
+    study_name: NonEmptyStr
+    storage: NonEmptyStr
+    objectives: constrained(
+        list[NonEmptyStr], "a list of one or two names, such as [neg_elbo] or [recon,kl]", min_length=1, max_length=2
     )
-    n_trials: Count
-    n_jobs: Count
-    sampler: one_of(lambda: ["tpe", "random"])
-    pruner: one_of(lambda: [*SHARES, "hyperband", "none"])
+    n_trials: PositiveInt
+    n_jobs: PositiveInt
+    sampler: choice(lambda: ["tpe", "random"])
+    pruner: choice(lambda: [*PERCENTILES, "hyperband", "none"])
     seed: Seed
-    params: kind(dict[str, Any], "keys, each with what it may be, such as {beta: 'interval(0.5,4)'}")
+    params: constrained(dict[str, Any], "keys, each with what it may be, such as {beta: 'interval(0.5,4)'}")
 
     @property
     def prunes(self) -> bool:
         """Only a single number that is known after each epoch can say that a trial is hopeless."""
-        return self.pruner != "none" and len(self.objectives) == 1 and self.objectives[0] not in RECORDED
+        return self.pruner != "none" and len(self.objectives) == 1 and self.objectives[0] not in RECORD_OBJECTIVES
 
 
-def settings_of(hydra_cfg: Any) -> SearchSettings:
+def search_settings(hydra_cfg: Any) -> SearchSettings:
     """Of a search's Hydra config. Raises UserError for a setting that cannot be."""
-    values = {key: value for key, value in plain(hydra_cfg.sweeper).items() if key not in ("_target_", "trial")}
-    return validated(SearchSettings, values, "hydra.sweeper.")
+    values = {key: value for key, value in to_plain(hydra_cfg.sweeper).items() if key not in ("_target_", "trial")}
+    return validate(SearchSettings, values, "hydra.sweeper.")
 
 
-def optuna_here() -> Any:
+def import_optuna() -> Any:
     """Optuna, and quiet. Raises UserError if it is not installed."""
     try:
         import optuna
@@ -71,10 +71,10 @@ def optuna_here() -> Any:
 
 def open_study(settings: SearchSettings, max_epochs: int) -> Any:
     """The study, made where there is none. Raises UserError if it cannot be opened."""
-    optuna = optuna_here()
+    optuna = import_optuna()
     pruner = optuna.pruners.NopPruner()
-    if settings.prunes and settings.pruner in SHARES:
-        pruner = optuna.pruners.PercentilePruner(SHARES[settings.pruner], n_startup_trials=STARTUP)
+    if settings.prunes and settings.pruner in PERCENTILES:
+        pruner = optuna.pruners.PercentilePruner(PERCENTILES[settings.pruner], n_startup_trials=STARTUP_TRIALS)
     elif settings.prunes:
         pruner = optuna.pruners.HyperbandPruner(min_resource=1, max_resource=max_epochs, reduction_factor=4)
     try:
@@ -115,7 +115,7 @@ def search_space(arguments: list[str], loader: ConfigLoader) -> tuple[list[str],
 
 
 def distribution(override: Override) -> Any:
-    distributions = optuna_here().distributions
+    distributions = import_optuna().distributions
     value: Any = override.value()
     try:
         if override.is_interval_sweep():
@@ -134,7 +134,7 @@ def distribution(override: Override) -> Any:
 
 def check_objectives(first: DictConfig, objectives: list[str], searched: dict[str, Any]) -> None:
     """Raise UserError if trials, of which one is `first`, will not have the numbers that are to be made small."""
-    values: Any = {key: plain(first[key]) for key in first if key != "hydra"}
+    values: Any = {key: to_plain(first[key]) for key in first if key != "hydra"}
     try:
         check_settings(OmegaConf.create(values))
     except UserError:  # of some trials perhaps, and those fail
@@ -150,24 +150,24 @@ def check_objectives(first: DictConfig, objectives: list[str], searched: dict[st
     def built() -> tuple[Any, Any]:
         from betavae.running.building import build_module
 
-        return data().sets["validation"], build_module(values, data())
+        return data().splits["validation"], build_module(values, data())
 
-    known = set(objectives) <= set(RECORDED) or groups & {"data", "trainer"}
-    sets = data().sets if not known and values["trainer"]["max_steps"] > 0 else None
+    known = set(objectives) <= set(RECORD_OBJECTIVES) or groups & {"data", "trainer"}
+    sets = data().splits if not known and values["trainer"]["max_steps"] > 0 else None
     if not known and (why := never_validates(values, sets)):
         raise UserError(f"a search chooses by validation numbers, and its trials never validate ({why})")
     if not groups & {"objective", "callbacks"}:
         if objectives == [values["callbacks"]["monitor"]]:  # the default, so what was typed is the monitor
             check_names("callbacks.monitor", objectives, NUMBERS, values, built)
         else:
-            check_names("hydra.sweeper.objectives", objectives, [*NUMBERS, *RECORDED], values, built)
+            check_names("hydra.sweeper.objectives", objectives, [*NUMBERS, *RECORD_OBJECTIVES], values, built)
 
 
 def check_study(study: Any, config: DictConfig, settings: SearchSettings, searched: dict[str, Any]) -> None:
     """Raises UserError if a study's trials had other settings than this search, what is searched aside."""
-    values: Any = {key: plain(config[key]) for key in config if key != "hydra"}
+    values: Any = {key: to_plain(config[key]) for key in config if key != "hydra"}
     keys = {key.lstrip("+") for key in searched}
-    now = {key: value for key, value in flat_settings(values).items() if key not in keys and key not in INCIDENTAL}
+    now = {key: value for key, value in flat_settings(values).items() if key not in keys and key not in IGNORED_KEYS}
     now["hydra.sweeper.objectives"] = settings.objectives
     if (then := study.user_attrs.get("settings")) is None:
         study.set_user_attr("settings", now)
@@ -186,11 +186,11 @@ def search(typed: list[str], config: DictConfig, launcher: Launcher, loader: Con
 
     Raises UserError for settings that cannot be, before anything is written.
     """
-    optuna = optuna_here()
-    settings = settings_of(config.hydra)
+    optuna = import_optuna()
+    settings = search_settings(config.hydra)
     fixed, searched = search_space([f"{key}={value}" for key, value in settings.params.items()] + typed, loader)
     some = {key: item.choices[0] if hasattr(item, "choices") else item.low for key, item in searched.items()}
-    first = loader.load_sweep_config(config, overrides(fixed, some, 0))
+    first = loader.load_sweep_config(config, trial_overrides(fixed, some, 0))
     check_objectives(first, settings.objectives, searched)
     epochs = first.trainer.max_epochs
     if settings.pruner != "none" and not settings.prunes:
@@ -203,23 +203,23 @@ def search(typed: list[str], config: DictConfig, launcher: Launcher, loader: Con
     seed = (settings.seed + len(trials)) % 2**32  # or a search that goes on would propose its first trials again
     sampler = optuna.samplers.TPESampler if settings.sampler == "tpe" else optuna.samplers.RandomSampler
     study.sampler = sampler(seed=seed)
-    with writing(folder / SEARCH, "hydra.sweep.dir") as path:
+    with atomic_path(folder / SEARCH_FILE, "hydra.sweep.dir") as path:
         path.write_text(json.dumps({"made_by": STAMP, "objectives": settings.objectives}))
 
-    cut_off = []
+    interrupted_trials = []
     for trial in trials:
         if trial.state == optuna.trial.TrialState.RUNNING:
             if trial.params.keys() == searched.keys():
-                cut_off.append(trial)
+                interrupted_trials.append(trial)
             else:  # killed while it was drawn
                 study.tell(trial.number, state=optuna.trial.TrialState.FAIL, skip_if_finished=True)
     ended = [trial for trial in trials if trial.state.is_finished() and trial.params.keys() == searched.keys()]
     left, begun = settings.n_trials - len(ended), 0
     while left > 0:
         size = min(left, settings.n_jobs)
-        batch, cut_off = cut_off[:size], cut_off[size:]
+        batch, interrupted_trials = interrupted_trials[:size], interrupted_trials[size:]
         batch += [ask(study, searched, folder) for _ in range(size - len(batch))]
-        jobs = [overrides(fixed, trial.params, trial.number) for trial in batch]
+        jobs = [trial_overrides(fixed, trial.params, trial.number) for trial in batch]
         returned: Any
         for trial, returned in zip(batch, launcher.launch(jobs, initial_job_idx=begun), strict=True):
             if returned.status != JobStatus.COMPLETED:
@@ -229,7 +229,7 @@ def search(typed: list[str], config: DictConfig, launcher: Launcher, loader: Con
     print_best(study, settings.objectives)
 
 
-def overrides(fixed: list[str], params: dict[str, Any], number: int) -> list[str]:
+def trial_overrides(fixed: list[str], params: dict[str, Any], number: int) -> list[str]:
     """The command line of a trial's job."""
     return [*fixed, *(f"{key}={value}" for key, value in params.items()), f"hydra.sweeper.trial={number}"]
 
@@ -245,11 +245,11 @@ def ask(study: Any, searched: dict[str, Any], folder: Path) -> Any:
 
 def tell(study: Any, number: int, run: RunFolder, objectives: list[str]) -> None:
     """What became of a trial, as its folder says."""
-    record = run.record()
-    values = scores(record, objectives) if record.get("status") == "finished" else []
+    record = run.read_metrics()
+    values = objective_values(record, objectives) if record.get("status") == "finished" else []
     if record.get("status") == "finished" and not values:
         print(f"trial {number} counts as failed: it ended before its first validation, so it has no {objectives}")
-    states = optuna_here().trial.TrialState
+    states = import_optuna().trial.TrialState
     if values and all(map(math.isfinite, values)):
         study.tell(number, values, skip_if_finished=True)
     else:

@@ -16,12 +16,12 @@ from betavae.errors import UserError
 from betavae.uses import anomaly_scores as scoring
 from betavae.vae import VAE
 
-NEEDED = 'telling images apart needs scikit-learn: pip install -e ".[evaluation]"'
-DEFAULT = "combined"
-QUICK = ("neg_elbo", "dose", "dose_svm", "combined")  # thousands of images per second on a CPU
-SLOW = ("nll", "regret")
+SKLEARN_MISSING = 'telling images apart needs scikit-learn: pip install -e ".[evaluation]"'
+DEFAULT_SCORE = "combined"
+FAST_SCORES = ("neg_elbo", "dose", "dose_svm", "combined")  # thousands of images per second on a CPU
+SLOW_SCORES = ("nll", "regret")
 FIT_IMAGES = 20_000  # of the training images, at most: evenly spaced ones
-KERNELS = 2_000  # of each kernel density, at most
+KDE_POINTS = 2_000  # of each kernel density, at most
 SVM_IMAGES = 5_000
 COMPONENTS = 50  # of the Gaussian mixture, where each has 200 images or more
 LATENT_WEIGHT = 1.5  # of the latent surprise in the combined score
@@ -39,7 +39,7 @@ class Detector(NamedTuple):
 
     @classmethod
     @torch.no_grad()
-    def fit(cls, vae: VAE, train: Tensor, validation: Tensor, names: Sequence[str] = QUICK) -> "Detector":
+    def fit(cls, vae: VAE, train: Tensor, validation: Tensor, names: Sequence[str] = FAST_SCORES) -> "Detector":
         """Fit densities to `train`, and calibrate the scores `names` by `validation`.
 
         Images are `(N, C, H, W)`, uint8 or floats in [0, 1]. `validation` must be of the same kind as `train`, and the
@@ -50,7 +50,7 @@ class Detector(NamedTuple):
             from sklearn.mixture import GaussianMixture  # here, since it takes a second
             from sklearn.svm import OneClassSVM
         except ModuleNotFoundError:
-            raise UserError(NEEDED) from None
+            raise UserError(SKLEARN_MISSING) from None
         if len(train) < LEAST_IMAGES:
             raise UserError(
                 f"{len(train)} training images are too few to learn from what is ordinary: {LEAST_IMAGES} at least"
@@ -90,7 +90,7 @@ class Detector(NamedTuple):
                 raise alike from error
         mixture = {"weights": found.weights_, "means": found.means_, "roots": found.precisions_cholesky_}
         state: dict[str, Any] = {
-            "kernels": values[:: -(-len(values) // KERNELS)].clone(),
+            "kernels": values[:: -(-len(values) // KDE_POINTS)].clone(),
             "centre": centre,
             "scale": scale,
             "svm": {
@@ -112,7 +112,7 @@ class Detector(NamedTuple):
         scores = cls(vae, state).scores(validation, names)
         return cls(vae, state | {"calibration": {name: score.sort().values for name, score in scores.items()}})
 
-    def scores(self, x: Tensor, names: Sequence[str] = QUICK) -> dict[str, Tensor]:
+    def scores(self, x: Tensor, names: Sequence[str] = FAST_SCORES) -> dict[str, Tensor]:
         """Each score of `names` (of QUICK and SLOW) for the images `x` `(N, C, H, W)`: `(N,)` in double precision.
 
         neg_elbo, nll, regret: see the functions of these names.
@@ -121,12 +121,12 @@ class Detector(NamedTuple):
         dose_svm: the distance outside a one-class SVM of the same statistics, standardised (DoSE-SVM, there).
         combined: see `combined`.
         """
-        if unknown := set(names) - {*QUICK, *SLOW}:
-            raise UserError(f"score={sorted(unknown)[0]} cannot be: it must be one of {', '.join((*QUICK, *SLOW))}")
+        if unknown := set(names) - {*FAST_SCORES, *SLOW_SCORES}:
+            raise UserError(f"score={sorted(unknown)[0]} cannot be: it must be one of {', '.join((*FAST_SCORES, *SLOW_SCORES))}")
         functions: dict[str, Callable[[Tensor], Tensor]] = {
             "neg_elbo": lambda x: scoring.neg_elbo(self.vae, x),
             "nll": lambda x: scoring.nll(self.vae, x),
-            "regret": lambda x: scoring.regret(self.vae, x),
+            "regret": lambda x: scoring.likelihood_regret(self.vae, x),
             "dose": self.dose,
             "dose_svm": self.dose_svm,
             "combined": self.combined,
@@ -154,7 +154,7 @@ class Detector(NamedTuple):
         tails = -torch.special.log_ndtr(-(torch.stack((latent, unexplained), 1) - centre) / scale)
         return LATENT_WEIGHT * tails[:, 0] + tails[:, 1]
 
-    def p_values(self, x: Tensor, name: str = DEFAULT) -> Tensor:
+    def p_values(self, x: Tensor, name: str = DEFAULT_SCORE) -> Tensor:
         """`(N,)`: (1 + the number of calibration images at least as strange) / (1 + their number).
 
         Conformal: an image of the training kind has a p-value of at most a with a probability of at most a (Vovk et al.
@@ -194,7 +194,7 @@ class FalseAlarms(NamedTuple):
     high: float
 
 
-def false_alarm_rate(alarm: float, calibration: int, fresh: int | None = None) -> FalseAlarms:
+def false_alarm_rate(alpha: float, calibration: int, fresh: int | None = None) -> FalseAlarms:
     """The false-alarm rate given one set of `calibration` images is Beta(l, n + 1 - l)-distributed, with
     l = floor(alarm (n + 1)) (Vovk 2012), and the count among `fresh` images beta-binomially.
 
@@ -203,13 +203,13 @@ def false_alarm_rate(alarm: float, calibration: int, fresh: int | None = None) -
     try:
         from scipy import stats
     except ModuleNotFoundError:
-        raise UserError(NEEDED) from None
-    rank = math.floor(alarm * (calibration + 1) * (1 + 1e-12))  # 0.01 * 100 is less than 1 by its rounding
-    if not 0 < alarm < 1:
-        raise UserError(f"alarm={alarm} cannot be: it must be above 0 and below 1")
+        raise UserError(SKLEARN_MISSING) from None
+    rank = math.floor(alpha * (calibration + 1) * (1 + 1e-12))  # 0.01 * 100 is less than 1 by its rounding
+    if not 0 < alpha < 1:
+        raise UserError(f"alarm={alpha} cannot be: it must be above 0 and below 1")
     if rank < 1:
-        needed = math.ceil(1 / alarm) - 1
-        raise UserError(f"alarm={alarm} needs at least {needed} validation images, and there are {calibration}")
+        needed = math.ceil(1 / alpha) - 1
+        raise UserError(f"alarm={alpha} needs at least {needed} validation images, and there are {calibration}")
     rate = stats.beta(rank, calibration + 1 - rank)
     if fresh is None:
         low, high = rate.interval(0.95)

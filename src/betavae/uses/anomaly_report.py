@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 from betavae.errors import UserError
-from betavae.files import STAMP, writing
-from betavae.kept import digest, kept
-from betavae.pictures import grid, new_figure, reconstructions, show
-from betavae.uses.anomalies import FIT_IMAGES, QUICK, Detector, p_values
+from betavae.files import STAMP, atomic_path
+from betavae.kept import file_hash, load_or_compute
+from betavae.pictures import make_grid, new_figure, reconstructions, imshow
+from betavae.uses.anomalies import FIT_IMAGES, FAST_SCORES, Detector, p_values
 
 MOST_SHOWN = 64  # of the flagged images
 # A checkpoint fits one detector, since it is fitted only to the data that the checkpoint was trained on.
 ASKED = {"version": 3}
 
 
-class Scored(NamedTuple):
+class ScoredImages(NamedTuple):
     scores: dict[str, Tensor]  # (N,) each
     p_values: Tensor  # (N,) of the chosen score
     flagged: Tensor  # (N,) bool
@@ -41,22 +41,22 @@ def detector(run: Any, data_root: str | None = None) -> Detector:
         print("fitting to training images, once ...", flush=True)
         return Detector.fit(run.vae, train.pixels, validation.pixels).state
 
-    return Detector(run.vae, kept(place(run), ASKED, fit))
+    return Detector(run.vae, load_or_compute(detector_path(run), ASKED, fit))
 
 
-def place(run: Any) -> Path:
+def detector_path(run: Any) -> Path:
     """Where the detector of a `Run` is kept."""
-    return run.folder / f"anomalies-{digest(run.path)}.pt"
+    return run.folder / f"anomalies-{file_hash(run.path)}.pt"
 
 
-def detector_if_kept(run: Any) -> Detector | None:
+def cached_detector(run: Any) -> Detector | None:
     """That of a `Run` if `detector` was asked for it before, which takes a while the first time."""
 
     def fit() -> dict[str, Any]:
         raise LookupError
 
     try:
-        return Detector(run.vae, kept(place(run), ASKED, fit))
+        return Detector(run.vae, load_or_compute(detector_path(run), ASKED, fit))
     except LookupError:
         return None
 
@@ -66,19 +66,19 @@ def check_score(detector: Detector, score: str) -> None:
         raise UserError(f"score={score} cannot be: it must be one of {', '.join(detector.state['calibration'])}")
 
 
-def scored(detector: Detector, pixels: Tensor, score: str, alarm: float) -> Scored:
+def score_images(detector: Detector, pixels: Tensor, score: str, alarm: float) -> ScoredImages:
     check_score(detector, score)
-    scores = detector.scores(pixels, QUICK)
+    scores = detector.scores(pixels, FAST_SCORES)
     found = p_values(scores[score], detector.state["calibration"][score])
-    return Scored(scores, found, found <= alarm, score)
+    return ScoredImages(scores, found, found <= alarm, score)
 
 
 def write_table(
-    result: Scored, names: Sequence[str], labels: Sequence[Any] | None, unread: Sequence[tuple[str, str]], out: Path
+    result: ScoredImages, names: Sequence[str], labels: Sequence[Any] | None, unread: Sequence[tuple[str, str]], out: Path
 ) -> None:
     """A row for each image; that of one that could not be read says why in the place of its flag."""
     # A name may hold bytes that are no UTF-8.
-    with writing(out) as path, open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+    with atomic_path(out) as path, open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         rows = csv.writer(file)
         rows.writerow(["name", "label", *result.scores, "p_value", "flagged", f"made by {STAMP}"])
         for i, name in enumerate(names):
@@ -89,7 +89,7 @@ def write_table(
             rows.writerow([name, *[""] * (2 + len(result.scores)), f"not read: {reason}", ""])
 
 
-def figures(detector: Detector, pixels: Tensor, result: Scored, inside: Sequence[bool] | None) -> dict[str, Any]:
+def figures(detector: Detector, pixels: Tensor, result: ScoredImages, is_inlier: Sequence[bool] | None) -> dict[str, Any]:
     """A histogram against the training kind, the most and least ordinary images, and (where it is known which are of
     the training kind) the ROC curve."""
     values = result.scores[result.score]
@@ -110,13 +110,13 @@ def figures(detector: Detector, pixels: Tensor, result: Scored, inside: Sequence
     figure = new_figure(6, 3)
     for place, (title, chosen) in enumerate({"strangest": order[:32], "most ordinary": order.flip(0)[:32]}.items(), 1):
         axes = figure.add_subplot(1, 2, place)
-        show(axes, grid(pixels[chosen].float() / 255, 8))
+        imshow(axes, make_grid(pixels[chosen].float() / 255, 8))
         axes.set_title(title, fontsize=9)
     drawn["extremes"] = figure
-    if inside is not None:
+    if is_inlier is not None:
         from sklearn.metrics import roc_curve
 
-        false, true, _ = roc_curve([not i for i in inside], values.numpy())
+        false, true, _ = roc_curve([not i for i in is_inlier], values.numpy())
         figure = new_figure(3.5, 3.5)
         axes = figure.add_subplot()
         axes.plot(false, true)
@@ -126,7 +126,7 @@ def figures(detector: Detector, pixels: Tensor, result: Scored, inside: Sequence
     return drawn
 
 
-def where(detector: Detector, pixels: Tensor, result: Scored) -> Tensor:
+def flagged_image_grid(detector: Detector, pixels: Tensor, result: ScoredImages) -> Tensor:
     """The flagged images, the strangest 64 of them (of none the strangest eight), as a picture `(3, H, W)`: rows of
     images, of their reconstructions and of their heat maps, blue to red from -5 to 5 standard deviations."""
     from matplotlib import colormaps
@@ -137,10 +137,10 @@ def where(detector: Detector, pixels: Tensor, result: Scored) -> Tensor:
     maps = torch.from_numpy(colormaps["coolwarm"]((detector.heat_map(x).numpy() + 5) / 10)[..., :3]).movedim(-1, 1)
     rows = reconstructions(detector.vae, x).unflatten(0, (-1, 2, columns := min(8, len(x))))
     maps = torch.cat((maps, maps.new_zeros(-len(x) % columns, *maps.shape[1:]))).unflatten(0, (-1, 1, columns))
-    return grid(torch.cat((rows.expand(-1, -1, -1, 3, -1, -1), maps.to(rows)), 1).flatten(0, 2), columns)
+    return make_grid(torch.cat((rows.expand(-1, -1, -1, 3, -1, -1), maps.to(rows)), 1).flatten(0, 2), columns)
 
 
-def against_labels(result: Scored, inside: Sequence[bool]) -> dict[str, float]:
+def detection_metrics(result: ScoredImages, inside: Sequence[bool]) -> dict[str, float]:
     """Raises UserError unless there are images of both kinds."""
     from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 

@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from betavae.importance_weighted import log_mean_exp, log_ratio
+from betavae.importance_weighted import log_mean_exp, log_prior_over_posterior
 from betavae.objectives import elbo
 from betavae.terms import gaussian_kl
 from betavae.vae import VAE, Posterior
 
 
-def draws(vae: VAE, pairs: int) -> Tensor:
+def antithetic_noise(vae: VAE, pairs: int) -> Tensor:
     """Fixed noise `(2 * pairs, 1, latent_dim)`, each with its negative, and of variance 1 in each dimension."""
     noise = torch.randn(pairs, 1, vae.latent_dim, generator=torch.Generator().manual_seed(0))
     noise = noise / noise.square().mean(0).sqrt()
@@ -26,24 +26,24 @@ def draws(vae: VAE, pairs: int) -> Tensor:
 
 def neg_elbo(vae: VAE, x: Tensor) -> Tensor:
     """The negative ELBO of `x` `(N, C, H, W)` over eight draws, `(N,)` in nats (Kingma & Welling 2014)."""
-    terms = elbo(vae, x, draws(vae, 4).expand(-1, len(x), -1), 1.0)
+    terms = elbo(vae, x, antithetic_noise(vae, 4).expand(-1, len(x), -1), 1.0)
     return terms.recon + terms.kl.sum(1)
 
 
 def nll(vae: VAE, x: Tensor, pairs: int = 32) -> Tensor:
     """The importance-weighted bound on -log p(x) of 2 * pairs draws, `(N,)` in nats (Burda et al. 2016)."""
-    posterior, z, params = vae(x, draws(vae, pairs).expand(-1, len(x), -1))
-    return -log_mean_exp(vae.likelihood.log_prob(x, params) + log_ratio(z, posterior))
+    posterior, z, params = vae(x, antithetic_noise(vae, pairs).expand(-1, len(x), -1))
+    return -log_mean_exp(vae.likelihood.log_prob(x, params) + log_prior_over_posterior(z, posterior))
 
 
-def regret(vae: VAE, x: Tensor, steps: int = 50, lr: float = 0.1) -> Tensor:
+def likelihood_regret(vae: VAE, x: Tensor, steps: int = 50, lr: float = 0.1) -> Tensor:
     """Likelihood regret, `(N,)` in nats, at least 0 (Xiao, Yan & Amit 2020).
 
     By how much the ELBO of one image rises when mean and log-variance of its own posterior are optimised, by Adam from
     where the encoder puts them, with the decoder as it is. (The paper optimises the whole encoder for each image; here
     the two vectors that it gives, for all images at once.) The draws stay the same, and the best step counts.
     """
-    noise = draws(vae, 4)
+    noise = antithetic_noise(vae, 4)
     bounds = []
     with torch.enable_grad():
         mean, logvar = (part.detach().clone().requires_grad_() for part in vae.encode(x))
@@ -58,7 +58,7 @@ def regret(vae: VAE, x: Tensor, steps: int = 50, lr: float = 0.1) -> Tensor:
     return torch.stack(bounds).amax(0) - bounds[0]
 
 
-def excess(x: Tensor, reconstruction: Tensor) -> Tensor:
+def unexplained_nats(x: Tensor, reconstruction: Tensor) -> Tensor:
     """What the reconstruction `(N, C, H, W)` leaves unexplained, `(N,)` in nats, at least 0.
 
     The KL divergence of Bernoulli pixels of mean x from those of mean `reconstruction`, summed: cross-entropy less the
@@ -81,7 +81,7 @@ def statistics(vae: VAE, x: Tensor) -> Tensor:
     bound = neg_elbo(vae, x)
     squares = (x - reconstruction).square().sum((1, 2, 3))
     rows = (bound, bound - kl, kl, mean.square().sum(1), logvar.exp().sum(1), logvar.sum(1), squares)
-    return torch.stack((*rows, excess(x, reconstruction)), 1).double()
+    return torch.stack((*rows, unexplained_nats(x, reconstruction)), 1).double()
 
 
 def kernel_density(values: Tensor, at: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ def latent_and_unexplained(vae: VAE, x: Tensor, background: float) -> tuple[Tens
     from `background`, the most frequent grey level of training images."""
     mean = vae.encode(x).mean
     ink = (x - background).abs().sum((1, 2, 3)).clamp(min=1)
-    return mean.double(), (excess(x, vae.decode(mean)) / ink).double()
+    return mean.double(), (unexplained_nats(x, vae.decode(mean)) / ink).double()
 
 
 def pixel_surprise(vae: VAE, x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 PRECISION = 24  # bits of a probability
-LOWEST = 2**32  # a head is never below it, nor above 2^64: what a push moves to the stack, its pop moves back
+MIN_HEAD = 2**32  # a head is never below it, nor above 2^64: what a push moves to the stack, its pop moves back
 SLOTS = 2**PRECISION
 
 Floats = NDArray[np.float64]
@@ -20,7 +20,7 @@ Floats = NDArray[np.float64]
 Cumulative = Callable[[Floats], Floats]
 
 
-def slots(below: Floats, symbols: Floats, size: int) -> Floats:
+def quantize_cdf(below: Floats, symbols: Floats, size: int) -> Floats:
     """c(symbol) from the distribution function: two slots for each of `size` symbols, the others by probability.
 
     With one slot kept, a distribution function that falls by its last bit, as one with rounding errors may, could leave
@@ -68,16 +68,16 @@ class Stack:
         if not missing:
             return words
         self.borrowed += missing
-        return np.concatenate((self.random.random_raw(missing) % LOWEST, words))
+        return np.concatenate((self.random.random_raw(missing) % MIN_HEAD, words))
 
     def grow(self, count: int) -> None:
         """To at least so many heads. A new one begins with one word of the stack, so that it costs nothing."""
         if (new := count - len(self.heads)) > 0:
-            self.heads = np.concatenate((self.heads, self.pop_words(new) + np.uint64(LOWEST)))
+            self.heads = np.concatenate((self.heads, self.pop_words(new) + np.uint64(MIN_HEAD)))
 
     def shrink(self, count: int) -> None:
         """Back to so many heads, from where `grow` started."""
-        self.push_words(self.heads[count:] % LOWEST)
+        self.push_words(self.heads[count:] % MIN_HEAD)
         self.heads = self.heads[:count]
 
     def flip(self, mask: NDArray[np.uint64]) -> None:
@@ -117,7 +117,7 @@ class Stack:
         heads = self.heads[: len(start)]
         full = heads >> (64 - PRECISION) >= share
         if full.any():
-            self.push_words(heads[full] % LOWEST)
+            self.push_words(heads[full] % MIN_HEAD)
             heads[full] >>= 32
         quotient, rest = np.divmod(heads, share)
         heads[:] = quotient * SLOTS + rest + start
@@ -125,6 +125,6 @@ class Stack:
     def _pop(self, start: NDArray[np.uint64], share: NDArray[np.uint64]) -> None:
         heads = self.heads[: len(start)]
         heads[:] = (heads >> PRECISION) * share + heads % SLOTS - start
-        empty = heads < LOWEST
+        empty = heads < MIN_HEAD
         if empty.any():
-            heads[empty] = heads[empty] * LOWEST + self.pop_words(int(empty.sum()))
+            heads[empty] = heads[empty] * MIN_HEAD + self.pop_words(int(empty.sum()))

@@ -22,13 +22,13 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from betavae.data.listing import numbers, png_names
+from betavae.data.listing import index_names, png_filenames
 from betavae.errors import UserError
-from betavae.files import MAGIC, STAMP, check_ours, check_writable, write_whole, writing
+from betavae.files import COMPRESSED_MAGIC, STAMP, require_own_file, check_writable, atomic_write_bytes, atomic_path
 
 FORMAT = 3
-START = len(MAGIC) + 8
-MOST_LANES = 4096
+START = len(COMPRESSED_MAGIC) + 8
+MAX_LANES = 4096
 # What a file may claim is bounded by its size: an image by a byte, and 4,000 pixels by another.
 PIXELS_PER_BYTE = 4000
 
@@ -79,12 +79,12 @@ def write_file(path: Path, compressed: Compressed) -> None:
         unpacked += b"\n" + "\0".join(names).encode("utf-8", "surrogateescape")
     # LZMA, since zlib makes 21,000 bytes of the numbers from 0000 to 9999, and this 2,000
     header = lzma.compress(unpacked, lzma.FORMAT_ALONE)
-    content = MAGIC + struct.pack("<II", FORMAT, len(header)) + header + payload
+    content = COMPRESSED_MAGIC + struct.pack("<II", FORMAT, len(header)) + header + payload
     if len(unpacked) > largest_header(len(content))[1]:
         raise UserError(f"{path}: the names of the images are too long for images this small; shorten the names")
     try:
-        check_ours(path, "out")
-        write_whole(path, content + hashlib.sha256(content).digest())
+        require_own_file(path, "out")
+        atomic_write_bytes(path, content + hashlib.sha256(content).digest())
     except OSError as error:
         raise UserError(f"cannot write {path} ({error.strerror}): name one in a folder that can be written") from error
 
@@ -95,12 +95,12 @@ def read_file(path: Path) -> Compressed:
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}): name a file of compressed images") from error
-    if content[: len(MAGIC)] != MAGIC:
+    if content[: len(COMPRESSED_MAGIC)] != COMPRESSED_MAGIC:
         raise UserError(f"{path} holds no images compressed by this project: name a file that it wrote")
     body, digest = content[:-32], content[-32:]
     if len(body) < START or hashlib.sha256(body).digest() != digest:
         raise UserError(f"{path} is damaged or not whole (its checksum is wrong): take another copy of it")
-    version, size = struct.unpack_from("<II", body, len(MAGIC))
+    version, size = struct.unpack_from("<II", body, len(COMPRESSED_MAGIC))
     if version != FORMAT:
         raise UserError(f"{path} has format {version}, and this version reads {FORMAT}: use the one that wrote it")
     try:
@@ -111,7 +111,7 @@ def read_file(path: Path) -> Compressed:
         if len(fields) > most:
             raise ValueError
         compressed = Compressed(payload=body[START + size :], names=None, **json.loads(fields))
-        possible = is_possible(compressed)
+        possible = is_valid(compressed)
         if possible and second_line:
             possible = names.count(b"\0") == compressed.count - 1
             compressed = replace(compressed, names=names.decode("utf-8", "surrogateescape").split("\0"))
@@ -122,30 +122,30 @@ def read_file(path: Path) -> Compressed:
     return compressed
 
 
-def whole(values: Any, least: int, most: int) -> bool:
+def is_int_list(values: Any, least: int, most: int) -> bool:
     return isinstance(values, list) and all(type(value) is int and least <= value <= most for value in values)
 
 
-def is_possible(compressed: Compressed) -> bool:
+def is_valid(compressed: Compressed) -> bool:
     """Whether everything in it is of its kind, and there are bytes for as many heads and images as it speaks of."""
     it = compressed
     sums = (it.model, it.probabilities, it.images)
     return (
-        whole(it.image_shape, 1, 2**16)
+        is_int_list(it.image_shape, 1, 2**16)
         and len(it.image_shape) == 3
-        and whole(it.batches, 1, MOST_LANES)
+        and is_int_list(it.batches, 1, MAX_LANES)
         and len(it.batches) > 0
-        and whole([it.initial_bits], 0, 8 * len(it.payload))
+        and is_int_list([it.initial_bits], 0, 8 * len(it.payload))
         and len(it.payload) >= max(8 * it.heads, smallest_payload(it.count, it.image_shape))
         and len(it.payload) % 4 == 0
         and isinstance(it.near, list)
         and len(it.near) == 2
-        and all(whole(listed, 0, 2**62) for listed in it.near)
+        and all(is_int_list(listed, 0, 2**62) for listed in it.near)
         and all(isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) for value in sums)
     )
 
 
-def image_files(names: list[str] | None, count: int, out: Path) -> list[Path]:
+def output_paths(names: list[str] | None, count: int, out: Path) -> list[Path]:
     """Where `write_images` writes: FILE.npy, or PNGs in a folder, each by its name.
 
     Raises UserError for names that lead out of the folder, where something lies that is not of this project, and in a
@@ -156,9 +156,9 @@ def image_files(names: list[str] | None, count: int, out: Path) -> list[Path]:
             raise UserError(f"out: {out} is there already; delete it or name another")
         files = [out]
     else:
-        files = [out / name for name in png_names(names or numbers(count), out)]
+        files = [out / name for name in png_filenames(names or index_names(count), out)]
     for file in files:
-        check_ours(file, "out")
+        require_own_file(file, "out")
     for file in {file.parent: file for file in files}.values():
         check_writable(file)
     return files
@@ -166,14 +166,14 @@ def image_files(names: list[str] | None, count: int, out: Path) -> list[Path]:
 
 def write_images(images: Tensor, names: list[str] | None, out: Path) -> None:
     """`images` `(N, C, H, W)` uint8 to their `image_files`, whose errors it raises before it writes one."""
-    files = image_files(names, len(images), out)
+    files = output_paths(names, len(images), out)
     if out.suffix == ".npy":
-        with writing(out) as path, open(path, "wb") as file:
+        with atomic_path(out) as path, open(path, "wb") as file:
             np.save(file, images.numpy())
         return
     stamp = PngInfo()
     stamp.add_text("Software", STAMP)
     for png, image in zip(files, images, strict=True):
         pixels = image.permute(1, 2, 0).numpy()
-        with writing(png) as path:
+        with atomic_path(png) as path:
             Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(path, pnginfo=stamp)

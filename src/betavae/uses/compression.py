@@ -18,15 +18,15 @@ from torch import Tensor
 
 from betavae.errors import UserError
 from betavae.likelihoods import Bernoulli
-from betavae.logistic_mixture import LogisticMixture, split
-from betavae.uses.ans import LOWEST, SLOTS, Cumulative, Floats, Stack, slots
-from betavae.uses.compressed_file import MOST_LANES, Compressed, smallest_payload
+from betavae.logistic_mixture import LogisticMixture, split_params
+from betavae.uses.ans import MIN_HEAD, SLOTS, Cumulative, Floats, Stack, quantize_cdf
+from betavae.uses.compressed_file import MAX_LANES, Compressed, smallest_payload
 from betavae.uses.reproducible import GRID, LOGISTIC, NORMAL, exp, normal_quantiles
 from betavae.vae import VAE
 
 LATENT_BITS = 14  # 2^14 bins of equal prior mass for each latent dimension
 MARGIN = 2.0**-34  # more than the outputs of a network differ by between machines: 1e-13 was measured
-DECODED = 32  # images at a time
+DECODE_BATCH = 32  # images at a time
 
 
 class Rounding:
@@ -91,11 +91,11 @@ class Codec:
         deviation = exp(logvar / 2)
 
         def dimension(d: int) -> Cumulative:
-            def below(bins: Floats) -> Floats:
+            def cdf(bins: Floats) -> Floats:
                 edges = self.edges[bins.astype(np.int64)]
                 return np.floor(NORMAL((edges - mean[d]) / deviation[d]) * SLOTS)
 
-            return below
+            return cdf
 
         return dimension
 
@@ -104,7 +104,7 @@ class Codec:
         params = self.vae.decode_params(z)
         params = torch.from_numpy(self.rounding[1](params.flatten(1), first)).view_as(params)
         if isinstance(self.vae.likelihood, LogisticMixture):
-            parts = split(params, self.vae.likelihood.components)
+            parts = split_params(params, self.vae.likelihood.components)
             logits, means, log_scales = (part.flatten(2).numpy() for part in parts)
             shares, slopes = exp(logits - logits.max(1, keepdims=True)), exp(-log_scales) / 255
             weights, offsets = shares / in_order(shares.swapaxes(0, 1))[:, None], (255 * means + 0.5) * slopes
@@ -120,14 +120,14 @@ class Codec:
         components = getattr(self.vae.likelihood, "components", 1)
         # A pixel's lanes lie side by side. The decoder takes some at a time, for its memory.
         mixtures = np.empty((3, int(np.prod(self.vae.image_shape)), components, 1, len(z)))
-        for i in range(0, len(z), DECODED):
-            mixtures[..., i : i + DECODED] = self.mixtures(z[i : i + DECODED], first + i)
+        for i in range(0, len(z), DECODE_BATCH):
+            mixtures[..., i : i + DECODE_BATCH] = self.mixtures(z[i : i + DECODE_BATCH], first + i)
 
         def pixel(i: int) -> Cumulative:
             weight, slope, offset = mixtures[:, i]
 
             def below(symbols: Floats) -> Floats:
-                return slots(in_order(weight * LOGISTIC(slope * symbols - offset)), symbols, 2**self.bits)
+                return quantize_cdf(in_order(weight * LOGISTIC(slope * symbols - offset)), symbols, 2**self.bits)
 
             return below
 
@@ -154,7 +154,7 @@ def in_order(parts: Floats) -> Floats:
 
 
 @contextlib.contextmanager
-def same_everywhere() -> Iterator[None]:
+def deterministic_cpu() -> Iterator[None]:
     """Compute on one thread, since a sum may depend on their number, and without autocast.
 
     NumPy does not warn of symbols without slots, which are in payloads that are not of this model.
@@ -188,13 +188,13 @@ def next_batch(done: int, count: int, lanes: int, latent_dim: int, words: int) -
     return min(lanes, count - done, max(1, done // 16, 32 * words // (LATENT_BITS * latent_dim + 32)))
 
 
-def masks(first: int, latent_dim: int, n: int) -> NDArray[np.uint64]:
+def xor_masks(first: int, latent_dim: int, n: int) -> NDArray[np.uint64]:
     """Random bits `(latent_dim, n)` for the batch that begins with image number `first`, with which to flip the heads.
 
     The bits from which a posterior is drawn are the last image's latents. These are distributed as all posteriors are
     together, which is not quite the prior; flipped at random, any bits are random bits.
     """
-    return np.random.PCG64(first).random_raw(latent_dim * n).reshape(latent_dim, n) % LOWEST
+    return np.random.PCG64(first).random_raw(latent_dim * n).reshape(latent_dim, n) % MIN_HEAD
 
 
 def compress(
@@ -202,7 +202,7 @@ def compress(
     images: Tensor,
     lanes: int = 256,
     names: list[str] | None = None,
-    done: Callable[[int], object] = lambda images: None,
+    on_batch: Callable[[int], object] = lambda images: None,
 ) -> Compressed:
     """Images `(N, C, H, W)` uint8, `lanes` of them side by side; binarised ones are 0 and 255. `done` hears how many
     images each batch had.
@@ -217,8 +217,8 @@ def compress(
             f"images to compress must be uint8 of shape (N, C, H, W), with the model's (C, H, W) = {vae.image_shape}: "
             f"these are {images.dtype} of shape {shape}"
         )
-    if not 1 <= lanes <= MOST_LANES:
-        raise UserError(f"lanes={lanes} cannot be: from 1 to {MOST_LANES:,} images are compressed at a time")
+    if not 1 <= lanes <= MAX_LANES:
+        raise UserError(f"lanes={lanes} cannot be: from 1 to {MAX_LANES:,} images are compressed at a time")
     if names is not None and len(names) != len(images):
         raise UserError(f"there are {len(names)} names for {len(images)} images: give one name for each, or none")
     data = np.ascontiguousarray(images.cpu().numpy())
@@ -228,7 +228,7 @@ def compress(
             "or train with model.likelihood=logistic_mixture for grey values"
         )
     levels, stack = data.reshape(len(data), -1) // (255 // (2**codec.bits - 1)), Stack()
-    with same_everywhere():
+    with deterministic_cpu():
         fingerprint, batches = Codec(vae).fingerprint(), list[int]()
         while (first := sum(batches)) < len(data):
             n = next_batch(first, len(data), lanes, vae.latent_dim, stack.top)
@@ -237,7 +237,7 @@ def compress(
             stack.grow(n)
             posterior = codec.posterior(symbols, first)
             bins = np.empty((vae.latent_dim, n))
-            for d, mask in enumerate(masks(first, *bins.shape)):
+            for d, mask in enumerate(xor_masks(first, *bins.shape)):
                 stack.flip(mask)
                 bins[d] = stack.pop(posterior(d), n, LATENT_BITS)
             pixels = codec.pixels(bins, first)
@@ -246,7 +246,7 @@ def compress(
                 stack.push(pixels(i), columns[i], codec.bits)
             for d in reversed(range(vae.latent_dim)):
                 stack.push_uniform(bins[d], LATENT_BITS)
-            done(n)
+            on_batch(n)
     heads, words = stack.content()
     payload = words.astype("<u4").tobytes() + heads.astype("<u8").tobytes()
     missing = max(0, smallest_payload(len(data), list(vae.image_shape)) - len(payload))
@@ -285,7 +285,7 @@ def decompress(vae: VAE, compressed: Compressed, done: Callable[[int], object] =
     heads = np.frombuffer(compressed.payload[at:], "<u8")
     stack = Stack(heads, np.frombuffer(compressed.payload[:at], "<u4"))
     levels = np.empty((compressed.count, dimensions), np.uint8)
-    with same_everywhere():
+    with deterministic_cpu():
         if Codec(vae).fingerprint() != compressed.probabilities:
             raise elsewhere
         first = compressed.count
@@ -295,7 +295,7 @@ def decompress(vae: VAE, compressed: Compressed, done: Callable[[int], object] =
                 bins = np.stack([stack.pop_uniform(n, LATENT_BITS) for _ in range(vae.latent_dim)])
                 pixels = codec.pixels(bins, first)
                 symbols = np.stack([stack.pop(pixels(i), n, codec.bits) for i in range(dimensions)], axis=1)
-                posterior, flips = codec.posterior(symbols, first), masks(first, *bins.shape)
+                posterior, flips = codec.posterior(symbols, first), xor_masks(first, *bins.shape)
                 for d in reversed(range(vae.latent_dim)):
                     stack.push(posterior(d), bins[d], LATENT_BITS)
                     stack.flip(flips[d])

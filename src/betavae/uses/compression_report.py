@@ -17,7 +17,7 @@ from betavae.vae import VAE
 PICTURES = 1000  # of how many images each is made a picture alone, which takes milliseconds
 
 
-def others(images: Tensor) -> dict[str, tuple[float | None, float]]:
+def baseline_sizes(images: Tensor) -> dict[str, tuple[float | None, float]]:
     """`name -> (each image alone, all in one)` for uint8 images `(N, C, H, W)`; pictures' formats stack them for the
     second. Of binarised images, eight pixels make a byte first. `zstd` only where the package zstandard is there.
     Pictures of each image alone are made of the first `PICTURES`, and counted for all."""

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from betavae.errors import UserError
-from betavae.files import STAMP, filling
+from betavae.files import STAMP, atomic_dir
 from betavae.terms import gaussian_kl
 from betavae.vae import VAE
 
@@ -72,7 +72,7 @@ class Score(Graph):
 
 
 GRAPHS: dict[str, type[Graph]] = {"encoder": Encoder, "decoder": Decoder, "score": Score}
-SAYS: dict[str, dict[str, Any]] = {
+TENSOR_DOCS: dict[str, dict[str, Any]] = {
     "image": {"shape": "C, H, W", "range": [0, 1], "unit": "grey value or colour, byte / 255"},
     "mean": {"shape": "D", "unit": "latent space, in which the prior is N(0, I)"},
     "logvar": {"shape": "D", "unit": "log of the variance in latent space"},
@@ -94,10 +94,10 @@ def inputs_of(graph: Graph, batch: int, seed: int = 0) -> tuple[Tensor, ...]:
     )
 
 
-Run = Callable[..., Any]  # tensors in, a list of tensors out
+Runner = Callable[..., Any]  # tensors in, a list of tensors out
 
 
-def onnx(graph: Graph, path: Path) -> Run:
+def onnx(graph: Graph, path: Path) -> Runner:
     try:
         import onnxruntime
         import onnxscript  # noqa: F401  torch asks for it
@@ -133,12 +133,12 @@ def exported(graph: Graph) -> torch.export.ExportedProgram:
     return program
 
 
-def pt2(graph: Graph, path: Path) -> Run:
+def pt2(graph: Graph, path: Path) -> Runner:
     torch.export.save(exported(graph), path)
     return torch.export.load(path).module()
 
 
-def torchscript(graph: Graph, path: Path) -> Run:
+def torchscript(graph: Graph, path: Path) -> Runner:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch would rather have pt2
         warnings.simplefilter("ignore", torch.jit.TracerWarning)  # of checks of shapes inside torch
@@ -146,21 +146,21 @@ def torchscript(graph: Graph, path: Path) -> Run:
         return torch.jit.load(path)
 
 
-FORMATS: dict[str, tuple[str, Callable[[Graph, Path], Run]]] = {
+FORMATS: dict[str, tuple[str, Callable[[Graph, Path], Runner]]] = {
     "onnx": (".onnx", onnx),
     "torchscript": (".ts", torchscript),
     "pt2": (".pt2", pt2),
 }
 
 
-def plain(vae: VAE, settings: dict[str, Any]) -> VAE:
+def rebuild(vae: VAE, settings: dict[str, Any]) -> VAE:
     """The same VAE, made of `settings` as its class makes it: what is quicker in ours need not be exportable."""
     fresh = VAE(**settings)
     fresh.load_state_dict(vae.state_dict())
     return fresh.eval().requires_grad_(False)
 
 
-def difference(graph: Graph, run: Run) -> float:
+def max_error(graph: Graph, run: Runner) -> float:
     """The largest difference of any output from what `graph` gives, in parts of 1 or of the output, if that is larger.
 
     Raises UserError where it is above `TOLERANCE`.
@@ -179,7 +179,7 @@ def difference(graph: Graph, run: Run) -> float:
 
 
 @torch.no_grad()
-def graphs(vae: VAE, settings: dict[str, Any], form: str, out: str | Path) -> dict[str, Any]:
+def export_graphs(vae: VAE, settings: dict[str, Any], form: str, out: str | Path) -> dict[str, Any]:
     """The three graphs as files in the new folder `out`, each read back and compared, and `model.json`, whose content
     is returned.
 
@@ -191,40 +191,40 @@ def graphs(vae: VAE, settings: dict[str, Any], form: str, out: str | Path) -> di
     shapes = {"C, H, W": [channels, *size], "D": [vae.latent_dim], "": []}
 
     def tensors(names: tuple[str, ...]) -> dict[str, Any]:
-        said = {name: dict(SAYS[name]) for name in names}
+        said = {name: dict(TENSOR_DOCS[name]) for name in names}
         return {name: {**s, "shape": ["batch", *shapes[s["shape"]]], "dtype": "float32"} for name, s in said.items()}
 
-    result: dict[str, Any] = described(vae, settings, form)
+    result: dict[str, Any] = metadata(vae, settings, form)
     result["difference"] = {"of": "outputs from torch's, in parts of 1 or of the output, if that is larger"}
     result["graphs"] = {}
-    with filling(out) as folder:
+    with atomic_dir(out) as folder:
         for name, make in GRAPHS.items():
-            graph, path = make(plain(vae, settings)), folder / f"{name}{suffix}"
+            graph, path = make(rebuild(vae, settings)), folder / f"{name}{suffix}"
             try:
                 run = write(graph, path)
             except (RuntimeError, ValueError, TypeError) as error:  # of a network of one's own
                 reason = (str(error).splitlines() or [""])[0]
                 raise UserError(f"format={form} cannot hold the {name} ({reason})") from error
-            result["difference"][name] = difference(graph, run)
+            result["difference"][name] = max_error(graph, run)
             result["graphs"][name] = {
                 "file": path.name,
                 "inputs": tensors(make.inputs),
                 "outputs": tensors(make.outputs),
             }
-        say(result, folder)
+        write_metadata(result, folder)
     return result
 
 
-def described(vae: VAE, settings: dict[str, Any], form: str) -> dict[str, Any]:
+def metadata(vae: VAE, settings: dict[str, Any], form: str) -> dict[str, Any]:
     said = {"made_by": STAMP, "format": form, "torch": torch.__version__, "model": settings}
     return said | {"image_shape": list(vae.image_shape), "latent_dim": vae.latent_dim}
 
 
-def say(result: dict[str, Any], folder: Path) -> None:
+def write_metadata(result: dict[str, Any], folder: Path) -> None:
     (folder / "model.json").write_text(json.dumps(result, indent=2) + "\n")
 
 
-def weights(vae: VAE, settings: dict[str, Any], out: str | Path) -> dict[str, Any]:
+def export_weights(vae: VAE, settings: dict[str, Any], out: str | Path) -> dict[str, Any]:
     """In the new folder `out` `model.safetensors`, the weights by their names in `VAE`, and in its metadata and
     `model.json` the recipe. Raises UserError where something is at `out`."""
     try:
@@ -233,19 +233,19 @@ def weights(vae: VAE, settings: dict[str, Any], out: str | Path) -> dict[str, An
     except ImportError:
         raise UserError('format=safetensors needs safetensors: pip install -e ".[export]"') from None
     state, name = vae.state_dict(), "model.safetensors"
-    result = described(vae, settings, "safetensors")
+    result = metadata(vae, settings, "safetensors")
     result |= {"file": name, "tensors": {k: list(v.shape) for k, v in state.items()}}
-    with filling(out) as folder:
-        metadata = {"made_by": STAMP, "model": json.dumps(settings)}
-        save_file({k: v.contiguous() for k, v in state.items()}, folder / name, metadata)
+    with atomic_dir(out) as folder:
+        header = {"made_by": STAMP, "model": json.dumps(settings)}
+        save_file({k: v.contiguous() for k, v in state.items()}, folder / name, header)
         with safe_open(folder / name, "pt") as file:
             if set(file.keys()) != set(state) or not all(torch.equal(file.get_tensor(k), v) for k, v in state.items()):
                 raise UserError(f"{name} does not hold the weights that were written; try again")
-        say(result, folder)
+        write_metadata(result, folder)
     return result
 
 
-def card(name: str, settings: dict[str, Any], data: dict[str, Any], numbers: dict[str, Any]) -> str:
+def model_card(name: str, settings: dict[str, Any], data: dict[str, Any], numbers: dict[str, Any]) -> str:
     """What a person who gets the folder should know, in Markdown. `numbers` are the contents of a run's JSON files by
     their name."""
     model, licence = settings["model"], LICENCES.get(data.get("name", ""), "unknown: find out before you pass it on")

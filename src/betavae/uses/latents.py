@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from betavae.data.arrays import array_of, open_arrays
+from betavae.data.arrays import read_array, open_arrays
 from betavae.errors import UserError
-from betavae.files import STAMP, writing
+from betavae.files import STAMP, atomic_path
 from betavae.objectives import elbo
 from betavae.vae import VAE
 
@@ -41,7 +41,7 @@ def encode(vae: VAE, pixels: Tensor, seed: int = 0) -> Latents:
     return Latents(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
 
-def write(latents: Latents, names: list[str], labels: list[Any] | None, out: str | Path) -> None:
+def save_latents(latents: Latents, names: list[str], labels: list[Any] | None, out: str | Path) -> None:
     """As FILE.npz (`names`, `mean`, `logvar`, `kl`, `neg_elbo`, and `labels` if there are any), or as FILE.csv or
     FILE.parquet (which needs pyarrow) with a column for each number.
 
@@ -54,7 +54,7 @@ def write(latents: Latents, names: list[str], labels: list[Any] | None, out: str
     if Path(out).suffix == ".npz":
         columns: dict[str, Any] = {name: value.numpy() for name, value in latents._asdict().items()}
         columns |= {"names": np.array(names)} | ({} if labels is None else {"labels": np.array(labels)})
-        with writing(out) as path:
+        with atomic_path(out) as path:
             np.savez(path, **columns)
             with zipfile.ZipFile(path, "a") as archive:
                 archive.comment = STAMP.encode()
@@ -63,7 +63,7 @@ def write(latents: Latents, names: list[str], labels: list[Any] | None, out: str
     columns |= {"kl": latents.kl.tolist(), "neg_elbo": latents.neg_elbo.tolist()}
     for part, numbers in (("mean", latents.mean), ("logvar", latents.logvar)):
         columns |= {f"{part}_{d}": column.tolist() for d, column in enumerate(numbers.T)}
-    with writing(out) as path:
+    with atomic_path(out) as path:
         if path.suffix == ".parquet":
             from pyarrow import parquet, table
 
@@ -75,7 +75,7 @@ def write(latents: Latents, names: list[str], labels: list[Any] | None, out: str
             rows.writerows([*row, ""] for row in zip(*columns.values(), strict=True))
 
 
-def read(path: Path, latent_dim: int) -> tuple[list[str], Tensor]:
+def load_latents(path: Path, latent_dim: int) -> tuple[list[str], Tensor]:
     """The names and latents `(N, latent_dim)` of a file of `write`'s (its posterior means), or of FILE.npy.
 
     Raises UserError for any other file, and for latents of another number of dimensions.
@@ -84,14 +84,14 @@ def read(path: Path, latent_dim: int) -> tuple[list[str], Tensor]:
         check_pyarrow(path)
     try:
         if path.suffix in (".csv", ".parquet"):
-            rows = rows_of(path)
+            rows = read_rows(path)
             names = [row["name"] for row in rows]
             z = torch.tensor([[float(row[f"mean_{d}"]) for d in range(count_means(rows))] for row in rows])
         else:
             held = open_arrays(path)
             lone = path.suffix == ".npy"
-            z = torch.from_numpy(np.asarray(array_of(held, "images" if lone else "mean", path), dtype=np.float32))
-            names = [str(name) for name in (range(len(z)) if lone else array_of(held, "names", path))]
+            z = torch.from_numpy(np.asarray(read_array(held, "images" if lone else "mean", path), dtype=np.float32))
+            names = [str(name) for name in (range(len(z)) if lone else read_array(held, "names", path))]
     except (UserError, OSError, ValueError, TypeError, KeyError, MemoryError, csv.Error) as error:
         raise UserError(f"latents: {path} is no whole file of encode.py, nor a FILE.npy of numbers") from error
     if z.ndim != 2 or z.shape[1] != latent_dim or not len(z) == len(names) > 0:
@@ -108,7 +108,7 @@ def check_pyarrow(path: Path) -> None:
         raise UserError(f'{path} needs pyarrow: `pip install -e ".[parquet]"`; or take .csv or .npz')
 
 
-def rows_of(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path) -> list[dict[str, Any]]:
     if path.suffix == ".parquet":
         from pyarrow import parquet
 

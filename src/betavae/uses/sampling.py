@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from betavae.errors import UserError
-from betavae.kept import digest, kept
+from betavae.kept import file_hash, load_or_compute
 from betavae.measures.fidelity import nearest
 from betavae.vae import VAE
 
@@ -61,7 +61,7 @@ class Neighbours(NamedTuple):
         return torch.lerp(start, end, torch.rand(n, 1, generator=generator))
 
 
-Latents = Mixture | Neighbours
+LatentSampler = Mixture | Neighbours
 
 
 def prior(z: Tensor) -> Mixture:
@@ -92,7 +92,7 @@ def knn(z: Tensor) -> Neighbours:
     return Neighbours(points, nearest(points, points, NEIGHBOURS + 1)[1][:, 1:])
 
 
-SAMPLERS: dict[str, Callable[[Tensor], Latents]] = {
+SAMPLERS: dict[str, Callable[[Tensor], LatentSampler]] = {
     "prior": prior,
     "gaussian": gaussian,
     "mixture": mixture,
@@ -111,14 +111,14 @@ def posterior_samples(vae: VAE, x: Tensor, seed: int = 0) -> Tensor:
     return torch.cat(parts)
 
 
-def fitted(
+def load_or_fit_sampler(
     sampler: str,
     vae: VAE,
     training: Callable[[], tuple[Tensor, Tensor]],
     checkpoint: Path,
     folder: Path,
     digit: int | None = None,
-) -> Latents:
+) -> LatentSampler:
     """A sampler of `SAMPLERS`, fitted to the images that `training()` gives, of all labels or of the one `digit`.
 
     It is kept in `folder` under a name with the hash of the file `checkpoint`, from which `vae` was loaded and which
@@ -136,7 +136,7 @@ def fitted(
             raise UserError(f"sampler={sampler} cannot be fitted to {len(x)} images in {vae.latent_dim} dimensions")
         return {"parts": list(SAMPLERS[sampler](posterior_samples(vae, x)))}
 
-    hashed, images, label = digest(checkpoint), None, ""
+    hashed, images, label = file_hash(checkpoint), None, ""
     asked = {"sampler": sampler, "digit": digit, "checkpoint": hashed, "version": 2}
     if digit is not None:
         x, labels = training()
@@ -146,5 +146,5 @@ def fitted(
         if not len(images):
             raise UserError(f"digit={digit} cannot be: the labels are {int(labels.min())} to {int(labels.max())}")
         asked["labels"] = hashlib.sha256(labels.contiguous().numpy().data).hexdigest()[:16]
-    parts = kept(folder / f"sampler_{sampler}{label}_{hashed}.pt", asked, fit)["parts"]
+    parts = load_or_compute(folder / f"sampler_{sampler}{label}_{hashed}.pt", asked, fit)["parts"]
     return Neighbours(*parts) if sampler == "knn" else Mixture(*parts)

@@ -11,16 +11,16 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from betavae.data.images import Images
+from betavae.data.images import ImageSet
 from betavae.data.listing import as_text
 from betavae.errors import UserError
-from betavae.measures.likelihood import importance_sample
+from betavae.measures.likelihood import importance_bounds
 from betavae.terms import gaussian_kl
 from betavae.vae import VAE, Posterior
 
-IMAGES = 10_000  # test images on the map; of a larger test set the first
-REFERENCE = 500  # test images that an image's neg. ELBO is compared with
-SAMPLES = 32  # of an image's posterior, for its neg. ELBO
+MAX_MAP_IMAGES = 10_000  # test images on the map; of a larger test set the first
+REFERENCE_IMAGES = 500  # test images that an image's neg. ELBO is compared with
+ELBO_SAMPLES = 32  # of an image's posterior, for its neg. ELBO
 SEED = 0
 MOST_RUNS = 8  # side by side
 CHUNK = 1000  # images that are encoded at once
@@ -32,7 +32,7 @@ PValue = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Explored:
+class LoadedModel:
     """A run, and what is known beforehand of the test images under it."""
 
     name: str
@@ -51,8 +51,8 @@ class Explored:
 class Explorer:
     """Runs side by side and the test images, bytes as the models see them, which they share."""
 
-    runs: list[Explored]
-    images: Images
+    runs: list[LoadedModel]
+    images: ImageSet
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -78,7 +78,7 @@ class Score(NamedTuple):
     meaning: str
 
 
-def explore(runs: Sequence[Any], root: str | None = None, p_values: Sequence[PValue | None] | None = None) -> Explorer:
+def load_models(runs: Sequence[Any], root: str | None = None, p_values: Sequence[PValue | None] | None = None) -> Explorer:
     """Runs, as `betavae.load` gives them, and the first test images of their data, in `root` (None: where they were
     in training); `p_values`, where a run has one, tell how ordinary an image is.
 
@@ -87,15 +87,15 @@ def explore(runs: Sequence[Any], root: str | None = None, p_values: Sequence[PVa
     if len(runs) > MOST_RUNS:
         raise UserError(f"ckpt: {len(runs)} runs are too many to show side by side; name {MOST_RUNS} of them at most")
     images = runs[0].split("test", root)
-    images = images.take(torch.arange(min(IMAGES, len(images))))
+    images = images.select(torch.arange(min(MAX_MAP_IMAGES, len(images))))
     for run in runs[1:]:
         if test_images(run) != test_images(runs[0]):
             raise UserError(
                 f"ckpt: {runs[0].path} and {run.path} were trained on different data ({test_images(runs[0])}, "
                 f"{test_images(run)}); side by side, runs must be of the same"
             )
-    each = zip(names(runs), runs, p_values or [None] * len(runs), strict=True)
-    return Explorer([explored(name, run, images, p_value) for name, run, p_value in each], images)
+    each = zip(run_labels(runs), runs, p_values or [None] * len(runs), strict=True)
+    return Explorer([load_model(name, run, images, p_value) for name, run, p_value in each], images)
 
 
 def test_images(run: Any) -> dict[str, Any]:
@@ -105,23 +105,23 @@ def test_images(run: Any) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def explored(name: str, run: Any, images: Images, p_value: PValue | None = None) -> Explored:
+def load_model(name: str, run: Any, images: ImageSet, p_value: PValue | None = None) -> LoadedModel:
     chunks = [run.vae.encode(pixels_at(images, part)) for part in torch.arange(len(images)).split(CHUNK)]
     posterior = Posterior(*(torch.cat(rows) for rows in zip(*chunks, strict=True)))
     if not all(part.isfinite().all() for part in posterior):
         raise UserError(f"ckpt: {run.path} gives numbers that are not finite, so there is nothing to explore")
     # From all over: a test set may be sorted.
-    some = pixels_at(images, torch.linspace(0, len(images) - 1, min(REFERENCE, len(images))).round().long())
-    reference = torch.cat([part.distortion + part.kl.sum(1) for part in importance_sample(run.vae, some, [SAMPLES])])
-    return Explored(name, run, posterior.mean, gaussian_kl(posterior).mean(0), reference.sort().values, p_value)
+    some = pixels_at(images, torch.linspace(0, len(images) - 1, min(REFERENCE_IMAGES, len(images))).round().long())
+    reference = torch.cat([part.distortion + part.kl.sum(1) for part in importance_bounds(run.vae, some, [ELBO_SAMPLES])])
+    return LoadedModel(name, run, posterior.mean, gaussian_kl(posterior).mean(0), reference.sort().values, p_value)
 
 
-def pixels_at(images: Images, index: Tensor) -> Tensor:
+def pixels_at(images: ImageSet, index: Tensor) -> Tensor:
     """`(B, C, H, W)` in [0, 1]"""
     return images.pixels.index_select(0, index).float() / 255
 
 
-def names(runs: Sequence[Any]) -> list[str]:
+def run_labels(runs: Sequence[Any]) -> list[str]:
     """What to call each run: the settings in which they differ; where these do not tell, its folder."""
     flat = [dict(flattened(run.settings)) for run in runs]
     differ = [
@@ -141,7 +141,7 @@ def flattened(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, Any
     return pairs
 
 
-def state(explorer: Explorer) -> dict[str, Any]:
+def page_state(explorer: Explorer) -> dict[str, Any]:
     """What the page must know to be drawn; plain values. `reach` is how far from 0 the posterior means of the test
     images get in each dimension."""
     labels, run = explorer.images.labels, explorer.runs[0].run
@@ -167,18 +167,18 @@ def state(explorer: Explorer) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def decode(explored: Explored, z: Tensor) -> Tensor:
+def decode(explored: LoadedModel, z: Tensor) -> Tensor:
     """`(B, latent_dim)` -> means of p(x|z), `(B, C, H, W)` in [0, 1]."""
     return explored.vae.decode(z).clamp(0, 1)
 
 
 @torch.no_grad()
-def encode(explored: Explored, x: Tensor) -> tuple[Tensor, list[Score]]:
+def encode(explored: LoadedModel, x: Tensor) -> tuple[Tensor, list[Score]]:
     """The posterior mean `(latent_dim,)` of an image `(C, H, W)` in [0, 1], and its scores."""
-    (per_image,) = importance_sample(explored.vae, x[None], [SAMPLES], SEED)
+    (per_image,) = importance_bounds(explored.vae, x[None], [ELBO_SAMPLES], SEED)
     distortion, rate = per_image.distortion.item(), per_image.kl.sum().item()
     scores = [
-        Score("neg. ELBO", distortion + rate, "nats", f"distortion + rate, by {SAMPLES} posterior samples"),
+        Score("neg. ELBO", distortion + rate, "nats", f"distortion + rate, by {ELBO_SAMPLES} posterior samples"),
         Score("distortion", distortion, "nats", "-E log p(x|z)"),
         Score("rate", rate, "nats", "KL(q(z|x) || N(0, I))"),
         Score(
@@ -194,14 +194,14 @@ def encode(explored: Explored, x: Tensor) -> tuple[Tensor, list[Score]]:
     return explored.vae.encode(x[None]).mean[0], scores
 
 
-def percentile(explored: Explored, neg_elbo: float) -> float:
+def percentile(explored: LoadedModel, neg_elbo: float) -> float:
     """How many of the reference images, in per cent, have a lower neg. ELBO; those of the same value count half."""
     reference = explored.reference
     below, upto = ((reference < neg_elbo).sum() + (reference <= neg_elbo).sum()).item() / 2, len(reference)
     return math.nan if math.isnan(neg_elbo) else 100 * below / upto
 
 
-def latent_map(explored: Explored, axes: Literal["pca", "largest"]) -> Map:
+def latent_map(explored: LoadedModel, axes: Literal["pca", "largest"]) -> Map:
     """Where the test images' posterior means lie: along their first two principal components, or by the two dimensions
     with the largest KL."""
     means = explored.means
@@ -220,7 +220,7 @@ def latent_map(explored: Explored, axes: Literal["pca", "largest"]) -> Map:
     return Map(points, centre, chosen, (points.double().var(0) / total).tolist())
 
 
-def path(explored: Explored, start: Tensor, end: Tensor, steps: int) -> Tensor:
+def latent_path(explored: LoadedModel, start: Tensor, end: Tensor, steps: int) -> Tensor:
     """Decoded means on the line from one latent `(latent_dim,)` to another: `(steps, C, H, W)`."""
     weight = torch.linspace(0, 1, steps)[:, None]
     return decode(explored, (1 - weight) * start + weight * end)

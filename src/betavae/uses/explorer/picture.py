@@ -8,16 +8,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from betavae.data.batches import binarized
-from betavae.data.pictures import UnreadablePicture, read_picture
+from betavae.data.batches import binarize_pixels
+from betavae.data.pictures import UnreadablePicture, read_image
 from betavae.errors import UserError
 
-UPLOAD = 10 * 2**20  # bytes
+MAX_UPLOAD_BYTES = 10 * 2**20  # bytes
 PIXELS = 25_000_000
-INK = 0.1  # of full brightness: darker pixels are no part of a digit
+INK_THRESHOLD = 0.1  # of full brightness: darker pixels are no part of a digit
 
 
-def read(
+def read_upload(
     content: bytes,
     shape: tuple[int, int, int],
     centre: bool = False,
@@ -33,14 +33,14 @@ def read(
     Raises UserError if it is no picture, one of more than `PIXELS`, or damaged.
     """
     try:
-        pixels, _ = read_picture(io.BytesIO(content), shape, fit, background, PIXELS, own_size=centre)
+        pixels, _ = read_image(io.BytesIO(content), shape, fit, background, PIXELS, own_size=centre)
     except UnreadablePicture as error:
         raise UserError(f"this picture cannot be read ({error})") from error
     if invert:
         pixels = 255 - pixels
     if centre:
         pixels = centred(pixels, shape[1:])
-    return pixels if binarize == "none" else binarized(pixels, "threshold").to(torch.uint8) * 255
+    return pixels if binarize == "none" else binarize_pixels(pixels, "threshold").to(torch.uint8) * 255
 
 
 def centred(pixels: Tensor, size: tuple[int, int]) -> Tensor:
@@ -48,7 +48,7 @@ def centred(pixels: Tensor, size: tuple[int, int]) -> Tensor:
     middle (LeCun et al. 1998, as MNIST was made)."""
     picture = Image.fromarray(pixels.permute(1, 2, 0).squeeze(2).numpy())
     brightness = np.asarray(picture.convert("L"), dtype=np.float32)
-    ink = brightness > INK * brightness.max()
+    ink = brightness > INK_THRESHOLD * brightness.max()
     canvas = Image.new(picture.mode, (size[1], size[0]))
     if ink.any():
         (top, bottom), (left, right) = (np.flatnonzero(ink.any(axis))[[0, -1]] for axis in (1, 0))
@@ -67,7 +67,7 @@ def centred(pixels: Tensor, size: tuple[int, int]) -> Tensor:
     return torch.from_numpy(np.array(canvas)).view(*size, -1).permute(2, 0, 1)
 
 
-def text(images: Tensor) -> list[str]:
+def to_base64(images: Tensor) -> list[str]:
     """`(N, C, H, W)` in [0, 1]: of each its bytes by row, pixel and channel, in base64."""
     pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
     return [base64.b64encode(image.numpy().tobytes()).decode() for image in pixels]

@@ -23,10 +23,10 @@ from torch import Tensor
 
 from betavae.errors import UserError
 from betavae.uses.explorer import picture
-from betavae.uses.explorer.explored import Explorer, decode, encode, latent_map, path, pixels_at, state
+from betavae.uses.explorer.explored import Explorer, decode, encode, latent_map, latent_path, pixels_at, page_state
 
-QUESTION = 2**20  # bytes of JSON
-FARTHEST = 1000.0  # from 0, of a latent
+MAX_JSON_BYTES = 2**20  # bytes of JSON
+MAX_ABS_Z = 1000.0  # from 0, of a latent
 HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -35,35 +35,35 @@ HEADERS = {
     "referrer-policy": "no-referrer",
     "cache-control": "no-store",
 }
-PAGE = {"/": "index.html"} | {f"/{name}": name for name in ("page.css", "page.js", "common.js", "map.js", "drawing.js")}
+STATIC_ROUTES = {"/": "index.html"} | {f"/{name}": name for name in ("page.css", "page.js", "common.js", "map.js", "drawing.js")}
 FILES = resources.files("betavae.uses.explorer") / "page"
-KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
+MIME_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 
-Latent = list[Annotated[float, Field(ge=-FARTHEST, le=FARTHEST, allow_inf_nan=False)]]
+Latent = list[Annotated[float, Field(ge=-MAX_ABS_Z, le=MAX_ABS_Z, allow_inf_nan=False)]]
 
 
-class Question(BaseModel):
+class RequestBody(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
 
-Q = TypeVar("Q", bound=Question)
+Q = TypeVar("Q", bound=RequestBody)
 
 
-class Decode(Question):
+class Decode(RequestBody):
     z: list[Latent]  # one for each run
 
 
-class PathOf(Question):
+class PathRequest(RequestBody):
     start: list[Latent]
     end: list[Latent]
     steps: Annotated[int, Field(ge=2, le=50)]
 
 
-class TestImage(Question):
+class TestImage(RequestBody):
     index: Annotated[int, Field(ge=0)]
 
 
-class MapOf(BaseModel):
+class MapRequest(BaseModel):
     """Of a query string, so not strict."""
 
     model_config = ConfigDict(extra="forbid")
@@ -71,7 +71,7 @@ class MapOf(BaseModel):
     axes: Literal["pca", "largest"] = "pca"
 
 
-class Treatment(BaseModel):
+class UploadOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
     centre: bool = False
     invert: bool = False
@@ -83,20 +83,20 @@ def app(explorer: Explorer, names: set[str], loopback: bool = True) -> Starlette
     """
 
     async def guard(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-        refusal = refused(request, names, loopback)
+        refusal = rejection_reason(request, names, loopback)
         response = JSONResponse({"error": refusal}, 403) if refusal else await call_next(request)
         response.headers.update(HEADERS)
         return response
 
     def page(file: str) -> Callable[[Request], Response]:
         content = (FILES / file).read_bytes()
-        return lambda request: Response(content, media_type=KINDS[PurePath(file).suffix])
+        return lambda request: Response(content, media_type=MIME_TYPES[PurePath(file).suffix])
 
     def get_state(request: Request) -> Response:
-        return JSONResponse(state(explorer) | {"upload": picture.UPLOAD})
+        return JSONResponse(page_state(explorer) | {"upload": picture.MAX_UPLOAD_BYTES})
 
     def get_map(request: Request) -> Response:
-        asked = MapOf.model_validate(dict(request.query_params))
+        asked = MapRequest.model_validate(dict(request.query_params))
         if asked.run >= len(explorer.runs):
             raise UserError(f"run: there are {len(explorer.runs)} runs, numbered from 0")
         points, centre, axes, share = latent_map(explorer.runs[asked.run], asked.axes)
@@ -104,33 +104,33 @@ def app(explorer: Explorer, names: set[str], loopback: bool = True) -> Starlette
         return JSONResponse({"points": rounded, "centre": centre.tolist(), "axes": axes.tolist(), "share": share})
 
     async def post_decode(request: Request) -> Response:
-        zs = latents(explorer, (await question(request, Decode)).z)
+        zs = latents(explorer, (await parse_body(request, Decode)).z)
         images = [decode(each, z[None])[0] for each, z in zip(explorer.runs, zs, strict=True)]
-        return JSONResponse({"pictures": picture.text(torch.stack(images))})
+        return JSONResponse({"pictures": picture.to_base64(torch.stack(images))})
 
     async def post_path(request: Request) -> Response:
-        asked = await question(request, PathOf)
+        asked = await parse_body(request, PathRequest)
         starts, ends = latents(explorer, asked.start), latents(explorer, asked.end)
-        rows = [path(*each, asked.steps) for each in zip(explorer.runs, starts, ends, strict=True)]
-        return JSONResponse({"pictures": [picture.text(row) for row in rows]})
+        rows = [latent_path(*each, asked.steps) for each in zip(explorer.runs, starts, ends, strict=True)]
+        return JSONResponse({"pictures": [picture.to_base64(row) for row in rows]})
 
     async def post_image(request: Request) -> Response:
-        index = (await question(request, TestImage)).index
+        index = (await parse_body(request, TestImage)).index
         if index >= len(explorer.images):
             raise UserError(f"index: the test images are numbered 0 to {len(explorer.images) - 1}")
-        return encoded(explorer, pixels_at(explorer.images, torch.tensor([index])))
+        return encode_response(explorer, pixels_at(explorer.images, torch.tensor([index])))
 
     async def post_picture(request: Request) -> Response:
-        treatment = Treatment.model_validate(dict(request.query_params))
-        content = await body(request, "application/octet-stream", picture.UPLOAD)
+        treatment = UploadOptions.model_validate(dict(request.query_params))
+        content = await read_body(request, "application/octet-stream", picture.MAX_UPLOAD_BYTES)
         data = explorer.runs[0].run.data
         look = {key: data[key] for key in ("binarize", "fit", "background") if key in data}
-        pixels = picture.read(content, explorer.shape, **treatment.model_dump(), **look)
-        return encoded(explorer, pixels[None].float() / 255)
+        pixels = picture.read_upload(content, explorer.shape, **treatment.model_dump(), **look)
+        return encode_response(explorer, pixels[None].float() / 255)
 
     return Starlette(
         routes=[
-            *(Route(url, page(file)) for url, file in PAGE.items()),
+            *(Route(url, page(file)) for url, file in STATIC_ROUTES.items()),
             Route("/api/state", get_state),
             Route("/api/map", get_map),
             Route("/api/decode", post_decode, methods=["POST"]),
@@ -139,11 +139,11 @@ def app(explorer: Explorer, names: set[str], loopback: bool = True) -> Starlette
             Route("/api/picture", post_picture, methods=["POST"]),
         ],
         middleware=[Middleware(BaseHTTPMiddleware, dispatch=guard)],
-        exception_handlers={UserError: wrong, ValidationError: wrong, HTTPException: wrong},
+        exception_handlers={UserError: error_response, ValidationError: error_response, HTTPException: error_response},
     )
 
 
-def refused(request: Request, names: set[str], loopback: bool) -> str | None:
+def rejection_reason(request: Request, names: set[str], loopback: bool) -> str | None:
     """Why a request is none of our page's, if it is not."""
     host, origin = request.headers.get("host", ""), request.headers.get("origin")
     try:
@@ -165,7 +165,7 @@ def refused(request: Request, names: set[str], loopback: bool) -> str | None:
     return None
 
 
-def wrong(request: Request, error: Exception) -> Response:
+def error_response(request: Request, error: Exception) -> Response:
     """One sentence for a question that cannot be answered."""
     if isinstance(error, HTTPException):
         return JSONResponse({"error": error.detail}, error.status_code, headers=error.headers)
@@ -175,7 +175,7 @@ def wrong(request: Request, error: Exception) -> Response:
     return JSONResponse({"error": str(error)}, 400)
 
 
-async def body(request: Request, kind: str, limit: int) -> bytes:
+async def read_body(request: Request, kind: str, limit: int) -> bytes:
     """The content of a request, which must be said to be of that kind: one that no plain form of another site has."""
     if request.headers.get("content-type", "").partition(";")[0] != kind:
         raise HTTPException(415, f"the content must be {kind}")
@@ -187,8 +187,8 @@ async def body(request: Request, kind: str, limit: int) -> bytes:
     return bytes(content)
 
 
-async def question(request: Request, kind: type[Q]) -> Q:
-    return kind.model_validate_json(await body(request, "application/json", QUESTION))
+async def parse_body(request: Request, kind: type[Q]) -> Q:
+    return kind.model_validate_json(await read_body(request, "application/json", MAX_JSON_BYTES))
 
 
 def latents(explorer: Explorer, values: list[list[float]]) -> list[Tensor]:
@@ -199,7 +199,7 @@ def latents(explorer: Explorer, values: list[list[float]]) -> list[Tensor]:
     return [torch.tensor(z) for z in values]
 
 
-def encoded(explorer: Explorer, x: Tensor) -> Response:
+def encode_response(explorer: Explorer, x: Tensor) -> Response:
     """What all runs make of one image, `(1, C, H, W)` in [0, 1]."""
     answers = []
     for each in explorer.runs:
@@ -207,10 +207,10 @@ def encoded(explorer: Explorer, x: Tensor) -> Response:
         # JSON has no number that is not finite.
         rows = [score._asdict() | {"value": score.value if math.isfinite(score.value) else None} for score in scores]
         answers.append({"mean": mean.tolist(), "scores": rows})
-    return JSONResponse({"image": picture.text(x)[0], "runs": answers})
+    return JSONResponse({"image": picture.to_base64(x)[0], "runs": answers})
 
 
-def listen(host: str, port: int) -> socket.socket:
+def open_socket(host: str, port: int) -> socket.socket:
     """A socket at that address; port 0: at a free one. Raises UserError if it cannot be had."""
     try:
         listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
@@ -222,7 +222,7 @@ def listen(host: str, port: int) -> socket.socket:
     return listening
 
 
-def reach(listening: socket.socket) -> tuple[str, str | None]:
+def page_url(listening: socket.socket) -> tuple[str, str | None]:
     """The page's address, and one sentence about who can reach it, if that is not this machine alone."""
     host, port = listening.getsockname()[:2]
     address = ipaddress.ip_address(host)
