@@ -2,8 +2,8 @@
 
 from omegaconf import DictConfig
 
-from betavae.running.cli import gc_paused, train_command
-from betavae.sweeping.jobs import run_job
+from betavae.runtime.cli import gc_paused, train_command
+from betavae.sweeps.jobs import run_job
 
 
 @train_command
@@ -13,7 +13,7 @@ def main(cfg: DictConfig) -> float:
 
 def train(cfg: DictConfig) -> float:
     with gc_paused():  # here, so that --help and jobs that are finished do not wait for torch
-        from betavae.running import training
+        from betavae.runtime import training
 
     return training.train(cfg)
 

@@ -20,15 +20,22 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torchvision.io import decode_jpeg, encode_jpeg
 
+from betavae.applications.anomalies.detector import (
+    DEFAULT_SCORE,
+    FAST_SCORES,
+    SLOW_SCORES,
+    Detector,
+    false_alarm_rate,
+    p_values,
+)
 from betavae.data import DATASETS
-from betavae.files import STAMP, atomic_path
-from betavae.kept import load_or_compute
+from betavae.models.vae import VAE
 from betavae.objectives import elbo
-from betavae.optimizers import MuonAdam
-from betavae.running.cli import ScriptSettings, script_command
-from betavae.running.settings import NonNegativeInt, NonEmptyStr, constrained
-from betavae.uses.anomalies import DEFAULT_SCORE, FAST_SCORES, SLOW_SCORES, Detector, false_alarm_rate, p_values
-from betavae.vae import VAE
+from betavae.optim import MuonAdam
+from betavae.runtime.cli import ScriptSettings, script_command
+from betavae.runtime.settings import NonEmptyStr, NonNegativeInt, constrained
+from betavae.storage.cache import load_or_compute
+from betavae.storage.files import STAMP, atomic_path
 
 VALIDATION = 5_000
 ALARM = 0.01

@@ -24,8 +24,8 @@ from typing import Any
 from pydantic import Field
 
 from betavae.errors import UserError, last_error_line
-from betavae.running.cli import ScriptSettings, script_command
-from betavae.running.settings import PositiveInt, NonEmptyStr, constrained, choice
+from betavae.runtime.cli import ScriptSettings, script_command
+from betavae.runtime.settings import NonEmptyStr, PositiveInt, choice, constrained
 
 REPO = Path(__file__).parents[1]
 PRESETS = ["default", "default trainer.steps_per_batch=10", "fast"]
@@ -100,11 +100,11 @@ def bare(data_root: str, epochs: int) -> dict[str, Any]:
     """Our net, objective and batches in a plain loop, with the default preset's settings."""
     import torch
 
-    from betavae.data import mnist
-    from betavae.data.batches import BatchLoader
-    from betavae.fast import use_fast_cpu_kernels
+    from betavae.data.datasets.mnist import mnist
+    from betavae.data.loader import BatchLoader
+    from betavae.models.cpu_kernels import use_fast_cpu_kernels
+    from betavae.models.vae import VAE
     from betavae.objectives import elbo
-    from betavae.vae import VAE
 
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"  # as in running/lightning.py
     torch.set_float32_matmul_precision("medium")
@@ -212,9 +212,9 @@ def main(settings: Settings) -> None:
     import torch
     from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
-    from betavae.data import mnist
-    from betavae.files import STAMP, atomic_path
-    from betavae.pictures import new_figure, save_figure
+    from betavae.data.datasets.mnist import mnist
+    from betavae.plotting import new_figure, save_figure
+    from betavae.storage.files import STAMP, atomic_path
 
     root = Path(settings.data_root)
     root.mkdir(parents=True, exist_ok=True)

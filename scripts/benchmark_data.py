@@ -17,9 +17,9 @@ from typing import Any
 from pydantic import Field
 
 from betavae.errors import UserError, last_error_line
-from betavae.files import atomic_path
-from betavae.running.cli import ScriptSettings, gc_paused, script_command
-from betavae.running.settings import PositiveInt, NonEmptyStr, choice
+from betavae.runtime.cli import ScriptSettings, gc_paused, script_command
+from betavae.runtime.settings import NonEmptyStr, PositiveInt, choice
+from betavae.storage.files import atomic_path
 
 WARM = 20  # batches that are not timed
 
@@ -36,10 +36,10 @@ def epoch(path: Path, mapped: bool, steps: int) -> dict[str, Any]:
     import torch
 
     from betavae.data.datamodule import ImageDataModule
-    from betavae.data.images import ImageSet
-    from betavae.fast import use_fast_cpu_kernels
+    from betavae.data.image_set import ImageSet
+    from betavae.models.cpu_kernels import use_fast_cpu_kernels
+    from betavae.models.vae import VAE
     from betavae.objectives import elbo
-    from betavae.vae import VAE
 
     started = time.perf_counter()
     data = ImageDataModule("arrays", str(path), 0.05, 256, 1000, "none", 0)

@@ -5,8 +5,8 @@
 from pydantic import Field
 
 from betavae.errors import UserError, last_error_line
-from betavae.running.cli import ScriptSettings, script_command
-from betavae.running.settings import PositiveInt, NonEmptyStr
+from betavae.runtime.cli import ScriptSettings, script_command
+from betavae.runtime.settings import NonEmptyStr, PositiveInt
 
 
 class Settings(ScriptSettings):

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from pydantic import Field
 
-from betavae.running.cli import DataSettings, gc_paused, script_command
-from betavae.running.command_line import argument
-from betavae.running.settings import PositiveInt, ImageSpec, PathStr
+from betavae.runtime.cli import DataSettings, gc_paused, script_command
+from betavae.runtime.command_line import argument
+from betavae.runtime.settings import ImageSpec, PathStr, PositiveInt
 
 
 class Settings(DataSettings):
@@ -34,15 +34,15 @@ def main(settings: Settings) -> None:
         import torch
         from tqdm import tqdm
 
-        from betavae import pictures
-        from betavae.data.listing import index_names, png_filenames
+        from betavae import plotting
+        from betavae.applications.compression.codec import compress, decompress
+        from betavae.applications.compression.file_format import read_file, write_file
+        from betavae.applications.compression.report import PICTURES, baseline_sizes, neg_elbo_bits
+        from betavae.data.file_listing import index_names, png_filenames
         from betavae.errors import UserError
-        from betavae.files import check_writable, atomic_path
-        from betavae.running import checkpoint
-        from betavae.running.inputs import resolve_images
-        from betavae.uses.compressed_file import read_file, write_file
-        from betavae.uses.compression import compress, decompress
-        from betavae.uses.compression_report import PICTURES, neg_elbo_bits, baseline_sizes
+        from betavae.runtime import checkpoint
+        from betavae.runtime.inputs import resolve_images
+        from betavae.storage.files import atomic_path, check_writable
 
     out = Path(settings.out)
     check_writable(out)
@@ -80,7 +80,7 @@ def main(settings: Settings) -> None:
     remark = f"PNG and WebP, each alone: by the first {PICTURES:,} images" if settings.report and n > PICTURES else ""
     if settings.report:
         rows |= baseline_sizes(found.pixels)
-        pictures.save_figure(pictures.bits_figure(rows, remark), picture)
+        plotting.save_figure(plotting.bits_figure(rows, remark), picture)
     print(f"{'bits per pixel and channel':28}{'each alone':>12}{'all in one':>12}")
     for name, (alone, together) in rows.items():
         print(f"{name:28}{'' if alone is None else format(alone, '.4f'):>12}{together:12.4f}")

@@ -6,12 +6,14 @@ from pathlib import Path
 
 from pydantic import Field
 
-from betavae.running.cli import ModelSettings, gc_paused, script_command
-from betavae.running.settings import PathStr
+from betavae.runtime.cli import ModelSettings, gc_paused, script_command
+from betavae.runtime.settings import PathStr
 
 
 class Settings(ModelSettings):
-    latents: PathStr = Field("latents.npz", title="FILE.npz or .csv of encode.py, or FILE.npy of latents (N, latent_dim)")
+    latents: PathStr = Field(
+        "latents.npz", title="FILE.npz or .csv of encode.py, or FILE.npy of latents (N, latent_dim)"
+    )
     out: PathStr = Field("decoded", title="a folder, for a PNG of each")
 
 
@@ -20,10 +22,10 @@ def main(settings: Settings) -> None:
     with gc_paused():
         from tqdm import tqdm
 
-        from betavae import pictures
-        from betavae.data.listing import png_filenames
-        from betavae.running import checkpoint
-        from betavae.uses import latents
+        from betavae import plotting
+        from betavae.applications import latents
+        from betavae.data.file_listing import png_filenames
+        from betavae.runtime import checkpoint
 
     run = checkpoint.load(settings.ckpt, settings.runs)
     names, z = latents.load_latents(Path(settings.latents), run.vae.latent_dim)
@@ -31,7 +33,7 @@ def main(settings: Settings) -> None:
     done = tqdm(total=len(z), desc="decoding", unit="", disable=None)
     for part_names, part in zip(latents.chunks(files), z.split(latents.CHUNK), strict=True):
         for file, image in zip(part_names, run.vae.decode(part), strict=True):
-            pictures.save_image(image, Path(settings.out) / file, scale=1)
+            plotting.save_image(image, Path(settings.out) / file, scale=1)
         done.update(len(part))
     done.close()
     print(f"{len(z):,} pictures by {run.path} in {settings.out}/")

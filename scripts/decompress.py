@@ -6,8 +6,8 @@ from pathlib import Path
 
 from pydantic import Field
 
-from betavae.running.cli import ModelSettings, gc_paused, script_command
-from betavae.running.settings import PathStr
+from betavae.runtime.cli import ModelSettings, gc_paused, script_command
+from betavae.runtime.settings import PathStr
 
 
 class Settings(ModelSettings):
@@ -20,9 +20,9 @@ def main(settings: Settings) -> None:
     with gc_paused():
         from tqdm import tqdm
 
-        from betavae.running import checkpoint
-        from betavae.uses.compressed_file import output_paths, read_file, write_images
-        from betavae.uses.compression import check_model, decompress
+        from betavae.applications.compression.codec import check_model, decompress
+        from betavae.applications.compression.file_format import output_paths, read_file, write_images
+        from betavae.runtime import checkpoint
 
     run = checkpoint.load(settings.ckpt, settings.runs)
     compressed, out = read_file(Path(settings.file)), Path(settings.out)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from pydantic import Field
 
-from betavae.running.cli import DataSettings, gc_paused, script_command
-from betavae.running.settings import ImageSpec, NonEmptyStr, constrained
+from betavae.runtime.cli import DataSettings, gc_paused, script_command
+from betavae.runtime.settings import ImageSpec, NonEmptyStr, constrained
 
 
 class Settings(DataSettings):
@@ -29,14 +29,14 @@ class Settings(DataSettings):
 @script_command(Settings)
 def main(settings: Settings) -> None:
     with gc_paused():
-        from betavae import pictures
+        from betavae import plotting
+        from betavae.applications.anomalies import report
+        from betavae.applications.anomalies.detector import false_alarm_rate
         from betavae.errors import UserError
-        from betavae.files import has_stamp
-        from betavae.running import checkpoint
-        from betavae.running.inputs import is_dataset_name, resolve_images
-        from betavae.running.run_folder import REPORT, check_mark, claim_folder
-        from betavae.uses import anomaly_report
-        from betavae.uses.anomalies import false_alarm_rate
+        from betavae.runtime import checkpoint
+        from betavae.runtime.inputs import is_dataset_name, resolve_images
+        from betavae.runtime.run_folder import REPORT, check_mark, claim_folder
+        from betavae.storage.files import has_stamp
 
     out = Path(settings.out).expanduser()
     check_mark(out, REPORT, "out")  # before what takes a while
@@ -54,18 +54,18 @@ def main(settings: Settings) -> None:
             )
     # With another data set to look at, data_root is where that one is.
     other = is_dataset_name(settings.images) and settings.images != run.data.get("name")
-    detector = anomaly_report.detector(run, None if other else settings.data_root)
-    anomaly_report.check_score(detector, settings.score)
+    detector = report.detector(run, None if other else settings.data_root)
+    report.check_score(detector, settings.score)
     calibration = len(detector.state["calibration"][settings.score])
     rate = false_alarm_rate(settings.alarm, calibration)
     claim_folder(out, REPORT, "out")
-    result = anomaly_report.score_images(detector, found.pixels, settings.score, settings.alarm)
+    result = report.score_images(detector, found.pixels, settings.score, settings.alarm)
     if inside is None and has_stamp(out / "roc.png"):
         (out / "roc.png").unlink()  # of other images
-    anomaly_report.write_table(result, found.names, found.labels, found.unread, out / "scores.csv")
-    for name, figure in anomaly_report.figures(detector, found.pixels, result, inside).items():
-        pictures.save_figure(figure, out / f"{name}.png")
-    pictures.save_image(anomaly_report.flagged_image_grid(detector, found.pixels, result), out / "where.png")
+    report.write_table(result, found.names, found.labels, found.unread, out / "scores.csv")
+    for name, figure in report.figures(detector, found.pixels, result, inside).items():
+        plotting.save_figure(figure, out / f"{name}.png")
+    plotting.save_image(report.flagged_image_grid(detector, found.pixels, result), out / "where.png")
     for note in found.notes:
         print(note)
     print(f"flagged {int(result.flagged.sum()):,} of {len(found.names):,} images at alarm={settings.alarm}")
@@ -76,7 +76,7 @@ def main(settings: Settings) -> None:
     if found.notes and run.data.get("name") != "folder":  # whose own pictures are read in this way
         print("images that were changed to fit the model may be flagged more or less often: see docs/anomalies.md")
     if inside is not None:
-        for name, value in anomaly_report.detection_metrics(result, inside).items():
+        for name, value in report.detection_metrics(result, inside).items():
             print(f"{name:32}{value:.4f}")
     print(f"scores.csv and pictures in {out}/")
 

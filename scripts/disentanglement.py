@@ -6,8 +6,8 @@ from pathlib import Path
 
 from pydantic import Field
 
-from betavae.running.cli import DataSettings, SeedSettings, gc_paused, script_command
-from betavae.running.settings import PositiveInt, OptionalPathStr, choice
+from betavae.runtime.cli import DataSettings, SeedSettings, gc_paused, script_command
+from betavae.runtime.settings import OptionalPathStr, PositiveInt, choice
 
 
 class Settings(DataSettings, SeedSettings):
@@ -19,8 +19,8 @@ class Settings(DataSettings, SeedSettings):
 @script_command(Settings)
 def main(settings: Settings) -> None:
     with gc_paused():
-        from betavae.measures.disentanglement import SCORES
-        from betavae.running import checkpoint, evaluation
+        from betavae.metrics.disentanglement import SCORES
+        from betavae.runtime import checkpoint, evaluation
 
     run = checkpoint.load(settings.ckpt, settings.runs)
     out = (Path(settings.folder) if settings.folder else run.folder) / evaluation.DISENTANGLEMENT_FILE

@@ -7,8 +7,8 @@ For each picture its name, posterior mean and log-variance, label (where there a
 
 from pydantic import Field
 
-from betavae.running.cli import DataSettings, SeedSettings, gc_paused, script_command
-from betavae.running.settings import ImageSpec, NonEmptyStr
+from betavae.runtime.cli import DataSettings, SeedSettings, gc_paused, script_command
+from betavae.runtime.settings import ImageSpec, NonEmptyStr
 
 
 class Settings(DataSettings, SeedSettings):
@@ -19,9 +19,9 @@ class Settings(DataSettings, SeedSettings):
 @script_command(Settings)
 def main(settings: Settings) -> None:
     with gc_paused():
-        from betavae.running import checkpoint
-        from betavae.running.inputs import resolve_images
-        from betavae.uses import latents
+        from betavae.applications import latents
+        from betavae.runtime import checkpoint
+        from betavae.runtime.inputs import resolve_images
 
     run = checkpoint.load(settings.ckpt, settings.runs)
     found = resolve_images(run, settings.images, settings.data_root)

@@ -10,8 +10,8 @@ from typing import Any
 
 from pydantic import Field
 
-from betavae.running.cli import DataSettings, SeedSettings, gc_paused, script_command
-from betavae.running.settings import PositiveInt, OptionalPathStr, OptionalIntAtLeast2, choice
+from betavae.runtime.cli import DataSettings, SeedSettings, gc_paused, script_command
+from betavae.runtime.settings import OptionalIntAtLeast2, OptionalPathStr, PositiveInt, choice
 
 
 class Settings(DataSettings, SeedSettings):
@@ -31,13 +31,13 @@ def main(settings: Settings) -> None:
     with gc_paused():
         import torch
 
-        from betavae import pictures
+        from betavae import plotting
         from betavae.errors import UserError
-        from betavae.files import STAMP, atomic_path
-        from betavae.measures.latents import NEIGHBORS, posterior_means, probe_accuracy
-        from betavae.measures.likelihood import summary
-        from betavae.precision import set_float32_precision
-        from betavae.running import checkpoint, evaluation
+        from betavae.metrics.aggregate_posterior import NEIGHBORS, posterior_means, probe_accuracy
+        from betavae.metrics.likelihood import summary
+        from betavae.models.precision import set_float32_precision
+        from betavae.runtime import checkpoint, evaluation
+        from betavae.storage.files import STAMP, atomic_path
 
     set_float32_precision(settings.matmul_precision)
     run = checkpoint.load(settings.ckpt, settings.runs)
@@ -96,8 +96,8 @@ def main(settings: Settings) -> None:
     print("\n".join(evaluation.format_report(result)))
     kept.unlink(missing_ok=True)
     bounds = [result[f"nll_{k}"] for k in ks]
-    figure = pictures.bounds_figure(ks, bounds, result["kl_per_dimension"], result["active_units"])
-    pictures.save_figure(figure, folder / "figures" / "evaluation.png")
+    figure = plotting.bounds_figure(ks, bounds, result["kl_per_dimension"], result["active_units"])
+    plotting.save_figure(figure, folder / "figures" / "evaluation.png")
     print(f"in {folder / 'evaluation.json'} and {folder / 'figures' / 'evaluation.png'}")
 
 

@@ -13,8 +13,8 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from betavae.running.cli import RunsSettings, gc_paused, script_command
-from betavae.running.settings import OptionalPathStr, NonEmptyStr, constrained
+from betavae.runtime.cli import RunsSettings, gc_paused, script_command
+from betavae.runtime.settings import NonEmptyStr, OptionalPathStr, constrained
 
 Name = Annotated[str, Field(min_length=1)]
 Names = Annotated[list[Name], Field(min_length=1)]
@@ -43,17 +43,17 @@ def main(settings: Settings) -> None:
     with gc_paused():
         import torch
 
-        from betavae.running import checkpoint
-        from betavae.uses import anomaly_report
-        from betavae.uses.explorer import server
-        from betavae.uses.explorer.explored import load_models
+        from betavae.applications.anomalies import report
+        from betavae.applications.explorer import server
+        from betavae.applications.explorer.queries import load_models
+        from betavae.runtime import checkpoint
 
     # One image at a time gains nothing by more; and beside a training they wait for each other, fifty times as long.
     torch.set_num_threads(1)
     listening = server.open_socket(settings.host, settings.port)
     named = settings.ckpt if isinstance(settings.ckpt, list) else [settings.ckpt]
     runs = [checkpoint.load(path, settings.runs) for name in named for path in members(name)]
-    detectors = [anomaly_report.cached_detector(run) for run in runs]
+    detectors = [report.cached_detector(run) for run in runs]
     explorer = load_models(runs, settings.data_root, [detector and detector.p_values for detector in detectors])
     url, warning = server.page_url(listening)
     print("\n".join(str(run.path) for run in runs))

@@ -7,8 +7,8 @@ from typing import Any
 
 from pydantic import Field
 
-from betavae.running.cli import ModelSettings, SeedSettings, gc_paused, script_command
-from betavae.running.settings import PathStr, choice
+from betavae.runtime.cli import ModelSettings, SeedSettings, gc_paused, script_command
+from betavae.runtime.settings import PathStr, choice
 
 FORMATS = ["onnx", "torchscript", "pt2", "safetensors", "folder"]
 
@@ -25,13 +25,13 @@ def main(settings: Settings) -> None:
     with gc_paused():
         import torch
 
-        from betavae import pictures
-        from betavae.data.listing import as_text
-        from betavae.files import atomic_dir
-        from betavae.kept import file_hash
-        from betavae.running import checkpoint
-        from betavae.running.run_folder import read_json
-        from betavae.uses import export
+        from betavae import plotting
+        from betavae.applications import export
+        from betavae.data.file_listing import as_text
+        from betavae.runtime import checkpoint
+        from betavae.runtime.run_folder import read_json
+        from betavae.storage.cache import file_hash
+        from betavae.storage.files import atomic_dir
 
     run = checkpoint.load(settings.ckpt, settings.runs)
     out = Path(settings.out)
@@ -53,7 +53,7 @@ def main(settings: Settings) -> None:
         with atomic_dir(out) as folder:
             checkpoint.save_checkpoint(content, folder / "checkpoints" / "best.ckpt")
             (folder / "README.md").write_text(export.model_card(name, run.settings, data, numbers))
-            pictures.save_image(pictures.make_grid(images, 8), folder / "samples.png")
+            plotting.save_image(plotting.make_grid(images, 8), folder / "samples.png")
             theirs = checkpoint.load(folder).vae.state_dict()
             if not all(torch.equal(theirs[key], value) for key, value in run.vae.state_dict().items()):
                 raise RuntimeError(f"{out} does not hold the model that was written to it")

@@ -9,14 +9,14 @@ from typing import Any
 
 from pydantic import Field
 
-from betavae.running.cli import DataSettings, SeedSettings, gc_paused, script_command
-from betavae.running.settings import OptionalPathStr, IntAtLeast2, choice
+from betavae.runtime.cli import DataSettings, SeedSettings, gc_paused, script_command
+from betavae.runtime.settings import IntAtLeast2, OptionalPathStr, choice
 
 PART = 1000  # images at once
 
 
 def samplers() -> list[str | None]:
-    from betavae.uses.sampling import SAMPLERS
+    from betavae.applications.sampling import SAMPLERS
 
     return [None, *SAMPLERS]
 
@@ -35,14 +35,14 @@ def main(settings: Settings) -> None:
         import torch
         from torch import Tensor
 
-        from betavae import pictures
+        from betavae import plotting
+        from betavae.applications.sampling import MOST_IMAGES, SAMPLERS, load_or_fit_sampler
         from betavae.errors import UserError
-        from betavae.files import STAMP, atomic_path
-        from betavae.kept import file_hash
-        from betavae.measures import features, fidelity
-        from betavae.running import checkpoint
-        from betavae.running.run_folder import read_json
-        from betavae.uses.sampling import MOST_IMAGES, SAMPLERS, load_or_fit_sampler
+        from betavae.metrics import features, fidelity
+        from betavae.runtime import checkpoint
+        from betavae.runtime.run_folder import read_json
+        from betavae.storage.cache import file_hash
+        from betavae.storage.files import STAMP, atomic_path
 
     run = checkpoint.load(settings.ckpt, settings.runs)
     folder = Path(settings.folder) if settings.folder else run.folder
@@ -144,7 +144,7 @@ def main(settings: Settings) -> None:
     (samples,) = decoded(latents[best][closest])
     neighbours = (x[place[i]].float() / 255 for i in closest.tolist())
     shown_rows = torch.cat([torch.cat((sample[None], near)) for sample, near in zip(samples, neighbours, strict=True)])
-    pictures.save_image(pictures.make_grid(shown_rows, 8), folder / "figures" / "fidelity.png")
+    plotting.save_image(plotting.make_grid(shown_rows, 8), folder / "figures" / "fidelity.png")
     print(
         f"in {folder / 'fidelity.json'}; in {folder / 'figures' / 'fidelity.png'} samples of sampler={best}, those that"
     )

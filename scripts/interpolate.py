@@ -4,12 +4,14 @@
 
 from pydantic import Field
 
-from betavae.running.cli import DataSettings, SeedSettings, gc_paused, script_command
-from betavae.running.settings import PositiveInt, ImagesOrNull, IntPair, IntAtLeast2, NonEmptyStr
+from betavae.runtime.cli import DataSettings, SeedSettings, gc_paused, script_command
+from betavae.runtime.settings import ImagesOrNull, IntAtLeast2, IntPair, NonEmptyStr, PositiveInt
 
 
 class Settings(DataSettings, SeedSettings):
-    digits: IntPair = Field([3, 8], title="from a test image of the first label to one of the second, chosen by the seed")
+    digits: IntPair = Field(
+        [3, 8], title="from a test image of the first label to one of the second, chosen by the seed"
+    )
     images: ImagesOrNull = Field(None, title="two test images by number, [0,7], or two pictures, instead of digits")
     steps: IntAtLeast2 = Field(11, title="pictures from one end to the other")
     rows: PositiveInt = Field(6, title="different pairs of images of these digits")
@@ -21,10 +23,10 @@ def main(settings: Settings) -> None:
     with gc_paused():
         import torch
 
-        from betavae import pictures
+        from betavae import plotting
         from betavae.errors import UserError
-        from betavae.running import checkpoint
-        from betavae.running.inputs import resolve_images
+        from betavae.runtime import checkpoint
+        from betavae.runtime.inputs import resolve_images
 
     run = checkpoint.load(settings.ckpt, settings.runs)
     chosen = settings.images
@@ -55,10 +57,10 @@ def main(settings: Settings) -> None:
                 )
             ends.append(of_digit[torch.randint(len(of_digit), (settings.rows,), generator=generator)].tolist())
         pairs = list(zip(*ends, strict=True))
-    rows = [pictures.interpolation(run.vae, x[[start]], x[[end]], settings.steps) for start, end in pairs]
+    rows = [plotting.interpolation(run.vae, x[[start]], x[[end]], settings.steps) for start, end in pairs]
     # Each row between its two originals.
     framed = [torch.cat((x[[start]], row, x[[end]])) for (start, end), row in zip(pairs, rows, strict=True)]
-    pictures.save_image(pictures.make_grid(torch.cat(framed), settings.steps + 2), settings.out)
+    plotting.save_image(plotting.make_grid(torch.cat(framed), settings.steps + 2), settings.out)
     print(f"{len(rows)} interpolations by {run.path}, the originals at both ends, in {settings.out}")
 
 

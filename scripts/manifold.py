@@ -4,8 +4,8 @@
 
 from pydantic import Field
 
-from betavae.running.cli import ModelSettings, gc_paused, script_command
-from betavae.running.settings import PositiveInt, NonEmptyStr
+from betavae.runtime.cli import ModelSettings, gc_paused, script_command
+from betavae.runtime.settings import NonEmptyStr, PositiveInt
 
 
 class Settings(ModelSettings):
@@ -16,11 +16,11 @@ class Settings(ModelSettings):
 @script_command(Settings)
 def main(settings: Settings) -> None:
     with gc_paused():
-        from betavae import pictures
-        from betavae.running import checkpoint
+        from betavae import plotting
+        from betavae.runtime import checkpoint
 
     run = checkpoint.load(settings.ckpt, settings.runs)
-    pictures.save_image(pictures.make_grid(pictures.manifold(run.vae, settings.size), settings.size), settings.out)
+    plotting.save_image(plotting.make_grid(plotting.manifold(run.vae, settings.size), settings.size), settings.out)
     print(f"the manifold of {run.path} in {settings.out}")
 
 

@@ -4,8 +4,8 @@
 
 from pydantic import Field
 
-from betavae.running.cli import DataSettings, SeedSettings, gc_paused, script_command
-from betavae.running.settings import PositiveInt, ImageSpec, NonEmptyStr
+from betavae.runtime.cli import DataSettings, SeedSettings, gc_paused, script_command
+from betavae.runtime.settings import ImageSpec, NonEmptyStr, PositiveInt
 
 
 class Settings(DataSettings, SeedSettings):
@@ -19,16 +19,16 @@ def main(settings: Settings) -> None:
     with gc_paused():
         import torch
 
-        from betavae import pictures
-        from betavae.running import checkpoint
-        from betavae.running.inputs import resolve_images
+        from betavae import plotting
+        from betavae.runtime import checkpoint
+        from betavae.runtime.inputs import resolve_images
 
     run = checkpoint.load(settings.ckpt, settings.runs)
     found = resolve_images(run, settings.images, settings.data_root)
     order = torch.randperm(len(found.pixels), generator=torch.Generator().manual_seed(settings.seed))
     x = found.pixels[order[: settings.n]].float() / 255
     columns = min(8, len(x))
-    pictures.save_image(pictures.make_grid(pictures.reconstructions(run.vae, x), columns), settings.out)
+    plotting.save_image(plotting.make_grid(plotting.reconstructions(run.vae, x), columns), settings.out)
     for note in found.notes:
         print(note)
     print(f"{len(x)} images and, below each row, what {run.path} makes of them, in {settings.out}")

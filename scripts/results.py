@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from betavae.errors import UserError
-from betavae.running.cli import RunsSettings, script_command
-from betavae.running.yaml_files import read_yaml
-from betavae.sweeping.jobs import IGNORED_KEYS, flat_settings
+from betavae.runtime.cli import RunsSettings, script_command
+from betavae.runtime.yaml_files import read_yaml
+from betavae.sweeps.jobs import IGNORED_KEYS, flat_settings
 
 # What may differ between runs of one row.
 SEEDS = ("seed", "data.seed", "data.root", *IGNORED_KEYS)

@@ -6,12 +6,12 @@ from pathlib import Path
 
 from pydantic import Field
 
-from betavae.running.cli import DataSettings, SeedSettings, gc_paused, script_command
-from betavae.running.settings import PositiveInt, IntegerOrNull, NonNegativeFloat, PathStr, choice
+from betavae.runtime.cli import DataSettings, SeedSettings, gc_paused, script_command
+from betavae.runtime.settings import IntegerOrNull, NonNegativeFloat, PathStr, PositiveInt, choice
 
 
 def samplers() -> list[str]:
-    from betavae.uses.sampling import SAMPLERS
+    from betavae.applications.sampling import SAMPLERS
 
     return list(SAMPLERS)
 
@@ -32,10 +32,10 @@ def main(settings: Settings) -> None:
     with gc_paused():
         import torch
 
-        from betavae import pictures
+        from betavae import plotting
+        from betavae.applications.sampling import MOST_IMAGES, load_or_fit_sampler
         from betavae.errors import UserError
-        from betavae.running import checkpoint
-        from betavae.uses.sampling import MOST_IMAGES, load_or_fit_sampler
+        from betavae.runtime import checkpoint
 
     run = checkpoint.load(settings.ckpt, settings.runs)
     generator = torch.Generator().manual_seed(settings.seed)
@@ -54,15 +54,15 @@ def main(settings: Settings) -> None:
         )
         images = run.vae.decode(latents.sample(settings.n, generator))
     out = Path(settings.out)
-    pictures.save_image(pictures.make_grid(images, settings.columns), out)
+    plotting.save_image(plotting.make_grid(images, settings.columns), out)
     print(f"{settings.n} samples of {run.path} by sampler={settings.sampler} in {out}")
     if settings.save_images:
         folder = out.with_suffix("")
         for number, image in enumerate(images):
-            pictures.save_image(image, folder / f"{number:0{len(str(settings.n - 1))}d}.png", scale=1)
+            plotting.save_image(image, folder / f"{number:0{len(str(settings.n - 1))}d}.png", scale=1)
         print(f"each as a picture in {folder}/")
     if settings.save_tensor:
-        path = pictures.save_tensor(images, out.with_suffix(".pt"))
+        path = plotting.save_tensor(images, out.with_suffix(".pt"))
         print(f"as a tensor {tuple(images.shape)} in {path}")
 
 

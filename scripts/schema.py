@@ -11,8 +11,8 @@ from typing import Any
 
 from pydantic import Field
 
-from betavae.running.cli import ScriptSettings, gc_paused, script_command
-from betavae.running.settings import NonEmptyStr, TrainConfig
+from betavae.runtime.cli import ScriptSettings, gc_paused, script_command
+from betavae.runtime.settings import NonEmptyStr, TrainConfig
 
 
 class Settings(ScriptSettings):
@@ -20,7 +20,7 @@ class Settings(ScriptSettings):
 
 
 def schema() -> dict[str, Any]:
-    from betavae.files import STAMP
+    from betavae.storage.files import STAMP
 
     whole = partial(TrainConfig.model_json_schema())
     for group in (whole, *whole["$defs"].values()):
@@ -38,7 +38,7 @@ def partial(node: Any) -> Any:
 @script_command(Settings)
 def main(settings: Settings) -> None:
     with gc_paused():
-        from betavae.files import atomic_path
+        from betavae.storage.files import atomic_path
 
     with atomic_path(settings.out) as path:
         path.write_text(json.dumps(schema(), indent=1) + "\n")

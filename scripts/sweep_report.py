@@ -6,21 +6,23 @@ from pathlib import Path
 
 from pydantic import Field
 
-from betavae.running.cli import RunsSettings, script_command
-from betavae.running.settings import SweepKeys, Seed63, PathStr, OptionalPathStr, NonEmptyStr
+from betavae.runtime.cli import RunsSettings, script_command
+from betavae.runtime.settings import NonEmptyStr, OptionalPathStr, PathStr, Seed63, SweepKeys
 
 
 class Settings(RunsSettings):
     sweep: OptionalPathStr = Field(None, title="the sweep's folder; null: the newest under runs/sweeps")
     over: SweepKeys = Field(None, title="one or two swept settings to draw `metric` over; null: the first two")
-    metric: NonEmptyStr = Field("neg_elbo", title="a test number of the jobs, seconds, or once measured fid, nll_5000, ...")
+    metric: NonEmptyStr = Field(
+        "neg_elbo", title="a test number of the jobs, seconds, or once measured fid, nll_5000, ..."
+    )
     seed: Seed63 = Field(0, title="of the samples")
     out: PathStr = Field("sweep_report", title="a folder")
 
 
 @script_command(Settings)
 def main(settings: Settings) -> None:
-    from betavae.sweeping import report
+    from betavae.sweeps import report
 
     sweep = Path(settings.sweep) if settings.sweep else report.latest_sweep(Path(settings.runs) / "sweeps")
     out = Path(settings.out)

@@ -4,8 +4,14 @@
 
 from pydantic import Field
 
-from betavae.running.cli import DataSettings, gc_paused, script_command
-from betavae.running.settings import OptionalPositiveInt, OptionalNonNegativeInt, PositiveFloat, IntAtLeast2, NonEmptyStr
+from betavae.runtime.cli import DataSettings, gc_paused, script_command
+from betavae.runtime.settings import (
+    IntAtLeast2,
+    NonEmptyStr,
+    OptionalNonNegativeInt,
+    OptionalPositiveInt,
+    PositiveFloat,
+)
 
 
 class Settings(DataSettings):
@@ -21,10 +27,10 @@ def main(settings: Settings) -> None:
     with gc_paused():
         import torch
 
-        from betavae import pictures
+        from betavae import plotting
         from betavae.errors import UserError
-        from betavae.running import checkpoint
-        from betavae.terms import gaussian_kl
+        from betavae.objectives.elbo import gaussian_kl
+        from betavae.runtime import checkpoint
 
     run = checkpoint.load(settings.ckpt, settings.runs)
     x, _ = run.images("test", settings.data_root)
@@ -34,8 +40,8 @@ def main(settings: Settings) -> None:
     order = kl.argsort(descending=True)[: settings.dimensions].tolist()
     start = torch.zeros(run.vae.latent_dim) if settings.image is None else run.vae.encode(x[[settings.image]]).mean[0]
     values = torch.linspace(-settings.span, settings.span, settings.steps)
-    rows = pictures.traversal(run.vae, start, order, values)
-    pictures.save_figure(pictures.traversal_figure(rows, values, order, kl), settings.out)
+    rows = plotting.traversal(run.vae, start, order, values)
+    plotting.save_figure(plotting.traversal_figure(rows, values, order, kl), settings.out)
     print(f"{len(order)} latent dimensions of {run.path}, by KL, in {settings.out}")
 
 

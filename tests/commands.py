@@ -37,9 +37,9 @@ with warnings.catch_warnings():  # pytest's; what libraries change as they are i
     from hydra.core.plugins import Plugins
     from omegaconf import OmegaConf
 
-    import betavae.running.evaluation
-    import betavae.running.training
-    import betavae.sweeping.report  # noqa: F401
+    import betavae.runtime.evaluation
+    import betavae.runtime.training
+    import betavae.sweeps.report  # noqa: F401
 
     Plugins.instance()
     FILTERS = warnings.filters[:]

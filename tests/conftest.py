@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from betavae.data import mnist
+from betavae.data.datasets.mnist import mnist
 from tests.commands import REPO, run
 
 
@@ -30,7 +30,7 @@ class Clone:
                 shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__", "mnist_files"))
             else:
                 shutil.copy(source, folder / name)
-        files = Path("src", "betavae", "data", "mnist_files")
+        files = Path("src", "betavae", "data", "datasets", "mnist_files")
         os.symlink(REPO / files, folder / files)
         os.symlink(data, folder / "data")
 

@@ -5,17 +5,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from betavae.data.datamodule import ImageDataModule
+    from betavae.models.vae import VAE
     from betavae.module import VAEModule
-    from betavae.running.checkpoint import TrainedRun, load
-    from betavae.vae import VAE
+    from betavae.runtime.checkpoint import TrainedRun, load
 
 # Looked up when they are asked for: `python train.py --help` does not wait for torch.
 _HOMES = {
-    "VAE": "betavae.vae",
+    "VAE": "betavae.models.vae",
     "VAEModule": "betavae.module",
     "ImageDataModule": "betavae.data.datamodule",
-    "TrainedRun": "betavae.running.checkpoint",
-    "load": "betavae.running.checkpoint",
+    "TrainedRun": "betavae.runtime.checkpoint",
+    "load": "betavae.runtime.checkpoint",
 }
 __all__ = ["VAE", "ImageDataModule", "TrainedRun", "VAEModule", "load"]
 

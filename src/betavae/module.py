@@ -7,13 +7,13 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from betavae.curves import TrainMetrics, Totals
 from betavae.errors import UserError
+from betavae.metrics_callback import Totals, TrainMetrics
+from betavae.models.vae import VAE
 from betavae.objectives import build_objective
-from betavae.optimizers import optimizer_class
-from betavae.schedules import BETA_SCHEDULES, lr_factor
-from betavae.terms import ACTIVE_UNIT_THRESHOLD
-from betavae.vae import VAE
+from betavae.objectives.elbo import ACTIVE_UNIT_THRESHOLD
+from betavae.objectives.schedules import BETA_SCHEDULES
+from betavae.optim import lr_factor, optimizer_class
 
 EVALUATION_SEED = 0
 TEST_DRAWS = 4  # of z per image in a test: one draw alone moves the mean over 10,000 images by about 0.05 nats

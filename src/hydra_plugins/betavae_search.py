@@ -1,4 +1,4 @@
-"""Where Hydra looks for sweepers, and nowhere else. What this one does is in `betavae.sweeping.search`."""
+"""Where Hydra looks for sweepers, and nowhere else. What this one does is in `betavae.sweeps.search`."""
 
 from typing import Any
 
@@ -19,6 +19,6 @@ class Search(Sweeper):
         self.given = config, launcher, hydra_context.config_loader
 
     def sweep(self, arguments: list[str]) -> None:
-        from betavae.sweeping.search import search  # every command imports this file
+        from betavae.sweeps.search import search  # every command imports this file
 
         search(arguments, *self.given)

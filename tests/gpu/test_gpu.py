@@ -21,15 +21,15 @@ import torch._inductor.config
 from lightning.pytorch.callbacks import Callback
 
 import betavae
-from betavae.callbacks import CALLBACKS
+from betavae.applications.sampling import posterior_samples
 from betavae.data import datamodule
-from betavae.fast import use_fast_cpu_kernels
-from betavae.likelihoods import LIKELIHOODS
+from betavae.models.cpu_kernels import use_fast_cpu_kernels
+from betavae.models.likelihoods import LIKELIHOODS
+from betavae.models.networks import NETWORKS
+from betavae.models.vae import VAE
 from betavae.module import VAEModule
-from betavae.networks import NETWORKS
 from betavae.objectives import OBJECTIVES, build_objective
-from betavae.uses.sampling import posterior_samples
-from betavae.vae import VAE
+from betavae.runtime.callbacks import CALLBACKS
 from tests.commands import REPO, TINY
 from tests.gpu.background import Command, Commands, has_cuda
 
@@ -50,7 +50,7 @@ GRAPHS = {
         *("data.binarize=dynamic", "objective=iwae", "beta_schedule=linear", "lr_schedule=cosine"),
         *("model=conv", "model.hidden_dims=[4,8]", "trainer.max_steps=45"),
     ],
-    "graph_tc": ["objective=tc", "model.likelihood=logistic_mixture", "trainer.precision=64-true"],
+    "graph_tc": ["objective=beta_tcvae", "model.likelihood=logistic_mixture", "trainer.precision=64-true"],
     "graph_fast": ["trainer.precision=bf16-mixed"],
     "graph_last_batch": ["data.batch_size=10000", "trainer.limit_train_batches=1.0", "trainer.max_epochs=4"],
 }
@@ -90,13 +90,13 @@ TRAININGS = {
     "ddp": ["trainer.strategy=ddp", "trainer.devices=1"],
     "on_the_cpu": ["trainer.accelerator=cpu"],
     "conv": ["model=conv", "model.hidden_dims=[4,8]"],
-    "dip": ["objective=dip", "model=conv", "model.hidden_dims=[4,8]", "model.likelihood=gaussian"],
+    "dip": ["objective=dip_vae", "model=conv", "model.hidden_dims=[4,8]", "model.likelihood=gaussian"],
     "iwae": ["objective=iwae", "model=resnet", "model.hidden_dims=[4,8]", "model.likelihood=continuous_bernoulli"],
     "dreg": ["objective=dreg", "objective.resample=2", "model.likelihood=logistic_mixture", "optimizer=adamw"],
-    "tc": ["objective=tc", "model=conv", "model.hidden_dims=[4,8]", "optimizer=muon"],
-    "capacity": ["objective=capacity", "beta=25", "beta_schedule=linear", "optimizer=sgd", "init=data"],
+    "tc": ["objective=beta_tcvae", "model=conv", "model.hidden_dims=[4,8]", "optimizer=muon"],
+    "capacity": ["objective=capacity_vae", "beta=25", "beta_schedule=linear", "optimizer=sgd", "init=data"],
     "free_bits": [
-        *("objective.free_bits=0.1", "objective.kl_parts=true", "data.binarize=dynamic"),
+        *("objective.free_bits=0.1", "objective.kl_decomposition=true", "data.binarize=dynamic"),
         *("model.latent_dim=2", "model.activation=tanh"),
     ],
     "binary": ["data.binarize=threshold", "lr_schedule=cosine"],
@@ -120,7 +120,7 @@ NO_SYNCHRONIZATION = {
     "steps_plain": [],
     "steps_mixed": ["trainer.precision=16-mixed", "model=conv", "model.hidden_dims=[4,8]", "lr_schedule=cosine"],
     "steps_muon": ["optimizer=muon", "trainer.gradient_clip_val=1.0", "trainer.accumulate_grad_batches=2"],
-    "steps_dip": ["objective=dip", "beta_schedule=linear"],
+    "steps_dip": ["objective=dip_vae", "beta_schedule=linear"],
     "steps_fast": ["trainer=[smoke,fast]", "trainer.limit_train_batches=8"],  # of ten steps
 }
 
@@ -160,7 +160,7 @@ def commands_for(data_root: str) -> dict[str, Command]:
     for name, args in TRAININGS.items():
         train(name, *args)
     for name, args in GRAPHS.items():
-        train(name, *GRAPH, *args, "+callbacks.own.graphs={}", prepare=watch_steps)
+        train(name, *GRAPH, *args, "+callbacks.custom.graphs={}", prepare=watch_steps)
         train(f"eager_{name}", GRAPH[1], *args)
     for precision in PRECISIONS:
         # The squares of small gradients are 0 in float16.
@@ -168,7 +168,7 @@ def commands_for(data_root: str) -> dict[str, Command]:
         train(precision, f"trainer.precision={precision}", *eps)
     for name, args in NO_SYNCHRONIZATION.items():
         first, last = (2, 6) if "fast" in name else (5, 54)
-        watch = f"+callbacks.own.watch={{first: {first}, last: {last}}}"
+        watch = f"+callbacks.custom.watch={{first: {first}, last: {last}}}"
         long = ["trainer.max_epochs=1", "trainer.limit_train_batches=60", "trainer.log_every_n_steps=1000"]
         train(name, *long, watch, *args, prepare=watch_steps)
     train("from_memory", prepare=lambda: setattr(datamodule, "LARGEST_ON_DEVICE", 0))
@@ -262,9 +262,9 @@ def some_pixels() -> np.ndarray:
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "elbo": {"free_bits": 0.1},
-    "tc": {"sampling": "weighted"},
-    "dip": {"variant": "ii", "off_diagonal": 10.0, "diagonal": 5.0},
-    "capacity": {"gamma": 10.0},
+    "beta_tcvae": {"sampling": "weighted"},
+    "dip_vae": {"variant": "ii", "off_diagonal": 10.0, "diagonal": 5.0},
+    "capacity_vae": {"gamma": 10.0},
 }
 HIDDEN = {"mlp": [8], "conv": [2, 3], "resnet": [4, 8]}
 
@@ -274,7 +274,9 @@ def compare_numbers() -> None:
     errors: dict[str, list[str]] = {name: [] for name in OBJECTIVES}
     x, noise = torch.rand(6, 1, 12, 12).mul(255).round().div(255).double(), torch.randn(3, 6, 2).double()
     for name, network, likelihood in product(OBJECTIVES, NETWORKS, LIKELIHOODS):
-        objective = build_objective({"name": name, "k": 3, "images": 50, "kl_parts": True} | SETTINGS.get(name, {}))
+        objective = build_objective(
+            {"name": name, "k": 3, "num_train_images": 50, "kl_decomposition": True} | SETTINGS.get(name, {})
+        )
         vae = use_fast_cpu_kernels(VAE(network, HIDDEN[network], 2, "tanh", likelihood, [1, 12, 12]).double())
         found = []
         for device in ("cpu", DEVICE):

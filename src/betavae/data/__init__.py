@@ -8,13 +8,13 @@ images can change, also in `OWN`, and checkpoints hold their hashes. What else i
 
 from collections.abc import Callable
 
-from betavae.data.arrays import arrays
-from betavae.data.dsprites import dsprites
-from betavae.data.folder import folder
-from betavae.data.images import ImageSet, LazySubset
-from betavae.data.mnist import mnist
-from betavae.data.sprites import sprites
-from betavae.data.torchvision_sets import cifar10, fashion_mnist, kmnist, svhn
+from betavae.data.datasets.arrays import arrays
+from betavae.data.datasets.dsprites import dsprites
+from betavae.data.datasets.image_folder import folder
+from betavae.data.datasets.mnist import mnist
+from betavae.data.datasets.sprites import sprites
+from betavae.data.datasets.torchvision import cifar10, fashion_mnist, kmnist, svhn
+from betavae.data.image_set import ImageSet, LazySubset
 
 DATASETS: dict[str, Callable[..., ImageSet | None]] = {
     "mnist": mnist,

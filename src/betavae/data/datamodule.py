@@ -10,10 +10,10 @@ from typing import Any
 import lightning as L
 import torch
 
-from betavae.data import USER_DATASETS, DATASETS
-from betavae.data.batches import BatchLoader, binarize_pixels
+from betavae.data import DATASETS, USER_DATASETS
 from betavae.data.fingerprint import fingerprint
-from betavae.data.images import ImageSet
+from betavae.data.image_set import ImageSet
+from betavae.data.loader import BatchLoader, binarize_pixels
 from betavae.data.splits import DEFAULT_SIZE, count_of, set_aside
 from betavae.errors import UserError
 
@@ -67,7 +67,9 @@ class ImageDataModule(L.LightningDataModule):
             raise UserError(
                 f"data.batch_size={self.batch_size} cannot be: {left} images are left to train on; lower it"
             )
-        self.splits = {name: part if name == "train" else self.binarize_for_eval(part) for name, part in self.originals.items()}
+        self.splits = {
+            name: part if name == "train" else self.binarize_for_eval(part) for name, part in self.originals.items()
+        }
 
     @functools.cached_property
     def fingerprints(self) -> dict[str, str]:

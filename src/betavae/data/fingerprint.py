@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from betavae.data.images import ImageSet
+from betavae.data.image_set import ImageSet
 
 MAX_HASHED_BYTES = 2**28  # of larger sets, evenly spaced blocks are hashed
 BLOCK_BYTES = 2**20

@@ -1,6 +1,0 @@
-"""Callbacks of one's own: write a Lightning callback here and name it in `CALLBACKS`; `callbacks.own` in a config says
-which of them a run has, each with its arguments: `callbacks: {own: {my_callback: {every: 2}}}`."""
-
-from lightning.pytorch.callbacks import Callback
-
-CALLBACKS: dict[str, type[Callback]] = {}

@@ -1,0 +1,169 @@
+"""Encoders and decoders: plain `nn.Module`s between images `(B, C, H, W)` and latents `(B, latent_dim)`.
+
+To add a network, write an encoder and a decoder and name the pair in `NETWORKS`. Both take the four arguments below;
+what else their signatures name (`dropout: float = 0.1`) is a setting of the `model` group by that name.
+"""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU,
+    "tanh": nn.Tanh,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "elu": nn.ELU,
+    "softplus": nn.Softplus,
+}
+
+
+class MLPEncoder(nn.Sequential):
+    """`(B, *image_shape) -> (B, 2 * latent_dim)`, the posterior's mean beside its log-variance."""
+
+    def __init__(self, image_shape: Sequence[int], hidden_dims: Sequence[int], latent_dim: int, activation: str):
+        widths = [math.prod(image_shape), *hidden_dims]
+        layers: list[nn.Module] = [nn.Flatten()]
+        for n_in, n_out in pairwise(widths):
+            layers += [nn.Linear(n_in, n_out), ACTIVATIONS[activation]()]
+        # One head of 2 * latent_dim is the tutorial's two heads side by side: same numbers, one matrix product.
+        super().__init__(*layers, nn.Linear(widths[-1], 2 * latent_dim))
+
+    @torch.no_grad()
+    def init_from_mean(self, mean: Tensor) -> None:
+        """Make the first layer see images minus `mean` `(*image_shape)`, by its bias."""
+        weight, bias = self[1].weight, self[1].bias
+        bias.sub_(weight @ mean.flatten())  # type: ignore[operator]
+
+
+class MLPDecoder(nn.Sequential):
+    """`(B, latent_dim) -> (B, *params_shape)`, the hidden widths in reverse order."""
+
+    def __init__(self, params_shape: Sequence[int], hidden_dims: Sequence[int], latent_dim: int, activation: str):
+        widths = [latent_dim, *reversed(hidden_dims)]
+        layers: list[nn.Module] = []
+        for n_in, n_out in pairwise(widths):
+            layers += [nn.Linear(n_in, n_out), ACTIVATIONS[activation]()]
+        super().__init__(*layers, nn.Linear(widths[-1], math.prod(params_shape)), nn.Unflatten(1, tuple(params_shape)))
+
+    @torch.no_grad()
+    def centre(self, params: Tensor) -> None:
+        """Start at these likelihood parameters `(*params_shape)`, by the last layer's bias."""
+        self[-2].bias.copy_(params.flatten())  # type: ignore[operator]
+
+
+class ConvEncoder(nn.Sequential):
+    """`(B, *image_shape) -> (B, 2 * latent_dim)`; each entry of `hidden_dims` is a stride-2 convolution's channels."""
+
+    def __init__(self, image_shape: Sequence[int], hidden_dims: Sequence[int], latent_dim: int, activation: str):
+        channels, height, width = image_shape
+        layers: list[nn.Module] = []
+        for out_channels in hidden_dims:
+            layers += [nn.Conv2d(channels, out_channels, 3, stride=2, padding=1), ACTIVATIONS[activation]()]
+            channels, height, width = out_channels, (height + 1) // 2, (width + 1) // 2
+        super().__init__(*layers, nn.Flatten(), nn.Linear(channels * height * width, 2 * latent_dim))
+
+
+class ConvDecoder(nn.Sequential):
+    """`(B, latent_dim) -> (B, *params_shape)`, `ConvEncoder` mirrored with transposed convolutions."""
+
+    def __init__(self, params_shape: Sequence[int], hidden_dims: Sequence[int], latent_dim: int, activation: str):
+        sizes = [tuple(params_shape[1:])]
+        for _ in hidden_dims:
+            sizes.append(((sizes[-1][0] + 1) // 2, (sizes[-1][1] + 1) // 2))
+        channels = [*reversed(hidden_dims), params_shape[0]]
+        smallest = (channels[0], *sizes[-1])
+        layers: list[nn.Module] = [nn.Linear(latent_dim, math.prod(smallest)), nn.Unflatten(1, smallest)]
+        for i, (height, width) in enumerate(reversed(sizes[:-1])):
+            # A stride-2 convolution maps 2n and 2n - 1 to n; output_padding tells which to come back to.
+            padding = (1 - height % 2, 1 - width % 2)
+            layers += [
+                ACTIVATIONS[activation](),
+                nn.ConvTranspose2d(channels[i], channels[i + 1], 3, stride=2, padding=1, output_padding=padding),
+            ]
+        super().__init__(*layers)
+
+
+MIN_SIDE = 7  # pixels: resolution is halved until the shorter side has no more
+
+
+def norm_act(channels: int, activation: str) -> list[nn.Module]:
+    """Group norm (Wu & He 2018), in at most 8 groups, and the activation."""
+    return [nn.GroupNorm(math.gcd(8, channels), channels), ACTIVATIONS[activation]()]
+
+
+class ResidualBlock(nn.Module):
+    """x + f(x), f of two 3 x 3 convolutions; at first f(x) = 0."""
+
+    def __init__(self, channels: int, activation: str):
+        super().__init__()
+        last = nn.Conv2d(channels, channels, 3, padding=1)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)  # type: ignore[arg-type]
+        self.f = nn.Sequential(
+            *norm_act(channels, activation),
+            nn.Conv2d(channels, channels, 3, padding=1),
+            *norm_act(channels, activation),
+            last,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(x)
+
+
+def stage_shapes(image_shape: Sequence[int], hidden_dims: Sequence[int]) -> list[tuple[int, int, int]]:
+    """`(channels, H, W)` of each stage, half the size of the one before, until the shorter side has 4 to 7 pixels.
+
+    The last of `hidden_dims` is repeated as often as it takes; what is left of them is not used.
+    """
+    height, width = image_shape[1:]
+    shapes: list[tuple[int, int, int]] = []
+    while min(height, width) > MIN_SIDE or not shapes:
+        height, width = (height + 1) // 2, (width + 1) // 2
+        shapes.append((hidden_dims[min(len(shapes), len(hidden_dims) - 1)], height, width))
+    return shapes
+
+
+class ResNetEncoder(nn.Sequential):
+    """`(B, *image_shape) -> (B, 2 * latent_dim)`; `hidden_dims` are the channels of each halving of resolution."""
+
+    def __init__(
+        self, image_shape: Sequence[int], hidden_dims: Sequence[int], latent_dim: int, activation: str, blocks: int = 1
+    ):
+        layers: list[nn.Module] = []
+        channels = image_shape[0]
+        for out_channels, _, _ in (shapes := stage_shapes(image_shape, hidden_dims)):
+            layers += [nn.Conv2d(channels, out_channels, 3, stride=2, padding=1)]
+            layers += [ResidualBlock(out_channels, activation) for _ in range(blocks)]
+            channels = out_channels
+        head = nn.Linear(math.prod(shapes[-1]), 2 * latent_dim)
+        super().__init__(*layers, *norm_act(channels, activation), nn.Flatten(), head)
+
+
+class ResNetDecoder(nn.Sequential):
+    """`(B, latent_dim) -> (B, *params_shape)`, `ResNetEncoder` mirrored with transposed convolutions."""
+
+    def __init__(
+        self, params_shape: Sequence[int], hidden_dims: Sequence[int], latent_dim: int, activation: str, blocks: int = 1
+    ):
+        shapes = [tuple(params_shape), *stage_shapes(params_shape, hidden_dims)]
+        layers: list[nn.Module] = [nn.Linear(latent_dim, math.prod(shapes[-1])), nn.Unflatten(1, shapes[-1])]
+        for (channels, _, _), (out_channels, height, width) in zip(shapes[:0:-1], shapes[-2::-1], strict=True):
+            layers += [ResidualBlock(channels, activation) for _ in range(blocks)]
+            # n pixels become 2n by a kernel of 4, 2n - 1 by one of 3.
+            kernel = (4 - height % 2, 4 - width % 2)
+            layers += [
+                *norm_act(channels, activation),
+                nn.ConvTranspose2d(channels, out_channels, kernel, 2, padding=1),
+            ]
+        super().__init__(*layers)
+
+
+NETWORKS: dict[str, tuple[type[nn.Module], type[nn.Module]]] = {
+    "mlp": (MLPEncoder, MLPDecoder),
+    "conv": (ConvEncoder, ConvDecoder),
+    "resnet": (ResNetEncoder, ResNetDecoder),
+}

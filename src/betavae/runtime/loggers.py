@@ -1,0 +1,149 @@
+"""Where curves, pictures and settings go. Nothing else knows which kind of logger a run has."""
+
+import csv
+import importlib.util
+import os
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+
+from betavae import plotting
+from betavae.errors import UserError
+from betavae.runtime.remote_loggers import MLflow, WeightsAndBiases
+from betavae.runtime.run_folder import RunFolder, is_own_output
+from betavae.runtime.run_logger import RunLogger
+from betavae.storage.files import STAMP, atomic_path
+
+STAMP_COLUMN = f"made by {STAMP}"
+
+
+class TensorBoard(RunLogger, TensorBoardLogger):
+    """TensorBoard's events straight in the run folder, and nothing else (no second copy of the settings)."""
+
+    def __init__(self, run: RunFolder, state: dict[str, Any] | None):
+        purge_step = state["global_step"] + 1 if state else None
+        super().__init__(run.path, name="", version="", default_hp_metric=False, purge_step=purge_step)
+        self.folder = run.path
+        self.view_command = f"tensorboard --logdir {shlex.quote(str(run.path.parent))}"
+        sizes = state.get("events", {}) if state else {}
+        for path in filter(is_own_output, run.path.glob("events.out.tfevents.*")):
+            if size := sizes.get(path.name):
+                os.truncate(path, min(size, path.stat().st_size))
+            else:
+                path.unlink()
+
+    def save(self) -> None:
+        self.experiment.flush()
+
+    def finalize(self, status: str) -> None:
+        self.save()  # not closed between fit and test, so that a run has one file of events
+
+    def resume_offsets(self) -> dict[str, int]:
+        """In bytes."""
+        self.save()
+        return {path.name: path.stat().st_size for path in sorted(self.folder.glob("events.out.tfevents.*"))}
+
+    def log_image_grid(self, name: str, picture: Tensor, step: int) -> None:
+        enlarged = picture.repeat_interleave(2, 1).repeat_interleave(2, 2)
+        self.experiment.add_image(f"pictures/{name}", (enlarged * 255).round().to(torch.uint8).cpu(), step)
+
+    def log_figure(self, name: str, figure: Any, step: int) -> None:
+        self.experiment.add_figure(name, figure, step)
+
+    def log_embedding(self, means: Tensor, labels: list[Any], tiles: Tensor) -> None:
+        # The projector shows nothing for fewer than three columns. The "step" names the folder of its files.
+        means = torch.nn.functional.pad(means, (0, max(0, 3 - means.shape[1])))
+        self.experiment.add_embedding(means, labels, tiles, global_step="projector", tag="posterior_means")
+
+    def log_final_metrics(self, settings: dict[str, Any], metrics: dict[str, float]) -> None:
+        """The HPARAMS tab: flat names, written once, with the final test numbers."""
+        from torch.utils.tensorboard.summary import hparams
+
+        # Without torch's first summary, the list of columns, TensorBoard works the list out itself, over all runs, and
+        # puts the settings that differ first: in a sweep, what was swept.
+        _, start, end = hparams(settings, metrics)
+        writer = self.experiment._get_file_writer()
+        writer.add_summary(start)
+        writer.add_summary(end)
+
+    def finish(self, status: str) -> None:
+        self.experiment.close()
+
+
+class CSVRunLogger(RunLogger):
+    """`curves.csv`, a row for each call, its first column the step; and `figures/NAME_STEP.png`. The settings are in
+    config.yaml beside it. (Lightning's CSVLogger deletes the file of a run that goes on, and writes it anew, in place,
+    with each new column: killed then, a run would lose it.)"""
+
+    FILE = "curves.csv"
+    name = version = ""  # type: ignore[assignment]
+
+    def __init__(self, run: RunFolder, state: dict[str, Any] | None):
+        self.folder, self.path = run.path, run.path / self.FILE
+        self.columns: list[str] = []
+        kept = self.read()[: (state.get("events", {}) if state else {}).get(self.FILE, 0)]
+        self.rows = len(kept)
+        if kept:
+            self.write(kept)
+        elif is_own_output(self.path):
+            self.columns = []
+            self.path.unlink(missing_ok=True)
+
+    def read(self) -> list[dict[str, str]]:
+        if not is_own_output(self.path):
+            return []
+        with open(self.path, newline="") as file:
+            table = csv.DictReader(file)
+            self.columns = [name for name in table.fieldnames or () if name != STAMP_COLUMN]
+            return list(table)
+
+    def write(self, rows: list[dict[str, Any]]) -> None:
+        with atomic_path(self.path, "logger=csv") as part, open(part, "w", newline="") as file:
+            table = csv.DictWriter(file, [*self.columns, STAMP_COLUMN])
+            table.writeheader()
+            table.writerows(rows)
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        row = {"step": step, **metrics}
+        if new := [name for name in row if name not in self.columns]:
+            rows = self.read()
+            self.columns += new
+            self.write(rows)
+        with open(self.path, "a", newline="") as file:
+            csv.DictWriter(file, [*self.columns, STAMP_COLUMN]).writerow(row)
+        self.rows += 1
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Lightning's; see config.yaml."""
+
+    def resume_offsets(self) -> dict[str, int]:
+        """In rows."""
+        return {self.FILE: self.rows}
+
+    def file(self, name: str, step: int) -> Path:
+        return self.folder / "figures" / f"{name.replace('/', '_')}_{step:06d}.png"
+
+    def log_image_grid(self, name: str, picture: Tensor, step: int) -> None:
+        plotting.save_image(picture, self.file(name, step))
+
+    def log_figure(self, name: str, figure: Any, step: int) -> None:
+        plotting.save_figure(figure, self.file(name, step))
+
+
+# Each is called with the run's folder, the state it goes on from, and its settings.
+LOGGERS = {"tensorboard": TensorBoard, "csv": CSVRunLogger, "wandb": WeightsAndBiases, "mlflow": MLflow}
+
+
+def make_loggers(
+    settings: dict[str, dict[str, Any]], run: RunFolder, state: dict[str, Any] | None
+) -> dict[str, RunLogger]:
+    """A run's loggers by name. Raises UserError for one that cannot be."""
+    for name in settings:
+        if name in ("wandb", "mlflow") and importlib.util.find_spec(name) is None:
+            raise UserError(f'logger={name} needs the package {name}: pip install -e ".[{name}]"')
+    return {name: LOGGERS[name](run, state, **values) for name, values in settings.items()}

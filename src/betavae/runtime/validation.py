@@ -1,0 +1,105 @@
+"""Check before a run whether it will validate, and which validation numbers it will have. Torch is imported late."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from betavae.errors import UserError
+from betavae.runtime.settings import suggest
+
+NUMBERS = ("loss", "recon", "kl", "neg_elbo", "active_units")  # of every validation; an objective may add its own
+UNASKED = {"monitor": "neg_elbo", "early_stopping_patience": None}  # callbacks.KEY of a run that needs no validation
+
+
+def limited(batches: int, key: str, limit: float) -> int:
+    """Return how many of `batches` Lightning takes: `limit` of them, or a share. Raises UserError for none."""
+    count = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    if batches and not count:
+        raise UserError(f"trainer.{key}={limit} is invalid: expected a larger share, this is none of {batches} batches")
+    return count
+
+
+def batches_of(settings: Mapping[str, Any], sets: Mapping[str, Any], processes: int) -> tuple[dict[str, int], int]:
+    """Return the batches that Lightning counts in an epoch of each split, and the optimizer steps of a training epoch.
+
+    Raises UserError for limits that leave none, and for `val_check_interval` beyond the training batches.
+    """
+    trainer, data = settings["trainer"], settings["data"]
+    together, accumulate = trainer["steps_per_batch"], trainer["accumulate_grad_batches"]
+    single = -(-(len(sets["train"]) // processes) // data["batch_size"])
+    found = {"train": -(-single // (together * accumulate)) if together > 1 else single}
+    found |= {split: -(-len(sets[split]) // (processes * data["eval_batch_size"])) for split in ("validation", "test")}
+    for split, name in (("train", "train"), ("validation", "val"), ("test", "test")):
+        overfits = trainer["overfit_batches"] and split != "test"
+        key = "overfit_batches" if overfits else f"limit_{name}_batches"
+        found[split] = limited(found[split], key, trainer[key])
+    interval = trainer["val_check_interval"]
+    if isinstance(interval, int) and interval > found["train"] and found["validation"]:
+        hint = f" (of {together} steps each, by trainer.steps_per_batch)" if together > 1 else ""
+        most = f"at most {found['train']}, the training batches of an epoch{hint}"
+        raise UserError(f"trainer.val_check_interval={interval} is invalid: expected {most}")
+    steps = -(-single // accumulate)
+    return found, min(steps, found["train"] * together) if together > 1 else -(-found["train"] // accumulate)
+
+
+def never_validates(settings: Mapping[str, Any], sets: Mapping[str, Any] | None, processes: int = 1) -> str | None:
+    """Return why a run will not validate, or None. Without `sets`, the images by their split, only what needs none."""
+    trainer = settings["trainer"]
+    every, epochs, most = (trainer[key] for key in ("check_val_every_n_epoch", "max_epochs", "max_steps"))
+    if every > epochs:
+        return f"trainer.check_val_every_n_epoch={every} is above trainer.max_epochs={epochs}"
+    if sets is None:
+        return None
+    batches, steps = batches_of(settings, sets, processes)
+    if not batches["validation"]:
+        return "data.validation_size=0 leaves no validation images"
+    # The batch that is followed by the first validation, and the steps before it.
+    interval, together = trainer["val_check_interval"], trainer["steps_per_batch"]
+    batch = interval if isinstance(interval, int) else max(1, int(batches["train"] * interval))
+    before = (batch - 1) * together if together > 1 else (batch - 1) // trainer["accumulate_grad_batches"]
+    before += (every - 1) * steps
+    if 0 < most <= before:
+        return f"trainer.max_steps={most} ends it before the first validation, which {before + 1} steps would reach"
+    return None
+
+
+def check_validation(settings: Mapping[str, Any], sets: Mapping[str, Any], module: Any, processes: int) -> None:
+    """Raise UserError if a run is to choose by validation numbers that there will not be."""
+    wanted = settings["callbacks"]
+    why = never_validates(settings, sets, processes)
+    for key, unasked in UNASKED.items():
+        if why and wanted[key] != unasked:
+            raise UserError(f"callbacks.{key}={wanted[key]} is invalid: this run never validates ({why})")
+    if not why:
+        check_names("callbacks.monitor", [wanted["monitor"]], NUMBERS, settings, lambda: (sets["validation"], module))
+
+
+def check_names(
+    key: str,
+    names: Sequence[str],
+    known: Sequence[str],
+    settings: Mapping[str, Any],
+    build: Callable[[], tuple[Any, Any]],
+) -> None:
+    """Raise UserError for a name that is neither `known` nor a term of the objective.
+
+    Terms are found with the validation images and the module that `build` returns. Custom callbacks may log other
+    numbers: with any, all names are accepted.
+    """
+    if settings["callbacks"]["custom"] or set(names) <= set(known):
+        return
+    known = list(dict.fromkeys((*known, *terms_of(*build()))))
+    for name in names:
+        if name not in known:
+            raise UserError(f"{key}={name} is invalid: expected one of {', '.join(known)}{suggest(name, known)}")
+
+
+def terms_of(images: Any, module: Any) -> list[str]:
+    """Return the names of the terms of a module's objective, by its value for two images."""
+    import torch
+
+    from betavae.runtime.progress import evaluating
+
+    x = images.pixels.index_select(0, torch.arange(min(2, len(images)))).float() / 255
+    noise = torch.zeros(module.k, len(x), module.vae.latent_dim)
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), evaluating(module.vae):
+        return list(module.objective(module.vae, x, noise, module.beta).batch_sums())

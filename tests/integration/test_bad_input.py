@@ -1,0 +1,409 @@
+"""Real mistakes: each gets one sentence that names the key or the file, and nothing is written or lost."""
+
+import hashlib
+import io
+import pickle
+import re
+import shutil
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from betavae.data.datasets.dsprites import FILE as DSPRITES
+from betavae.data.datasets.mnist import mnist
+from betavae.errors import UserError
+from betavae.runtime import checkpoint
+from tests.commands import REPO, TINY, fresh, run
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, data_root):
+    """A working folder with one finished run, `run`."""
+    folder = tmp_path_factory.mktemp("place")
+    (folder / "data").symlink_to(data_root)
+    run(*TINY, "trainer.max_epochs=2", "hydra.run.dir=run", cwd=folder)
+    return folder
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): hashlib.md5(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+        for path in folder.rglob("*")
+    }
+
+
+def refused(place: Path, script: str, *args: str) -> str:
+    """The one line with which the command is refused."""
+    before = contents(place)
+    text = run(*args, cwd=place, script=script, code=1)
+    assert text.startswith("error: ") and text.count("\n") == 1 and "Traceback" not in text, text
+    assert contents(place) == before
+    return text
+
+
+@pytest.mark.parametrize(
+    ("mistake", "said"),
+    [
+        ("model.latnt_dim=3", "model.latnt_dim is not a setting; did you mean model.latent_dim?"),
+        ("latent_dim=3", "latent_dim is not a setting; did you mean model.latent_dim?"),
+        ("+betta=3", "betta is not a setting; did you mean beta?"),
+        ("+trainer.max_epoch=3", "trainer.*max_epoch"),
+        ("+callbacks.figures=3", "callbacks.figures is not a setting; did you mean callbacks.figures_every?"),
+        ("+beta_schedule.warm=1", "beta_schedule.*warm"),
+        ("+model.depth=1", "model.*depth"),
+        ("data.fit=pad", "data.fit is a setting of data=folder, and this run has another data"),
+        ("model.components=3", "model.components is a setting of some runs that .*: .model.components=... adds it"),
+        ("model=mpl", "model=mpl .*mlp"),
+        ("modle=mlp", "modle.*model"),
+        ("trainer=smok", "trainer=smok .*smoke"),
+        ("experiment=tutorail", "experiment=tutorail .*tutorial"),
+        ("beta=1,2", "beta=1,2 has a comma: with -m, a sweep"),
+        ("optimizer=adamm", "optimizer=adamm .*adam, "),
+        ("optimizer.name=Adan", "optimizer.name=Adan .*did you mean Adam?"),
+        ("+optimizer.nesterov=true", "optimizer.*nesterov"),
+        ("optimizer.betas=[2,0.9]", "optimizer.*beta"),
+        ("optimizer.lr=0", "optimizer.lr=0 .*above 0"),
+        ("optimizer.lr=fast", "optimizer.lr=fast .*number"),
+        ("model.latent_dim=0", "model.latent_dim=0 .*from 1 up"),
+        ("model.latent_dim=-1", "model.latent_dim=-1 .*from 1 up"),
+        ("model.latent_dim=2.5", "model.latent_dim=2.5 .*whole number"),
+        ("model.latent_dim=true", "model.latent_dim=True .*whole number"),
+        ("model.hidden_dims=[]", "model.hidden_dims=.*400"),
+        ("model.hidden_dims=[400,0]", "model.hidden_dims=.*from 1 up"),
+        ("model.hidden_dims=400", "model.hidden_dims=400 .*list"),
+        ("model.likelihood=bernouli", "model.likelihood=bernouli .*did you mean bernoulli?"),
+        ("model.activation=rellu", "model.activation=rellu .*did you mean relu?"),
+        ("objective.name=elbow", "objective.name=elbow .*did you mean elbo?"),
+        ("objective.k=0", "objective.k=0 .*from 1 up"),
+        ("objective.free_bits=-1", "objective.free_bits=-1"),
+        ("objective=dreg objective.resample=0", "objective.resample=0 .*null or a whole number from 1 up"),
+        ("beta=-1", "beta=-1 .*from 0 up"),
+        ("beta=nan", "beta=nan .*number"),
+        ("beta=inf", "beta=inf .*number"),
+        ("beta=null", "beta=None .*number"),
+        ("seed=-1", "seed=-1"),
+        ("data.batch_size=0", "data.batch_size=0 .*from 1 up"),
+        ("data.batch_size=60001", "data.batch_size=60001 .*55000"),
+        ("data.validation_size=60000", "data.validation_size=60000 .*60000"),
+        ("data.binarize=yes", "data.binarize=.*threshold"),
+        ("data.name=minst", "data.name=minst .*did you mean mnist?"),
+        ("data.root=/proc/nowhere", "data.root.*/proc/nowhere"),
+        ("runs=/proc/nowhere", "runs.*/proc/nowhere"),
+        ("trainer.max_epochs=0", "trainer.max_epochs=0"),
+        ("trainer.accelerator=tpuu", "trainer.accelerator=tpuu"),
+        pytest.param(
+            "trainer.accelerator=gpu", "gpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+        ),
+        ("trainer.devices=0", "trainer.devices=0"),
+        ("trainer.devices=-3", "trainer.devices=-3"),
+        ("trainer.strategy=dpp", "trainer.*dpp"),
+        ("trainer.precision=12", "trainer.precision=12 .*32-true"),
+        ("trainer.precision=16-mixed trainer.accelerator=cpu", "trainer.precision=16-mixed .*GPU"),
+        ("trainer.precision=64-true trainer.accelerator=mps", "trainer.precision=64-true .*float64"),
+        ("trainer.devices=4096 trainer.accelerator=cpu", "trainer.devices=4096 .*cores"),
+        ("trainer=cuda_graph trainer.accelerator=cpu", "trainer.cuda_graph=true .*needs a CUDA device"),
+        ("trainer=fast optimizer.name=LBFGS", "trainer.steps_per_batch=10 .* make it 1"),
+        ("trainer.max_time=soon", "trainer.max_time=soon .*DD:HH:MM:SS"),
+        ("trainer.limit_train_batches=0.00001", "limit_train_batches"),
+        ("trainer.val_check_interval=0", "trainer.val_check_interval=0"),
+        ("~optimizer", "optimizer is missing"),
+        ("~beta", "beta"),
+        ("~hydra={}", "~hydra=... deletes hydra only if that is its value"),
+        ("data.batch_size=???", "data.batch_size=\\?\\?\\? is no value"),
+        ("trainer=null", "string"),
+        ("name=${nothing}", "nothing"),
+        ("beta=[1", "beta=\\[1"),
+        ("beta", "beta"),
+        ("resume=nowhere", "resume: nowhere"),
+        ("resume=data", "resume: data .*config.yaml"),
+        ("resume=run trainer.steps_per_batch=7", "resume: trainer.steps_per_batch=7 cannot change"),
+        ("resume=run model.latent_dim=7", "resume: model.latent_dim=7 cannot change"),
+        ("resume=run model=conv", "resume: model=conv cannot change"),
+        ("resume=run trainer.max_epochs=1", "max_epochs=1"),
+    ],
+)
+def test_training_refuses(place, mistake, said):
+    sentence = refused(place, "train.py", *(TINY if "resume" not in mistake else []), *mistake.split())
+    assert re.search(said, sentence), sentence
+
+
+@pytest.mark.parametrize(
+    ("script", "mistake", "said"),
+    [
+        ("sample", "n=0", "n=0 .*from 1 up"),
+        ("sample", "n=many", "n=many"),
+        ("sample", "temperature=-1", "temperature=-1"),
+        ("sample", "out=/proc/nowhere/x.png", "out: .*/proc/nowhere"),
+        ("sample", "out=x.nope", "out=x.nope is invalid: expected a name that ends in .png, .jpg"),
+        ("sample", "out=x.svg", "out=x.svg is invalid: expected a name that ends in .png, .jpg"),
+        ("traverse", "out=x.gif", "out=x.gif is invalid: .* .tiff, .pdf, .svg"),
+        ("sample", "ckpt=nowhere", "ckpt: nowhere does not exist"),
+        ("sample", "ckpt=data", "ckpt: data is a folder"),
+        ("sample", "nn=3", "nn is not a setting; did you mean n?"),
+        ("results", "folder=x", "folder is not a setting; `--help` and `--cfg job` show all settings"),
+        ("sample", "ckpt=null runs=data", "no finished run under data"),
+        ("interpolate", "digits=[3,12]", "digits=\\[3, 12\\]"),
+        ("interpolate", "digits=[3]", "digits=\\[3\\]"),
+        ("interpolate", "images=[1,2] rows=3", "rows=3 goes without images"),
+        ("interpolate", "images=[1,10000]", "images=\\[1, 10000\\] .*9999"),
+        ("traverse", "image=10000", "image=10000 .*9999"),
+        ("manifold", "size=8", "latent_dim=2"),
+        ("reconstruct", "n=0", "n=0"),
+    ],
+)
+def test_scripts_refuse(place, script, mistake, said):
+    ckpt = [] if script == "results" else ["ckpt=run"]
+    sentence = refused(place, f"scripts/{script}.py", *ckpt, *mistake.split())
+    assert re.search(said, sentence), sentence
+
+
+class Attack:
+    """What a pickle that runs code looks like."""
+
+    def __init__(self, target: Path):
+        self.target = target
+
+    def __reduce__(self):
+        return Path.touch, (self.target,)
+
+
+def broken_checkpoints(good: Path, folder: Path, victim: Path) -> dict[str, str]:
+    """Files made in `folder`, by name, and what is said of each."""
+    whole, content = good.read_bytes(), torch.load(good, weights_only=True)
+
+    def saved(name: str, **changes) -> None:
+        torch.save(content | changes, folder / name)
+
+    (folder / "empty").touch()
+    (folder / "text").write_text("these are not weights")
+    (folder / "truncated").write_bytes(whole[: len(whole) // 2])
+    # In the middle of the weights, where torch.load alone sees nothing.
+    middle = whole.index(content["state_dict"]["vae.encoder.1.weight"].numpy().tobytes()) + 1000
+    (folder / "flipped").write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+    torch.save({"state_dict": {"w": torch.zeros(3)}, "epoch": 3}, folder / "others")
+    torch.save(torch.zeros(3), folder / "tensor")
+    saved("list", hyper_parameters=[1])
+    saved("number", datamodule_hyper_parameters=5)
+    saved("newer", betavae_format=checkpoint.FORMAT + 1)
+    saved("older", betavae_format=checkpoint.FORMAT - 1)
+    settings = content["hyper_parameters"]
+    for name, change in {
+        "shapes": {"latent_dim": 7},
+        "huge": {"latent_dim": 10**9},
+        "network": {"network": "os.system"},
+        "target": {"_target_": "os.system", "command": f"touch {victim}"},
+        "deep": {"network": "resnet", "blocks": 10**9},
+    }.items():
+        saved(name, hyper_parameters=settings | {"model": settings["model"] | change})
+    wide = settings["model"] | {"hidden_dims": [10_000]}
+    weights = {f"vae.{key}": torch.zeros(1).expand(shape) for key, shape in checkpoint.model_shapes(wide, 100).items()}
+    saved("strides", hyper_parameters=settings | {"model": wide}, state_dict=weights)
+    data = content["datamodule_hyper_parameters"] | {"name": "folder", "root": str(folder), "image_size": 10**6}
+    saved("pictures", datamodule_hyper_parameters=data)
+    torch.save(content | {"attack": Attack(victim)}, folder / "pickle")
+    (folder / "bare_pickle").write_bytes(pickle.dumps(Attack(victim)))
+    torch.save(Attack(victim), folder / "old_format", _use_new_zipfile_serialization=False)
+    with zipfile.ZipFile(folder / "bomb", "w", zipfile.ZIP_DEFLATED) as bomb, zipfile.ZipFile(good) as archive:
+        for part in archive.namelist():
+            bomb.writestr(
+                part, archive.read(part) if "/data/" not in part else bytes(300_000_000 if part.endswith("/0") else 8)
+            )
+    return {
+        **dict.fromkeys(("empty", "text", "truncated", "bare_pickle", "old_format", "pickle"), "damaged or not a"),
+        "flipped": "Bad CRC",
+        **dict.fromkeys(("others", "tensor", "list", "number"), "not one of betavae"),
+        "newer": f"this betavae reads format {checkpoint.FORMAT}; update betavae",
+        "older": "; train the model again",
+        **dict.fromkeys(("shapes", "huge"), "do not fit"),
+        "network": "model.network=os.system",
+        "target": "_target_",
+        "bomb": "unpacks to more",
+        "deep": "fewer than its settings ask for",
+        "strides": "more memory than its size allows",
+        "pictures": "data.image_size=1000000 is not the size",
+    }
+
+
+def test_a_checkpoint_that_is_broken_or_hostile(place, tmp_path):
+    victim = tmp_path / "victim"
+    for name, said in broken_checkpoints(place / "run" / "checkpoints" / "best.ckpt", tmp_path, victim).items():
+        sentence = refused(place, "scripts/sample.py", f"ckpt={tmp_path / name}")
+        assert said in sentence and str(tmp_path / name) in sentence, (name, sentence)
+        assert not victim.exists(), name
+        # The same as the last checkpoint of a run that is to go on.
+        copy = tmp_path / f"run_{name}"
+        shutil.copytree(place / "run", copy)
+        interrupt(copy)
+        shutil.copy(tmp_path / name, copy / "checkpoints" / "last.ckpt")
+        before = contents(copy)
+        sentence = refused(place, "train.py", f"resume={copy}")
+        assert said in sentence and "last.ckpt" in sentence and contents(copy) == before, (name, sentence)
+        assert not victim.exists(), name
+
+
+def test_every_flipped_bit_is_harmless_or_seen(place, tmp_path):
+    """At 300 places all over the file."""
+    good = place / "run" / "checkpoints" / "best.ckpt"
+    whole = good.read_bytes()
+    expected = checkpoint.load(str(good), "").vae.state_dict()
+    seen = 0
+    for number in range(300):
+        at = number * len(whole) // 300
+        (tmp_path / "x").write_bytes(whole[:at] + bytes([whole[at] ^ 16]) + whole[at + 1 :])
+        try:
+            state = checkpoint.load(str(tmp_path / "x"), "").vae.state_dict()
+        except UserError:
+            seen += 1
+            continue
+        assert all(torch.equal(state[key], expected[key]) for key in expected)
+    assert seen > 200
+
+
+def test_a_config_that_is_hostile(place, tmp_path):
+    victim = tmp_path / "victim"
+    for number, text in enumerate(
+        (
+            f"model: !!python/object/apply:os.system ['touch {victim}']",
+            f"trainer: {{max_epochs: '${{run_dir:null,{victim}}}'}}",
+            f"model: {{_target_: os.system, command: 'touch {victim}'}}",
+            "model: [",
+            "- 1",
+        )
+    ):
+        copy = tmp_path / f"run{number}"
+        shutil.copytree(place / "run", copy)
+        interrupt(copy)
+        (copy / "config.yaml").write_text(text + "\n")
+        assert "config.yaml" in refused(place, "train.py", f"resume={copy}")
+        assert not victim.exists()
+
+
+@pytest.mark.parametrize("damage", ["", "model: [", "- 1", "model: {}\ntrainer: {}\nresume: null\n", "a: 1\n"])
+def test_a_damaged_config_is_said_to_be(place, tmp_path, damage):
+    copy = tmp_path / "run"
+    shutil.copytree(place / "run", copy)
+    interrupt(copy)
+    (copy / "config.yaml").write_text(damage)
+    assert "config.yaml" in refused(place, "train.py", f"resume={copy}")
+
+
+def test_without_asserts_a_damaged_config_is_said_to_be_all_the_same(place, tmp_path):
+    """`python -O`."""
+    copy = tmp_path / "run"
+    shutil.copytree(place / "run", copy)
+    interrupt(copy)
+    (copy / "config.yaml").write_text("- 1\n")
+    before = contents(copy)
+    text = fresh("-O", str(REPO / "train.py"), f"resume={copy}", cwd=place, code=1)
+    assert text == refused(place, "train.py", f"resume={copy}") and "it holds a list, not a dict" in text
+    assert contents(copy) == before
+
+
+def test_an_interpolation_in_a_config_is_never_resolved(place, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(place / "run", copy)
+    text = (copy / "config.yaml").read_text()
+    hostile = {"name:": f"name: ${{run_dir:null,{tmp_path}/victim}}", "  precision:": "  precision: ${oc.env:HOME}"}
+    for key, line in hostile.items():
+        interrupt(copy)
+        (copy / "config.yaml").write_text(re.sub(f"(?m)^{key}.*", line, text))
+        if key == "name:":
+            run(f"resume={copy}", "trainer.max_epochs=3", cwd=place)
+            assert line in (copy / "config.yaml").read_text()
+        else:
+            assert "precision=${oc.env:HOME} " in refused(place, "train.py", f"resume={copy}")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def interrupt(run_folder: Path) -> None:
+    """As if it had been killed before its end."""
+    metrics = run_folder / "metrics.json"
+    metrics.write_text(metrics.read_text().replace('"finished"', '"running"'))
+
+
+def test_a_checkpoint_cannot_choose_where_data_are_written(place, tmp_path):
+    content = torch.load(place / "run" / "checkpoints" / "best.ckpt", weights_only=True)
+    content["datamodule_hyper_parameters"]["root"] = str(tmp_path / "climbed")
+    torch.save(content, tmp_path / "x.ckpt")
+    arguments = (f"ckpt={tmp_path / 'x.ckpt'}", f"out={tmp_path / 'x.png'}")
+    run(*arguments, cwd=place, script="scripts/reconstruct.py")
+    assert (tmp_path / "x.png").exists() and not (tmp_path / "climbed").exists()
+
+
+def test_data_files_that_are_harmed(data_root, tmp_path):
+    name = "train-images-idx3-ubyte"
+    whole = (Path(data_root) / "MNIST" / "raw" / name).read_bytes()
+    shutil.copytree(Path(data_root) / "MNIST", tmp_path / "MNIST")
+    file = tmp_path / "MNIST" / "raw" / name
+    flipped = whole[:7] + b"\x07" + whole[8:]
+    for harmed in (b"", whole[:100_000], whole[:-1], flipped, pickle.dumps(Attack(tmp_path / "v"))):
+        file.write_bytes(harmed)
+        with pytest.raises(UserError, match=str(tmp_path)):
+            mnist(tmp_path, "train")
+    assert not (tmp_path / "v").exists()
+    # What is missing comes back.
+    file.unlink()
+    (file.parent / "train-labels-idx1-ubyte").unlink()
+    assert mnist(tmp_path, "train").pixels.shape == (60_000, 1, 28, 28)
+
+
+@pytest.mark.parametrize("kind", ["lzma", "claim", "parquet"])
+def test_small_files_of_data_that_claim_too_much(place, tmp_path, kind):
+    """By compression without a limit, by a shape of more bytes than there are, and by runs of one value."""
+    if kind == "parquet":
+        pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        columns = {name: pyarrow.array(np.zeros(10**6, np.float32)) for name in ("name", "mean_0", "mean_1", "mean_2")}
+        parquet.write_table(pyarrow.table(columns), tmp_path / "x.parquet", compression="zstd")
+    else:
+        method, count = (zipfile.ZIP_LZMA, 10**6) if kind == "lzma" else (zipfile.ZIP_DEFLATED, 10**14)
+        with zipfile.ZipFile(tmp_path / "x.npz", "w", method) as file:
+            for name, shape in (
+                ("images", (count, 4, 2)),
+                ("mean", (count, 3)),
+                ("names", (count,)),
+                ("imgs", (count, 8, 8)),
+            ):
+                header = io.BytesIO()
+                dtype = {"mean": "<f4", "names": "<U1"}.get(name, "|u1")
+                np.lib.format.write_array_header_1_0(header, {"descr": dtype, "fortran_order": False, "shape": shape})
+                file.writestr(f"{name}.npy", header.getvalue() + bytes(10**6 * 16 if kind == "lzma" else 1000))
+    path = next(tmp_path.iterdir())
+    assert path.stat().st_size < 50_000
+    assert str(path) in refused(place, "scripts/decode.py", "ckpt=run", f"latents={path}")
+    if kind != "parquet":
+        assert str(path) in refused(place, "scripts/encode.py", "ckpt=run", f"images={path}")
+        assert str(path) in refused(place, "train.py", "data=arrays", f"data.root={path}")
+        shutil.copy(path, tmp_path / DSPRITES)
+        assert DSPRITES in refused(place, "train.py", "data=dsprites", f"data.root={tmp_path}")
+
+
+def test_as_a_shell_sees_it(place):
+    """A mistake, and the same with its traceback."""
+    before = contents(place)
+    mistake = fresh(str(REPO / "train.py"), "model.latent_dim=0", "runs=new", cwd=place, code=1)
+    assert mistake.startswith("error: ") and mistake.count("\n") == 1
+    debug = run("model.latent_dim=0", "debug=true", "runs=new", cwd=place, code=1)
+    assert "Traceback" in debug and "model.latent_dim=0" in debug
+    assert contents(place) == before
+
+
+def test_a_bug_of_ours_shows_its_traceback(place):
+    def prepare():
+        from betavae.module import VAEModule
+
+        VAEModule.training_step = lambda *args: {}["bug"]
+
+    text = run(*TINY, "hydra.run.dir=bug", cwd=place, prepare=prepare, code=1)
+    assert "Traceback" in text and "KeyError: 'bug'" in text
+    assert '"status": "failed"' in (place / "bug" / "metrics.json").read_text()
+    shutil.rmtree(place / "bug")
+
+
+def test_images_and_labels_that_are_not_there(place):
+    text = refused(place, "scripts/encode.py", "ckpt=run", "images=folder")
+    assert "folder" in text and "No such file" in text
+    text = refused(place, "scripts/detect.py", "ckpt=run", "inliers=[cat]")
+    assert "inliers=['cat'] cannot be" in text and "labels here: 0, 1, 2" in text

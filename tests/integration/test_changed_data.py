@@ -1,0 +1,182 @@
+"""Reject changed data wherever a checkpoint meets them: images that a model has seen never count as unseen."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from betavae.data.fingerprint import BLOCK_BYTES, MAX_HASHED_BYTES, fingerprint
+from betavae.data.image_set import ImageSet
+from betavae.errors import UserError
+from betavae.runtime import checkpoint
+from tests.commands import TINY, run
+
+SPLITS = ("train", "validation", "test")
+PIXELS = np.random.default_rng(0).integers(0, 256, (300, 8, 8), np.uint8)
+COUNTS = ["data.test_size=60", "data.validation_size=60"]
+EVALUATE = ["ckpt=run", "probes=false", "k=2", "folder=out"]
+SHARES = ["data.test_size=0.2", "data.validation_size=0.2"]
+
+
+def write_pictures(folder, pixels):
+    folder.mkdir()
+    for i, image in enumerate(pixels):
+        Image.fromarray(image).save(folder / f"{i:03}.png")
+
+
+def write_array(path, pixels):
+    np.save(path, pixels)
+
+
+def append(folder):
+    for i, image in enumerate(255 - PIXELS[:60]):
+        Image.fromarray(image).save(folder / f"new{i}.png")
+
+
+def delete(folder):
+    for path in sorted(folder.iterdir())[:50]:
+        path.unlink()
+
+
+def rename(folder):
+    (folder / "000.png").rename(folder / "first.png")
+
+
+def replace(folder):
+    Image.fromarray(255 - PIXELS[7]).save(folder / "007.png")
+
+
+def swap(folder):
+    """Reorder: each name has another picture."""
+    paths = sorted(folder.iterdir())
+    contents = [path.read_bytes() for path in paths]
+    for path, content in zip(paths, contents[::-1], strict=True):
+        path.write_bytes(content)
+
+
+ARRAY_CHANGES = {
+    "append": np.concatenate((PIXELS, 255 - PIXELS[:60])),
+    "delete": PIXELS[50:],
+    "replace": np.concatenate((255 - PIXELS[:1], PIXELS[1:])),
+    "reorder": PIXELS[::-1],
+    "same_number": np.concatenate((PIXELS[1:], PIXELS[:1])),
+}
+CHANGES = [("arrays", COUNTS, name, lambda path, x=x: write_array(path, x)) for name, x in ARRAY_CHANGES.items()]
+CHANGES += [("folder", SHARES, change.__name__, change) for change in (append, delete, rename, replace, swap)]
+CHANGES += [("folder", COUNTS, "delete_count", delete)]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Folders, each with images and a run on them, by the source and its way to split."""
+    places = {}
+
+    def make(source, sizes):
+        if (source, sizes[0]) not in places:
+            place = places[source, sizes[0]] = tmp_path_factory.mktemp(source)
+            if source == "arrays":
+                write_array(place / "x.npy", PIXELS)
+                settings = ["data=arrays", "data.root=x.npy"]
+            else:
+                write_pictures(place / "x", PIXELS)
+                settings = ["data=folder", "data.root=x", "data.image_size=8", "data.channels=1"]
+            quick = ["data.batch_size=20", "trainer.max_epochs=1", "callbacks.figures_every=0", "hydra.run.dir=run"]
+            run(*TINY, *settings, *sizes, *quick, cwd=place)
+        return places[source, sizes[0]]
+
+    return make
+
+
+@pytest.mark.parametrize(("source", "sizes", "name", "change"), CHANGES, ids=[c[2] + "_" + c[0] for c in CHANGES])
+def test_a_changed_split_is_rejected_and_an_unchanged_one_is_not(
+    trained, tmp_path, monkeypatch, source, sizes, name, change
+):
+    place = tmp_path / "place"
+    shutil.copytree(trained(source, sizes), place)
+    monkeypatch.chdir(place)
+    model = checkpoint.load("run")
+    root = "x.npy" if source == "arrays" else "x"
+    before = {split: model.subset(split) for split in SPLITS}
+    change(place / root)
+    datamodule = model.datamodule()
+    datamodule.setup()
+    changed = []
+    for split in SPLITS:
+        now = datamodule.splits[split]
+        same = now.names == before[split].names and torch.equal(now.tensor(), before[split].pixels)
+        if same:
+            assert torch.equal(model.subset(split).pixels, before[split].pixels)
+            continue
+        changed.append(split)
+        with pytest.raises(UserError, match=rf"^{root}: the {split} images have changed since run/checkpoints/"):
+            model.images(split)
+    assert changed, "this change changes nothing"
+
+    text = run(*EVALUATE, cwd=place, script="scripts/evaluate.py", code=int("test" in changed))
+    assert ("the test images have changed since" in text) == ("test" in changed)
+    text = run("resume=run", "trainer.max_epochs=2", cwd=place, code=1)
+    assert text.startswith(f"error: resume: {root}: the {', '.join(changed)} images have changed since this run")
+    assert text.count("\n") == 1
+    assert checkpoint.read_checkpoint(place / "run" / "checkpoints" / "last.ckpt")["epoch"] == 0
+
+
+@pytest.mark.parametrize(
+    ("source", "sizes", "write"), [("arrays", COUNTS, write_array), ("folder", SHARES, write_pictures)]
+)
+def test_the_same_images_elsewhere_are_the_same_data(trained, tmp_path, source, sizes, write):
+    shutil.copytree(trained(source, sizes), tmp_path / "place")
+    elsewhere = tmp_path / ("y.npy" if source == "arrays" else "y")
+    write(elsewhere, PIXELS)
+    run(*EVALUATE, f"data_root={elsewhere}", cwd=tmp_path / "place", script="scripts/evaluate.py")
+    run("resume=run", "trainer.max_epochs=2", f"data.root={elsewhere}", cwd=tmp_path / "place")
+
+
+def test_every_script_that_looks_at_the_models_data_rejects_changed_ones(trained, tmp_path):
+    place = tmp_path / "place"
+    shutil.copytree(trained("arrays", COUNTS), place)
+    np.save(place / "other.npy", PIXELS[:5])
+    run("ckpt=run", "images=other.npy", "alarm=0.05", cwd=place, script="scripts/detect.py")
+    kept = run("ckpt=run", "sampler=gaussian", cwd=place, script="scripts/sample.py")
+    write_array(place / "x.npy", ARRAY_CHANGES["append"])
+    for script, *words in [
+        ("evaluate", "k=2"),
+        ("fidelity", "n=10"),
+        ("disentanglement",),
+        ("detect", "images=test"),
+        ("detect", "images=validation"),
+        ("encode", "images=test"),
+        ("reconstruct", "images=train"),
+        ("compress", "images=test"),
+        ("interpolate", "images=[0,1]"),
+        ("traverse",),
+        ("explore", "browser=false"),
+        ("sample", "sampler=mixture"),
+        ("sample", "sampler=gaussian", "digit=0"),
+    ]:
+        text = run("ckpt=run", *words, cwd=place, script=f"scripts/{script}.py", code=1)
+        assert "images have changed since run/checkpoints/" in text and text.count("\n") == 1, script
+    # What was fitted to the data of the training, before they changed, is still that.
+    run("ckpt=run", "images=other.npy", "alarm=0.05", cwd=place, script="scripts/detect.py")
+    assert run("ckpt=run", "sampler=gaussian", cwd=place, script="scripts/sample.py") == kept
+
+
+def test_a_fingerprint_of_a_large_set_reads_blocks_from_its_start_to_its_end():
+    class Counted:
+        shape = (10**7, 1, 32, 32)  # 10 GB
+        changed, rows = -1, 0
+
+        def index_select(self, dim, index):
+            self.rows += len(index)
+            return (index == self.changed).to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 32, 32)
+
+    def of(**changes):
+        pixels = Counted()
+        vars(pixels).update(changes)
+        return fingerprint(ImageSet(pixels, torch.zeros(1))), pixels.rows * 1024
+
+    before, read = of()
+    assert MAX_HASHED_BYTES / 2 < read <= MAX_HASHED_BYTES + BLOCK_BYTES
+    assert all(of(changed=row)[0] != before for row in (0, 10**7 - 1))
+    assert of(shape=(10**7 + 1, 1, 32, 32))[0] != before

@@ -1,0 +1,213 @@
+"""What is only displayed never fails a run, and comes after the numbers."""
+
+import json
+import os
+import re
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from betavae import plotting
+from betavae.module import VAEModule
+from betavae.runtime.loggers import TensorBoard
+from betavae.runtime.training import TrainingRun
+from tests.commands import TINY, Child, run
+
+SMALL = [*TINY, "data=arrays", "data.root=images.npy", "data.test_size=9", "data.validation_size=10"]
+SMALL += ["data.batch_size=10", "callbacks.figures_every=2", "hydra.run.dir=run"]
+
+
+def images(folder: Path, *shape: int) -> None:
+    np.save(folder / "images.npy", np.random.default_rng(0).integers(0, 256, (60, *shape), dtype=np.uint8))
+
+
+def record(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("shape", "settings", "tile"),
+    [
+        ((10, 8), [], 10),
+        ((3, 5, 9), ["trainer.precision=64-true"], 9),
+        ((7, 1), ["trainer.precision=bf16-true", "model.latent_dim=2"], 7),
+        ((1, 1), ["model.likelihood=logistic_mixture"], 1),
+        ((2, 1500), ["data.test_size=40"], 585),  # 7 in a row
+    ],
+)
+def test_every_shape_and_precision_is_drawn(tmp_path, shape, settings, tile):
+    images(tmp_path, *shape)
+    text = run(*SMALL, *settings, cwd=tmp_path)
+    assert "warning" not in text.lower(), text
+    assert record(tmp_path / "run")["status"] == "finished"
+    names = {"samples", "reconstructions", "traversal"} | ({"manifold"} if "model.latent_dim=2" in settings else set())
+    assert {path.stem for path in (tmp_path / "run" / "figures").iterdir()} == names
+    sprite = Image.open(tmp_path / "run" / "projector" / "posterior_means" / "sprite.png")
+    assert sprite.size == (tile * (7 if tile == 585 else 3),) * 2 and max(sprite.size) <= 8192
+    sizes = re.findall(r"single_image_dim: (\d+)", (tmp_path / "run" / "projector_config.pbtxt").read_text())
+    assert sizes == [str(tile)] * 2
+
+
+def no_matplotlib() -> None:
+    for name in [name for name in sys.modules if name.startswith("matplotlib")]:
+        del sys.modules[name]
+    sys.modules["matplotlib"] = None  # type: ignore[assignment]
+
+
+def no_memory() -> None:
+    def traversal(*args: Any) -> Any:
+        raise RuntimeError("CUDA out of memory\nmore")
+
+    plotting.traversal = traversal
+
+
+def no_network() -> None:
+    def fail(*args: Any) -> None:
+        raise ConnectionError("no route to host")
+
+    TensorBoard.log_image_grid = TensorBoard.log_final_metrics = TensorBoard.finish = fail  # type: ignore[method-assign]
+
+
+def no_folder() -> None:
+    def begun(*args: Any) -> None:
+        Path("run/figures").write_text("a file of that name")
+        real(*args)
+
+    real, TrainingRun.fit = TrainingRun.fit, begun  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        (no_matplotlib, ["sending pictures to TensorBoard", "drawing the embedding projector"]),
+        (no_memory, ["drawing pictures of the model failed (RuntimeError: CUDA out of memory)"]),
+        (
+            no_network,
+            ["sending pictures to TensorBoard failed (ConnectionError: no route to host)", "test numbers", "closing"],
+        ),
+        (no_folder, ["writing pictures to run/figures failed"]),
+    ],
+)
+def test_a_failure_is_one_warning(tmp_path, broken, said):
+    images(tmp_path, 6, 6)
+    text = run(*SMALL, cwd=tmp_path, prepare=broken)
+    warnings = [line for line in text.splitlines() if "warning" in line]
+    assert len(warnings) == len(said), text
+    for line, words in zip(warnings, said, strict=True):
+        assert line.startswith("warning: ") and words in line and line.endswith("the run is not affected")
+    assert "Traceback" not in text and "next  " in text
+    assert "Traceback" in (tmp_path / "run" / "train.log").read_text()
+    found = record(tmp_path / "run")
+    assert found["status"] == "finished" and found["test"]["neg_elbo"] > 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_the_numbers_come_before_the_pictures(tmp_path, number):
+    """Stopped while the last pictures are drawn; then drawn by the line that goes on, in a sweep by its command."""
+    images(tmp_path, 6, 6)
+
+    def die() -> None:
+        def tiles(*args: Any) -> Any:
+            os.kill(os.getpid(), number)
+            return real(*args)
+
+        real, plotting.tiles = plotting.tiles, tiles
+
+    commands = {"a run": ([*SMALL[:-1], "hydra.run.dir='a run'"], ["resume='a run'"])}
+    commands["sweep"] = (["-m", *SMALL[:-1], "beta=1", "hydra.sweep.dir=sweep"],) * 2
+    tests = []
+    for name, (command, again) in commands.items():
+        child = Child(*command, cwd=tmp_path, prepare=die)
+        assert child.wait() == (130 if number == signal.SIGINT else -number), child.text
+        assert name == "sweep" or number == signal.SIGKILL or child.text.endswith("train.py 'resume=a run'\n")
+        (folder,) = (path.parent for path in (tmp_path / name).rglob("metrics.json"))
+        stopped = record(folder)
+        assert stopped["status"] == "finished" and not (folder / "projector").exists()
+        assert "epoch " not in run(*again, cwd=tmp_path) and (folder / "projector").exists()
+        assert record(folder)["test"] == stopped["test"]
+        drawn = (folder / "figures" / "samples.png").stat().st_mtime_ns
+        assert "is finished" in run(*again, cwd=tmp_path)
+        assert (folder / "figures" / "samples.png").stat().st_mtime_ns == drawn
+        tests.append(stopped["test"])
+    assert tests[0] == tests[1]
+
+
+def fails_at(hook: str) -> Any:
+    def fail(*args: Any) -> None:
+        raise RuntimeError("not today")
+
+    return lambda: setattr(VAEModule, hook, fail)
+
+
+@pytest.mark.parametrize("hook", ["on_fit_end", "test_step"])
+def test_a_retry_keeps_what_was_trained(tmp_path, hook):
+    """A job of a sweep that failed after its training is tested by the same command, and not trained again."""
+    images(tmp_path, 6, 6)
+    command = ["-m", *SMALL[:-1], "beta=2", "hydra.sweep.dir=sweep"]
+    text = run(*command, cwd=tmp_path, prepare=fails_at(hook), code=1)
+    assert "failed: RuntimeError: not today" in text and "epoch   4/4" in text
+    (folder,) = (path.parent for path in (tmp_path / "sweep").glob("*/metrics.json"))
+    trained = (folder / "checkpoints" / "last.ckpt").stat()
+    assert "epoch " not in run(*command, cwd=tmp_path)
+    assert record(folder)["status"] == "finished"
+    kept = (folder / "checkpoints" / "last.ckpt").stat()
+    assert (kept.st_ino, kept.st_mtime_ns) == (trained.st_ino, trained.st_mtime_ns)
+
+
+@pytest.mark.parametrize("where", ["training", "drawing"])
+def test_a_retry_that_cannot_begin_keeps_the_checkpoint(tmp_path, where):
+    """Data that are away for a while cost no training."""
+    images(tmp_path, 6, 6)
+    command = ["-m", *SMALL[:-1], "beta=2", "hydra.sweep.dir=sweep"]
+
+    def die(*args: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def prepare() -> None:
+        if where == "drawing":
+            plotting.tiles = die
+            return
+        real = VAEModule.training_step
+        step = lambda self, *args: real(self, *args) if self.global_step < 9 else die()  # noqa: E731
+        VAEModule.training_step = step  # type: ignore[method-assign,assignment]
+
+    assert Child(*command, cwd=tmp_path, prepare=prepare).wait() == -signal.SIGKILL
+    (tmp_path / "images.npy").rename(tmp_path / "away.npy")
+    assert "failed: " in run(*command, cwd=tmp_path, code=1)
+    (tmp_path / "away.npy").rename(tmp_path / "images.npy")
+    text = run(*command, cwd=tmp_path)
+    assert "epoch   1/4" not in text and ("epoch " in text) == (where == "training")
+
+
+def test_a_retry_of_a_job_with_a_damaged_record_keeps_the_checkpoint(tmp_path):
+    images(tmp_path, 6, 6)
+    command = ["-m", *SMALL[:-1], "beta=2", "hydra.sweep.dir=sweep"]
+    run(*command, cwd=tmp_path)
+    (folder,) = (path.parent for path in tmp_path.glob("sweep/*/metrics.json"))
+    trained = (folder / "checkpoints" / "last.ckpt").stat()
+    (folder / "metrics.json").write_text("{")
+    assert "epoch " not in run(*command, cwd=tmp_path)
+    kept = (folder / "checkpoints" / "last.ckpt").stat()
+    assert (kept.st_ino, kept.st_mtime_ns) == (trained.st_ino, trained.st_mtime_ns)
+    assert record(folder)["status"] == "finished"
+
+
+def test_a_retry_of_a_job_that_failed_in_training_begins_again(tmp_path):
+    images(tmp_path, 6, 6)
+    command = ["-m", *SMALL[:-1], "beta=2", "hydra.sweep.dir=sweep"]
+
+    def fail_later() -> None:
+        def step(self: VAEModule, *args: Any) -> Any:
+            if self.global_step == 9:
+                raise RuntimeError("not today")
+            return real(self, *args)
+
+        real, VAEModule.training_step = VAEModule.training_step, step  # type: ignore[method-assign]
+
+    assert "epoch   1/4" in run(*command, cwd=tmp_path, prepare=fail_later, code=1)
+    assert "epoch   1/4" in run(*command, cwd=tmp_path)

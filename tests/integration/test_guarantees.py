@@ -1,0 +1,141 @@
+"""What a run and a sweep promise where something is not as it should be: tried on whole commands."""
+
+import json
+import re
+import signal
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+
+from betavae.data.datamodule import ImageDataModule
+from betavae.module import VAEModule
+from tests.commands import REPO, TINY, Child, run, started
+from tests.conftest import DATA, MODULE
+
+
+def record(folder):
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def test_a_sweep_over_data_folders_and_one_whose_defaults_have_changed(tmp_path, data_root, new_clone):
+    clone = new_clone()
+    other = tmp_path / "other"
+    other.symlink_to(data_root)
+    words = ["-m", *TINY, "trainer.max_epochs=1", f"data.root={data_root},{other}", "hydra.sweep.dir=sweep"]
+    clone.run("train.py", *words)
+    jobs = [path for path in (clone.folder / "sweep").iterdir() if path.is_dir()]
+    assert len(jobs) == 2 and all(record(job)["status"] == "finished" for job in jobs)
+    assert "is finished already" in clone.run("train.py", *words)
+    optimizer = clone.folder / "configs" / "optimizer" / "adam.yaml"
+    optimizer.write_text(optimizer.read_text().replace("lr: 1.0e-3", "lr: 2.0e-3"))
+    before = {job: (job / "metrics.json").read_bytes() for job in jobs}
+    text = clone.run("train.py", *words, code=1)
+    assert "holds a job with optimizer.lr=0.001, and this one optimizer.lr=0.002" in text
+    assert before == {job: (job / "metrics.json").read_bytes() for job in jobs}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("+trainer.logger=csv", "trainer.logger is not a setting: this project sets it itself"),
+        ("+trainer.callbacks=[x]", "trainer.callbacks is not a setting"),
+        (
+            "callbacks.early_stopping_patience=2 data.validation_size=0",
+            "data.validation_size=0 leaves no validation images",
+        ),
+        ("callbacks.monitor=loss data.validation_size=0", "callbacks.monitor=loss is invalid: this run never"),
+        ("trainer.gradient_clip_val=0", "trainer.gradient_clip_val=0 clips nothing"),
+        ("model.hidden_dims=[2000000,2000000]", "does not fit into memory"),
+        ("trainer.precision=16-mixed trainer.accelerator=cpu", "needs a GPU"),
+        ("hydra.run.dir=new/run data.validation_size=100000", "data.validation_size=100000"),
+        ("hydra.run.dir='new/a run' beta=-1", "beta=-1"),
+        ("trainer.gradient_clip_algorithm=value", "needs trainer.gradient_clip_val"),
+        ("objective=dreg objective.resample=5", "objective.resample=5 is invalid: expected null or fewer than"),
+        ("+objective.num_train_images=10", "objective.num_train_images is not a setting"),
+        ("data=sprites data.validation_size=100", "data.validation_size=100 is invalid: expected null or 0"),
+    ],
+)
+def test_no_setting_is_taken_and_ignored(tmp_path, data_root, words, said):
+    text = run(*TINY, f"data.root={data_root}", *re.split(r" (?=\S+=)", words), cwd=tmp_path, code=1)
+    assert text.startswith("error: ") and said in text and text.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_sigterm_before_the_first_step_is_answered(tmp_path):
+    process = started(str(REPO / "train.py"), *TINY, cwd=tmp_path)
+    maps = Path(f"/proc/{process.pid}/maps")
+    while "libtorch_python" not in maps.read_text():  # until it is in the middle of its imports
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    text = process.communicate(timeout=60)[0]
+    assert process.returncode == 143 and "stopped" in text and "Traceback" not in text, text
+    assert not list(tmp_path.glob("runs/*/metrics.json"))
+
+
+def test_ctrl_c_in_the_test_ends_with_its_own_status(tmp_path, data_root):
+    def interrupt() -> None:
+        import os
+
+        real = VAEModule.test_step
+
+        def test_step(self, batch, batch_idx):
+            os.kill(os.getpid(), signal.SIGINT)
+            return real(self, batch, batch_idx)
+
+        VAEModule.test_step = test_step  # type: ignore[method-assign]
+
+    child = Child(*TINY, f"data.root={data_root}", "hydra.run.dir=run", cwd=tmp_path, prepare=interrupt)
+    assert child.wait() == 130, child.text
+    assert record(tmp_path / "run")["status"] == "interrupted" and "resume=run" in child.text
+    run("resume=run", cwd=tmp_path)
+    assert record(tmp_path / "run")["status"] == "finished"
+
+
+def trainer(**settings):
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    return L.Trainer(accelerator="cpu", num_sanity_val_steps=0, **quiet, **settings)
+
+
+def test_validation_and_test_weigh_with_the_full_beta_wherever_its_schedule_is(data_root):
+    settings = {"beta": 8.0, "beta_schedule": {"name": "linear", "warmup": 1.0}}
+    module, data = VAEModule(**MODULE | settings), ImageDataModule(**DATA | {"root": data_root})
+
+    class Stop(L.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            trainer.should_stop = trainer.global_step >= 4
+
+    ended = trainer(max_epochs=50, min_steps=1, limit_train_batches=10, limit_val_batches=1, callbacks=[Stop()])
+    ended.fit(module, data)
+    assert 0 < module.current_beta() < 1
+    found = dict(ended.callback_metrics)
+    ended.test(module, data, verbose=False)
+    found |= ended.callback_metrics
+    for split in ("val", "test"):
+        loss, recon, kl = (found[f"{split}/{name}"].item() for name in ("loss", "recon", "kl"))
+        assert loss == pytest.approx(recon + 8 * kl, rel=1e-5)
+
+
+def test_overfitting_sees_the_same_batches_in_every_epoch(data_root):
+    seen = []
+
+    class Watched(VAEModule):
+        def training_step(self, batch, batch_idx):
+            seen.append(batch[0].sum().item())
+            return super().training_step(batch, batch_idx)
+
+    data = ImageDataModule(**DATA | {"root": data_root})
+    trainer(max_epochs=3, overfit_batches=2).fit(Watched(**MODULE), data)
+    assert len(seen) == 6 and seen[:2] == seen[2:4] == seen[4:] and seen[0] != seen[1]
+    seen.clear()
+    trainer(max_epochs=2, limit_train_batches=2).fit(Watched(**MODULE), data)
+    assert seen[:2] != seen[2:]
+
+
+def test_half_precision_does_not_underflow():
+    vae = VAEModule(**MODULE).vae.to(torch.float16)
+    x = torch.rand(4, 1, 28, 28).half()
+    _, _, params = vae(x)
+    for likelihood in (vae.likelihood,):
+        assert likelihood.log_prob(x, params).isfinite().all()
