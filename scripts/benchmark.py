@@ -102,8 +102,6 @@ def bare(data_root: str, epochs: int) -> dict[str, Any]:
 
     from betavae.data.datasets.mnist import mnist
     from betavae.data.loader import BatchLoader
-    from betavae.models.cpu_kernels import use_fast_cpu_kernels
-    from betavae.models.vae import VAE
     from betavae.objectives import elbo
 
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"  # as in running/lightning.py
@@ -111,7 +109,7 @@ def bare(data_root: str, epochs: int) -> dict[str, Any]:
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     images = mnist(Path(data_root), "train").to(device)  # type: ignore[union-attr]
-    vae = use_fast_cpu_kernels(VAE("mlp", [HIDDEN], LATENT, "relu", "bernoulli", [1, 28, 28])).to(device)
+    vae = VAE("mlp", [HIDDEN], LATENT, "relu", "bernoulli", [1, 28, 28]).to(device)
     optimizer = torch.optim.Adam(vae.parameters(), lr=1e-3, fused=True)
     seconds = []
     for epoch in range(epochs):

@@ -37,8 +37,6 @@ def epoch(path: Path, mapped: bool, steps: int) -> dict[str, Any]:
 
     from betavae.data.datamodule import ImageDataModule
     from betavae.data.image_set import ImageSet
-    from betavae.models.cpu_kernels import use_fast_cpu_kernels
-    from betavae.models.vae import VAE
     from betavae.objectives import elbo
 
     started = time.perf_counter()
@@ -47,7 +45,7 @@ def epoch(path: Path, mapped: bool, steps: int) -> dict[str, Any]:
     if not mapped:
         pixels = torch.from_numpy(np.load(path))
         data.splits["train"] = ImageSet(pixels, torch.zeros(len(pixels)).long())
-    vae = use_fast_cpu_kernels(VAE("mlp", [128], 16, "relu", "bernoulli", [3, 64, 64]))
+    vae = VAE("mlp", [128], 16, "relu", "bernoulli", [3, 64, 64])
     optimizer = torch.optim.Adam(vae.parameters(), 1e-3, fused=True)
     peak, first, at = 0, 0.0, 0.0
     for step, (x, _) in enumerate(data.train_dataloader()):

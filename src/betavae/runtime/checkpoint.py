@@ -20,14 +20,13 @@ from betavae.data.fingerprint import fingerprint
 from betavae.data.image_set import ImageSet
 from betavae.data.loader import binarize_pixels
 from betavae.errors import UserError
-from betavae.models.cpu_kernels import use_fast_cpu_kernels
 from betavae.models.vae import VAE
 from betavae.runtime.run_folder import read_json
 from betavae.runtime.settings import check_group
 from betavae.storage.files import atomic_write_bytes
 from betavae.storage.torch_file import load_torch_file
 
-FORMAT = 3  # of a checkpoint; each format is read by the versions that write it
+FORMAT = 4  # of a checkpoint; each format is read by the versions that write it
 MAX_PARTS = 20  # modules and parameters of a network, per weight that its checkpoint holds
 
 
@@ -123,9 +122,8 @@ def load(ckpt: str | Path | None = None, runs: str = "runs") -> TrainedRun:
     settings, data = content["hyper_parameters"], content.get("datamodule_hyper_parameters", {})
     vae = VAE(**settings["model"])
     vae.load_state_dict({key.removeprefix("vae."): value for key, value in content["state_dict"].items()})
-    return TrainedRun(
-        use_fast_cpu_kernels(vae.eval().requires_grad_(False)), path, settings, data, content.get("fingerprints", {})
-    )
+    vae = vae.eval().requires_grad_(False)
+    return TrainedRun(vae, path, settings, data, content.get("fingerprints", {}))
 
 
 def check_stored_settings(group: str, values: dict[str, Any], path: Path) -> None:

@@ -23,13 +23,12 @@ from omegaconf import DictConfig
 
 from betavae.data.datamodule import ImageDataModule
 from betavae.errors import DivergenceError, RunInterrupted, TrialPruned, UserError, first_line
-from betavae.models.cpu_kernels import use_fast_cpu_kernels
 from betavae.models.precision import set_float32_precision
 from betavae.module import VAEModule
-from betavae.objectives import OBJECTIVES, objective_kwargs
+from betavae.objectives import OBJECTIVES, select_objective_kwargs
 from betavae.objectives.schedules import BETA_SCHEDULES
 from betavae.runtime import loggers
-from betavae.runtime.builders import build_callbacks, build_data, build_trainer, gpu_available
+from betavae.runtime.builders import build_callbacks, build_data, build_trainer
 from betavae.runtime.callbacks import DISPLAY_NAMES, EpochProgressBar, EpochSummary, ImageLogger, LastValidationMetrics
 from betavae.runtime.cli import argument
 from betavae.runtime.distributed import ONE_DEVICE_MESSAGE, broadcast_from_rank_zero, rank, started_by_lightning
@@ -127,7 +126,7 @@ def module_arguments(settings: dict[str, Any], datamodule: ImageDataModule) -> d
     """Return the arguments of `VAEModule` for the settings of a run. Raise UserError for invalid ones."""
     objective = settings["objective"] | {"num_train_images": len(datamodule.splits["train"])}
     schedule, optimizer = settings["beta_schedule"], dict(settings["optimizer"])
-    arguments = objective_kwargs(objective)
+    arguments = select_objective_kwargs(objective)
     check_signature("objective", OBJECTIVES[objective["name"]], arguments, "vae", "x", "noise", "beta")
     arguments = {name: value for name, value in schedule.items() if name != "name"}
     check_signature("beta_schedule", BETA_SCHEDULES[schedule["name"]], arguments, "step", "total_steps")
@@ -203,9 +202,10 @@ class TrainingRun:
             raise as_user_error(error) from error
         if settings["init"] == "data":
             pixels = splits["train"].pixels.index_select(0, torch.arange(min(len(splits["train"]), 60_000)))
-            self.module.vae.init_from_mean_image(pixels.float().mean(0) / 255)
-        if settings["trainer"]["accelerator"] == "cpu" or not gpu_available():
-            use_fast_cpu_kernels(self.module.vae)  # a GPU would launch more kernels for them
+            try:
+                self.module.vae.init_from_mean_image(pixels.float().mean(0) / 255)
+            except ValueError as error:
+                raise UserError(str(error)) from error
         self.callbacks = [
             *build_callbacks(settings, folder, self.signals, len(splits["validation"]) > 0),
             *callbacks,
@@ -302,7 +302,7 @@ class TrainingRun:
         test = {name.removeprefix("test/"): value for name, value in metrics.items() if name.startswith("test/")}
         if not all(math.isfinite(value) for value in test.values()):
             raise DivergenceError(f"the test metrics of {self.tested_checkpoint} are not finite", {})
-        if self.module.vae.likelihood.exact(self.settings["data"]["binarize"]):
+        if self.module.vae.likelihood.is_discrete(self.settings["data"]["binarize"]):
             test["bits_per_dimension"] = test["neg_elbo"] / math.log(2) / math.prod(self.module.vae.image_shape)
         return {name: round(value, 4) for name, value in test.items()}
 
@@ -321,8 +321,8 @@ class TrainingRun:
             # Lightning has restored the callback from the tested checkpoint.
             validation = self.callback(LastValidationMetrics).numbers
             record["validation"] = {name: round(value, 4) for name, value in validation.items()}
-        if not likelihood.exact(binarize):
-            record["note"] = likelihood.meaning(binarize)
+        if not likelihood.is_discrete(binarize):
+            record["note"] = likelihood.describe(binarize)
         self.folder.write_record(record)
         self.record = record
         self.log_test_metrics(scalars)
