@@ -220,7 +220,7 @@ class TrainingRun:
         known = state.get("fingerprints", {}) if state else found
         if changed := [split for split in found if found[split] != known.get(split)]:
             raise UserError(
-                f"resume: {self.datamodule.root}: the {', '.join(changed)} images have changed since this run "
+                f"resume: {self.datamodule.source.root}: the {', '.join(changed)} images have changed since this run "
                 "began; restore the data or pass a copy by data.root=PATH, or start a new run"
             )
 
