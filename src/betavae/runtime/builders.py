@@ -13,17 +13,22 @@ from betavae.data.datamodule import ImageDataModule
 from betavae.errors import UserError, first_line
 from betavae.module import VAEModule
 from betavae.runtime import lightning_workarounds
-from betavae.runtime.callbacks import CALLBACKS
-from betavae.runtime.checkpoint import SafeCheckpointIO
+from betavae.runtime.callbacks import (
+    CALLBACKS,
+    EpochProgressBar,
+    EpochSummary,
+    ImageLogger,
+    LastValidationMetrics,
+)
 from betavae.runtime.compile import compile_loss
 from betavae.runtime.cuda_graph import CUDAGraphSteps
-from betavae.runtime.progress import EpochProgressBar, EpochSummary, ImageLogger, LastValidationMetrics
 from betavae.runtime.resume import (
     DivergenceGuard,
     ExactResume,
     GracefulStop,
     ResumableEarlyStopping,
     RunCheckpoint,
+    SafeCheckpointIO,
     SignalHandler,
 )
 from betavae.runtime.run_folder import RunFolder
@@ -53,7 +58,7 @@ def build_callbacks(
         ExactResume(),
         EpochSummary(),
         LastValidationMetrics(),
-        ImageLogger(wanted["figures_every"], run.path / "figures"),
+        ImageLogger(wanted["figures_every_n_epochs"], run.path / "figures"),
         GracefulStop(signals, run.last),
         RunCheckpoint(filename="last", save_on_train_epoch_end=True, **checkpoints),  # type: ignore[arg-type]
     ]

@@ -16,7 +16,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from betavae.errors import UserError
+from betavae.errors import UserError, first_line
 from betavae.runtime import distributed
 from betavae.runtime.cli import argument, describe_error, report_errors
 from betavae.runtime.settings import flatten, suggest
@@ -178,7 +178,7 @@ def describe_config_error(error: Exception, composing: bool, keys: list[str]) ->
     if match := re.search(r"(?:In '[^']+': )?Could not find '([^'/]+)/([^']+)'", text):
         options = sorted(path.stem for path in (CONFIGS / match[1]).glob("*.yaml"))
         return f"{match[1]}={match[2]} is invalid: expected one of {', '.join(options)}"
-    return first_line(messages[0]) or type(error).__name__
+    return first_line(error)
 
 
 def describe_unknown_key(key: str, keys: list[str]) -> str:

@@ -146,7 +146,7 @@ class Trainer(ExtensibleGroup):
     strategy: NonEmptyStr
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "64-true", "bf16-true", "16-true"]
     matmul_precision: Literal["highest", "high", "medium"]
-    compile: Literal[False, True, "default", "reduce-overhead", "max-autotune"]
+    compile: bool | Literal["default", "reduce-overhead", "max-autotune"]
     cuda_graph: bool
     steps_per_batch: PositiveInt
     gradient_clip_val: NonNegativeFloat | None
@@ -159,7 +159,7 @@ class Trainer(ExtensibleGroup):
     limit_test_batches: BatchLimit
     overfit_batches: Fraction | NonNegativeInt
     log_every_n_steps: PositiveInt
-    deterministic: Literal[False, True, "warn"]
+    deterministic: bool | Literal["warn"]
     detect_anomaly: bool
     enable_progress_bar: bool
 

@@ -319,7 +319,7 @@ class TrainingRun:
         }
         if self.tested_checkpoint == self.folder.best:
             # Lightning has restored the callback from the tested checkpoint.
-            validation = self.callback(LastValidationMetrics).numbers
+            validation = self.callback(LastValidationMetrics).metrics
             record["validation"] = {name: round(value, 4) for name, value in validation.items()}
         if not likelihood.is_discrete(binarize):
             record["note"] = likelihood.describe(binarize)

@@ -16,6 +16,7 @@ from betavae.metrics.disentanglement import SCORES
 from betavae.runtime import checkpoint, evaluation
 from betavae.runtime.evaluation import DISENTANGLEMENT_FILE
 from betavae.runtime.run_folder import REPORT, check_mark, claim_folder, read_json
+from betavae.runtime.settings import flatten
 from betavae.runtime.yaml_files import read_yaml
 from betavae.sweeps import pareto
 from betavae.sweeps.jobs import (
@@ -23,7 +24,6 @@ from betavae.sweeps.jobs import (
     SEARCH_FILE,
     STATUSES,
     Job,
-    flat_settings,
     objective_values,
     read_jobs,
     sort_key,
@@ -105,7 +105,7 @@ def value_of(job: Job, key: str) -> str:
     """The value of a key in a job; where its command did not give it, as the run's config has it."""
     if key in job.overrides or job.status == "missing" or not (job.folder / "config.yaml").exists():
         return job.overrides.get(key, "default")
-    value = flat_settings(read_yaml(job.folder / "config.yaml")).get(key)
+    value = flatten(read_yaml(job.folder / "config.yaml")).get(key)
     return "default" if value is None else str(value)
 
 
