@@ -32,11 +32,11 @@ def main(settings: Settings) -> None:
         from betavae.errors import UserError
         from betavae.runtime import checkpoint
         from betavae.runtime.inputs import is_dataset_name, resolve_images
-        from betavae.runtime.run_folder import REPORT, check_mark, claim_folder
+        from betavae.runtime.run_folder import REPORT, check_claim, claim_folder
         from betavae.storage.files import has_stamp
 
     out = Path(settings.out).expanduser()
-    check_mark(out, REPORT, "out")  # before what takes a while
+    check_claim(out, REPORT, "out")  # before what takes a while
     run = checkpoint.load(settings.ckpt, settings.runs)
     found = resolve_images(run, settings.images, settings.data_root)
     inside: list[bool] | None = None

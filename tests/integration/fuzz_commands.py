@@ -632,7 +632,7 @@ def canary(session: Session) -> None:
 
 def play(rng: random.Random, session: Session) -> None:
     """One random session."""
-    from betavae.runtime.cli import all_keys
+    from betavae.runtime.hydra_config import all_keys
 
     keys = [key for key in all_keys() if not key.startswith(NOT_HERE)]
     canary(session)

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from betavae.runtime.progress import ImageLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from betavae.module import VAEModule
+from betavae.runtime.callbacks import ImageLogger
 from betavae.runtime.training import TrainingRun
 from tests.commands import TINY, Child, run
 

@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 
 from betavae.errors import TrialPruned, UserError
 from betavae.module import VAEModule
-from betavae.runtime.cli import safe_name
+from betavae.runtime.hydra_config import safe_name
 from betavae.sweeps import jobs, pareto, report, search
 from betavae.sweeps.pruning import PruningCallback, pruning_callbacks
 from tests.commands import REPO, Child, fresh, run, wait_for

@@ -15,7 +15,7 @@ from betavae.errors import UserError
 from betavae.metrics.disentanglement import SCORES
 from betavae.runtime import checkpoint, evaluation
 from betavae.runtime.evaluation import DISENTANGLEMENT_FILE
-from betavae.runtime.run_folder import REPORT, check_mark, claim_folder, read_json
+from betavae.runtime.run_folder import REPORT, check_claim, claim_folder, read_json
 from betavae.runtime.settings import flatten
 from betavae.runtime.yaml_files import read_yaml
 from betavae.sweeps import pareto
@@ -352,7 +352,7 @@ def pareto_front(sweep: Path, found: Sequence[SettingGroup]) -> tuple[Any, str]:
 def write_report(sweep: Path, out: Path, keys: Sequence[str] | None, metric: str, seed: int) -> list[str]:
     """Everything into the folder `out`; the names of the files. A score of disentanglement is measured where it was
     not yet."""
-    check_mark(out, REPORT, "out")
+    check_claim(out, REPORT, "out")
     found = group_jobs(sweep)
     if metric in SCORES:
         lacking = [job for setting in found for job in setting.finished if metric not in job_metrics(job)]

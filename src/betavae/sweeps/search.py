@@ -22,7 +22,7 @@ from betavae.errors import UserError, first_line
 from betavae.runtime.hydra_config import to_plain
 from betavae.runtime.run_folder import RunFolder
 from betavae.runtime.settings import NonEmptyStr, PositiveInt, Seed, Settings, check_settings, flatten, validate
-from betavae.runtime.validation import NUMBERS, check_names, never_validates
+from betavae.runtime.validation import METRICS, check_names, never_validates
 from betavae.storage.files import STAMP, atomic_path
 from betavae.sweeps.jobs import IGNORED_KEYS, RECORD_OBJECTIVES, SEARCH_FILE, objective_values
 
@@ -158,9 +158,9 @@ def check_objectives(first: DictConfig, objectives: list[str], searched: dict[st
         raise UserError(f"a search chooses by validation numbers, and its trials never validate ({why})")
     if not groups & {"objective", "callbacks"}:
         if objectives == [values["callbacks"]["monitor"]]:  # the default, so what was typed is the monitor
-            check_names("callbacks.monitor", objectives, NUMBERS, values, built)
+            check_names("callbacks.monitor", objectives, METRICS, values, built)
         else:
-            check_names("hydra.sweeper.objectives", objectives, [*NUMBERS, *RECORD_OBJECTIVES], values, built)
+            check_names("hydra.sweeper.objectives", objectives, [*METRICS, *RECORD_OBJECTIVES], values, built)
 
 
 def check_study(study: Any, config: DictConfig, settings: SearchSettings, searched: dict[str, Any]) -> None:

@@ -10,11 +10,10 @@ from omegaconf import OmegaConf
 
 from betavae.data.datamodule import ImageDataModule
 from betavae.errors import UserError
-from betavae.runtime.builders import build
-from betavae.runtime.resume import SignalHandler
+from betavae.runtime.hydra_config import to_plain
 from betavae.runtime.run_folder import RunFolder
-from betavae.runtime.settings import check_settings, to_plain, validate
-from betavae.runtime.training import flatten_hparams
+from betavae.runtime.settings import check_settings, validate
+from betavae.runtime.training import TrainingRun, flatten_hparams
 from tests.commands import REPO, load_script
 
 CONFIGS = REPO / "configs"
@@ -39,21 +38,21 @@ def test_option_builds(option, data_root, tmp_path):
     group, name = option.split("/")
     chosen = [f"{group}={name}"] if option != "trainer/default" else []  # which is always there, below the experiment
     cfg = composed(*chosen, f"data.root={data_root}")
-    check_settings(cfg)
+    check_settings(to_plain(cfg))
     if cfg.data.name != "mnist":  # whose images are not on this machine
         ImageDataModule(**to_plain(cfg.data))
         cfg.data = composed(f"data.root={data_root}").data
     if cfg.trainer.cuda_graph and not torch.cuda.is_available():
         with pytest.raises(UserError, match="needs a CUDA device"):
-            build(to_plain(cfg), RunFolder(tmp_path), SignalHandler())
+            TrainingRun(to_plain(cfg), RunFolder(tmp_path))
         return
-    datamodule, module, trainer = build(to_plain(cfg), RunFolder(tmp_path), SignalHandler())
+    built = TrainingRun(to_plain(cfg), RunFolder(tmp_path))
     assert not any(tmp_path.iterdir())
-    assert trainer.max_epochs == cfg.trainer.max_epochs
-    x, _ = next(iter(datamodule.test_dataloader()))
-    module(x[:2])
-    # What goes into the checkpoint is plain: it survives a round trip through YAML unchanged.
-    hparams = dict(module.hparams)
+    assert built.trainer.max_epochs == cfg.trainer.max_epochs
+    x, _ = next(iter(built.datamodule.test_dataloader()))
+    built.module(x[:2])
+    # The hyper-parameters in a checkpoint are plain values, which a round trip through YAML does not change.
+    hparams = dict(built.module.hparams)
     assert OmegaConf.to_container(OmegaConf.create(OmegaConf.to_yaml(OmegaConf.create(hparams)))) == hparams
 
 

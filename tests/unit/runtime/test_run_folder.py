@@ -45,7 +45,7 @@ def test_only_what_is_ours_is_cleared_away(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("{}")
     folder = RunFolder(tmp_path)
-    folder.drop_regenerated()
+    folder.delete_regenerated()
     TensorBoard(folder, None)
     CSVRunLogger(folder, None)
     assert not list(tmp_path.glob("events.*.0"))

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from betavae.runtime.builders import build_data, build_module
-from betavae.runtime.settings import to_plain
-from betavae.runtime.validation import NUMBERS, terms_of
+from betavae.module import VAEModule
+from betavae.runtime.builders import build_data
+from betavae.runtime.hydra_config import to_plain
+from betavae.runtime.training import module_arguments
+from betavae.runtime.validation import METRICS, objective_terms
 from tests.commands import TINY, run
 from tests.unit.runtime.test_configs import composed
 
@@ -93,7 +95,7 @@ def test_an_objectives_own_terms_are_known_and_looking_changes_nothing(tmp_path,
     ]
     settings = to_plain(composed(*words, "data.batch_size=4"))
     datamodule = build_data(settings["data"])
-    assert set(terms_of(datamodule.splits["validation"], build_module(settings, datamodule))) >= set(NUMBERS[:-1])
+    assert set(objective_terms(datamodule.splits["validation"], VAEModule(**module_arguments(settings, datamodule)))) >= set(METRICS[:-1])
     states = []
     for monitor in ("neg_elbo", "total_correlation"):
         where = f"hydra.run.dir={monitor}"

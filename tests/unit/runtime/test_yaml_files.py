@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from betavae.errors import UserError
+from betavae.runtime.hydra_config import to_plain
 from betavae.runtime.resume import load_resumed_config
 from betavae.runtime.run_folder import RUN, RunFolder, claim_folder
-from betavae.runtime.settings import to_plain
 from betavae.runtime.yaml_files import MAX_BYTES, read_yaml, write_yaml
 from tests.commands import REPO
 

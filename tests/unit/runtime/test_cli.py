@@ -6,12 +6,12 @@ import signal
 
 import numpy as np
 import pytest
-from betavae.runtime.command_line import argument
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from betavae.runtime.cli import argument, parse_value
 from tests.commands import TINY, Child, run
 from tests.integration.test_resume import ask_at
 
@@ -33,7 +33,10 @@ def test_an_argument_is_read_back_as_it_was(value):
     (word,) = shlex.split(argument("hydra.sweep.dir", value))
     read = OverridesParser.create().parse_override(word)
     resolved = OmegaConf.create({"value": read.value()}).value
-    assert type(resolved) is str and resolved == ("./" * value.startswith("~") + value)
+    expected = "./" * value.startswith("~") + value
+    assert type(resolved) is str and resolved == expected
+    script_value = parse_value(word.partition("=")[2])
+    assert type(script_value) is str and script_value == expected
 
 
 def test_ordinary_paths_are_not_quoted():
