@@ -145,13 +145,13 @@ def test_somebody_elses_table_stays(tmp_path, data_root):
 @pytest.mark.parametrize(
     ("mistake", "said"),
     [
-        ("logger=wandbb", "logger=wandbb is not one of its options: csv, mlflow, tensorboard, wandb"),
+        ("logger=wandbb", "logger=wandbb is invalid: expected one of csv, mlflow, tensorboard, wandb"),
         ("logger=[csv,wandbb]", "wandbb"),
         (
             "logger=wandb logger.wandb.mode=onlin",
-            "logger.wandb.mode=onlin cannot be: it must be one of offline, online",
+            "logger.wandb.mode=onlin is invalid: expected one of offline, online; did you mean online?",
         ),
-        ("logger=mlflow logger.mlflow.experiment=3", "logger.mlflow.experiment=3 cannot be: it must be a text"),
+        ("logger=mlflow logger.mlflow.experiment=3", "logger.mlflow.experiment=3 is invalid: expected a text"),
         ("+logger.csv.rows=3", "logger.csv"),
         ("logger=wandb ~logger.wandb.project", "logger.wandb.project is missing"),
     ],

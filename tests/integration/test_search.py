@@ -344,7 +344,7 @@ def test_the_scores_of_a_job() -> None:
         ("callbacks.monitor=total_correlation", "callbacks.monitor=total_correlation is invalid: expected one"),
         ("trainer.check_val_every_n_epoch=5", "its trials never validate (trainer.check_val_every_n_epoch=5 is above"),
         ("trainer.max_steps=1", "its trials never validate (trainer.max_steps=1 ends it before the first validation,"),
-        ("hydra.sweeper.n_trials=0", "hydra.sweeper.n_trials=0 cannot be: it must be a whole number from 1 up"),
+        ("hydra.sweeper.n_trials=0", "hydra.sweeper.n_trials=0 is invalid: expected an integer > 0"),
         ("optimizer.lr=1e-3", "hydra.sweeper.params: nothing is searched"),
         ("optimizer.lrr=interval(0,1)", "optimizer.lrr is not a setting"),
         ("hydra.sweeper.storage=nosql://x", "hydra.sweeper.storage=nosql://x cannot be opened"),

@@ -123,7 +123,7 @@ def test_a_failed_job_is_named_and_stops_nobody(killed_and_resumed: tuple[Path, 
     ]
     assert rows[failed.name] == ["failed"]
     assert (
-        f"failed: UserError: beta=-1 cannot be: it must be a number from 0 up (sweep/{failed.name}/train.log)" in text
+        f"failed: UserError: beta=-1 is invalid: expected a number >= 0 (sweep/{failed.name}/train.log)" in text
     )
 
 
