@@ -20,12 +20,10 @@ from tests.commands import REPO, TINY, fresh, run
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory, data_root):
-    """A working folder with one finished run, `run`."""
-    folder = tmp_path_factory.mktemp("workdir")
-    (folder / "data").symlink_to(data_root)
-    run(*TINY, "trainer.max_epochs=2", "hydra.run.dir=run", cwd=folder)
-    return folder
+def workdir(workdir):
+    """A working folder with a finished run in `run`."""
+    run(*TINY, "trainer.max_epochs=2", "hydra.run.dir=run", cwd=workdir)
+    return workdir
 
 
 def contents(folder: Path) -> dict[str, str]:
