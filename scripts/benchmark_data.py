@@ -37,6 +37,7 @@ def epoch(path: Path, mapped: bool, steps: int) -> dict[str, Any]:
 
     from betavae.data.datamodule import ImageDataModule
     from betavae.data.image_set import ImageSet
+    from betavae.models.vae import VAE
     from betavae.objectives import elbo
 
     started = time.perf_counter()

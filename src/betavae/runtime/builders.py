@@ -1,4 +1,4 @@
-"""From a checked config to the data, the module and the trainer."""
+"""Build the data, the module and the trainer from validated settings."""
 
 import os
 import sys
@@ -32,7 +32,7 @@ from betavae.runtime.run_folder import RunFolder
 from betavae.runtime.settings import check_signature
 from betavae.runtime.validation import check_validation
 
-# Arguments of Lightning's Trainer that are this project's business.
+# Arguments of Lightning's Trainer that this project sets.
 RESERVED_TRAINER_ARGS = (
     *("logger", "callbacks", "plugins", "default_root_dir", "enable_checkpointing", "enable_model_summary"),
     *("num_sanity_val_steps", "use_distributed_sampler", "reload_dataloaders_every_n_epochs", "barebones"),
@@ -48,7 +48,11 @@ def build_data(settings: dict[str, Any]) -> ImageDataModule:
 
 
 def build_module(settings: dict[str, Any], datamodule: ImageDataModule) -> VAEModule:
-    """`settings` are those of a whole run."""
+    """Build the module from the settings of a run.
+
+    Raises:
+        UserError: If an argument is unknown or missing, or the model does not fit into memory.
+    """
     objective = settings["objective"] | {"num_train_images": len(datamodule.splits["train"])}
     schedule = settings["beta_schedule"]
     own = select_objective_kwargs(objective)
@@ -58,7 +62,7 @@ def build_module(settings: dict[str, Any], datamodule: ImageDataModule) -> VAEMo
     optimizer = dict(settings["optimizer"])
     clips, precision = settings["trainer"]["gradient_clip_val"], settings["trainer"]["precision"]
     if clips and "mixed" in precision and "fused" in optimizer:
-        optimizer["fused"] = False  # a fused one unscales gradients itself, after they would have been clipped
+        optimizer["fused"] = False  # a fused optimizer unscales gradients after they have been clipped
     try:
         module = VAEModule(
             model=settings["model"] | {"image_shape": datamodule.image_shape},
@@ -66,7 +70,7 @@ def build_module(settings: dict[str, Any], datamodule: ImageDataModule) -> VAEMo
             optimizer=optimizer,
             **{key: settings[key] for key in ("beta", "beta_schedule", "lr_schedule")},
         )
-    except TypeError as error:  # of a network's or a likelihood's own settings
+    except TypeError as error:  # an unknown setting of the network or likelihood
         raise UserError(f"model: {error}") from error
     except RuntimeError as error:
         raise as_out_of_memory(error) from error
@@ -81,11 +85,11 @@ def build_module(settings: dict[str, Any], datamodule: ImageDataModule) -> VAEMo
 
 
 def as_out_of_memory(error: Exception) -> Exception:
-    """A sentence for a model that memory does not hold."""
+    """Return a UserError for a model that does not fit into memory, else the error itself."""
     text = first_line(error)
     if any(words in text for words in ("can't allocate memory", "not enough memory", "out of memory", "overflow")):
         return UserError(
-            "model: it does not fit into memory; make model.hidden_dims or model.latent_dim smaller, or data.batch_size"
+            "model: it does not fit into memory; reduce model.hidden_dims, model.latent_dim or data.batch_size"
         )
     return error
 
@@ -105,7 +109,7 @@ def build_callbacks(
     ]
     if has_validation:
         monitor = f"val/{wanted['monitor']}"
-        # Saved when it is validated, so before `last`, which remembers it.
+        # Saved after validation, and therefore before `last`, which contains its path.
         callbacks.append(RunCheckpoint(filename="best", monitor=monitor, save_on_train_epoch_end=False, **checkpoints))  # type: ignore
         if (patience := wanted["early_stopping_patience"]) is not None:
             callbacks.append(ResumableEarlyStopping(monitor, patience=patience, check_on_train_epoch_end=False))
@@ -129,7 +133,7 @@ def build_trainer(
     wanted = dict(settings["trainer"])
     for key in wanted:
         if key in RESERVED_TRAINER_ARGS:
-            raise UserError(f"trainer.{key} is not a setting: this project sets it itself (see docs/settings.md)")
+            raise UserError(f"trainer.{key} is not a setting: betavae sets it (see docs/settings.md)")
     precision, accelerator = wanted["precision"], wanted["accelerator"]
     cpu = accelerator == "cpu" or (accelerator == "auto" and not gpu_available())
     if cpu and precision.startswith("16"):
@@ -142,13 +146,15 @@ def build_trainer(
             "trainer.precision=64-true is invalid: a Mac's GPU has no float64; pass trainer.accelerator=cpu"
         )
     if cpu and isinstance(wanted["devices"], int) and wanted["devices"] > (os.cpu_count() or 1):
-        raise UserError(f"trainer.devices={wanted['devices']} cannot be: there are {os.cpu_count()} CPU cores")
+        raise UserError(
+            f"trainer.devices={wanted['devices']} is invalid: expected at most {os.cpu_count()}, the CPU cores"
+        )
     wanted.pop("matmul_precision")
     mode, per_call, in_graph = wanted.pop("compile"), wanted.pop("steps_per_batch"), wanted.pop("cuda_graph")
     if in_graph:
         check_cuda_graph(settings)
     if mode in ("reduce-overhead", "max-autotune") and wanted["accumulate_grad_batches"] > 1 and not cpu:
-        # The gradients of one replay lie where the next one writes (torch 2.11).
+        # The next replay overwrites the gradients of the last one (torch 2.11).
         raise UserError(f"trainer.compile={mode} is invalid with trainer.accumulate_grad_batches: expected true")
     if per_call > 1:
         clip, algorithm = wanted.pop("gradient_clip_val"), wanted.pop("gradient_clip_algorithm")
@@ -183,7 +189,7 @@ def build_trainer(
 
 
 def check_cuda_graph(settings: dict[str, Any]) -> None:
-    """Raise UserError for settings that `CUDAGraphSteps` has no graph for."""
+    """Raise UserError for settings that `CUDAGraphSteps` does not support."""
     trainer, optimizer = settings["trainer"], settings["optimizer"]
     cuda = trainer["accelerator"] in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     fused = optimizer["name"] in ("Adam", "AdamW") and optimizer.get("fused") is True
@@ -200,7 +206,7 @@ def check_cuda_graph(settings: dict[str, Any]) -> None:
         (not fused, "optimizer=adam or adamw with optimizer.fused=true"),
     ):
         if wrong:
-            raise UserError(f"trainer.cuda_graph=true is invalid here: it needs {remedy}")
+            raise UserError(f"trainer.cuda_graph=true is invalid: it needs {remedy}")
 
 
 def gpu_available() -> bool:
@@ -210,7 +216,11 @@ def gpu_available() -> bool:
 def build(
     settings: dict[str, Any], run: RunFolder, signals: SignalHandler
 ) -> tuple[ImageDataModule, VAEModule, L.Trainer]:
-    """All three, without loggers. Only the data folder is touched; raises UserError for what cannot be."""
+    """Build all three, without loggers. Writes only to the data folder.
+
+    Raises:
+        UserError: For an invalid setting.
+    """
     datamodule = build_data(settings["data"])
     module = build_module(settings, datamodule)
     callbacks = build_callbacks(settings, run, signals, len(datamodule.splits["validation"]) > 0)
