@@ -1,19 +1,18 @@
 """Does each latent dimension follow one factor? `python scripts/disentanglement.py [ckpt=PATH latents=mean]`."""
 
-# mypy: disable-error-code="valid-type"
-
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
 from betavae.runtime.cli import DataSettings, SeedSettings, gc_paused, script_command
-from betavae.runtime.settings import OptionalPathStr, PositiveInt, choice
+from betavae.runtime.settings import PathStr, PositiveInt
 
 
 class Settings(DataSettings, SeedSettings):
     images: PositiveInt = Field(10_000, title="test images at most; all scores depend on it a little")
-    latents: choice(lambda: ["mean", "sample"]) = Field("mean", title="mean of each posterior, or a sample")
-    folder: OptionalPathStr = Field(None, title="for disentanglement.json; null: the run's")
+    latents: Literal["mean", "sample"] = Field("mean", title="mean of each posterior, or a sample")
+    folder: PathStr | None = Field(None, title="for disentanglement.json; null: the run's")
 
 
 @script_command(Settings)

@@ -1,29 +1,27 @@
 """What a trained VAE is worth on the test images: `python scripts/evaluate.py [ckpt=PATH k=5000 memory_mb=16]`."""
 
-# mypy: disable-error-code="valid-type"
-
 import json
 import time
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
 from betavae.runtime.cli import DataSettings, SeedSettings, gc_paused, script_command
-from betavae.runtime.settings import OptionalIntAtLeast2, OptionalPathStr, PositiveInt, choice
+from betavae.runtime.settings import IntAtLeast2, PathStr, PositiveInt
 
 
 class Settings(DataSettings, SeedSettings):
     k: PositiveInt = Field(5000, title="importance samples per image; bounds at 1, 10, 100, ... and at it")
-    first: OptionalIntAtLeast2 = Field(None, title="only so many of the test images; null: all")
+    first: IntAtLeast2 | None = Field(None, title="only so many of the test images; null: all")
     memory_mb: PositiveInt = Field(16, title="about what decoding takes; on a GPU, a few thousand are faster")
-    device: choice(lambda: ["auto", "cpu", "cuda", "mps"]) = Field("auto", title="auto, cpu, cuda, mps")
-    matmul_precision: choice(lambda: ["highest", "high", "medium"]) = Field(
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", title="auto, cpu, cuda, mps")
+    matmul_precision: Literal["highest", "high", "medium"] = Field(
         "highest", title="highest, high, medium: lower may be faster, and rounds more"
     )
     probes: bool = Field(True, title="accuracy of 5 nearest neighbours and of a linear classifier on posterior means")
-    folder: OptionalPathStr = Field(None, title="for evaluation.json and figures/evaluation.png; null: the run's")
+    folder: PathStr | None = Field(None, title="for evaluation.json and figures/evaluation.png; null: the run's")
 
 
 @script_command(Settings)
@@ -32,7 +30,7 @@ def main(settings: Settings) -> None:
         import torch
 
         from betavae import plotting
-        from betavae.errors import UserError
+        from betavae.errors import UserError, first_line
         from betavae.metrics.aggregate_posterior import NEIGHBORS, posterior_means, probe_accuracy
         from betavae.metrics.likelihood import summary
         from betavae.models.precision import set_float32_precision
@@ -62,7 +60,7 @@ def main(settings: Settings) -> None:
     try:
         vae = run.vae.to(device)
     except (RuntimeError, AssertionError, TypeError) as error:
-        raise UserError(f"device={device} cannot be: {checkpoint.first_line(error)}") from error
+        raise UserError(f"device={device} is invalid: {first_line(error)}") from error
 
     folder = Path(settings.folder) if settings.folder else run.folder
     print(f"{run.path} on {len(x):,} test images, nats per image, ± standard error over images")

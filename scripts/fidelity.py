@@ -1,32 +1,26 @@
 """How good new images are, beside real ones: `python scripts/fidelity.py [ckpt=PATH sampler=mixture n=2000]`."""
 
-# mypy: disable-error-code="valid-type"
-
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
 from betavae.runtime.cli import DataSettings, SeedSettings, gc_paused, script_command
-from betavae.runtime.settings import IntAtLeast2, OptionalPathStr, choice
+from betavae.runtime.settings import IntAtLeast2, PathStr, RegisteredName
 
 PART = 1000  # images at once
 
 
-def samplers() -> list[str | None]:
-    from betavae.applications.sampling import SAMPLERS
-
-    return [None, *SAMPLERS]
-
-
 class Settings(DataSettings, SeedSettings):
-    sampler: choice(samplers) = Field(None, title="prior, gaussian, mixture, knn; null: all of them")
+    sampler: Annotated[str, RegisteredName("betavae.applications.sampling", "SAMPLERS")] | None = Field(
+        None, title="prior, gaussian, mixture, knn; null: all of them"
+    )
     n: IntAtLeast2 = Field(2000, title="images in each repeat; fewer, if there are not so many of test or training")
     repeats: IntAtLeast2 = Field(5, title="repeats, of which the standard error is, no image in two of them")
     reference: IntAtLeast2 = Field(60_000, title="training images at most, that samples are compared with")
-    folder: OptionalPathStr = Field(None, title="for fidelity.json and figures/fidelity.png; null: the run's")
+    folder: PathStr | None = Field(None, title="for fidelity.json and figures/fidelity.png; null: the run's")
 
 
 @script_command(Settings)

@@ -8,8 +8,9 @@ from typing import Any
 
 from betavae.errors import UserError
 from betavae.runtime.cli import RunsSettings, script_command
+from betavae.runtime.settings import flatten
 from betavae.runtime.yaml_files import read_yaml
-from betavae.sweeps.jobs import IGNORED_KEYS, flat_settings
+from betavae.sweeps.jobs import IGNORED_KEYS
 
 # What may differ between runs of one row.
 SEEDS = ("seed", "data.seed", "data.root", *IGNORED_KEYS)
@@ -52,7 +53,7 @@ def main(settings: Settings) -> None:
             evaluation = json.loads(path.read_text())
             run = json.loads((path.parent / "metrics.json").read_text()) | {"evaluation": evaluation}
             run["overrides"] = read_yaml(path.parent / "overrides.yaml", list)
-            config = flat_settings(read_yaml(path.parent / "config.yaml"))
+            config = flatten(read_yaml(path.parent / "config.yaml"))
         except (OSError, ValueError) as error:
             raise UserError(f"{path.parent} is not a whole run that was evaluated ({error})") from error
         config = {key: value for key, value in config.items() if key not in SEEDS}

@@ -4,8 +4,6 @@ With the line `# yaml-language-server: $schema=../schema.json#/$defs/Model` at i
 checked as it is typed; an experiment's line ends in `schema.json`.
 """
 
-# mypy: disable-error-code="valid-type"
-
 import json
 from typing import Any
 

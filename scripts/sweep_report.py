@@ -1,18 +1,19 @@
 """What a sweep found, in tables and pictures: `python scripts/sweep_report.py [sweep=PATH over=[A,B] metric=kl]`."""
 
-# mypy: disable-error-code="valid-type"
-
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import Field
 
 from betavae.runtime.cli import RunsSettings, script_command
-from betavae.runtime.settings import NonEmptyStr, OptionalPathStr, PathStr, Seed63, SweepKeys
+from betavae.runtime.settings import NonEmptyStr, PathStr, Seed63
 
 
 class Settings(RunsSettings):
-    sweep: OptionalPathStr = Field(None, title="the sweep's folder; null: the newest under runs/sweeps")
-    over: SweepKeys = Field(None, title="one or two swept settings to draw `metric` over; null: the first two")
+    sweep: PathStr | None = Field(None, title="the sweep's folder; null: the newest under runs/sweeps")
+    over: Annotated[list[NonEmptyStr], Field(min_length=1, max_length=2)] | None = Field(
+        None, title="one or two swept settings to draw `metric` over; null: the first two"
+    )
     metric: NonEmptyStr = Field(
         "neg_elbo", title="a test number of the jobs, seconds, or once measured fid, nll_5000, ..."
     )

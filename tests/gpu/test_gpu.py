@@ -37,7 +37,7 @@ ACCELERATOR, DEVICE = "gpu", "cuda"
 if not has_cuda():
     pytest.skip("no GPU that torch can use through CUDA", allow_module_level=True)
 
-SMALL = [*TINY, "trainer.max_epochs=2", "callbacks.figures_every=0", f"trainer.accelerator={ACCELERATOR}"]
+SMALL = [*TINY, "trainer.max_epochs=2", "callbacks.figures_every_n_epochs=0", f"trainer.accelerator={ACCELERATOR}"]
 
 GRAPH = ["trainer.cuda_graph=true", "trainer.steps_per_batch=10"]
 # Each with what it must agree with up to rounding: the same settings without the graph. The last has a smaller batch at
@@ -104,7 +104,7 @@ TRAININGS = {
 RESUMED = {
     "exact": [
         *("data.binarize=dynamic", "beta_schedule=linear", "lr_schedule=cosine", "lr_schedule.warmup=0.1"),
-        *("model=conv", "model.hidden_dims=[4,8]", "callbacks.figures_every=2"),
+        *("model=conv", "model.hidden_dims=[4,8]", "callbacks.figures_every_n_epochs=2"),
     ],
     "exact_mixed": [
         *("trainer.precision=16-mixed", "objective=iwae", "trainer.steps_per_batch=2", "trainer.limit_train_batches=4"),

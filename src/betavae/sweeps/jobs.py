@@ -5,10 +5,10 @@ import itertools
 import logging
 import math
 import os
-import re
 import shlex
+import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -17,28 +17,25 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, RangeSweep
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
-from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from betavae.errors import TrialPruned, UserError
 from betavae.runtime import distributed
-from betavae.runtime.command_line import argument
+from betavae.runtime.cli import argument, gc_paused
+from betavae.runtime.distributed import ONE_DEVICE_MESSAGE
+from betavae.runtime.hydra_config import to_plain
 from betavae.runtime.run_folder import MARKER_FILE, RUN, SWEEP, UNFINISHED, RunFolder, claim_folder
-from betavae.runtime.settings import to_plain
+from betavae.runtime.settings import flatten
 from betavae.runtime.yaml_files import read_yaml, write_yaml
 
 log = logging.getLogger(__name__)
 
 DONE_STATUSES = ("finished", "pruned")
 MAX_VALUES = 1_000_000  # settings of all jobs of a sweep
-ONE_DEVICE_MESSAGE = (
-    "a sweep trains each job on one device: leave trainer.devices and trainer.num_nodes at 1 and run jobs side by side "
-    "(hydra/launcher=joblib), or give up -m and start the runs on many devices one by one"
-)
 SEARCH_FILE = "search.json"  # in a search's folder: what it makes small
 RECORD_OBJECTIVES = ("seconds", "parameters")  # what a search can make small beside validation numbers
 # What cannot change a result, and so does not make two jobs different.
-IGNORED_KEYS = ("runs", "resume", "debug", "name", "callbacks.figures_every", "trainer.enable_progress_bar")
+IGNORED_KEYS = ("runs", "resume", "debug", "name", "callbacks.figures_every_n_epochs", "trainer.enable_progress_bar")
 
 
 STATUSES = ("finished", "failed", "diverged", "pruned", "interrupted", "running", "missing")
@@ -101,26 +98,32 @@ def chooses_by_validation(hydra_cfg: Any) -> bool:
     )
 
 
-def run_job(task: Callable[[DictConfig], float], cfg: DictConfig) -> float:
-    """Run a job; in a sweep, in a folder that may hold an earlier try of it: finished and pruned jobs are kept,
-    interrupted ones, and those that failed after training, go on from their last checkpoint, other failed ones are
-    tried afresh. Returns the validation number that a run goes by, nan for a job without.
+def run_job(cfg: DictConfig) -> float:
+    """Run a job of a sweep, in a folder that may hold an earlier try of it.
 
-    Raises UserError if the folder is somebody else's, or holds a job of other settings.
+    A finished or pruned job is kept. A job that was interrupted, or failed after its training, is resumed from its last
+    checkpoint. Any other failed job starts again.
+
+    Returns:
+        The validation metric that the run monitors, or nan if the job has none.
+
+    Raises:
+        UserError: If the folder holds other files, or a job with other settings.
     """
     hydra_cfg = HydraConfig.get()
-    if hydra_cfg.mode != RunMode.MULTIRUN:
-        return task(cfg)
     run = RunFolder(os.path.relpath(hydra_cfg.runtime.output_dir))
     claim_folder(run.path, RUN, "hydra.sweep.dir")
     with run.lock(wait=True):
         status = previous_status(run, cfg, list(hydra_cfg.overrides.task))
         if status in DONE_STATUSES:
-            print(f"{run.path.name} is {status} already")
+            print(f"{run.path.name} is already {status}")
             return monitored_value(run, cfg)
         cfg.resume = str(run.path) if status == "interrupted" else None
         try:
-            task(cfg)
+            with gc_paused():  # here, so that finished jobs do not wait for torch
+                from betavae.runtime.training import train
+                from betavae.sweeps.pruning import pruning_callbacks
+            train(cfg, pruning_callbacks(hydra_cfg, cfg.trainer.max_epochs), chooses_by_validation(hydra_cfg))
         except TrialPruned:
             return math.nan
         except Exception as error:
@@ -128,7 +131,7 @@ def run_job(task: Callable[[DictConfig], float], cfg: DictConfig) -> float:
             print(f"failed: {error} ({run.path / 'train.log'})")
             if cfg.debug:
                 traceback.print_exc()
-            return math.nan  # and not an error, for which Hydra would leave out the batches to come
+            return math.nan  # for an error, Hydra would skip the remaining batches of jobs
         return monitored_value(run, cfg)
 
 
@@ -169,21 +172,12 @@ def previous_status(run: RunFolder, cfg: DictConfig, overrides: list[str]) -> st
 def first_difference(path: Path, cfg: DictConfig) -> tuple[str, Any, Any] | None:
     """The first setting that differs between a config file and `cfg`, and its two values; what cannot change a result,
     and settings that the file is too old to have, aside."""
-    then, now = flat_settings(read_yaml(path)), flat_settings(to_plain(cfg))
+    then, now = flatten(read_yaml(path)), flatten(to_plain(cfg))
     for key in sorted({*then, *now} - set(IGNORED_KEYS)):
         newer = key not in then and key.startswith(("trainer.", "callbacks.", "objective."))
         if not newer and not key.startswith("logger.") and then.get(key) != now.get(key):
             return key, then.get(key), now.get(key)
     return None
-
-
-def flat_settings(values: Any, prefix: str = "", depth: float = math.inf) -> dict[str, Any]:
-    """Nested settings by their dotted keys, which join at most `depth` names."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        nested = isinstance(value, dict) and depth > 1
-        found |= flat_settings(value, f"{prefix}{key}.", depth - 1) if nested else {f"{prefix}{key}": value}
-    return found
 
 
 def mark_failed(run: RunFolder, error: Exception) -> None:
@@ -224,7 +218,7 @@ def planned_jobs(sweep: Path) -> list[dict[str, str]]:
     path = sweep / "multirun.yaml"
     if not path.exists():
         return []
-    settings = flat_settings(read_yaml(path), depth=3)
+    settings = flatten(read_yaml(path), depth=3)
     params, task = settings.get("hydra.sweeper.params"), settings.get("hydra.overrides.task")
     overrides = [f"{key}={value}" for key, value in (params if isinstance(params, dict) else {}).items()]
     overrides += task if isinstance(task, list) else []
@@ -253,6 +247,18 @@ def sort_key(text: str) -> tuple[float, str]:
         return float(text), ""
     except ValueError:
         return math.inf, text
+
+
+@contextlib.contextmanager
+def sweep_summary() -> Iterator[None]:
+    """Print the summary of the sweep that runs in the body, if one does; exit with 1 if a job failed."""
+    try:
+        yield
+    except BaseException as error:
+        print_summary(interrupted=isinstance(error, KeyboardInterrupt | SystemExit))
+        raise
+    if print_summary():
+        sys.exit(1)
 
 
 def print_summary(interrupted: bool = False) -> bool:
@@ -313,18 +319,3 @@ def remove_empty_sweep(sweep: Path) -> None:
         with contextlib.suppress(OSError):  # it holds something
             for folder in (sweep, *SweepCallback.made):
                 folder.rmdir()
-
-
-def describe_launcher_error(error: Exception) -> str | None:
-    """One sentence for an error of a launcher or a sweeper, or None."""
-    text = str(error)
-    if match := re.search(r"hydra/(launcher|sweeper)/(\w+)'|hydra_plugins\.hydra_(\w+?)_(?:launcher|sweeper)", text):
-        name = match[2] or match[3]
-        extra = {"joblib": "sweep", "submitit_slurm": "slurm", "submitit_local": "slurm", "submitit": "slurm"}.get(
-            name, name
-        )
-        if extra in ("sweep", "slurm", "ray"):
-            return f'{name} is not installed; it comes with `pip install -e ".[{extra}]"`'
-    if 'Could not detect "srun"' in text:
-        return "there is no Slurm here; hydra/launcher=joblib runs the jobs on this machine"
-    return None

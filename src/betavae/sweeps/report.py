@@ -15,7 +15,8 @@ from betavae.errors import UserError
 from betavae.metrics.disentanglement import SCORES
 from betavae.runtime import checkpoint, evaluation
 from betavae.runtime.evaluation import DISENTANGLEMENT_FILE
-from betavae.runtime.run_folder import REPORT, check_mark, claim_folder, read_json
+from betavae.runtime.run_folder import REPORT, check_claim, claim_folder, read_json
+from betavae.runtime.settings import flatten
 from betavae.runtime.yaml_files import read_yaml
 from betavae.sweeps import pareto
 from betavae.sweeps.jobs import (
@@ -23,7 +24,6 @@ from betavae.sweeps.jobs import (
     SEARCH_FILE,
     STATUSES,
     Job,
-    flat_settings,
     objective_values,
     read_jobs,
     sort_key,
@@ -105,7 +105,7 @@ def value_of(job: Job, key: str) -> str:
     """The value of a key in a job; where its command did not give it, as the run's config has it."""
     if key in job.overrides or job.status == "missing" or not (job.folder / "config.yaml").exists():
         return job.overrides.get(key, "default")
-    value = flat_settings(read_yaml(job.folder / "config.yaml")).get(key)
+    value = flatten(read_yaml(job.folder / "config.yaml")).get(key)
     return "default" if value is None else str(value)
 
 
@@ -352,7 +352,7 @@ def pareto_front(sweep: Path, found: Sequence[SettingGroup]) -> tuple[Any, str]:
 def write_report(sweep: Path, out: Path, keys: Sequence[str] | None, metric: str, seed: int) -> list[str]:
     """Everything into the folder `out`; the names of the files. A score of disentanglement is measured where it was
     not yet."""
-    check_mark(out, REPORT, "out")
+    check_claim(out, REPORT, "out")
     found = group_jobs(sweep)
     if metric in SCORES:
         lacking = [job for setting in found for job in setting.finished if metric not in job_metrics(job)]

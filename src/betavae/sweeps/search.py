@@ -1,8 +1,6 @@
 """A search: Optuna proposes settings, Hydra's launcher runs them as jobs, and the study keeps what came of each. No
 torch here."""
 
-# mypy: disable-error-code="valid-type"
-
 import functools
 import json
 import logging
@@ -10,7 +8,7 @@ import math
 import shlex
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -18,23 +16,15 @@ from hydra.core.override_parser.types import Override, Transformer
 from hydra.core.utils import JobStatus
 from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf
+from pydantic import Field
 
-from betavae.errors import UserError
+from betavae.errors import UserError, first_line
+from betavae.runtime.hydra_config import to_plain
 from betavae.runtime.run_folder import RunFolder
-from betavae.runtime.settings import (
-    NonEmptyStr,
-    PositiveInt,
-    Seed,
-    Settings,
-    check_settings,
-    choice,
-    constrained,
-    to_plain,
-    validate,
-)
-from betavae.runtime.validation import NUMBERS, check_names, never_validates
+from betavae.runtime.settings import NonEmptyStr, PositiveInt, Seed, Settings, check_settings, flatten, validate
+from betavae.runtime.validation import METRICS, check_names, never_validates
 from betavae.storage.files import STAMP, atomic_path
-from betavae.sweeps.jobs import IGNORED_KEYS, RECORD_OBJECTIVES, SEARCH_FILE, flat_settings, objective_values
+from betavae.sweeps.jobs import IGNORED_KEYS, RECORD_OBJECTIVES, SEARCH_FILE, objective_values
 
 STARTUP_TRIALS = 5  # trials that run to their end before others are measured by them
 PERCENTILES = {"quartile": 25.0, "median": 50.0}  # the percentage of the finished trials that a trial must be among
@@ -45,15 +35,15 @@ class SearchSettings(Settings):
 
     study_name: NonEmptyStr
     storage: NonEmptyStr
-    objectives: constrained(
-        list[NonEmptyStr], "a list of one or two names, such as [neg_elbo] or [recon,kl]", min_length=1, max_length=2
-    )
+    objectives: Annotated[list[NonEmptyStr], Field(min_length=1, max_length=2, examples=[["recon", "kl"]])]
     n_trials: PositiveInt
     n_jobs: PositiveInt
-    sampler: choice(lambda: ["tpe", "random"])
-    pruner: choice(lambda: [*PERCENTILES, "hyperband", "none"])
+    sampler: Literal["tpe", "random"]
+    pruner: Literal["quartile", "median", "hyperband", "none"]
     seed: Seed
-    params: constrained(dict[str, Any], "keys, each with what it may be, such as {beta: 'interval(0.5,4)'}")
+    params: Annotated[
+        dict[str, Any], Field(description="keys, each with what it may be, such as {beta: 'interval(0.5,4)'}")
+    ]
 
     @property
     def prunes(self) -> bool:
@@ -101,8 +91,7 @@ def open_study(settings: SearchSettings, max_epochs: int) -> Any:
                 f"the study in {settings.storage} is of an older Optuna; bring it up to date by `optuna storage "
                 f"upgrade --storage {shlex.quote(settings.storage)}`, or name another hydra.sweep.dir"
             ) from error
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"hydra.sweeper.storage={settings.storage} cannot be opened ({reason})") from error
+        raise UserError(f"hydra.sweeper.storage={settings.storage} cannot be opened ({first_line(error)})") from error
 
 
 def open_storage(optuna: Any, storage: str) -> Any:
@@ -158,9 +147,10 @@ def check_objectives(first: DictConfig, objectives: list[str], searched: dict[st
         return build_data(values["data"])
 
     def built() -> tuple[Any, Any]:
-        from betavae.runtime.builders import build_module
+        from betavae.module import VAEModule
+        from betavae.runtime.training import module_arguments
 
-        return data().splits["validation"], build_module(values, data())
+        return data().splits["validation"], VAEModule(**module_arguments(values, data()))
 
     known = set(objectives) <= set(RECORD_OBJECTIVES) or groups & {"data", "trainer"}
     sets = data().splits if not known and values["trainer"]["max_steps"] > 0 else None
@@ -168,16 +158,16 @@ def check_objectives(first: DictConfig, objectives: list[str], searched: dict[st
         raise UserError(f"a search chooses by validation numbers, and its trials never validate ({why})")
     if not groups & {"objective", "callbacks"}:
         if objectives == [values["callbacks"]["monitor"]]:  # the default, so what was typed is the monitor
-            check_names("callbacks.monitor", objectives, NUMBERS, values, built)
+            check_names("callbacks.monitor", objectives, METRICS, values, built)
         else:
-            check_names("hydra.sweeper.objectives", objectives, [*NUMBERS, *RECORD_OBJECTIVES], values, built)
+            check_names("hydra.sweeper.objectives", objectives, [*METRICS, *RECORD_OBJECTIVES], values, built)
 
 
 def check_study(study: Any, config: DictConfig, settings: SearchSettings, searched: dict[str, Any]) -> None:
     """Raises UserError if a study's trials had other settings than this search, what is searched aside."""
     values: Any = {key: to_plain(config[key]) for key in config if key != "hydra"}
     keys = {key.lstrip("+") for key in searched}
-    now = {key: value for key, value in flat_settings(values).items() if key not in keys and key not in IGNORED_KEYS}
+    now = {key: value for key, value in flatten(values).items() if key not in keys and key not in IGNORED_KEYS}
     now["hydra.sweeper.objectives"] = settings.objectives
     if (then := study.user_attrs.get("settings")) is None:
         study.set_user_attr("settings", now)

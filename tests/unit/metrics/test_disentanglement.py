@@ -268,7 +268,7 @@ def test_the_script_scores_a_run_and_a_report_scores_what_was_not(tmp_path, monk
     """Whole commands, but for the number of images; the report measures only the run that was not measured yet."""
     sweep, small = tmp_path / "sweep", ["data=sprites", "data.image_size=32", "data.root=none"]
     run(
-        *("-m", *small, "trainer=smoke", "trainer.limit_train_batches=2", "callbacks.figures_every=0"),
+        *("-m", *small, "trainer=smoke", "trainer.limit_train_batches=2", "callbacks.figures_every_n_epochs=0"),
         *(
             "model.hidden_dims=[16]",
             "model.latent_dim=3",
