@@ -19,7 +19,7 @@ from betavae.data.datamodule import EVAL_BINARIZE_SEED, SPLIT_SEED, ImageDataMod
 from betavae.data.fingerprint import fingerprint
 from betavae.data.image_set import ImageSet
 from betavae.data.loader import binarize_pixels
-from betavae.errors import UserError
+from betavae.errors import UserError, first_line
 from betavae.models.cpu_kernels import use_fast_cpu_kernels
 from betavae.models.vae import VAE
 from betavae.runtime.run_folder import read_json
@@ -190,10 +190,6 @@ def model_shapes(settings: dict[str, Any], limit: int) -> dict[str, torch.Size]:
         register_module_module_registration_hook(count),
     ):
         return {key: value.shape for key, value in VAE(**settings).state_dict().items()}
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
