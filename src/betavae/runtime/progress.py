@@ -180,7 +180,7 @@ class EpochSummary(Callback):
         self.started = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        next(c for c in trainer.callbacks if isinstance(c, TrainMetrics)).end_epoch(trainer, module)  # type: ignore[attr-defined]
+        next(c for c in trainer.callbacks if isinstance(c, TrainMetrics)).flush_epoch(trainer, module)  # type: ignore[attr-defined]
         line = f"epoch {trainer.current_epoch + 1:>3}/{trainer.max_epochs}"
         for name, value in display_metrics(trainer.callback_metrics, "epoch").items():
             line += f"  {DISPLAY_NAMES.get(name, name)} {value:.2f}"
