@@ -171,7 +171,7 @@ def commands_for(data_root: str) -> dict[str, Command]:
         watch = f"+callbacks.custom.watch={{first: {first}, last: {last}}}"
         long = ["trainer.max_epochs=1", "trainer.limit_train_batches=60", "trainer.log_every_n_steps=1000"]
         train(name, *long, watch, *args, prepare=watch_steps)
-    train("from_memory", prepare=lambda: setattr(datamodule, "LARGEST_ON_DEVICE", 0))
+    train("from_memory", prepare=lambda: setattr(datamodule, "MAX_DEVICE_BYTES", 0))
     train("sprites", "data=sprites", "data.image_size=32", "data.root=none", "model=conv", "model.hidden_dims=[4,8]")
     found["numbers"] = Command([], prepare=only(compare_numbers))
     found["samples"] = Command([], prepare=only(compare_samples), after="plain")

@@ -142,7 +142,7 @@ class TrainingRun:
         known = self.state.get("fingerprints", {}) if self.state else found
         if changed := [split for split in found if found[split] != known.get(split)]:
             raise UserError(
-                f"resume: {self.datamodule.root}: the {', '.join(changed)} images have changed since this run "
+                f"resume: {self.datamodule.source.root}: the {', '.join(changed)} images have changed since this run "
                 "began; restore the data or pass a copy by data.root=PATH, or start a new run"
             )
         self.trainer.callbacks += pruning_callbacks(HydraConfig.get(), self.settings["trainer"]["max_epochs"])  # type: ignore[attr-defined]
