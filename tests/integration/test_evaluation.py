@@ -9,8 +9,8 @@ import torch
 from torch import distributions as D
 
 from betavae.metrics import likelihood
-from betavae.metrics.aggregate_posterior import aggregate_posterior, posterior_means, probe_accuracy
-from betavae.metrics.likelihood import RNG_GROUP, PerImageBounds, decode_floats_per_image, standard_error, summary
+from betavae.metrics.aggregate_posterior import decompose_kl, encode_means, probe_accuracy
+from betavae.metrics.likelihood import RNG_GROUP, PerImageBounds, count_decode_floats, standard_error, summary
 from betavae.models.vae import VAE, Posterior
 from betavae.objectives import elbo, iwae
 from tests.commands import TINY, Child, run, wait_for
@@ -61,7 +61,7 @@ def test_with_another_posterior_the_bounds_tighten_to_the_exact_likelihood(linea
     exact_variance = exact_variance / torch.tensor([0.3, -0.2, 0.4]).exp()
     posterior = D.Normal(exact_mean, exact_variance.sqrt())
     kl = D.kl_divergence(D.Normal(result.mean, (0.5 * result.logvar).exp()), posterior).sum(1)
-    neg_elbo = result.distortion + result.kl.sum(1)
+    neg_elbo = result.recon + result.kl.sum(1)
     assert kl.mean() > 0.05
     for estimate in (gap[:, 0], neg_elbo + log_px):
         error = estimate - kl
@@ -107,7 +107,7 @@ def test_an_independent_slow_formula_agrees(likelihood):
             log_px.append(p.log_prob(x[image]).sum())
             weights.append((log_px[-1] + D.Normal(0.0, 1.0).log_prob(z).sum() - q.log_prob(z).sum()).exp())
         close = {"rtol": 1e-5, "atol": 1e-5}
-        torch.testing.assert_close(result.distortion[image], -sum(log_px) / samples, **close)
+        torch.testing.assert_close(result.recon[image], -sum(log_px) / samples, **close)
         torch.testing.assert_close(result.nll[image, 0], -sum(w.log() for w in weights) / samples, **close)
         torch.testing.assert_close(result.nll[image, 2], -(sum(weights) / samples).log(), **close)
         fives = [sum(weights[i : i + 5]) / 5 for i in (0, 5)]  # the last two samples make no whole group
@@ -138,7 +138,7 @@ def test_the_numbers_do_not_depend_on_chunks_or_on_how_many_images_there_are():
 
 def test_how_much_is_decoded_at_once():
     """784-400-20 on the way back: 400 before and after the activation, and the logits, unflattened, plus four more."""
-    assert decode_floats_per_image(VAE(**MODEL)) == 4 * 784 + 400 + 400 + 784 + 784
+    assert count_decode_floats(VAE(**MODEL)) == 4 * 784 + 400 + 400 + 784 + 784
 
 
 def test_the_probes_on_points_whose_labels_are_known():
@@ -151,7 +151,7 @@ def test_the_probes_on_points_whose_labels_are_known():
     chance = probe_accuracy(means[:200], labels[:200], means[200:], labels[200:])
     assert all(0.1 < accuracy < 0.6 for accuracy in chance.values())
     vae, x = VAE(**MODEL), torch.rand(1003, 1, 28, 28)
-    torch.testing.assert_close(posterior_means(vae, x), vae.encode(x).mean)
+    torch.testing.assert_close(encode_means(vae, x), vae.encode(x).mean)
 
 
 def test_the_aggregate_posterior_against_its_exact_kl():
@@ -159,7 +159,7 @@ def test_the_aggregate_posterior_against_its_exact_kl():
     torch.manual_seed(1)  # the draws of z in `aggregate` are those of seed 0
     mean = torch.randn(n, d).double() * torch.tensor([1.2, 0.3]) + torch.tensor([0.5, 0.0])
     logvar = torch.tensor([0.2, 0.5]).double().log().expand(n, d)
-    result = aggregate_posterior(Posterior(mean, logvar))
+    result = decompose_kl(Posterior(mean, logvar))
     # The aggregate is close to normal, with these variances.
     variance = torch.tensor([1.2**2 + 0.2, 0.3**2 + 0.5])
     wanted = 0.5 * (variance - 1 - variance.log()).sum() + 0.5 * 0.5**2
@@ -172,7 +172,7 @@ def test_the_aggregate_posterior_against_its_exact_kl():
     information = 0.5 * (1 + torch.tensor([1.2**2 / 0.2, 0.3**2 / 0.5])).log().sum()
     assert result["mutual_information"] == pytest.approx(information.item(), abs=0.06)
     # Posteriors that do not overlap: all that can be known is which image it was.
-    apart = aggregate_posterior(Posterior(1000 * torch.randn(50, d).double(), torch.zeros(50, d).double()))
+    apart = decompose_kl(Posterior(1000 * torch.randn(50, d).double(), torch.zeros(50, d).double()))
     assert apart["mutual_information"] == pytest.approx(math.log(50), abs=1e-6)
 
 

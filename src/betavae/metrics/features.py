@@ -21,7 +21,9 @@ MIN_IMAGES = 200  # for training, and the batch size
 
 
 class Classifier(nn.Module):
-    """A convolutional classifier that pools down to at most 7 pixels: images `(B, C, H, W)` in [0, 1] to logits `(B, K)`.
+    """A convolutional classifier of images `(B, C, H, W)` in [0, 1] with logits `(B, K)`.
+
+    It pools down to at most 7 by 7 pixels.
 
     Args:
         image_shape: `(C, H, W)`.
@@ -88,13 +90,20 @@ def train_classifier(images: ImageSet, seed: int = 0, epochs: int = EPOCHS, batc
     return model.eval().requires_grad_(False)
 
 
-def load_or_train(path: Path, train_set: ImageSet, test_set: ImageSet) -> tuple[Classifier, float]:
-    """Load the classifier of `train_set` from the cache file `path`, or train it.
+def load_or_train(path: Path, train_set: ImageSet, test_set: ImageSet) -> tuple[Classifier | None, float]:
+    """Load the classifier of `train_set` from the cache file `path`, or train it, and say which features there are.
 
     Returns:
-        The classifier in evaluation mode, and its accuracy on `test_set`.
+        The classifier in evaluation mode and its accuracy on `test_set`; None if `train_set` is too small or has not
+        one label per image of at least two classes.
     """
     shape, labels = tuple(train_set.pixels.shape[1:]), train_set.labels.unique()
+    if len(train_set) < MIN_IMAGES:
+        print(f"features are pixels: {len(train_set)} training images are too few to learn features from")
+        return None, 0.0
+    if train_set.labels.ndim > 1 or len(labels) < 2:
+        print("features are pixels: a classifier needs one label per image and at least two classes")
+        return None, 0.0
 
     def compute() -> dict[str, Any]:
         print(f"training the classifier that computes features, once, for {path} ...", flush=True)
@@ -106,4 +115,5 @@ def load_or_train(path: Path, train_set: ImageSet, test_set: ImageSet) -> tuple[
     cached = load_or_compute(path, {"data": data, "shape": list(shape), "version": 2}, compute)
     model = Classifier(shape, labels)
     model.load_state_dict(cached["state"])
+    print(f"features are those of a classifier with test accuracy {cached['accuracy']:.2%}, {path}")
     return model.eval().requires_grad_(False), cached["accuracy"]

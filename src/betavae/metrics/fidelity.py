@@ -5,12 +5,14 @@ Compare results only for the same features and the same N, and beside the bounds
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from betavae.metrics.features import Classifier
 
 MAX_PIXEL_FEATURES = 1024  # a Fréchet distance takes the cube of it
 
@@ -151,3 +153,53 @@ def average_repeats(repeats: Sequence[dict[str, float]]) -> dict[str, dict[str, 
         name: {"mean": values.mean().item(), "se": values.std().item() / math.sqrt(len(values))}
         for name, values in columns.items()
     }
+
+
+class Reference:
+    """Real images that generated ones are compared with.
+
+    Args:
+        batches: Batches `(B, C, H, W)` in [0, 1], so that the images are never all in memory.
+        labels: Their labels `(N,)`, for the `imbalance` of the labels that the classifier predicts.
+        classifier: Computes the features; None takes pixels.
+    """
+
+    def __init__(self, batches: Iterable[Tensor], labels: Tensor, classifier: Classifier | None):
+        self.labels, self.classifier = labels, classifier
+        self.features, pixels = self.extract(batches)
+        self.pixel_moments = estimate_moments(pixels)
+
+    def extract(self, batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+        """Extract the features and the pixel features of images."""
+        extract_features = self.classifier.features if self.classifier else extract_pixel_features
+        pairs = [(extract_features(batch), extract_pixel_features(batch)) for batch in batches]
+        features, pixels = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+        return features, pixels
+
+    def score(self, batches: Iterable[Tensor], n: int) -> tuple[dict[str, dict[str, float]], Tensor]:
+        """Score generated images in repeats of `n` images.
+
+        Returns:
+            The `mean` and `se` over repeats of each score, and the features of the images.
+        """
+        features, pixels = self.extract(batches)
+        rows = compute_scores(self.features, features, n)
+        for row, part, pixel_part in zip(rows, features.split(n), pixels.split(n), strict=True):
+            row["pixel_fid"] = frechet_distance(self.pixel_moments, estimate_moments(pixel_part))
+            if self.classifier:
+                row["imbalance"] = label_tv_distance(self.classifier.classify(part), self.labels)
+        return average_repeats(rows), features
+
+
+def find_likely_copies(fake: Tensor, real: Tensor, count: int, neighbors: int = 7) -> tuple[Tensor, Tensor]:
+    """Find the fakes nearest to a real image, relative to that image's distance to its own nearest neighbor.
+
+    Copies of real images would be among them.
+
+    Returns:
+        The rows `(count,)` of `fake`, and the rows `(count, neighbors)` of their nearest in `real`.
+    """
+    distances, rows = find_nearest(fake, real, neighbors)
+    usual = find_nearest(real[rows[:, 0]], real, 2)[0][:, 1]
+    likeliest = (distances[:, 0] / usual).argsort()[:count]
+    return likeliest, rows[likeliest]

@@ -53,14 +53,14 @@ class ImageLogger(Callback):
         z = torch.randn(64, vae.latent_dim, generator=torch.Generator().manual_seed(0)).to(x.device)
         by_kl = kl.argsort(descending=True).tolist()[:10]
         span = torch.linspace(-3, 3, 11, device=x.device)
-        rows = plotting.traversal(vae, vae.encode(x[:1]).mean[0], by_kl, span)
+        rows = plotting.traverse(vae, vae.encode(x[:1]).mean[0], by_kl, span)
         drawn = {
-            "reconstructions": plotting.make_grid(plotting.reconstructions(vae, x), 8),
+            "reconstructions": plotting.make_grid(plotting.stack_reconstructions(vae, x), 8),
             "samples": plotting.make_grid(vae.decode(z), 8),
             "traversal": plotting.make_grid(rows, len(span)),
         }
         if vae.latent_dim == 2:
-            drawn["manifold"] = plotting.make_grid(plotting.manifold(vae, 20), 20)
+            drawn["manifold"] = plotting.make_grid(plotting.decode_manifold(vae, 20), 20)
         return drawn, kl
 
     @torch.no_grad()
@@ -72,7 +72,7 @@ class ImageLogger(Callback):
             with warn_on_error(f"sending pictures to {type(logger).__name__}"):
                 for name, picture in drawn.items():
                     logger.log_image_grid(name, picture, trainer.global_step)
-                logger.log_figure("latent/kl_per_dimension", plotting.kl_bar_figure(kl), trainer.global_step)
+                logger.log_figure("latent/kl_per_dimension", plotting.plot_kl(kl), trainer.global_step)
         if not final:
             return
         with warn_on_error(f"writing pictures to {self.folder}"):
@@ -82,7 +82,7 @@ class ImageLogger(Callback):
             n = min(EMBEDDED, len(trainer.datamodule.splits["test"]))  # type: ignore[attr-defined]
             side = plotting.MAX_SPRITE_SIDE // math.ceil(math.sqrt(n))
             parts = [
-                (vae.encode(x).mean.cpu(), labels, plotting.tiles(x.float().cpu(), labels, side))
+                (vae.encode(x).mean.cpu(), labels, plotting.make_tiles(x.float().cpu(), labels, side))
                 for x, labels in self.images(trainer, vae, n)
             ]
             means, labels, tiles = zip(*parts, strict=True)

@@ -18,7 +18,7 @@ def pareto_indices(points: Sequence[Sequence[float]]) -> list[int]:
 
 def pareto_figure(points: Sequence[Sequence[float]], best: Sequence[int], labels: Sequence[str]) -> Any:
     """All points, and the numbered `best` along the edge of what can be reached."""
-    figure = plotting.new_figure(6, 4.5)
+    figure = plotting.create_figure(6, 4.5)
     axes = figure.add_subplot()
     axes.scatter(*zip(*points, strict=True), s=16, color="0.7")
     x, y = zip(*(points[i] for i in best), strict=True)

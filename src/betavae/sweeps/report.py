@@ -185,7 +185,7 @@ def group_lines(found: Sequence[SettingGroup], key: str) -> dict[str, list[Setti
 
 def rate_distortion(found: Sequence[SettingGroup]) -> Any:
     """Each setting's rate and distortion; along a line only beta changes."""
-    figure = plotting.new_figure(6, 4.5)
+    figure = plotting.create_figure(6, 4.5)
     axes = figure.add_subplot()
     swept = "beta" in found[0].values
     lines = group_lines(found, "beta" if swept else "")
@@ -213,7 +213,7 @@ def error_bars(sds: Sequence[float]) -> list[float]:
 
 
 def line_plot(found: Sequence[SettingGroup], key: str, metric: str) -> Any:
-    figure = plotting.new_figure(6, 4.5)
+    figure = plotting.create_figure(6, 4.5)
     axes = figure.add_subplot()
     values = ordered_values(found, key)
     place = {value: float(value) if all(map(is_number, values)) else i for i, value in enumerate(values)}
@@ -243,7 +243,7 @@ def heat_map(found: Sequence[SettingGroup], keys: Sequence[str], metric: str) ->
         if setting.finished:
             cells.setdefault((setting.values[keys[0]], setting.values[keys[1]]), []).append(setting.mean_sd(metric)[0])
     grid = [[fmean(cells[a, d]) if (a, d) in cells else math.nan for a in across] for d in down]
-    figure = plotting.new_figure(2 + 0.8 * len(across), 1.5 + 0.6 * len(down))
+    figure = plotting.create_figure(2 + 0.8 * len(across), 1.5 + 0.6 * len(down))
     axes = figure.add_subplot()
     image = axes.imshow(grid, cmap="viridis", aspect="auto")
     middle = sum(image.get_clim()) / 2
@@ -261,7 +261,7 @@ def heat_map(found: Sequence[SettingGroup], keys: Sequence[str], metric: str) ->
 
 def scatter(found: Sequence[SettingGroup], keys: Sequence[str], metric: str) -> Any:
     """For a search, whose settings lie on no grid."""
-    figure = plotting.new_figure(6, 4.5)
+    figure = plotting.create_figure(6, 4.5)
     axes = figure.add_subplot()
     points = [setting for setting in found if setting.finished]
     xy: list[list[Any]] = []
@@ -318,12 +318,12 @@ def contact_sheet(found: Sequence[SettingGroup], seed: int) -> Any:
     rows = -(-len(points) // columns)
     titles = [point.label.replace(", ", "\n") for point in points]
     lines = max(title.count("\n") + 1 for title in titles)
-    figure = plotting.new_figure(1.6 * columns, (1.6 + 0.12 * lines) * rows)
+    figure = plotting.create_figure(1.6 * columns, (1.6 + 0.12 * lines) * rows)
     for place, (point, title) in enumerate(zip(points, titles, strict=True), start=1):
         vae = checkpoint.load(str(point.finished[0].folder), "").vae
         axes = figure.add_subplot(rows, columns, place)
         images = vae.sample(16, 1.0, torch.Generator().manual_seed(seed))
-        plotting.imshow(axes, plotting.make_grid(images, 4))
+        plotting.draw_image(axes, plotting.make_grid(images, 4))
         axes.set_title(title, fontsize=7)
     return figure
 

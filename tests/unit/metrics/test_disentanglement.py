@@ -14,10 +14,10 @@ from betavae.metrics.disentanglement import (
     factor_vae_score,
     mig,
     modularity,
-    pair_differences,
+    sample_pair_differences,
     sap,
     scores,
-    scores_with_errors,
+    compute_scores_with_errors,
 )
 from betavae.runtime import checkpoint, evaluation
 from betavae.sweeps import report
@@ -198,7 +198,7 @@ def test_no_dimension_left_is_at_chance(factors):
 def test_pairs_share_the_value_and_are_of_two_rows():
     values = np.array([0, 2, 0, 1, 2, 2, 0])  # the row of value 1 is alone
     z = np.stack([values, 10.0 ** np.arange(7)], 1)
-    difference = pair_differences(z, values, 2000, 1, np.random.default_rng(0))
+    difference = sample_pair_differences(z, values, 2000, 1, np.random.default_rng(0))
     assert (difference[:, 0] == 0).all()
     of_value_0, of_value_2 = [1, 1e6, 100], [10, 1e4, 1e5]
     pairs = {abs(a - b) for rows in (of_value_0, of_value_2) for a in rows for b in rows if a != b}
@@ -241,7 +241,7 @@ def test_standard_errors_are_those_of_new_rows(monkeypatch):
         return factors / torch.tensor(SIZES) + 0.2 * torch.randn(2000, 3, generator=generator), factors
 
     deviation = np.std([mig(*draw(seed)) for seed in range(100)], ddof=1)
-    results = [scores_with_errors(*draw(seed), parts=8)["mig"] for seed in range(20)]
+    results = [compute_scores_with_errors(*draw(seed), parts=8)["mig"] for seed in range(20)]
     assert results[0]["value"] == mig(*draw(0))
     assert math.sqrt(np.mean([result["se"] ** 2 for result in results])) == pytest.approx(deviation, rel=0.25)
 
@@ -297,7 +297,7 @@ def test_the_script_scores_a_run_and_a_report_scores_what_was_not(tmp_path, monk
         measured.append(z.shape)
         return {"mig": {"value": 0.75, "se": 0.1}}
 
-    monkeypatch.setattr(evaluation, "scores_with_errors", stub)
+    monkeypatch.setattr(evaluation, "compute_scores_with_errors", stub)
     report.write_report(sweep, tmp_path / "report", None, "mig", 0)
     assert measured == [(10_000, 3)]
     table = (tmp_path / "report" / "table.md").read_text()
@@ -326,7 +326,7 @@ def test_the_page(tmp_path):
         script, words = small(command)
         if script == "train.py":
             words += ["model.hidden_dims=[16]", "data.image_size=32"]
-        prepare = (lambda: setattr(evaluation, "scores_with_errors", stub)) if "report" in script else None
+        prepare = (lambda: setattr(evaluation, "compute_scores_with_errors", stub)) if "report" in script else None
         output = run(*words, cwd=tmp_path, script=script, prepare=prepare)
         assert "Warning" not in output and "Traceback" not in output
         if "kl_decomposition" in command:
