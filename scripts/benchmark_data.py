@@ -5,20 +5,18 @@ its own: seconds until the first batch, seconds of an epoch, and memory of its o
 file's).
 """
 
-# mypy: disable-error-code="valid-type"
-
 import json
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
 from betavae.errors import UserError, last_error_line
 from betavae.runtime.cli import ScriptSettings, gc_paused, script_command
-from betavae.runtime.settings import NonEmptyStr, PositiveInt, choice
+from betavae.runtime.settings import NonEmptyStr, PositiveInt
 from betavae.storage.files import atomic_path
 
 WARM = 20  # batches that are not timed
@@ -28,7 +26,7 @@ class Settings(ScriptSettings):
     n: PositiveInt = Field(400_000, title="pictures, 12,288 bytes each")
     steps: PositiveInt = Field(600, title="of an epoch that are timed")
     folder: NonEmptyStr = Field("data", title="where the file is made; it is kept for the next time")
-    only: choice(lambda: [None, "mapped", "memory"]) = Field(None, title="one way, in this process: mapped, memory")
+    only: Literal["mapped", "memory"] | None = Field(None, title="one way, in this process: mapped, memory")
 
 
 def epoch(path: Path, mapped: bool, steps: int) -> dict[str, Any]:
@@ -37,7 +35,6 @@ def epoch(path: Path, mapped: bool, steps: int) -> dict[str, Any]:
 
     from betavae.data.datamodule import ImageDataModule
     from betavae.data.image_set import ImageSet
-    from betavae.models.cpu_kernels import use_fast_cpu_kernels
     from betavae.models.vae import VAE
     from betavae.objectives import elbo
 
@@ -47,7 +44,7 @@ def epoch(path: Path, mapped: bool, steps: int) -> dict[str, Any]:
     if not mapped:
         pixels = torch.from_numpy(np.load(path))
         data.splits["train"] = ImageSet(pixels, torch.zeros(len(pixels)).long())
-    vae = use_fast_cpu_kernels(VAE("mlp", [128], 16, "relu", "bernoulli", [3, 64, 64]))
+    vae = VAE("mlp", [128], 16, "relu", "bernoulli", [3, 64, 64])
     optimizer = torch.optim.Adam(vae.parameters(), 1e-3, fused=True)
     peak, first, at = 0, 0.0, 0.0
     for step, (x, _) in enumerate(data.train_dataloader()):

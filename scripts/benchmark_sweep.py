@@ -1,7 +1,5 @@
 """How much faster a sweep is on all cores: `python scripts/benchmark_sweep.py [jobs=6 epochs=5 rounds=3]`."""
 
-# mypy: disable-error-code="valid-type"
-
 from pydantic import Field
 
 from betavae.errors import UserError, last_error_line

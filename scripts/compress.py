@@ -3,14 +3,11 @@
 Bits-back coding by a model whose likelihood is a probability of what the images are; see docs/compression.md.
 """
 
-# mypy: disable-error-code="valid-type"
-
 from pathlib import Path
 
 from pydantic import Field
 
-from betavae.runtime.cli import DataSettings, gc_paused, script_command
-from betavae.runtime.command_line import argument
+from betavae.runtime.cli import DataSettings, argument, gc_paused, script_command
 from betavae.runtime.settings import ImageSpec, PathStr, PositiveInt
 
 

@@ -1,7 +1,5 @@
 """Latents to pictures: `python scripts/decode.py latents=latents.npz out=FOLDER [ckpt=PATH]`."""
 
-# mypy: disable-error-code="valid-type"
-
 from pathlib import Path
 
 from pydantic import Field

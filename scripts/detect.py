@@ -4,25 +4,22 @@ Scores, p-values and flags of each in scores.csv, and pictures. What is needed f
 calibrated by validation images when it is first asked for, and kept beside the checkpoint. See docs/anomalies.md.
 """
 
-# mypy: disable-error-code="valid-type"
-
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import Field
 
 from betavae.runtime.cli import DataSettings, gc_paused, script_command
-from betavae.runtime.settings import ImageSpec, NonEmptyStr, constrained
+from betavae.runtime.settings import ImageSpec, NonEmptyStr
 
 
 class Settings(DataSettings):
     images: ImageSpec = Field("test", title="pictures (folder, file, list); .npy, .npz; test, train, ...; a data set")
-    alarm: constrained(float, "a number above 0 and below 1", gt=0, lt=1) = Field(
+    alarm: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.01, title="flags at most this share of images of the training kind"
     )
     score: NonEmptyStr = Field("combined", title="combined, dose_svm, dose, neg_elbo")
-    inliers: constrained(list[int | str], "a list of labels") = Field(
-        [], title="labels that are of the training kind: a ROC curve"
-    )
+    inliers: list[int | str] = Field([], title="labels that are of the training kind: a ROC curve")
     out: NonEmptyStr = Field("anomalies", title="a folder")
 
 

@@ -1,19 +1,18 @@
 """Score whether each latent dimension follows one factor: `python scripts/disentanglement.py [ckpt=PATH]`."""
 
-# mypy: disable-error-code="valid-type"
-
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
 from betavae.runtime.cli import DataSettings, SeedSettings, gc_paused, script_command
-from betavae.runtime.settings import OptionalPathStr, PositiveInt, choice
+from betavae.runtime.settings import PathStr, PositiveInt
 
 
 class Settings(DataSettings, SeedSettings):
     max_images: PositiveInt = Field(10_000, title="maximum number of test images; all scores depend on it a little")
-    latents: choice(lambda: ["mean", "sample"]) = Field("mean", title="mean of each posterior, or a sample")
-    out: OptionalPathStr = Field(None, title="folder of disentanglement.json; null: the run's")
+    latents: Literal["mean", "sample"] = Field("mean", title="mean of each posterior, or a sample")
+    out: PathStr | None = Field(None, title="folder of disentanglement.json; null: the run's")
 
 
 @script_command(Settings)

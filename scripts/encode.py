@@ -3,8 +3,6 @@
 For each picture its name, posterior mean and log-variance, label (where there are labels), KL and neg. ELBO in nats.
 """
 
-# mypy: disable-error-code="valid-type"
-
 from pydantic import Field
 
 from betavae.runtime.cli import DataSettings, SeedSettings, gc_paused, script_command

@@ -1,28 +1,26 @@
 """Evaluate a trained VAE on test images: `python scripts/evaluate.py [ckpt=PATH k=5000 memory_mb=16]`."""
 
-# mypy: disable-error-code="valid-type"
-
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
 from betavae.runtime.cli import DataSettings, SeedSettings, gc_paused, script_command
-from betavae.runtime.settings import OptionalIntAtLeast2, OptionalPathStr, PositiveInt, choice
+from betavae.runtime.settings import IntAtLeast2, PathStr, PositiveInt
 
 
 class Settings(DataSettings, SeedSettings):
     k: PositiveInt = Field(5000, title="importance samples per image; bounds for 1, 10, 100, ... and k samples")
-    max_images: OptionalIntAtLeast2 = Field(None, title="number of test images, from the first on; null: all")
+    max_images: IntAtLeast2 | None = Field(None, title="number of test images, from the first on; null: all")
     memory_mb: PositiveInt = Field(16, title="approximate memory for decoding; on a GPU, a few thousand are faster")
-    device: choice(lambda: ["auto", "cpu", "cuda", "mps"]) = Field("auto", title="auto, cpu, cuda, mps")
-    matmul_precision: choice(lambda: ["highest", "high", "medium"]) = Field(
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", title="auto, cpu, cuda, mps")
+    matmul_precision: Literal["highest", "high", "medium"] = Field(
         "highest", title="highest, high, medium: lower may be faster and less exact"
     )
     probes: bool = Field(True, title="accuracy of 5 nearest neighbors and of a linear classifier on posterior means")
-    out: OptionalPathStr = Field(None, title="folder of evaluation.json and figures/evaluation.png; null: the run's")
+    out: PathStr | None = Field(None, title="folder of evaluation.json and figures/evaluation.png; null: the run's")
 
 
 @script_command(Settings)
@@ -72,7 +70,7 @@ def main(settings: Settings) -> None:
             "checkpoint": str(run.path.relative_to(run.folder)),
             "data": f"{run.data['name']}, binarize={binarize}",
             "likelihood": run.settings["model"]["likelihood"],
-            "note": likelihood.meaning(binarize),
+            "note": likelihood.describe(binarize),
             **request,
             "device": torch.cuda.get_device_name() if device == "cuda" else device,
             "sampling_seconds": round(seconds, 1),

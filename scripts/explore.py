@@ -1,7 +1,5 @@
 """A page to explore latent spaces in a browser: `python scripts/explore.py [ckpt=PATH ckpt=[A,B] port=0]`."""
 
-# mypy: disable-error-code="valid-type"
-
 import contextlib
 import os
 import re
@@ -14,19 +12,19 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from betavae.runtime.cli import RunsSettings, gc_paused, script_command
-from betavae.runtime.settings import NonEmptyStr, OptionalPathStr, constrained
+from betavae.runtime.settings import NonEmptyStr, PathStr
 
 Name = Annotated[str, Field(min_length=1)]
 Names = Annotated[list[Name], Field(min_length=1)]
-Paths: Any = constrained(Name | Names | None, "null, a text, or a list of texts such as [runs/a,runs/b]")
-Port = constrained(int, "a whole number from 0 to 65535", ge=0, le=65535)
+Paths: Any = Name | Names | None
+Port = Annotated[int, Field(ge=0, le=65535)]
 
 
 class Settings(RunsSettings):
     ckpt: Paths = Field(
         None, title="a checkpoint, run folder or sweep, or several: [A,B]; null: the newest finished run"
     )
-    data_root: OptionalPathStr = Field(None, title="the data folder; null: the one it was trained with")
+    data_root: PathStr | None = Field(None, title="the data folder; null: the one it was trained with")
     host: NonEmptyStr = Field(
         "127.0.0.1", title="who may see the page: this machine alone, or with 0.0.0.0 whoever reaches it"
     )

@@ -1,20 +1,16 @@
 """A trained VAE for others: `python scripts/export.py [ckpt=PATH format=onnx out=export]`."""
 
-# mypy: disable-error-code="valid-type"
-
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
 from betavae.runtime.cli import ModelSettings, SeedSettings, gc_paused, script_command
-from betavae.runtime.settings import PathStr, choice
-
-FORMATS = ["onnx", "torchscript", "pt2", "safetensors", "folder"]
+from betavae.runtime.settings import PathStr
 
 
 class Settings(ModelSettings, SeedSettings):
-    format: choice(lambda: FORMATS) = Field(
+    format: Literal["onnx", "torchscript", "pt2", "safetensors", "folder"] = Field(
         "onnx", title="onnx, torchscript, pt2, safetensors; folder: for betavae.load"
     )
     out: PathStr = Field("export", title="a folder")

@@ -1,33 +1,27 @@
 """Compare generated images with real ones: `python scripts/fidelity.py [ckpt=PATH sampler=mixture n=2000]`."""
 
-# mypy: disable-error-code="valid-type"
-
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
 from betavae.runtime.cli import DataSettings, SeedSettings, gc_paused, script_command
-from betavae.runtime.settings import IntAtLeast2, OptionalPathStr, choice
+from betavae.runtime.settings import IntAtLeast2, PathStr, RegisteredName
 
 BATCH_SIZE = 1000
 MIN_IMAGES = 10  # in each repeat
 COPIES = 12  # rows of figures/fidelity.png
 
 
-def list_samplers() -> list[str | None]:
-    from betavae.applications.sampling import SAMPLERS
-
-    return [None, *SAMPLERS]
-
-
 class Settings(DataSettings, SeedSettings):
-    sampler: choice(list_samplers) = Field(None, title="prior, gaussian, mixture, knn; null: all of them")
+    sampler: Annotated[str, RegisteredName("betavae.applications.sampling", "SAMPLERS")] | None = Field(
+        None, title="prior, gaussian, mixture, knn; null: all of them"
+    )
     n: IntAtLeast2 = Field(2000, title="images in each repeat; fewer if there are too few test or training images")
     repeats: IntAtLeast2 = Field(5, title="repeats for the standard errors; no image is in two of them")
     reference: IntAtLeast2 = Field(60_000, title="maximum number of training images to compare with")
-    out: OptionalPathStr = Field(None, title="folder of fidelity.json and figures/fidelity.png; null: the run's")
+    out: PathStr | None = Field(None, title="folder of fidelity.json and figures/fidelity.png; null: the run's")
 
 
 @script_command(Settings)

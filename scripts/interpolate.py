@@ -1,18 +1,20 @@
 """From one image to another through the latent space: `python scripts/interpolate.py digits=[3,8]|images=[A,B]`."""
 
-# mypy: disable-error-code="valid-type"
+from typing import Annotated, Any
 
 from pydantic import Field
 
 from betavae.runtime.cli import DataSettings, SeedSettings, gc_paused, script_command
-from betavae.runtime.settings import ImagesOrNull, IntAtLeast2, IntPair, NonEmptyStr, PositiveInt
+from betavae.runtime.settings import IntAtLeast2, NonEmptyStr, NonNegativeInt, PositiveInt
 
 
 class Settings(DataSettings, SeedSettings):
-    digits: IntPair = Field(
+    digits: Annotated[list[int], Field(min_length=2, max_length=2)] = Field(
         [3, 8], title="from a test image of the first label to one of the second, chosen by the seed"
     )
-    images: ImagesOrNull = Field(None, title="two test images by number, [0,7], or two pictures, instead of digits")
+    images: Annotated[list[NonEmptyStr | NonNegativeInt], Field(min_length=1)] | NonEmptyStr | None = Field(
+        None, title="two test images by number, [0,7], or two pictures, instead of digits"
+    )
     steps: IntAtLeast2 = Field(11, title="pictures from one end to the other")
     rows: PositiveInt = Field(6, title="different pairs of images of these digits")
     out: NonEmptyStr = Field("interpolation.png", title="the picture")
@@ -29,7 +31,7 @@ def main(settings: Settings) -> None:
         from betavae.runtime.inputs import resolve_images
 
     run = checkpoint.load(settings.ckpt, settings.runs)
-    chosen = settings.images
+    chosen: Any = settings.images
     for key in ("digits", "rows"):
         if chosen is not None and getattr(settings, key) != Settings.model_fields[key].default:
             raise UserError(f"{key}={getattr(settings, key)} goes without images")

@@ -1,7 +1,5 @@
 """The whole of a 2-D latent space: `python scripts/manifold.py [ckpt=PATH size=20 out=manifold.png]`."""
 
-# mypy: disable-error-code="valid-type"
-
 from pydantic import Field
 
 from betavae.runtime.cli import ModelSettings, gc_paused, script_command

@@ -1,7 +1,5 @@
 """Images above their reconstructions: `python scripts/reconstruct.py [images=PATH out=reconstructions.png]`."""
 
-# mypy: disable-error-code="valid-type"
-
 from pydantic import Field
 
 from betavae.runtime.cli import DataSettings, SeedSettings, gc_paused, script_command

@@ -1,25 +1,20 @@
 """New images from a trained VAE: `python scripts/sample.py [ckpt=PATH sampler=mixture digit=7 n=64 out=PNG]`."""
 
-# mypy: disable-error-code="valid-type"
-
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import Field
 
 from betavae.runtime.cli import DataSettings, SeedSettings, gc_paused, script_command
-from betavae.runtime.settings import IntegerOrNull, NonNegativeFloat, PathStr, PositiveInt, choice
-
-
-def samplers() -> list[str]:
-    from betavae.applications.sampling import SAMPLERS
-
-    return list(SAMPLERS)
+from betavae.runtime.settings import NonNegativeFloat, PathStr, PositiveInt, RegisteredName
 
 
 class Settings(DataSettings, SeedSettings):
     n: PositiveInt = Field(64, title="images")
-    sampler: choice(samplers) = Field("prior", title="or one fitted to the training images: gaussian, mixture, knn")
-    digit: IntegerOrNull = Field(None, title="images of one label; not with sampler=prior")
+    sampler: Annotated[str, RegisteredName("betavae.applications.sampling", "SAMPLERS")] = Field(
+        "prior", title="or one fitted to the training images: gaussian, mixture, knn"
+    )
+    digit: int | None = Field(None, title="images of one label; not with sampler=prior")
     temperature: NonNegativeFloat = Field(1.0, title="times the prior's standard deviation")
     columns: PositiveInt = Field(8, title="images in a row")
     out: PathStr = Field("samples.png", title="the picture")

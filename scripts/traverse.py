@@ -1,22 +1,14 @@
 """What each latent dimension does, ordered by its KL: `python scripts/traverse.py [ckpt=PATH dimensions=10]`."""
 
-# mypy: disable-error-code="valid-type"
-
 from pydantic import Field
 
 from betavae.runtime.cli import DataSettings, gc_paused, script_command
-from betavae.runtime.settings import (
-    IntAtLeast2,
-    NonEmptyStr,
-    OptionalNonNegativeInt,
-    OptionalPositiveInt,
-    PositiveFloat,
-)
+from betavae.runtime.settings import IntAtLeast2, NonEmptyStr, NonNegativeInt, PositiveFloat, PositiveInt
 
 
 class Settings(DataSettings):
-    image: OptionalNonNegativeInt = Field(0, title="the test image to start from; null: the prior's mean")
-    dimensions: OptionalPositiveInt = Field(None, title="how many, from the one with the largest KL down; null: all")
+    image: NonNegativeInt | None = Field(0, title="the test image to start from; null: the prior's mean")
+    dimensions: PositiveInt | None = Field(None, title="how many, from the one with the largest KL down; null: all")
     span: PositiveFloat = Field(3.0, title="from -span to span")
     steps: IntAtLeast2 = Field(11, title="pictures of each dimension")
     out: NonEmptyStr = Field("traversal.png", title="the picture")

@@ -1,17 +1,12 @@
-"""Exceptions whose message is shown to the user in place of a traceback."""
+"""Exceptions whose message is shown to the user, and their one-line messages."""
 
 
 class UserError(Exception):
-    """An error that the user can fix; its message is one sentence with the fact and the remedy."""
+    """An error that the user can fix. Its message is one sentence with the key or file, the fact and the remedy."""
 
 
 class DivergenceError(UserError):
-    """The end of a training with numbers that are not finite.
-
-    Args:
-        reason: The fact, as in "the loss is nan in step 3".
-        last: The last finite means of `loss`, `recon` and `kl`; empty if there were none.
-    """
+    """A training with a loss or weights that are not finite. `last` holds the last finite means, if any."""
 
     def __init__(self, reason: str, last: dict[str, float]):
         if last:
@@ -23,18 +18,18 @@ class DivergenceError(UserError):
 
 
 class TrialPruned(Exception):
-    """The end of a search's trial that the pruner stopped; the message gives the epoch and its value."""
+    """The end of a trial that its search has pruned. The message has its last result."""
 
 
 class RunInterrupted(SystemExit):
-    """The end of a run that was asked to stop and has said how to resume it; `code` is 128 plus the signal."""
+    """The end of a run that a signal stopped, after it has printed how to resume. `code` is 128 plus the signal."""
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its class name if the message is empty."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    """Return the first line of an error's message, or its type if it has none."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-def last_error_line(output: str) -> str:
-    """Return the error message at the end of a failed command's output."""
-    return (output.splitlines() or ["it was killed"])[-1].removeprefix("error: ")
+def last_error_line(text: str) -> str:
+    """Return the last line that a failed command of this project printed, which says why it failed."""
+    return (text.splitlines() or ["it was killed"])[-1].removeprefix("error: ")

@@ -31,7 +31,7 @@ from pathlib import Path
 import torch
 
 from betavae.data.datasets.mnist import mnist
-from tests.commands import REPO, Child, module_of, started
+from tests.commands import REPO, Child, load_script, started
 
 MAX_SECONDS = 280  # of one command, by the clock
 MAX_CPU_SECONDS = 60
@@ -502,7 +502,11 @@ TRAINING: dict[str, list[str]] = {
         "++trainer.max_epochs=2",
         "+trainer.accelerator=cpu",
     ],
-    "figures": ["callbacks.figures_every=0", "callbacks.figures_every=1", "callbacks.figures_every=2"],
+    "figures": [
+        "callbacks.figures_every_n_epochs=0",
+        "callbacks.figures_every_n_epochs=1",
+        "callbacks.figures_every_n_epochs=2",
+    ],
     "monitor": ["callbacks.monitor=loss", "callbacks.monitor=kl", "callbacks.monitor=recon", "callbacks.monitor=nope"],
     "patience": ["callbacks.early_stopping_patience=0", "callbacks.early_stopping_patience=1"],
     "logger": ["logger=csv", "logger=[tensorboard,csv]", "~logger", "~logger.tensorboard", "logger=[]"],
@@ -584,7 +588,7 @@ PICTURE_ENDINGS = ["png", "jpg", "pdf", "webp", "svg", "gif", "nope"]
 
 @functools.cache
 def script_keys(name: str) -> list[str]:
-    return [*module_of(REPO / "scripts" / f"{name}.py").Settings.model_fields]
+    return [*load_script(REPO / "scripts" / f"{name}.py").Settings.model_fields]
 
 
 def script_words(rng: random.Random, name: str, data: str, run: str) -> list[str]:
@@ -763,14 +767,18 @@ def interrupt(rng: random.Random, session: Session, words: list[str]) -> None:
         must_work(session, *following)
     if not timed:
         name = whole.partition("=")[2].strip("'")
-        session.python(f"from tests.integration.fuzz_commands import assert_same_runs\nassert_same_runs({name!r}, 'cut')\n")
+        session.python(
+            f"from tests.integration.fuzz_commands import assert_same_runs\nassert_same_runs({name!r}, 'cut')\n"
+        )
 
 
 def longer(rng: random.Random, session: Session, words: list[str]) -> None:
     """Resume a finished run, as it is and with changed settings."""
     resume = next(word for word in words if word.startswith("hydra.run.dir=")).replace("hydra.run.dir", "resume")
     must_work(session, "train.py", resume)
-    changes = rng.choice([[], training_words(rng)[3:], ["callbacks.figures_every=1"], ["trainer.precision=bf16-mixed"]])
+    changes = rng.choice(
+        [[], training_words(rng)[3:], ["callbacks.figures_every_n_epochs=1"], ["trainer.precision=bf16-mixed"]]
+    )
     changes = [word for word in changes if word.startswith(("trainer.", "callbacks.", "data.eval", "+trainer."))]
     session.command("train.py", resume, f"trainer.max_epochs={rng.choice((1, 4, 6))}", *changes)
 

@@ -51,7 +51,7 @@ def refused(place: Path, script: str, *args: str) -> str:
         ("latent_dim=3", "latent_dim is not a setting; did you mean model.latent_dim?"),
         ("+betta=3", "betta is not a setting; did you mean beta?"),
         ("+trainer.max_epoch=3", "trainer.*max_epoch"),
-        ("+callbacks.figures=3", "callbacks.figures is not a setting; did you mean callbacks.figures_every?"),
+        ("+callbacks.figures=3", "callbacks.figures is not a setting; did you mean callbacks.figures_every_n_epochs?"),
         ("+beta_schedule.warm=1", "beta_schedule.*warm"),
         ("+model.depth=1", "model.*depth"),
         ("data.fit=pad", "data.fit is a setting of data=folder, and this run has another data"),

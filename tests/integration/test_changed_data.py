@@ -82,7 +82,12 @@ def trained(tmp_path_factory):
             else:
                 write_pictures(place / "x", PIXELS)
                 settings = ["data=folder", "data.root=x", "data.image_size=8", "data.channels=1"]
-            quick = ["data.batch_size=20", "trainer.max_epochs=1", "callbacks.figures_every=0", "hydra.run.dir=run"]
+            quick = [
+                "data.batch_size=20",
+                "trainer.max_epochs=1",
+                "callbacks.figures_every_n_epochs=0",
+                "hydra.run.dir=run",
+            ]
             run(*TINY, *settings, *sizes, *quick, cwd=place)
         return places[source, sizes[0]]
 

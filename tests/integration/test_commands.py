@@ -27,7 +27,7 @@ def place(tmp_path_factory, data_root):
 @pytest.fixture(scope="module")
 def smoke(place):
     """A finished smoke run in two latent dimensions: (its folder, what it printed)."""
-    output = run("trainer=smoke", "model.latent_dim=2", "callbacks.figures_every=1", "seed=0", cwd=place)
+    output = run("trainer=smoke", "model.latent_dim=2", "callbacks.figures_every_n_epochs=1", "seed=0", cwd=place)
     return place / re.search(r"run +(runs/\S+)", output)[1], output
 
 
@@ -143,7 +143,7 @@ def test_a_longer_run_is_the_same_as_one_that_was_that_long_from_the_start(tmp_p
 
 def test_an_epoch_that_is_cut_short_has_numbers_of_its_own(tmp_path, data_root):
     """By max_steps or by early stopping: its line is of its own steps, and those are in the curves."""
-    tiny = [*TINY, f"data.root={data_root}", "callbacks.figures_every=0"]
+    tiny = [*TINY, f"data.root={data_root}", "callbacks.figures_every_n_epochs=0"]
     whole = run(*tiny, "trainer.max_epochs=1", "trainer.log_every_n_steps=1", "hydra.run.dir=whole", cwd=tmp_path)
     means = lambda text: re.findall(r"epoch +\d+/\d+  loss ([\d.]+)", text)  # noqa: E731
     losses = [event.value for event in scalars(tmp_path / "whole", "train/loss")]

@@ -19,7 +19,7 @@ from betavae.runtime.training import TrainingRun
 from tests.commands import TINY, Child, run
 
 SMALL = [*TINY, "data=arrays", "data.root=images.npy", "data.test_size=9", "data.validation_size=10"]
-SMALL += ["data.batch_size=10", "callbacks.figures_every=2", "hydra.run.dir=run"]
+SMALL += ["data.batch_size=10", "callbacks.figures_every_n_epochs=2", "hydra.run.dir=run"]
 
 
 def images(folder: Path, *shape: int) -> None:

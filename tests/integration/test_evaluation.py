@@ -239,7 +239,7 @@ def test_killed_it_goes_on_and_ends_with_the_same_numbers(tmp_path, data_root):
 def test_one_test_image_has_no_standard_error(tmp_path):
     np.save(tmp_path / "x.npy", np.arange(10 * 4 * 4, dtype=np.uint8).reshape(10, 4, 4))
     words = ["data=arrays", "data.root=x.npy", "data.test_size=1", "data.batch_size=2", "hydra.run.dir=run"]
-    run(*TINY, *words, "callbacks.figures_every=0", cwd=tmp_path)
+    run(*TINY, *words, "callbacks.figures_every_n_epochs=0", cwd=tmp_path)
     said = run("ckpt=run", "k=2", cwd=tmp_path, script="scripts/evaluate.py", code=1)
     assert said.startswith("error: run/checkpoints/best.ckpt: its data have 1 test image; expected at least 2")
     assert said.count("\n") == 1 and not (tmp_path / "run" / "evaluation.json").exists()
@@ -251,7 +251,7 @@ def test_labels_that_cannot_be_learned_are_left_out(tmp_path, n, classes, left_o
     labels = np.arange(n) % classes
     np.savez(tmp_path / "x.npz", x_train=x, y_train=labels, x_test=x, y_test=np.arange(n))
     words = ["data=arrays", "data.root=x.npz", "data.validation_size=0", "data.batch_size=2", "hydra.run.dir=run"]
-    run(*TINY, *words, "callbacks.figures_every=0", cwd=tmp_path)
+    run(*TINY, *words, "callbacks.figures_every_n_epochs=0", cwd=tmp_path)
     said = run("ckpt=run", "k=2", cwd=tmp_path, script="scripts/evaluate.py")
     assert ("left out: it needs 5 training images of two classes" in said) == left_out
     assert ("5 nearest neighbours" in said) != left_out and "Warning" not in said

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from betavae.runtime.progress import ImageLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from betavae.module import VAEModule
-from betavae.runtime.progress import ImageLogger
 from betavae.runtime.training import TrainingRun
 from tests.commands import TINY, Child, run
 
@@ -36,7 +36,7 @@ def place(tmp_path_factory, data_root):
     if "mlflow" in HEAVY:
         importlib.import_module("mlflow").MlflowClient(f"sqlite:///{folder}/other.db")
     (folder / "data").symlink_to(data_root)
-    args = (*TINY, "callbacks.figures_every=2", ALL)
+    args = (*TINY, "callbacks.figures_every_n_epochs=2", ALL)
     text = run(*args, "hydra.run.dir=whole", cwd=folder)
     child = Child(*args, "hydra.run.dir=resumed", cwd=folder, prepare=die_at(23))
     assert child.wait() == -signal.SIGKILL, child.text
@@ -110,7 +110,7 @@ def test_a_csv_goes_on_to_the_byte(place, tmp_path, data_root):
     def die_late() -> None:
         TrainingRun.finish = lambda *args: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
 
-    args = (*TINY, "callbacks.figures_every=0", "logger=csv", f"data.root={data_root}", "hydra.run.dir=run")
+    args = (*TINY, "callbacks.figures_every_n_epochs=0", "logger=csv", f"data.root={data_root}", "hydra.run.dir=run")
     folder = tmp_path / "run"
     assert Child(*args, cwd=tmp_path, prepare=die_late).wait() == -signal.SIGKILL
     assert (folder / "curves.csv").read_bytes() == whole  # the test's row was there

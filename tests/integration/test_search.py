@@ -28,7 +28,12 @@ optuna = pytest.importorskip("optuna")
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution  # noqa: E402
 from optuna.trial import TrialState  # noqa: E402
 
-SMALL = ["trainer=smoke", "trainer.limit_train_batches=2", "trainer.limit_val_batches=1", "callbacks.figures_every=0"]
+SMALL = [
+    "trainer=smoke",
+    "trainer.limit_train_batches=2",
+    "trainer.limit_val_batches=1",
+    "callbacks.figures_every_n_epochs=0",
+]
 SMALL += ["trainer.limit_test_batches=1", "data.validation_size=200"]
 # Replaces the shipped space: a later word on a key wins, and a plain value takes it out of the search.
 ONE = ["model.latent_dim=3", "model.hidden_dims=[16]"]

@@ -28,7 +28,7 @@ from betavae.sweeps import jobs, report
 from tests.commands import REPO, Child, fresh, run, started, wait_for
 
 TRAIN = str(REPO / "train.py")
-SMALL = ["trainer=smoke", "model=mlp_small", "trainer.limit_train_batches=2", "callbacks.figures_every=0"]
+SMALL = ["trainer=smoke", "model=mlp_small", "trainer.limit_train_batches=2", "callbacks.figures_every_n_epochs=0"]
 SMALL += ["data.validation_size=200"]
 # Of overrides, few letters, so that many look alike.
 KEYS = st.text("ab_.", min_size=1, max_size=4)

@@ -10,6 +10,11 @@ from typing import Any
 
 from betavae.errors import UserError
 
+ONE_DEVICE_MESSAGE = (
+    "a sweep trains each job on one device: leave trainer.devices and trainer.num_nodes at 1 and run jobs side by side "
+    "(hydra/launcher=joblib), or start runs on several devices one by one without -m"
+)
+
 
 def rank() -> int:
     """0 in the one process that speaks and writes for all; known before there is a Trainer."""

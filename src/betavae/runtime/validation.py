@@ -97,7 +97,7 @@ def terms_of(images: Any, module: Any) -> list[str]:
     """Return the names of the terms of a module's objective, by its value for two images."""
     import torch
 
-    from betavae.runtime.progress import evaluating
+    from betavae.runtime.callbacks import evaluating
 
     x = images.pixels.index_select(0, torch.arange(min(2, len(images)))).float() / 255
     noise = torch.zeros(module.k, len(x), module.vae.latent_dim)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
@@ -58,12 +59,12 @@ class SweepCallback(Callback):
         SweepCallback.folder, SweepCallback.is_search = folder, is_search(config.hydra)
 
 
-def is_search(hydra_cfg: DictConfig) -> bool:
+def is_search(hydra_cfg: HydraConf) -> bool:
     """Return whether the sweeper chooses settings by the results of earlier jobs."""
     return not hydra_cfg.sweeper["_target_"].endswith(".BasicSweeper")
 
 
-def needs_validation(hydra_cfg: DictConfig) -> bool:
+def needs_validation(hydra_cfg: HydraConf) -> bool:
     """Return whether the sweeper chooses settings by validation metrics."""
     objectives = hydra_cfg.sweeper.get("objectives") or ["neg_elbo"]
     return is_search(hydra_cfg) and not set(objectives) <= set(RECORD_OBJECTIVES)

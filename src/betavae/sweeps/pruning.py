@@ -3,8 +3,8 @@
 from typing import TYPE_CHECKING
 
 import lightning as L
+from hydra.conf import HydraConf
 from lightning.pytorch.callbacks import Callback
-from omegaconf import DictConfig
 
 from betavae.errors import TrialPruned, UserError
 from betavae.sweeps.search import SearchSettings, import_optuna, open_study, parse_search_settings
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from optuna import Trial
 
 
-def make_pruning_callbacks(hydra_cfg: DictConfig, max_epochs: int) -> list[Callback]:
+def make_pruning_callbacks(hydra_cfg: HydraConf, max_epochs: int) -> list[Callback]:
     """Return the `PruningCallback` of a trial, or nothing for other jobs.
 
     The number of the trial comes with the job's config, which every launcher passes on.

@@ -45,7 +45,7 @@ def list_table_metrics(groups: Sequence[SettingGroup]) -> list[str]:
 
 
 def write_csv(groups: Sequence[SettingGroup], path: Path) -> None:
-    """Write a row per setting: its values, its number of jobs per status, mean and standard deviation of each metric."""
+    """Write a row per setting: its values, its jobs per status, and the mean and deviation of each metric."""
     names = list_table_metrics(groups)
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)

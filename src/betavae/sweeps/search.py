@@ -12,6 +12,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from hydra.conf import HydraConf
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Transformer
@@ -60,7 +61,7 @@ class SearchSettings(Settings):
         return self.pruner != "none" and len(self.objectives) == 1 and self.objectives[0] not in RECORD_OBJECTIVES
 
 
-def parse_search_settings(hydra_cfg: DictConfig) -> SearchSettings:
+def parse_search_settings(hydra_cfg: HydraConf) -> SearchSettings:
     """Return the settings of a search from Hydra's config."""
     values = {key: value for key, value in to_plain(hydra_cfg.sweeper).items() if key not in ("_target_", "trial")}
     return validate(SearchSettings, values, "hydra.sweeper.")
@@ -199,8 +200,8 @@ def check_study(
     for key in sorted(earlier.keys() & now.keys()):
         if earlier[key] != now[key]:
             raise UserError(
-                f"the study in {config.hydra.sweep.dir} has {key}={earlier[key]}, and this search has {key}={now[key]}; "
-                "choose another hydra.sweep.dir"
+                f"the study in {config.hydra.sweep.dir} has {key}={earlier[key]}, and this search has "
+                f"{key}={now[key]}; choose another hydra.sweep.dir"
             )
 
 
@@ -218,9 +219,8 @@ def run_search(typed: list[str], config: DictConfig, launcher: Launcher, loader:
     """
     settings = parse_search_settings(config.hydra)
     fixed, searched = parse_search_space([f"{key}={value}" for key, value in settings.params.items()] + typed, loader)
-    sample: dict[str, Any] = {
-        key: item.choices[0] if hasattr(item, "choices") else getattr(item, "low") for key, item in searched.items()
-    }
+    distributions: dict[str, Any] = searched
+    sample = {key: item.choices[0] if hasattr(item, "choices") else item.low for key, item in distributions.items()}
     first = loader.load_sweep_config(config, format_trial_overrides(fixed, sample, 0))
     check_objectives(first, settings.objectives, searched)
     if settings.pruner != "none" and not settings.prunes:

@@ -357,7 +357,7 @@ def test_images_that_are_not_those_of_the_training_are_refused(tmp_path):
     x = blobs(301, 0).numpy()
     np.save(tmp_path / "x.npy", x[:300])
     tiny = [*TINY, "data=arrays", "data.root=x.npy", "data.validation_size=100", "data.batch_size=20", "name=a"]
-    run(*tiny, "callbacks.figures_every=0", cwd=tmp_path)
+    run(*tiny, "callbacks.figures_every_n_epochs=0", cwd=tmp_path)
     np.save(tmp_path / "more.npy", x)
     said = run("images=x.npy", "data_root=more.npy", cwd=tmp_path, script="scripts/detect.py", code=1)
     assert said.startswith("error: more.npy: the validation images have changed since runs/")
@@ -388,7 +388,7 @@ def test_another_sets_root_is_not_that_of_the_models_own_data(tmp_path, data_roo
         pytest.skip(f"there is no FashionMNIST in {FASHION}")
     (tmp_path / "fashion").mkdir()
     (tmp_path / "fashion" / "FashionMNIST").symlink_to(FASHION / "FashionMNIST")
-    run(*TINY, f"data.root={data_root}", "callbacks.figures_every=0", cwd=tmp_path)
+    run(*TINY, f"data.root={data_root}", "callbacks.figures_every_n_epochs=0", cwd=tmp_path)
 
     def fewer() -> None:
         report.FIT_IMAGES = 1000

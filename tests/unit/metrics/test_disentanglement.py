@@ -9,6 +9,7 @@ from betavae.errors import UserError
 from betavae.metrics import disentanglement
 from betavae.metrics.disentanglement import (
     beta_vae_score,
+    compute_scores_with_errors,
     dci,
     explicitness,
     factor_vae_score,
@@ -17,7 +18,6 @@ from betavae.metrics.disentanglement import (
     sample_pair_differences,
     sap,
     scores,
-    compute_scores_with_errors,
 )
 from betavae.runtime import checkpoint, evaluation
 from betavae.sweeps import report
@@ -268,7 +268,7 @@ def test_the_script_scores_a_run_and_a_report_scores_what_was_not(tmp_path, monk
     """Whole commands, but for the number of images; the report measures only the run that was not measured yet."""
     sweep, small = tmp_path / "sweep", ["data=sprites", "data.image_size=32", "data.root=none"]
     run(
-        *("-m", *small, "trainer=smoke", "trainer.limit_train_batches=2", "callbacks.figures_every=0"),
+        *("-m", *small, "trainer=smoke", "trainer.limit_train_batches=2", "callbacks.figures_every_n_epochs=0"),
         *(
             "model.hidden_dims=[16]",
             "model.latent_dim=3",

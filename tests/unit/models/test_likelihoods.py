@@ -42,7 +42,7 @@ def test_the_continuous_bernoulli_near_zero_by_its_formula():
 
 
 def test_which_of_them_is_a_probability():
-    found = {how: {name for name in LIKELIHOODS if LIKELIHOODS[name]().exact(how)} for how in ("none", "dynamic")}
+    found = {how: {name for name in LIKELIHOODS if LIKELIHOODS[name]().is_discrete(how)} for how in ("none", "dynamic")}
     assert found == {"none": {"logistic_mixture"}, "dynamic": {"bernoulli"}}
 
 
@@ -52,7 +52,7 @@ def test_numbers_that_are_no_log_likelihood_say_so_wherever_they_are(tmp_path):
     data = ["data=arrays", "data.root=x.npy", "data.validation_size=9", "data.test_size=9", "data.batch_size=9"]
     sweep = [f"model.likelihood={','.join(names)}", "hydra.sweep.dir=sweep", "trainer.max_epochs=1"]
     text = run("-m", *TINY, *data, *sweep, cwd=tmp_path)
-    notes = [LIKELIHOODS[name]().meaning("none") for name in names[:2]]
+    notes = [LIKELIHOODS[name]().describe("none") for name in names[:2]]
     assert "may be above 0" in notes[1] and "surrogate" in notes[0]
     for name, note in zip(names, [*notes, notes[1], None], strict=True):
         (path,) = tmp_path.glob(f"sweep/*likelihood_{name},*/metrics.json")

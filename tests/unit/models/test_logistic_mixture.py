@@ -124,7 +124,7 @@ def test_mean_is_that_of_the_bytes_to_half_a_byte(case):
 @pytest.mark.parametrize("level", [0.0, 0.2, 1.0])
 def test_params_of_have_about_that_mean(components, level):
     likelihood = LogisticMixture(components)
-    params = likelihood.params_of(torch.full((2, 4, 5), level))
+    params = likelihood.params_from_mean(torch.full((2, 4, 5), level))
     assert params.shape == (3 * components * 2, 4, 5)
     assert likelihood.mean(params.unsqueeze(0)) == pytest.approx(torch.full((1, 2, 4, 5), level), abs=0.08)
 

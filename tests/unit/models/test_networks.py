@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from betavae.models.likelihoods import LIKELIHOODS
 from betavae.models.networks import ACTIVATIONS, NETWORKS, ResidualBlock, stage_shapes
 from betavae.models.vae import VAE
 from tests.conftest import MODEL
@@ -90,3 +91,20 @@ def test_sampling_follows_seed_and_temperature():
     z = torch.randn(4, 20, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(draw(0, 0.5), torch.sigmoid(vae.decode_params(0.5 * z)))
     assert torch.equal(draw(0, 0.0)[0], draw(0, 0.0)[1])
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+def test_init_from_mean_image_starts_at_the_mean(likelihood):
+    x = torch.rand(64, 1, 28, 28) * torch.rand(28, 28)
+    vae = VAE(**MODEL | {"likelihood": likelihood})
+    plain = vae.encoder[1](x.flatten(1))
+    vae.init_from_mean_image(x.mean(0))
+    centered = plain.mean(0) - vae.encoder[1].weight @ x.mean(0).flatten()
+    torch.testing.assert_close(vae.encoder[1](x.flatten(1)).mean(0), centered, rtol=1e-4, atol=1e-5)
+    vae.decoder[0].weight.data.zero_(), vae.decoder[0].bias.data.fill_(-1)  # a dead hidden layer leaves the bias alone
+    if likelihood == "logistic_mixture":  # logistics around it, a tenth wide
+        torch.testing.assert_close(vae.sample(1)[0], x.mean(0), rtol=0, atol=0.08)
+    elif likelihood != "continuous_bernoulli":
+        torch.testing.assert_close(vae.sample(1)[0], x.mean(0).clamp(1e-3, 1 - 1e-3), rtol=1e-3, atol=2e-3)
+    with pytest.raises(ValueError, match="init=data"):
+        VAE(**MODEL | {"network": "conv"}).init_from_mean_image(x.mean(0))

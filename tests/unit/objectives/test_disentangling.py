@@ -102,7 +102,7 @@ def test_two_equal_dimensions_have_the_total_correlation_of_the_closed_form():
 def test_tc_is_the_elbo_with_another_weight_on_one_part(vae, x):
     noise = torch.randn(4, 7, 3, dtype=torch.float64)
     reference = elbo(vae, x, noise, 1.0)
-    at_1, at_6 = (beta_tcvae(vae, x, noise, beta, num_train_images=7) for beta in (1.0, 6.0))
+    at_1, at_6 = (beta_tcvae(vae, x, noise, beta, num_train_images=7, sampling="stratified") for beta in (1.0, 6.0))
     torch.testing.assert_close(at_1.loss, reference.loss)
     joint, marginals = aggregate(vae.encode(x))
     z = vae.encode(x).rsample(noise)
@@ -117,7 +117,7 @@ def test_tc_is_the_elbo_with_another_weight_on_one_part(vae, x):
 
 def test_tcs_gradient_is_that_of_finite_differences(vae, x):
     noise, weight = torch.randn(1, 7, 3, dtype=torch.float64), vae.encoder[1].weight
-    loss = lambda: beta_tcvae(vae, x, noise, 4.0, num_train_images=50).loss  # noqa: E731
+    loss = lambda: beta_tcvae(vae, x, noise, 4.0, num_train_images=50, sampling="stratified").loss  # noqa: E731
     (gradient,) = torch.autograd.grad(loss(), weight)
     for place in ((0, 0), (3, 4), (7, 5)):
         with torch.no_grad():
@@ -133,6 +133,7 @@ def test_tcs_gradient_is_that_of_finite_differences(vae, x):
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_one_latent_dimension_and_one_image_are_enough(x, name, images):
     own = {"dip_vae": {"variant": "i", "off_diagonal": 2.0, "diagonal": 5.0}, "capacity_vae": {"gamma": 9.0}}
+    own["beta_tcvae"] = {"sampling": "stratified"}
     objective = build_objective({"name": name, "kl_decomposition": True, "num_train_images": 9, **own.get(name, {})})
     vae = VAE(**SMALL | {"latent_dim": 1}).double()
     terms = objective(vae, x[:images], torch.randn(2, images, 1, dtype=torch.float64), 2.0)
@@ -156,7 +157,7 @@ def test_dip_prices_a_covariance_that_is_not_the_identity(vae, x, variant):
     )
     terms = dip_vae(vae, x, noise, 3.0, variant, off_diagonal=2.0, diagonal=5.0)
     torch.testing.assert_close(terms.loss, reference.loss + price)
-    torch.testing.assert_close(terms.extra_terms["covariance_price"], price.expand(7))
+    torch.testing.assert_close(terms.extra_terms["covariance_penalty"], price.expand(7))
     weight = vae.encoder[1].weight
     whole, without = (torch.autograd.grad(loss, weight)[0] for loss in (terms.loss, reference.loss))
     (of_price,) = torch.autograd.grad(price, weight)
@@ -177,7 +178,7 @@ def test_any_objective_can_tell_the_parts(vae, x):
     noise = torch.randn(2, 7, 3, dtype=torch.float64)
     parts = kl_decomposition(vae.encode(x), noise, 20)
     own = {
-        "beta_tcvae": {"num_train_images": 20},
+        "beta_tcvae": {"num_train_images": 20, "sampling": "stratified"},
         "dip_vae": {"variant": "i", "off_diagonal": 1.0, "diagonal": 1.0},
         "capacity_vae": {"gamma": 1.0},
     }

@@ -6,12 +6,12 @@ import signal
 
 import numpy as np
 import pytest
+from betavae.runtime.command_line import argument
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from betavae.runtime.command_line import argument
 from tests.commands import TINY, Child, run
 from tests.integration.test_resume import ask_at
 
@@ -55,7 +55,7 @@ def place(tmp_path_factory, data_root):
 
 
 def test_every_printed_command_runs(place):
-    small = [*TINY, "model.likelihood=logistic_mixture", "callbacks.figures_every=0", "trainer.max_epochs=1"]
+    small = [*TINY, "model.likelihood=logistic_mixture", "callbacks.figures_every_n_epochs=0", "trainer.max_epochs=1"]
     child = Child(*small, *shlex.split(argument("runs", FOLDER)), cwd=place, prepare=ask_at(2, signal.SIGTERM))
     assert child.wait() == 143, child.text
     again = typed(r"^  python train\.py (.*)$", child.text)
@@ -73,7 +73,7 @@ def test_every_printed_command_runs(place):
 
 def test_every_printed_command_of_a_sweep_runs(place):
     sweep = shlex.split(argument("hydra.sweep.dir", f"{FOLDER}/sweep"))
-    words = ["-m", *TINY, "callbacks.figures_every=0", "trainer.max_epochs=1", "beta=1,-1"]
+    words = ["-m", *TINY, "callbacks.figures_every_n_epochs=0", "trainer.max_epochs=1", "beta=1,-1"]
     text = run(*words, *sweep, cwd=place, code=1)
     assert typed(r"^the same command with (.*) keeps what is finished", text) == sweep
     report = typed(r"^next  python scripts/sweep_report\.py (.*)$", text)

@@ -15,7 +15,7 @@ from betavae.runtime.resume import SignalHandler
 from betavae.runtime.run_folder import RunFolder
 from betavae.runtime.settings import check_settings, to_plain, validate
 from betavae.runtime.training import flatten_hparams
-from tests.commands import REPO, module_of
+from tests.commands import REPO, load_script
 
 CONFIGS = REPO / "configs"
 GROUPS = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.glob("*/*.yaml"))
@@ -88,7 +88,7 @@ def test_presets_of_the_trainer_go_over_experiments_and_combine():
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_scripts_settings_are_all_used_documented_and_their_defaults_can_be(name):
-    module = module_of(REPO / "scripts" / f"{name}.py")
+    module = load_script(REPO / "scripts" / f"{name}.py")
     settings = module.Settings
     defaults = {key: field.get_default() for key, field in settings.model_fields.items()}
     assert validate(settings, defaults) == settings()

@@ -20,7 +20,12 @@ from tests.commands import ENVIRONMENT, REPO, Child, run, wait_for
 
 SETTINGS = [
     *("trainer=[smoke,ddp]", "trainer.accelerator=cpu", "trainer.max_epochs=4", "trainer.limit_train_batches=8"),
-    *("trainer.log_every_n_steps=3", "model.hidden_dims=[16]", "model.latent_dim=3", "callbacks.figures_every=0"),
+    *(
+        "trainer.log_every_n_steps=3",
+        "model.hidden_dims=[16]",
+        "model.latent_dim=3",
+        "callbacks.figures_every_n_epochs=0",
+    ),
     *("data.binarize=dynamic", "beta_schedule=linear"),
 ]
 

@@ -14,7 +14,7 @@ from tests.unit.runtime.test_configs import composed
 
 # 40 images to train on: 10 batches.
 SMALL = [*TINY, "data=arrays", "data.root=images.npy", "data.test_size=9", "data.validation_size=11"]
-SMALL += ["data.batch_size=4", "callbacks.figures_every=0", "trainer.limit_train_batches=1.0"]
+SMALL += ["data.batch_size=4", "callbacks.figures_every_n_epochs=0", "trainer.limit_train_batches=1.0"]
 SMALL += ["trainer.limit_val_batches=1.0", "trainer.limit_test_batches=1.0", "hydra.run.dir=run"]
 
 
