@@ -22,7 +22,11 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
 
 
 def make_grid(images: Tensor, columns: int) -> Tensor:
-    """Arrange images `(N, C, H, W)` in one picture `(C, rows * (H + 2) + 2, columns * (W + 2) + 2)` with black lines."""
+    """Arrange images `(N, C, H, W)` in a grid with black lines of two pixels.
+
+    Returns:
+        A picture `(C, rows * (H + 2) + 2, columns * (W + 2) + 2)`.
+    """
     n, c, h, w = images.shape
     rows = -(-n // columns)
     tiles = images.new_zeros(rows * columns, c, h + 2, w + 2)
