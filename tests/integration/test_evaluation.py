@@ -12,7 +12,6 @@ EVALUATE = "scripts/evaluate.py"
 
 
 def test_runs_of_two_seeds_are_evaluated_and_averaged(tmp_path, data_root):
-
     def train(*args):
         # Ten steps of 1,024 images, and no compilation, which takes a minute.
         short = ["trainer=smoke", "trainer.max_epochs=1", "trainer.limit_train_batches=1", "trainer.compile=false"]
@@ -37,7 +36,7 @@ def test_runs_of_two_seeds_are_evaluated_and_averaged(tmp_path, data_root):
     # Estimated with one z of each of 70 images, it deviates by about half a nat.
     assert aggregate["mutual_information"] + aggregate["marginal_kl"] == pytest.approx(result["kl"]["mean"], abs=2)
     assert 0.5 < result["knn_accuracy"] <= 1 and 0.5 < result["linear_accuracy"] <= 1
-    assert "log-likelihood of binarised images" in output and "Warning" not in output
+    assert "log-likelihood of binarized images" in output and "Warning" not in output
 
     again = run(f"ckpt={runs[1]}", *few, "probes=false", "out=other", cwd=tmp_path, script=EVALUATE)
     other = json.loads((tmp_path / "other" / "evaluation.json").read_text())

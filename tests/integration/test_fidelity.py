@@ -1,29 +1,34 @@
 import json
 import math
-import runpy
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from betavae.data.datamodule import ImageDataModule
 from betavae.data.datasets.mnist import mnist
 from betavae.data.fingerprint import fingerprint
-from betavae.errors import UserError
+from betavae.data.source import DataSource
 from betavae.metrics import features
 from betavae.models.vae import VAE
 from betavae.runtime import checkpoint
-from tests.conftest import DATA, MODEL, MODULE, REPO
+from tests.commands import run
+from tests.conftest import DATA, MODEL, MODULE
 from tests.unit.metrics.test_features import bars
 
+FIDELITY = "scripts/fidelity.py"
 
-def test_samplers_of_a_lone_checkpoint_are_scored(tmp_path, data_root, capsys, monkeypatch):
+
+def write_untrained_checkpoint(path, model, data, fingerprints=None):
+    content = {"betavae_format": checkpoint.FORMAT, "hyper_parameters": MODULE | {"model": model}}
+    content["state_dict"] = {f"vae.{key}": value for key, value in VAE(**model).state_dict().items()}
+    content |= {"datamodule_hyper_parameters": data, "fingerprints": fingerprints or {}}
+    checkpoint.save_checkpoint(content, path)
+
+
+def test_samplers_of_a_lone_checkpoint_are_scored(tmp_path, data_root):
     model = MODEL | {"hidden_dims": [16], "latent_dim": 3}
-    state = {f"vae.{key}": value for key, value in VAE(**model).state_dict().items()}
-    content = {"betavae_format": checkpoint.FORMAT, "hyper_parameters": MODULE | {"model": model}, "state_dict": state}
-    content |= {"datamodule_hyper_parameters": DATA | {"root": data_root}}
-    checkpoint.save_checkpoint(content, tmp_path / "lone.ckpt")
+    write_untrained_checkpoint(tmp_path / "lone.ckpt", model, DATA | {"root": data_root})
     # An untrained classifier saves a minute.
     classifier = features.Classifier((1, 28, 28), torch.arange(10))
     cache = tmp_path / "runs" / "features" / "mnist.pt"
@@ -31,11 +36,8 @@ def test_samplers_of_a_lone_checkpoint_are_scored(tmp_path, data_root, capsys, m
     data = [fingerprint(mnist(Path(data_root), split), labels=True) for split in ("train", "test")]
     key = {"data": data, "shape": [1, 28, 28], "version": 2}
     features.load_or_compute(cache, key, lambda: value)
-    command = runpy.run_path(str(REPO / "scripts" / "fidelity.py"))["main"].task
-    monkeypatch.setenv("HOME", str(tmp_path))
-    words = {"ckpt": "~/lone.ckpt", "runs": "~/runs", "n": 60, "repeats": 2, "reference": 500}
-    command(words | {"sampler": "gaussian"})
-    output = capsys.readouterr().out
+    words = ["ckpt=~/lone.ckpt", "runs=~/runs", "n=60", "repeats=2", "reference=500", "sampler=gaussian"]
+    output = run(*words, cwd=tmp_path, script=FIDELITY, environment={"HOME": str(tmp_path)})
     result = json.loads((tmp_path / "fidelity.json").read_text())
     assert result["best"] == "gaussian" and result["fid"] == result["gaussian"]["fid"] and result["images"] == 60
     rows = {name: result[name] for name in ("gaussian", "reconstructions", "test images")}
@@ -50,50 +52,47 @@ def test_samplers_of_a_lone_checkpoint_are_scored(tmp_path, data_root, capsys, m
 
 @pytest.fixture
 def score_few(tmp_path):
-    """Return a command that scores an untrained model of 120 training images."""
+    """Return a function that scores an untrained model of 120 training images; it returns the result and the output."""
     images = bars(160)
     np.savez(tmp_path / "bars.npz", images=images.pixels.numpy(), labels=images.labels.numpy())
+    source = {"name": "arrays", "root": str(tmp_path / "bars.npz"), "validation_size": 0.1, "test_size": 40}
+    loaded = DataSource(**source, binarize="none")
+    splits = loaded.load_training() | {"test": loaded.load_split("test")}
+    fingerprints = {split: loaded.fingerprint(images) for split, images in splits.items()}
     model = MODEL | {"hidden_dims": [16], "latent_dim": 2, "image_shape": [1, 12, 12]}
-    data = DATA | {"name": "arrays", "root": str(tmp_path / "bars.npz"), "batch_size": 10}
-    content = {"betavae_format": checkpoint.FORMAT, "hyper_parameters": MODULE | {"model": model}}
-    content["state_dict"] = {f"vae.{key}": value for key, value in VAE(**model).state_dict().items()}
-    content["datamodule_hyper_parameters"] = data | {"validation_size": 0.1, "test_size": 40}
-    datamodule = ImageDataModule(**content["datamodule_hyper_parameters"])
-    datamodule.setup()
-    content["fingerprints"] = datamodule.fingerprints
-    checkpoint.save_checkpoint(content, tmp_path / "lone.ckpt")
-    command = runpy.run_path(str(REPO / "scripts" / "fidelity.py"))["main"].task
+    write_untrained_checkpoint(tmp_path / "lone.ckpt", model, DATA | source | {"batch_size": 10}, fingerprints)
 
-    def score(**settings):
-        command({"ckpt": f"{tmp_path}/lone.ckpt", "runs": str(tmp_path), "repeats": 2} | settings)
-        return json.loads((tmp_path / "fidelity.json").read_text())
+    def score(*words):
+        output = run("ckpt=lone.ckpt", "runs=.", "repeats=2", *words, cwd=tmp_path, script=FIDELITY)
+        return json.loads((tmp_path / "fidelity.json").read_text()), output
 
     return score
 
 
-def test_few_images_are_scored_by_their_pixels(score_few, tmp_path, capsys):
-    result = score_few(sampler="knn")
-    assert "120 training images are too few to learn features from" in capsys.readouterr().out
+def test_few_images_are_scored_by_their_pixels(score_few, tmp_path):
+    result, output = score_few("sampler=knn")
+    assert "120 training images are too few to learn features from" in output
     assert result["images"] == 20 and "features" not in result and "imbalance" not in result["knn"]
     assert all(math.isfinite(cell["mean"]) for cell in result["knn"].values())
     assert not (tmp_path / "features").exists()
-    for invalid in ({"reference": 5}, {"repeats": 5}):
-        with pytest.raises(UserError, match="expected at least 10 images in each repeat"):
-            score_few(**invalid)
+    for invalid in (["repeats=2", "reference=5"], ["repeats=5"]):
+        output = run("ckpt=lone.ckpt", *invalid, cwd=tmp_path, script=FIDELITY, code=1)
+        assert "expected at least 10 images in each repeat" in output
 
 
-def test_results_of_samplers_are_merged_if_made_the_same_way(score_few, tmp_path, capsys):
-    first = score_few(sampler="gaussian")
-    both = score_few(sampler="prior")
+def test_results_of_samplers_are_merged_if_made_the_same_way(score_few, tmp_path):
+    first, _ = score_few("sampler=gaussian")
+    both, _ = score_few("sampler=prior")
     assert both["gaussian"] == first["gaussian"] and both["test images"] == first["test images"]
     assert both["best"] == min("prior", "gaussian", key=lambda name: both[name]["fid"]["mean"])
     assert both["fid"] == both[both["best"]]["fid"]
-    assert score_few(sampler="gaussian") == both and "dropped" not in capsys.readouterr().out
-    alone = score_few(sampler="prior", n=15)
-    assert "results of gaussian are dropped: made with another images" in capsys.readouterr().out
+    again, output = score_few("sampler=gaussian")
+    assert again == both and "dropped" not in output
+    alone, output = score_few("sampler=prior", "n=15")
+    assert "results of gaussian are dropped: made with another images" in output
     assert "gaussian" not in alone and alone["best"] == "prior" and alone["fid"] == alone["prior"]["fid"]
     # Another checkpoint of the same name.
     content = checkpoint.read_checkpoint(tmp_path / "lone.ckpt")
     content["state_dict"] = {key: value + 0.01 for key, value in content["state_dict"].items()}
     checkpoint.save_checkpoint(content, tmp_path / "lone.ckpt")
-    assert "prior" not in score_few(sampler="gaussian", n=15)
+    assert "prior" not in score_few("sampler=gaussian", "n=15")[0]
