@@ -212,7 +212,7 @@ def main(settings: Settings) -> None:
     from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
     from betavae.data.datasets.mnist import mnist
-    from betavae.plotting import new_figure, save_figure
+    from betavae.plotting import create_figure, save_figure
     from betavae.storage.files import STAMP, atomic_path
 
     root = Path(settings.data_root)
@@ -295,7 +295,7 @@ def main(settings: Settings) -> None:
         beside = spread([seconds for r in many for seconds in r["fit_seconds"]])
         print(f"  training seconds   {beside} each against {spread([r['fit_seconds'] for r in alone])}")
 
-    figure = new_figure(7, 0.5 * len(loops) + 1)
+    figure = create_figure(7, 0.5 * len(loops) + 1)
     axes = figure.add_subplot()
     axes.barh(loops[::-1], [statistics.median(epoch[name]) for name in loops[::-1]], color="tab:blue")
     for name, style in (("float32", "-"), ("bfloat16", "--")):

@@ -59,7 +59,7 @@ def main(settings: Settings) -> None:
                 )
             ends.append(of_digit[torch.randint(len(of_digit), (settings.rows,), generator=generator)].tolist())
         pairs = list(zip(*ends, strict=True))
-    rows = [plotting.interpolation(run.vae, x[[start]], x[[end]], settings.steps) for start, end in pairs]
+    rows = [plotting.interpolate(run.vae, x[[start]], x[[end]], settings.steps) for start, end in pairs]
     # Each row between its two originals.
     framed = [torch.cat((x[[start]], row, x[[end]])) for (start, end), row in zip(pairs, rows, strict=True)]
     plotting.save_image(plotting.make_grid(torch.cat(framed), settings.steps + 2), settings.out)

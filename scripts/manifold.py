@@ -18,7 +18,9 @@ def main(settings: Settings) -> None:
         from betavae.runtime import checkpoint
 
     run = checkpoint.load(settings.ckpt, settings.runs)
-    plotting.save_image(plotting.make_grid(plotting.manifold(run.vae, settings.size), settings.size), settings.out)
+    plotting.save_image(
+        plotting.make_grid(plotting.decode_manifold(run.vae, settings.size), settings.size), settings.out
+    )
     print(f"the manifold of {run.path} in {settings.out}")
 
 

@@ -26,7 +26,7 @@ def main(settings: Settings) -> None:
     order = torch.randperm(len(found.pixels), generator=torch.Generator().manual_seed(settings.seed))
     x = found.pixels[order[: settings.n]].float() / 255
     columns = min(8, len(x))
-    plotting.save_image(plotting.make_grid(plotting.reconstructions(run.vae, x), columns), settings.out)
+    plotting.save_image(plotting.make_grid(plotting.stack_reconstructions(run.vae, x), columns), settings.out)
     for note in found.notes:
         print(note)
     print(f"{len(x)} images and, below each row, what {run.path} makes of them, in {settings.out}")

@@ -32,8 +32,8 @@ def main(settings: Settings) -> None:
     order = kl.argsort(descending=True)[: settings.dimensions].tolist()
     start = torch.zeros(run.vae.latent_dim) if settings.image is None else run.vae.encode(x[[settings.image]]).mean[0]
     values = torch.linspace(-settings.span, settings.span, settings.steps)
-    rows = plotting.traversal(run.vae, start, order, values)
-    plotting.save_figure(plotting.traversal_figure(rows, values, order, kl), settings.out)
+    rows = plotting.traverse(run.vae, start, order, values)
+    plotting.save_figure(plotting.plot_traversal(rows, values, order, kl), settings.out)
     print(f"{len(order)} latent dimensions of {run.path}, by KL, in {settings.out}")
 
 

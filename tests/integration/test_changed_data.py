@@ -16,7 +16,7 @@ from tests.commands import TINY, run
 SPLITS = ("train", "validation", "test")
 PIXELS = np.random.default_rng(0).integers(0, 256, (300, 8, 8), np.uint8)
 COUNTS = ["data.test_size=60", "data.validation_size=60"]
-EVALUATE = ["ckpt=run", "probes=false", "k=2", "folder=out"]
+EVALUATE = ["ckpt=run", "probes=false", "k=2", "out=out"]
 SHARES = ["data.test_size=0.2", "data.validation_size=0.2"]
 
 

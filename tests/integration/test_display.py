@@ -63,7 +63,7 @@ def no_memory() -> None:
     def traversal(*args: Any) -> Any:
         raise RuntimeError("CUDA out of memory\nmore")
 
-    plotting.traversal = traversal
+    plotting.traverse = traversal
 
 
 def no_network() -> None:
@@ -116,7 +116,7 @@ def test_the_numbers_come_before_the_pictures(tmp_path, number):
             os.kill(os.getpid(), number)
             return real(*args)
 
-        real, plotting.tiles = plotting.tiles, tiles
+        real, plotting.make_tiles = plotting.make_tiles, tiles
 
     commands = {"a run": ([*SMALL[:-1], "hydra.run.dir='a run'"], ["resume='a run'"])}
     commands["sweep"] = (["-m", *SMALL[:-1], "beta=1", "hydra.sweep.dir=sweep"],) * 2
@@ -170,7 +170,7 @@ def test_a_retry_that_cannot_begin_keeps_the_checkpoint(tmp_path, where):
 
     def prepare() -> None:
         if where == "drawing":
-            plotting.tiles = die
+            plotting.make_tiles = die
             return
         real = VAEModule.training_step
         step = lambda self, *args: real(self, *args) if self.global_step < 9 else die()  # noqa: E731

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from betavae.errors import UserError
-from betavae.metrics.fidelity import nearest
+from betavae.metrics.fidelity import find_nearest
 from betavae.models.vae import VAE
-from betavae.storage.cache import file_hash, load_or_compute
+from betavae.storage.cache import hash_file, load_or_compute
 
 COMPONENTS = 20
 NEIGHBOURS = 5
@@ -89,7 +89,7 @@ def mixture(z: Tensor) -> Mixture:
 def knn(z: Tensor) -> Neighbours:
     points = z[torch.randperm(len(z), generator=torch.Generator().manual_seed(0))[:MOST_POINTS]]
     # The nearest is the point itself.
-    return Neighbours(points, nearest(points, points, NEIGHBOURS + 1)[1][:, 1:])
+    return Neighbours(points, find_nearest(points, points, NEIGHBOURS + 1)[1][:, 1:])
 
 
 SAMPLERS: dict[str, Callable[[Tensor], LatentSampler]] = {
@@ -136,7 +136,7 @@ def load_or_fit_sampler(
             raise UserError(f"sampler={sampler} cannot be fitted to {len(x)} images in {vae.latent_dim} dimensions")
         return {"parts": list(SAMPLERS[sampler](posterior_samples(vae, x)))}
 
-    hashed, images, label = file_hash(checkpoint), None, ""
+    hashed, images, label = hash_file(checkpoint), None, ""
     asked = {"sampler": sampler, "digit": digit, "checkpoint": hashed, "version": 2}
     if digit is not None:
         x, labels = training()

@@ -8,7 +8,7 @@ from betavae.applications.sampling import SAMPLERS, Mixture, load_or_fit_sampler
 from betavae.errors import UserError
 from betavae.models.vae import VAE
 from betavae.runtime import checkpoint
-from betavae.storage.cache import file_hash
+from betavae.storage.cache import hash_file
 from tests.conftest import DATA, MODEL, MODULE, REPO
 
 
@@ -121,7 +121,7 @@ def test_it_is_fitted_once_and_to_the_images_of_the_digit(vae, lone):
 
 @pytest.mark.parametrize("found", ["foreign", "harmed", "stale"])
 def test_what_lies_there_is_used_only_if_it_is_ours_and_whole(vae, lone, capsys, found):
-    path = lone.parent / f"sampler_gaussian_{file_hash(lone)}.pt"
+    path = lone.parent / f"sampler_gaussian_{hash_file(lone)}.pt"
     x, labels = torch.rand(20, 1, 28, 28), torch.zeros(20)
     wanted = load_or_fit_sampler("gaussian", vae, lambda: (x, labels), lone, lone.parent)
     whole = path.read_bytes()
@@ -131,7 +131,7 @@ def test_what_lies_there_is_used_only_if_it_is_ours_and_whole(vae, lone, capsys,
         path.write_bytes(whole[:200] + b"\0" * 300 + whole[500:])
     else:  # ours, of another question
         load_or_fit_sampler("knn", vae, lambda: (x, labels), lone, lone.parent)
-        path.write_bytes((lone.parent / f"sampler_knn_{file_hash(lone)}.pt").read_bytes())
+        path.write_bytes((lone.parent / f"sampler_knn_{hash_file(lone)}.pt").read_bytes())
     again = load_or_fit_sampler("gaussian", vae, lambda: (x, labels), lone, lone.parent)
     assert all(torch.equal(*pair) for pair in zip(again, wanted, strict=True))
     if found == "foreign":
@@ -152,5 +152,5 @@ def test_the_command(lone, tmp_path):
     latents = load_or_fit_sampler("knn", run.vae, lambda: (x[labels == 7], labels[labels == 7]), lone, tmp_path, 7)
     wanted = run.vae.decode(latents.sample(4, torch.Generator().manual_seed(0)))
     torch.testing.assert_close(torch.load(tmp_path / "a.pt", weights_only=True), wanted)
-    assert {path.name for path in lone.parent.iterdir()} - set(theirs) == {f"sampler_knn_7_{file_hash(lone)}.pt"}
+    assert {path.name for path in lone.parent.iterdir()} - set(theirs) == {f"sampler_knn_7_{hash_file(lone)}.pt"}
     assert all((lone.parent / name).read_bytes() == content for name, content in theirs.items())

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from betavae.applications.anomalies.detector import FAST_SCORES, FIT_IMAGES, Detector, p_values
 from betavae.errors import UserError
-from betavae.plotting import imshow, make_grid, new_figure, reconstructions
-from betavae.storage.cache import file_hash, load_or_compute
+from betavae.plotting import create_figure, draw_image, make_grid, stack_reconstructions
+from betavae.storage.cache import hash_file, load_or_compute
 from betavae.storage.files import STAMP, atomic_path
 
 MOST_SHOWN = 64  # of the flagged images
@@ -46,7 +46,7 @@ def detector(run: Any, data_root: str | None = None) -> Detector:
 
 def detector_path(run: Any) -> Path:
     """Where the detector of a `Run` is kept."""
-    return run.folder / f"anomalies-{file_hash(run.path)}.pt"
+    return run.folder / f"anomalies-{hash_file(run.path)}.pt"
 
 
 def cached_detector(run: Any) -> Detector | None:
@@ -100,7 +100,7 @@ def figures(
     the training kind) the ROC curve."""
     values = result.scores[result.score]
     order = values.argsort(descending=True)
-    figure = new_figure(6, 3)
+    figure = create_figure(6, 3)
     axes = figure.add_subplot()
     ordinary = detector.state["calibration"][result.score]
     # What is further out than half the range of the training kind is shown there: one image may be a thousand times as
@@ -113,17 +113,17 @@ def figures(
     axes.set_xlabel(f"{result.score} score, higher is stranger (at the right end: or more)")
     axes.legend(fontsize=8)
     drawn = {"histogram": figure}
-    figure = new_figure(6, 3)
+    figure = create_figure(6, 3)
     for place, (title, chosen) in enumerate({"strangest": order[:32], "most ordinary": order.flip(0)[:32]}.items(), 1):
         axes = figure.add_subplot(1, 2, place)
-        imshow(axes, make_grid(pixels[chosen].float() / 255, 8))
+        draw_image(axes, make_grid(pixels[chosen].float() / 255, 8))
         axes.set_title(title, fontsize=9)
     drawn["extremes"] = figure
     if is_inlier is not None:
         from sklearn.metrics import roc_curve
 
         false, true, _ = roc_curve([not i for i in is_inlier], values.numpy())
-        figure = new_figure(3.5, 3.5)
+        figure = create_figure(3.5, 3.5)
         axes = figure.add_subplot()
         axes.plot(false, true)
         axes.set_xlabel("false alarms")
@@ -141,7 +141,7 @@ def flagged_image_grid(detector: Detector, pixels: Tensor, result: ScoredImages)
     flagged = order[result.flagged[order]]
     x = pixels[flagged[:MOST_SHOWN] if len(flagged) else order[:8]].float() / 255
     maps = torch.from_numpy(colormaps["coolwarm"]((detector.heat_map(x).numpy() + 5) / 10)[..., :3]).movedim(-1, 1)
-    rows = reconstructions(detector.vae, x).unflatten(0, (-1, 2, columns := min(8, len(x))))
+    rows = stack_reconstructions(detector.vae, x).unflatten(0, (-1, 2, columns := min(8, len(x))))
     maps = torch.cat((maps, maps.new_zeros(-len(x) % columns, *maps.shape[1:]))).unflatten(0, (-1, 1, columns))
     return make_grid(torch.cat((rows.expand(-1, -1, -1, 3, -1, -1), maps.to(rows)), 1).flatten(0, 2), columns)
 

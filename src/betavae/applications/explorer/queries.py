@@ -114,9 +114,7 @@ def load_model(name: str, run: Any, images: ImageSet, p_value: PValue | None = N
         raise UserError(f"ckpt: {run.path} gives numbers that are not finite, so there is nothing to explore")
     # From all over: a test set may be sorted.
     some = pixels_at(images, torch.linspace(0, len(images) - 1, min(REFERENCE_IMAGES, len(images))).round().long())
-    reference = torch.cat(
-        [part.distortion + part.kl.sum(1) for part in importance_bounds(run.vae, some, [ELBO_SAMPLES])]
-    )
+    reference = torch.cat([part.recon + part.kl.sum(1) for part in importance_bounds(run.vae, some, [ELBO_SAMPLES])])
     return LoadedModel(name, run, posterior.mean, gaussian_kl(posterior).mean(0), reference.sort().values, p_value)
 
 
@@ -180,7 +178,7 @@ def decode(explored: LoadedModel, z: Tensor) -> Tensor:
 def encode(explored: LoadedModel, x: Tensor) -> tuple[Tensor, list[Score]]:
     """The posterior mean `(latent_dim,)` of an image `(C, H, W)` in [0, 1], and its scores."""
     (per_image,) = importance_bounds(explored.vae, x[None], [ELBO_SAMPLES], SEED)
-    distortion, rate = per_image.distortion.item(), per_image.kl.sum().item()
+    distortion, rate = per_image.recon.item(), per_image.kl.sum().item()
     scores = [
         Score("neg. ELBO", distortion + rate, "nats", f"distortion + rate, by {ELBO_SAMPLES} posterior samples"),
         Score("distortion", distortion, "nats", "-E log p(x|z)"),
