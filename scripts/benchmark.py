@@ -100,7 +100,7 @@ def bare(data_root: str, epochs: int) -> dict[str, Any]:
     """Our net, objective and batches in a plain loop, with the default preset's settings."""
     import torch
 
-    from betavae.data.datasets.mnist import mnist
+    from betavae.data.datasets.mnist import load_mnist
     from betavae.data.loader import BatchLoader
     from betavae.models.cpu_kernels import use_fast_cpu_kernels
     from betavae.models.vae import VAE
@@ -110,7 +110,7 @@ def bare(data_root: str, epochs: int) -> dict[str, Any]:
     torch.set_float32_matmul_precision("medium")
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    images = mnist(Path(data_root), "train").to(device)  # type: ignore[union-attr]
+    images = load_mnist(Path(data_root), "train").to(device)  # type: ignore[union-attr]
     vae = use_fast_cpu_kernels(VAE("mlp", [HIDDEN], LATENT, "relu", "bernoulli", [1, 28, 28])).to(device)
     optimizer = torch.optim.Adam(vae.parameters(), lr=1e-3, fused=True)
     seconds = []
@@ -212,14 +212,14 @@ def main(settings: Settings) -> None:
     import torch
     from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
-    from betavae.data.datasets.mnist import mnist
+    from betavae.data.datasets.mnist import load_mnist
     from betavae.plotting import new_figure, save_figure
     from betavae.storage.files import STAMP, atomic_path
 
     root = Path(settings.data_root)
     root.mkdir(parents=True, exist_ok=True)
     for split in ("train", "test"):
-        mnist(root, split)  # unpacked
+        load_mnist(root, split)  # unpacked
     cuda = torch.cuda.is_available()
     presets = settings.presets or (CUDA_PRESETS if cuda else PRESETS)
     quality = settings.quality if settings.quality is not None else not cuda

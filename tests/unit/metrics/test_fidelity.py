@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from betavae.data.datamodule import ImageDataModule
-from betavae.data.datasets.mnist import mnist
+from betavae.data.datasets.mnist import load_mnist
 from betavae.data.fingerprint import fingerprint
 from betavae.data.image_set import ImageSet
 from betavae.errors import UserError
@@ -189,7 +189,7 @@ def test_the_command(tmp_path, data_root, capsys, monkeypatch):
     classifier = features.Classifier((1, 28, 28), torch.arange(10))
     kept = tmp_path / "runs" / "features" / "mnist.pt"
     made = {"state": classifier.state_dict(), "accuracy": 0.1}
-    data = [fingerprint(mnist(Path(data_root), split), labels=True) for split in ("train", "test")]
+    data = [fingerprint(load_mnist(Path(data_root), split), labels=True) for split in ("train", "test")]
     held = {"data": data, "shape": [1, 28, 28], "version": 2}
     features.load_or_compute(kept, held, lambda: made)
     command = runpy.run_path(str(REPO / "scripts" / "fidelity.py"))["main"].task
