@@ -98,7 +98,7 @@ def bare(data_root: str, epochs: int) -> dict[str, Any]:
     """Our net, objective and batches in a plain loop, with the default preset's settings."""
     import torch
 
-    from betavae.data.datasets.mnist import mnist
+    from betavae.data.datasets.mnist import load_mnist
     from betavae.data.loader import BatchLoader
     from betavae.models.vae import VAE
     from betavae.objectives import elbo
@@ -109,7 +109,7 @@ def bare(data_root: str, epochs: int) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     from betavae.models.vae import VAE
 
-    images = mnist(Path(data_root), "train").to(device)  # type: ignore[union-attr]
+    images = load_mnist(Path(data_root), "train").to(device)  # type: ignore[union-attr]
     vae = VAE("mlp", [HIDDEN], LATENT, "relu", "bernoulli", [1, 28, 28]).to(device)
     optimizer = torch.optim.Adam(vae.parameters(), lr=1e-3, fused=True)
     seconds = []
@@ -211,14 +211,14 @@ def main(settings: Settings) -> None:
     import torch
     from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
-    from betavae.data.datasets.mnist import mnist
+    from betavae.data.datasets.mnist import load_mnist
     from betavae.plotting import create_figure, save_figure
     from betavae.storage.files import STAMP, atomic_path
 
     root = Path(settings.data_root)
     root.mkdir(parents=True, exist_ok=True)
     for split in ("train", "test"):
-        mnist(root, split)  # unpacked
+        load_mnist(root, split)  # unpacked
     cuda = torch.cuda.is_available()
     presets = settings.presets or (CUDA_PRESETS if cuda else PRESETS)
     quality = settings.quality if settings.quality is not None else not cuda

@@ -59,7 +59,7 @@ def main(settings: Settings) -> None:
     result = report.score_images(detector, found.pixels, settings.score, settings.alarm)
     if inside is None and has_stamp(out / "roc.png"):
         (out / "roc.png").unlink()  # of other images
-    report.write_table(result, found.names, found.labels, found.unread, out / "scores.csv")
+    report.write_table(result, found.names, found.labels, found.skipped, out / "scores.csv")
     for name, figure in report.figures(detector, found.pixels, result, inside).items():
         plotting.save_figure(figure, out / f"{name}.png")
     plotting.save_image(report.flagged_image_grid(detector, found.pixels, result), out / "where.png")

@@ -30,7 +30,7 @@ from pathlib import Path
 
 import torch
 
-from betavae.data.datasets.mnist import mnist
+from betavae.data.datasets.mnist import load_mnist
 from tests.commands import REPO, Child, load_script, started
 
 MAX_SECONDS = 280  # of one command, by the clock
@@ -858,7 +858,7 @@ def main(seconds: float = 60, seed: int = 0, out: str = "fuzz", case: int | None
     end = time.perf_counter() + seconds
     with tempfile.TemporaryDirectory(prefix="fuzz-data-") as data:
         for split in ("train", "test"):
-            mnist(Path(data), split)
+            load_mnist(Path(data), split)
         for number in range(10**9) if case is None else [case]:
             if time.perf_counter() > end:
                 break

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from betavae.data.datasets.dsprites import FILE as DSPRITES
-from betavae.data.datasets.mnist import mnist
+from betavae.data.datasets.mnist import load_mnist
 from betavae.errors import UserError
 from betavae.runtime import checkpoint
 from tests.commands import REPO, TINY, fresh, run
@@ -342,12 +342,12 @@ def test_damaged_data_files_are_rejected(data_root, tmp_path):
     for harmed in (b"", whole[:100_000], whole[:-1], flipped, pickle.dumps(Attack(tmp_path / "v"))):
         file.write_bytes(harmed)
         with pytest.raises(UserError, match=str(tmp_path)):
-            mnist(tmp_path, "train")
+            load_mnist(tmp_path, "train")
     assert not (tmp_path / "v").exists()
     # Missing files are restored.
     file.unlink()
     (file.parent / "train-labels-idx1-ubyte").unlink()
-    assert mnist(tmp_path, "train").pixels.shape == (60_000, 1, 28, 28)
+    assert load_mnist(tmp_path, "train").pixels.shape == (60_000, 1, 28, 28)
 
 
 @pytest.mark.parametrize("kind", ["lzma", "claim", "parquet"])

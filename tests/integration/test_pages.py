@@ -64,7 +64,7 @@ def test_from_pictures_to_a_model_and_back(place, pictures):
     )
     assert "2 could not be read: " in train and "neg. ELBO" in train
     assert all(f"{name} (" in train for name in ("cut.png", "broken.jpg"))
-    assert "transparent parts laid on white" in reconstruct and "reconstructions.png" in reconstruct
+    assert "transparent parts filled with white" in reconstruct and "reconstructions.png" in reconstruct
     assert "1 interpolations" in interpolate and "1,302 images" in encode and "1,302 pictures" in decode
     held = np.load(place / "latents.npz")
     assert held["mean"].shape == held["logvar"].shape == (1302, 4) and set(held["labels"]) == {".", "discs", "squares"}
@@ -159,7 +159,7 @@ def test_compressed_and_back(place, pictures, tmp_path):
     assert "bits per dimension" in train
     assert "decoded and compared" in compress and "PNG" in compress and (place / "images.png").exists()
     assert "1,302 images, as they were" in decompress
-    assert "nats per image" in train_binary and "binarised: above 127 is 1" in compress_binary
+    assert "nats per image" in train_binary and "binarized: above 127 is 1" in compress_binary
     from betavae.data.image_io import read_images
 
     found = read_images(place / "PICTURES", (1, 28, 28))

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from betavae.data.datasets.arrays import open_arrays, read_array
+from betavae.data.array_io import ArrayFile
 from betavae.errors import UserError
 from betavae.models.vae import VAE
 from betavae.objectives import elbo
@@ -88,10 +88,10 @@ def load_latents(path: Path, latent_dim: int) -> tuple[list[str], Tensor]:
             names = [row["name"] for row in rows]
             z = torch.tensor([[float(row[f"mean_{d}"]) for d in range(count_means(rows))] for row in rows])
         else:
-            held = open_arrays(path)
+            file = ArrayFile(path)
             lone = path.suffix == ".npy"
-            z = torch.from_numpy(np.asarray(read_array(held, "images" if lone else "mean", path), dtype=np.float32))
-            names = [str(name) for name in (range(len(z)) if lone else read_array(held, "names", path))]
+            z = torch.from_numpy(np.asarray(file.read("images" if lone else "mean"), dtype=np.float32))
+            names = [str(name) for name in (range(len(z)) if lone else file.read("names"))]
     except (UserError, OSError, ValueError, TypeError, KeyError, MemoryError, csv.Error) as error:
         raise UserError(f"latents: {path} is no whole file of encode.py, nor a FILE.npy of numbers") from error
     if z.ndim != 2 or z.shape[1] != latent_dim or not len(z) == len(names) > 0:

@@ -14,7 +14,7 @@ from torchvision import datasets
 from betavae.applications.anomalies import detector, report
 from betavae.applications.anomalies import scores as scoring
 from betavae.applications.anomalies.detector import FAST_SCORES, SLOW_SCORES, Detector, false_alarm_rate, p_values
-from betavae.data.datasets.mnist import mnist
+from betavae.data.datasets.mnist import load_mnist
 from betavae.errors import UserError
 from betavae.models.likelihoods import LIKELIHOODS
 from betavae.models.vae import VAE
@@ -198,7 +198,7 @@ def fashion(train):
 
 
 IMAGES = {
-    "mnist": lambda root: (mnist(root, "train").pixels[::20], mnist(root, "test").pixels[::10]),
+    "mnist": lambda root: (load_mnist(root, "train").pixels[::20], load_mnist(root, "test").pixels[::10]),
     "fashion": lambda root: (fashion(True)[::20], fashion(False)[::10]),
     "blobs": lambda root: (blobs(3000, 0), blobs(1000, 1)),
 }
