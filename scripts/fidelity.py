@@ -36,7 +36,7 @@ def main(settings: Settings) -> None:
         from torch import Tensor
 
         from betavae import plotting
-        from betavae.applications.sampling import MOST_IMAGES, SAMPLERS, load_or_fit_sampler
+        from betavae.applications.sampling import SAMPLERS, load_or_fit_sampler
         from betavae.errors import UserError
         from betavae.metrics import features, fidelity
         from betavae.runtime import checkpoint
@@ -99,7 +99,6 @@ def main(settings: Settings) -> None:
     reference, reference_pixels = seen(floats(x))
     wanted = fidelity.moments(reference_pixels)
     names = [settings.sampler] if settings.sampler else list(SAMPLERS)
-    training = lambda: run.images("train", settings.data_root, MOST_IMAGES)  # noqa: E731
     width = 14
     with atomic_path(folder / "fidelity.json", "folder") as path:
         measured: dict[str, Any] = {}
@@ -107,7 +106,7 @@ def main(settings: Settings) -> None:
         for name in [*names, "reconstructions", "test images"]:
             parts = floats(x_test)
             if name in SAMPLERS:
-                sampler = load_or_fit_sampler(name, run.vae, training, run.path, run.folder)
+                sampler = load_or_fit_sampler(name, run, settings.data_root)
                 latents[name] = sampler.sample(total, torch.Generator().manual_seed(settings.seed))
                 parts = decoded(latents[name])
             elif name == "reconstructions":

@@ -53,7 +53,7 @@ def test_latents_hold_every_name_and_are_decoded_under_it(place, ending):
 
 
 def test_scores_and_compressed_files_hold_every_name(place):
-    run("ckpt=run", "images=PICTURES", "alarm=0.5", cwd=place, script="scripts/detect.py")
+    run("ckpt=run", "images=PICTURES", "alpha=0.5", cwd=place, script="scripts/detect.py")
     rows = list(csv.DictReader((place / "anomalies" / "scores.csv").read_text("utf-8").splitlines()))
     assert {row["name"] for row in rows} == {*LATIN.values(), *UTF8.values(), r"caf\xe9/cut\xff.png"}
     run("ckpt=run", "images=PICTURES", "out=all.bvae", "report=false", cwd=place, script="scripts/compress.py")

@@ -29,10 +29,10 @@ def test_labels_that_are_no_places_go_through_every_script(tmp_path, monkeypatch
     script("fidelity", "n=10", "sampler=gaussian")
     fidelity = json.loads((tmp_path / "run" / "fidelity.json").read_text())
     assert fidelity["test images"]["imbalance"]["mean"] <= 1
-    for digit in LABELS:
-        script("sample", "sampler=gaussian", f"digit={digit}")
-    script("interpolate", f"digits=[{LABELS[0]},{LABELS[2]}]")
-    assert "AUROC" in script("detect", f"inliers=[{LABELS[0]},{LABELS[1]}]", "alarm=0.05")
+    for label in LABELS:
+        script("sample", "sampler=gaussian", f"label={label}")
+    script("interpolate", f"labels=[{LABELS[0]},{LABELS[2]}]")
+    assert "AUROC" in script("detect", f"inliers=[{LABELS[0]},{LABELS[1]}]", "alpha=0.05")
     script("encode")
     assert set(np.load(tmp_path / "latents.npz")["labels"].tolist()) == set(LABELS.tolist())
     monkeypatch.chdir(tmp_path)
