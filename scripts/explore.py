@@ -53,7 +53,7 @@ def main(settings: Settings) -> None:
     listening = server.open_socket(settings.host, settings.port)
     named = settings.ckpt if isinstance(settings.ckpt, list) else [settings.ckpt]
     runs = [checkpoint.load(path, settings.runs) for name in named for path in members(name)]
-    detectors = [report.cached_detector(run) for run in runs]
+    detectors = [report.load_cached_detector(run) for run in runs]
     explorer = load_models(runs, settings.data_root, [detector and detector.p_values for detector in detectors])
     url, warning = server.page_url(listening)
     print("\n".join(str(run.path) for run in runs))

@@ -406,4 +406,4 @@ def test_images_and_labels_that_are_not_there(place):
     text = refused(place, "scripts/encode.py", "ckpt=run", "images=folder")
     assert "folder" in text and "No such file" in text
     text = refused(place, "scripts/detect.py", "ckpt=run", "inliers=[cat]")
-    assert "inliers=['cat'] cannot be" in text and "labels here: 0, 1, 2" in text
+    assert "inliers=['cat'] is invalid" in text and "labels found: 0, 1, 2" in text
