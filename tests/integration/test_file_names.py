@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import betavae
-from betavae.applications.explorer.queries import load_models, page_state
+from betavae.applications.explorer.queries import load_models, build_page_state
 from tests.commands import run
 
 pytestmark = pytest.mark.skipif(sys.platform in ("darwin", "win32"), reason="file names are Unicode there")
@@ -67,7 +67,7 @@ def test_the_explorer_shows_their_classes(place, monkeypatch):
     monkeypatch.chdir(place)
     name = os.fsdecode(b"r\xfcn")
     (place / "run").rename(place / name)
-    shown = page_state(load_models([betavae.load(name)]))
+    shown = build_page_state(load_models([betavae.load(name)]))
     text = json.dumps(shown, ensure_ascii=False).encode("utf-8").decode()
     assert shown["classes"] == [r"caf\xe9", "thé"] and r"r\\xfcn" in text
     # A run that is found without being named is printed as it is.

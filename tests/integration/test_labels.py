@@ -41,5 +41,5 @@ def test_labels_that_are_no_places_go_through_every_script(tmp_path, monkeypatch
     classifier = features.train(images, epochs=30)
     found = classifier.classify(classifier.features(images.pixels.float() / 255))
     assert (found == images.labels).float().mean() > 0.9
-    state = queries.page_state(queries.load_models([model]))
+    state = queries.build_page_state(queries.load_models([model]))
     assert torch.equal(torch.tensor(state["labels"][0]), model.split("test").labels)

@@ -338,7 +338,9 @@ def test_flagged_images_are_above_reconstruction_and_heat_map(blob_detector):
 def test_invalid_scores_and_no_images_are_rejected(blob_detector):
     with pytest.raises(UserError, match="score=dosis is invalid: expected one of neg_elbo, dose"):
         blob_detector.compute_scores(blobs(2, 0), ("dosis",))
-    with pytest.raises(UserError, match=r"score=regret is invalid: expected one of neg_elbo, dose, dose_svm, combined$"):
+    with pytest.raises(
+        UserError, match=r"score=regret is invalid: expected one of neg_elbo, dose, dose_svm, combined$"
+    ):
         blob_detector.compute_p_values(blobs(2, 0), "regret")
     with pytest.raises(UserError, match="no images"):
         blob_detector.compute_scores(blobs(2, 0)[:0])
