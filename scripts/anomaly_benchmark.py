@@ -24,8 +24,8 @@ from betavae.applications.anomalies.detector import (
     FAST_SCORES,
     SLOW_SCORES,
     Detector,
+    compute_p_values,
     false_alarm_rate,
-    p_values,
 )
 from betavae.data import DATASETS
 from betavae.models.vae import VAE
@@ -128,21 +128,26 @@ def main(settings: Settings) -> None:
             detector = Detector.fit(vae, fitted, validation)
             if held is None:
                 for sort, changed in drifted(ordinary).items():
-                    for score, values in detector.scores(changed).items():
-                        share = (p_values(values, detector.state["calibration"][score]) <= ALARM).double().mean().item()
+                    for score, values in detector.compute_scores(changed).items():
+                        share = (
+                            (compute_p_values(values, detector.state["calibration"][score]) <= ALARM)
+                            .double()
+                            .mean()
+                            .item()
+                        )
                         drifts[f"{name}: {sort}"][score].append(share)
                 other = "mnist" if name == "fashion_mnist" else "fashion_mnist"
                 outliers = {other: images[other][1][0], **made(test)}
             else:
                 outliers = {f"digit {held}": test[test_labels == held]}
             started = time.perf_counter()
-            detector.scores(ordinary, (DEFAULT_SCORE,))
+            detector.compute_scores(ordinary, (DEFAULT_SCORE,))
             rate = max(rate, len(ordinary) / (time.perf_counter() - started))
             for names in (FAST_SCORES, SLOW_SCORES) if settings.slow else (FAST_SCORES,):
                 first = settings.slow if names == SLOW_SCORES else None
-                inside = detector.scores(ordinary[:first], names)
+                inside = detector.compute_scores(ordinary[:first], names)
                 for sort, strange in outliers.items():
-                    for score, values in detector.scores(strange[:first], names).items():
+                    for score, values in detector.compute_scores(strange[:first], names).items():
                         both = torch.cat((inside[score], values))
                         truth = [0] * len(inside[score]) + [1] * len(values)
                         row = f"{name}: {sort}" if held is None else "digits held out"
@@ -150,7 +155,7 @@ def main(settings: Settings) -> None:
                         if held is not None:
                             rows[f"mnist without {held}"][score].append(rows[row][score][-1])
             alarms[name if held is None else "mnist without a digit"].append(
-                (detector.p_values(ordinary) <= ALARM).double().mean().item()
+                (detector.compute_p_values(ordinary) <= ALARM).double().mean().item()
             )
             print(f"seed {seed} {name} {held}", flush=True)
 

@@ -107,7 +107,6 @@ def bare(data_root: str, epochs: int) -> dict[str, Any]:
     torch.set_float32_matmul_precision("medium")
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    from betavae.models.vae import VAE
 
     images = load_mnist(Path(data_root), "train").to(device)  # type: ignore[union-attr]
     vae = VAE("mlp", [HIDDEN], LATENT, "relu", "bernoulli", [1, 28, 28]).to(device)

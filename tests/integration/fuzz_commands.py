@@ -529,7 +529,7 @@ SCRIPTS: dict[str, dict[str, list[str]]] = {
     "sample": {
         "n": ["1", "3", "65"],
         "sampler": ["prior", "gaussian", "mixture", "knn"],
-        "digit": ["0", "3", "999"],
+        "label": ["0", "3", "999"],
         "temperature": ["0", "0.5", "1e6"],
         "columns": ["1", "100"],
         "save_images": ["true"],
@@ -537,7 +537,7 @@ SCRIPTS: dict[str, dict[str, list[str]]] = {
     },
     "reconstruct": {"images": [], "n": ["1", "7", "1000"]},
     "interpolate": {
-        "digits": ["[0,1]", "[0,0]", "[3,8]"],
+        "labels": ["[0,1]", "[0,0]", "[3,8]"],
         "images": ["[0,1]", "[0,0]", "[0,99]", "[1]"],
         "steps": ["2", "5"],
         "rows": ["1", "3"],
@@ -562,7 +562,7 @@ SCRIPTS: dict[str, dict[str, list[str]]] = {
     },
     "detect": {
         "images": [],
-        "alarm": ["0.5", "0.01", "1e-9"],
+        "alpha": ["0.5", "0.01", "1e-9"],
         "score": ["combined", "dose_svm", "dose", "neg_elbo"],
         "inliers": ["[0]", "[cat]", "[0,1]"],
         "out": ["anomalies", "../../canary", "RUN"],

@@ -145,9 +145,9 @@ def test_training_rejects_an_invalid_setting(workdir, mistake, said):
         ("sample", "nn=3", "nn is not a setting; did you mean n?"),
         ("results", "folder=x", "folder is not a setting"),
         ("sample", "ckpt=null runs=data", "no finished run under data"),
-        ("interpolate", "digits=[3,12]", "digits=\\[3, 12\\]"),
-        ("interpolate", "digits=[3]", "digits=\\[3\\]"),
-        ("interpolate", "images=[1,2] rows=3", "rows=3 goes without images"),
+        ("interpolate", "labels=[3,12]", "labels=\\[3, 12\\]"),
+        ("interpolate", "labels=[3]", "labels=\\[3\\]"),
+        ("interpolate", "images=[1,2] rows=3", "rows=3 is invalid with images"),
         ("interpolate", "images=[1,10000]", "images=\\[1, 10000\\] .*9999"),
         ("traverse", "image=10000", "image=10000 .*9999"),
         ("manifold", "size=8", "latent_dim=2"),
@@ -405,4 +405,4 @@ def test_missing_images_and_labels_are_rejected(workdir):
     text = reject(workdir, "scripts/encode.py", "ckpt=run", "images=folder")
     assert "folder" in text and "No such file" in text
     text = reject(workdir, "scripts/detect.py", "ckpt=run", "inliers=[cat]")
-    assert "inliers=['cat'] cannot be" in text and "labels here: 0, 1, 2" in text
+    assert "inliers=['cat'] is invalid" in text and "labels found: 0, 1, 2" in text

@@ -137,7 +137,7 @@ def test_every_script_rejects_changed_data(trained, tmp_path):
     place = tmp_path / "place"
     shutil.copytree(trained("arrays", COUNTS), place)
     np.save(place / "other.npy", PIXELS[:5])
-    run("ckpt=run", "images=other.npy", "alarm=0.05", cwd=place, script="scripts/detect.py")
+    run("ckpt=run", "images=other.npy", "alpha=0.05", cwd=place, script="scripts/detect.py")
     before = run("ckpt=run", "sampler=gaussian", cwd=place, script="scripts/sample.py")
     write_array(place / "x.npy", ARRAY_CHANGES["append"])
     for script, *words in [
@@ -153,10 +153,10 @@ def test_every_script_rejects_changed_data(trained, tmp_path):
         ("traverse",),
         ("explore", "browser=false"),
         ("sample", "sampler=mixture"),
-        ("sample", "sampler=gaussian", "digit=0"),
+        ("sample", "sampler=gaussian", "label=0"),
     ]:
         text = run("ckpt=run", *words, cwd=place, script=f"scripts/{script}.py", code=1)
         assert "images have changed since run/checkpoints/" in text and text.count("\n") == 1, script
     # A detector and a sampler that were fitted before the change are still valid.
-    run("ckpt=run", "images=other.npy", "alarm=0.05", cwd=place, script="scripts/detect.py")
+    run("ckpt=run", "images=other.npy", "alpha=0.05", cwd=place, script="scripts/detect.py")
     assert run("ckpt=run", "sampler=gaussian", cwd=place, script="scripts/sample.py") == before

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import betavae
-from betavae.applications.explorer.queries import load_models, page_state
+from betavae.applications.explorer.queries import build_page_state, load_models
 from tests.commands import run
 
 pytestmark = pytest.mark.skipif(sys.platform in ("darwin", "win32"), reason="file names are Unicode there")
@@ -53,7 +53,7 @@ def test_latents_have_every_name(place, ending):
 
 
 def test_scores_and_compressed_files_have_every_name(place):
-    run("ckpt=run", "images=PICTURES", "alarm=0.5", cwd=place, script="scripts/detect.py")
+    run("ckpt=run", "images=PICTURES", "alpha=0.5", cwd=place, script="scripts/detect.py")
     rows = list(csv.DictReader((place / "anomalies" / "scores.csv").read_text("utf-8").splitlines()))
     assert {row["name"] for row in rows} == {*LATIN.values(), *UTF8.values(), r"caf\xe9/cut\xff.png"}
     run("ckpt=run", "images=PICTURES", "out=all.bvae", "report=false", cwd=place, script="scripts/compress.py")
@@ -67,7 +67,7 @@ def test_the_explorer_shows_class_names(place, monkeypatch):
     monkeypatch.chdir(place)
     name = os.fsdecode(b"r\xfcn")
     (place / "run").rename(place / name)
-    shown = page_state(load_models([betavae.load(name)]))
+    shown = build_page_state(load_models([betavae.load(name)]))
     text = json.dumps(shown, ensure_ascii=False).encode("utf-8").decode()
     assert shown["classes"] == [r"caf\xe9", "thé"] and r"r\\xfcn" in text
     # The name of a run that was found, not given, is printed as it is.

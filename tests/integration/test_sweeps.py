@@ -122,9 +122,7 @@ def test_a_failed_job_is_named_and_stops_nobody(killed_and_resumed: tuple[Path, 
         *(f"{test[name]:.2f}" for name in ("neg_elbo", "kl", "recon")),
     ]
     assert rows[failed.name] == ["failed"]
-    assert (
-        f"failed: UserError: beta=-1 is invalid: expected a number >= 0 (sweep/{failed.name}/train.log)" in text
-    )
+    assert f"failed: UserError: beta=-1 is invalid: expected a number >= 0 (sweep/{failed.name}/train.log)" in text
 
 
 def test_tensorboard_compares_the_jobs(killed_and_resumed: tuple[Path, str, dict[str, float]]) -> None:
