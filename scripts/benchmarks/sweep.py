@@ -1,60 +1,53 @@
-"""How much faster a sweep is on all cores: `python scripts/benchmark_sweep.py [jobs=6 epochs=5 rounds=3]`."""
+"""Compare a sweep on all cores with one job at a time: `python scripts/benchmarks/sweep.py [jobs=6 rounds=3]`."""
 
-# mypy: disable-error-code="valid-type"
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
 
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
 from betavae.errors import UserError, last_error_line
 from betavae.runtime.cli import ScriptSettings, script_command
-from betavae.runtime.settings import NonEmptyStr, PositiveInt
+
+TRAIN = Path(__file__).parents[2] / "train.py"
+LAUNCHERS = {"one at a time": "basic", "on all cores": "joblib"}
 
 
 class Settings(ScriptSettings):
-    jobs: PositiveInt = Field(6, title="runs, which differ by their seed")
-    epochs: PositiveInt = Field(5, title="of each job")
-    rounds: PositiveInt = Field(3, title="of both ways, by turns")
-    settings: NonEmptyStr = Field("model=mlp", title="of every job, as on the command line of train.py")
+    jobs: PositiveInt = Field(6, title="number of jobs, which differ in their seed")
+    epochs: PositiveInt = Field(5, title="epochs per job")
+    rounds: PositiveInt = Field(3, title="number of rounds, each with both launchers in turn")
+    settings: str = Field("model=mlp", title="overrides of every job, as on the command line of train.py")
+
+
+def run_training(*arguments: str) -> None:
+    process = subprocess.run([sys.executable, TRAIN, *arguments], capture_output=True, text=True)
+    if process.returncode:
+        raise UserError(f"train.py {' '.join(arguments)} failed: {last_error_line(process.stderr)}")
 
 
 @script_command(Settings)
 def main(settings: Settings) -> None:
-    import subprocess
-    import sys
-    import tempfile
-    import time
-    from pathlib import Path
-    from statistics import median
-
     from joblib import cpu_count
 
-    train = Path(__file__).parents[1] / "train.py"
-    seconds: dict[str, list[float]] = {"in a row": [], "on all cores": []}
+    seconds: dict[str, list[float]] = {name: [] for name in LAUNCHERS}
+    seeds = f"seed={','.join(map(str, range(settings.jobs)))}"
     with tempfile.TemporaryDirectory() as folder:
-        common = [
-            f"trainer.max_epochs={settings.epochs}",
-            f"data.root={folder}/data",
-            f"runs={folder}",
-            *settings.settings.split(),
-        ]
-
-        def run(*arguments: str) -> None:
-            done = subprocess.run([sys.executable, train, *arguments], capture_output=True, text=True)
-            if done.returncode:
-                raise UserError(f"train.py {' '.join(arguments)} failed: {last_error_line(done.stderr)}")
-
-        # Unpacks the data, and is not counted.
-        run(*common, "trainer.max_epochs=1", "trainer.limit_train_batches=1")
-        seeds = f"seed={','.join(map(str, range(settings.jobs)))}"
-        for number in range(settings.rounds):  # by turns, so that a busy minute of the machine hits both
-            for name, launcher in (("in a row", "basic"), ("on all cores", "joblib")):
-                sweep = f"hydra.sweep.dir={folder}/{launcher}{number}"
-                arguments = ["-m", f"hydra/launcher={launcher}", seeds, *common, sweep]
+        common = [f"data.root={folder}/data", f"runs={folder}", *settings.settings.split()]
+        # The first run unpacks the data. It is not timed.
+        run_training(*common, "trainer.max_epochs=1", "trainer.limit_train_batches=1")
+        for number in range(settings.rounds):  # a busy minute of the machine then affects both launchers
+            for name, launcher in LAUNCHERS.items():
+                sweep = [f"hydra/launcher={launcher}", f"hydra.sweep.dir={folder}/{launcher}{number}", seeds]
                 started = time.perf_counter()
-                run(*arguments)
+                run_training("-m", *sweep, *common, f"trainer.max_epochs={settings.epochs}")
                 seconds[name].append(time.perf_counter() - started)
                 print(f"round {number + 1}: {settings.jobs} jobs {name}: {seconds[name][-1]:.1f} s", flush=True)
-    slow, fast = (median(seconds[name]) for name in seconds)
-    print(f"median: {slow:.1f} s in a row, {fast:.1f} s on {cpu_count()} cores: {fast / slow:.2f} of the time")
+    slow, fast = (median(seconds[name]) for name in LAUNCHERS)
+    print(f"median: {slow:.1f} s one at a time, {fast:.1f} s on {cpu_count()} cores: {fast / slow:.2f} of the time")
 
 
 if __name__ == "__main__":
