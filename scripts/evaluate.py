@@ -83,7 +83,7 @@ def main(settings: Settings) -> None:
             "checkpoint": str(run.path.relative_to(run.folder)),
             "data": f"{run.data['name']}, binarize={binarize}",
             "likelihood": run.settings["model"]["likelihood"],
-            "note": likelihood.meaning(binarize),
+            "note": likelihood.describe(binarize),
             **asked,
             "device": torch.cuda.get_device_name() if device == "cuda" else device,
             "sampling_seconds": round(seconds, 1),

@@ -48,7 +48,7 @@ def main(settings: Settings) -> None:
     folder = Path(settings.folder) if settings.folder else run.folder
     # A mean of p(x|z) is the grey value of a pixel that was drawn afresh for every batch.
     shown = run._replace(data=run.data | {"binarize": "none"}) if run.data.get("binarize") == "dynamic" else run
-    datamodule = shown.datamodule(settings.data_root)
+    source = shown.data_source(settings.data_root)
     train = shown.subset("train", settings.data_root, settings.reference)
     x, labels, x_test = train.tensor(), train.labels, shown.subset("test", settings.data_root).tensor()
     n = min(settings.n, len(x_test) // settings.repeats, len(x))
@@ -72,10 +72,10 @@ def main(settings: Settings) -> None:
     }
     classifier: features.Classifier | None = None
     space: Callable[[Tensor], Tensor] = fidelity.pixel_features
-    everything = datamodule.load_split("train")
+    everything = source.load_split("train")
     if labels.ndim == 1 and len(labels.unique()) > 1 and len(everything) >= features.MIN_IMAGES:
         path = Path(settings.runs) / "features" / f"{run.data['name']}.pt"
-        classifier, accuracy = features.load_or_train(path, everything, datamodule.load_split("test"))
+        classifier, accuracy = features.load_or_train(path, everything, source.load_split("test"))
         space = classifier.features
         made_with["features"] = {"sha256": file_hash(path), "test_accuracy": accuracy}
         print(f"features of a classifier with test accuracy {accuracy:.2%}, {path}")

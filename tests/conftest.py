@@ -61,7 +61,7 @@ MODEL = {
 }
 MODULE = {
     "model": MODEL,
-    "objective": {"name": "elbo", "k": 1, "free_bits": 0.0},
+    "objective": {"name": "elbo", "k": 1},
     "beta": 1.0,
     "beta_schedule": {"name": "constant"},
     "optimizer": {"name": "Adam", "lr": 1e-3},

@@ -23,7 +23,6 @@ from lightning.pytorch.callbacks import Callback
 import betavae
 from betavae.applications.sampling import posterior_samples
 from betavae.data import datamodule
-from betavae.models.cpu_kernels import use_fast_cpu_kernels
 from betavae.models.likelihoods import LIKELIHOODS
 from betavae.models.networks import NETWORKS
 from betavae.models.vae import VAE
@@ -171,7 +170,7 @@ def commands_for(data_root: str) -> dict[str, Command]:
         watch = f"+callbacks.custom.watch={{first: {first}, last: {last}}}"
         long = ["trainer.max_epochs=1", "trainer.limit_train_batches=60", "trainer.log_every_n_steps=1000"]
         train(name, *long, watch, *args, prepare=watch_steps)
-    train("from_memory", prepare=lambda: setattr(datamodule, "LARGEST_ON_DEVICE", 0))
+    train("from_memory", prepare=lambda: setattr(datamodule, "MAX_DEVICE_BYTES", 0))
     train("sprites", "data=sprites", "data.image_size=32", "data.root=none", "model=conv", "model.hidden_dims=[4,8]")
     found["numbers"] = Command([], prepare=only(compare_numbers))
     found["samples"] = Command([], prepare=only(compare_samples), after="plain")
@@ -277,7 +276,7 @@ def compare_numbers() -> None:
         objective = build_objective(
             {"name": name, "k": 3, "num_train_images": 50, "kl_decomposition": True} | SETTINGS.get(name, {})
         )
-        vae = use_fast_cpu_kernels(VAE(network, HIDDEN[network], 2, "tanh", likelihood, [1, 12, 12]).double())
+        vae = VAE(network, HIDDEN[network], 2, "tanh", likelihood, [1, 12, 12]).double()
         found = []
         for device in ("cpu", DEVICE):
             mine, given = deepcopy(vae).to(device), [t.to(device) for t in (x, noise, torch.tensor(0.5).double())]

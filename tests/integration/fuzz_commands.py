@@ -763,7 +763,9 @@ def interrupt(rng: random.Random, session: Session, words: list[str]) -> None:
         must_work(session, *following)
     if not timed:
         name = whole.partition("=")[2].strip("'")
-        session.python(f"from tests.integration.fuzz_commands import assert_same_runs\nassert_same_runs({name!r}, 'cut')\n")
+        session.python(
+            f"from tests.integration.fuzz_commands import assert_same_runs\nassert_same_runs({name!r}, 'cut')\n"
+        )
 
 
 def longer(rng: random.Random, session: Session, words: list[str]) -> None:

@@ -29,4 +29,4 @@ DATASETS: dict[str, Callable[..., ImageSet | None]] = {
 }
 USER_DATASETS = ("folder", "arrays")  # whose name does not say which images they are
 
-__all__ = ["USER_DATASETS", "DATASETS", "ImageSet", "LazySubset", "mnist"]
+__all__ = ["DATASETS", "USER_DATASETS", "ImageSet", "LazySubset", "mnist"]

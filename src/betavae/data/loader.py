@@ -1,12 +1,15 @@
 """`Batches`: the loader. Each batch is one indexed read."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from betavae.data.image_set import ImageSet
 from betavae.data.read_ahead import read_ahead
+
+BINARIZE_SEED = 0  # one draw for all runs, whatever their seed
 
 
 class BatchLoader:
@@ -95,3 +98,9 @@ def binarize_pixels(pixels: Tensor, how: str, generator: torch.Generator | None 
         return pixels > 127
     # P(random byte in 0..254 < pixel) = pixel / 255, exactly.
     return torch.randint(255, pixels.shape, dtype=torch.uint8, device=pixels.device, generator=generator) < pixels
+
+
+def binarize_images(images: ImageSet, mode: str) -> ImageSet:
+    """Binarize a set to 0 and 255, with one draw from a fixed seed."""
+    pixels = binarize_pixels(images.tensor(), mode, torch.Generator().manual_seed(BINARIZE_SEED))
+    return replace(images, pixels=pixels.to(torch.uint8) * 255)

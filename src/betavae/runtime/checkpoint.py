@@ -1,6 +1,5 @@
 """A path in, a ready model out, safely: nothing that a checkpoint names is ever run."""
 
-import inspect
 import io
 from dataclasses import replace
 from pathlib import Path
@@ -14,20 +13,18 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
-from betavae.data import DATASETS, USER_DATASETS
-from betavae.data.datamodule import EVAL_BINARIZE_SEED, SPLIT_SEED, ImageDataModule
-from betavae.data.fingerprint import fingerprint
+from betavae.data.holdout import SPLIT_SEED
 from betavae.data.image_set import ImageSet
-from betavae.data.loader import binarize_pixels
+from betavae.data.loader import binarize_images
+from betavae.data.source import DataSource
 from betavae.errors import UserError
-from betavae.models.cpu_kernels import use_fast_cpu_kernels
 from betavae.models.vae import VAE
 from betavae.runtime.run_folder import read_json
 from betavae.runtime.settings import check_group
 from betavae.storage.files import atomic_write_bytes
 from betavae.storage.torch_file import load_torch_file
 
-FORMAT = 3  # of a checkpoint; each format is read by the versions that write it
+FORMAT = 4  # of a checkpoint; each format is read by the versions that write it
 MAX_PARTS = 20  # modules and parameters of a network, per weight that its checkpoint holds
 
 
@@ -45,7 +42,7 @@ class TrainedRun(NamedTuple):
         """The run folder; of a checkpoint that lies alone, the folder it lies in."""
         return self.path.parent.parent if self.path.parent.name == "checkpoints" else self.path.parent
 
-    def datamodule(self, root: str | None = None) -> ImageDataModule:
+    def data_source(self, root: str | None = None) -> DataSource:
         """The data it was trained on, in `root` (None: where they were then).
 
         Raises UserError if the checkpoint does not say which, or they are no longer there.
@@ -59,11 +56,7 @@ class TrainedRun(NamedTuple):
                 f"{self.path} was trained on data={name} in {known}, and there is nothing there now "
                 f"(seen from {Path.cwd()}): say where it is, by data_root=PATH"
             )
-        # A path that a checkpoint names is only read: whoever wrote it does not choose where files are put.
-        ours = {"cache": "data", "download": bool(root)}
-        taken = inspect.signature(DATASETS[name]).parameters
-        settings = {key: value for key, value in ours.items() if key in taken}
-        return ImageDataModule(**(self.data | settings | {"root": root or known}))
+        return DataSource.from_checkpoint(self.data, root)
 
     def images(
         self, split: str = "test", root: str | None = None, max_images: int | None = None
@@ -78,15 +71,15 @@ class TrainedRun(NamedTuple):
 
         Raises UserError if they have changed since the training.
         """
-        datamodule = self.datamodule(root)
-        images = datamodule.load_split("test") if split == "test" else datamodule.load_training()[split]
-        if datamodule.name in USER_DATASETS and fingerprint(images) != self.fingerprints.get(split):
+        source = self.data_source(root)
+        images = source.load_split("test") if split == "test" else source.load_training()[split]
+        if source.fingerprint(images) != self.fingerprints.get(split):
             raise UserError(
-                f"{datamodule.root}: the {split} images have changed since {self.path} was trained, so images that it "
+                f"{source.root}: the {split} images have changed since {self.path} was trained, so images that it "
                 "has seen could count as unseen; restore the data or pass a copy by data_root=PATH, or pass other "
                 "images by images=PATH where the command takes it"
             )
-        return images if split == "train" else datamodule.binarize_for_eval(images)
+        return images if split == "train" else source.binarize_for_eval(images)
 
     def subset(self, split: str, root: str | None = None, most: int | None = None) -> ImageSet:
         """The same in memory; of dynamically binarised training images one draw, and at most `most` images."""
@@ -94,11 +87,9 @@ class TrainedRun(NamedTuple):
         if most is not None and len(images) > most:
             chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(SPLIT_SEED))[:most]
             images = images.select(chosen.sort().values)
-        pixels = images.tensor()
         if split == "train" and self.data["binarize"] != "none":
-            bits = binarize_pixels(pixels, self.data["binarize"], torch.Generator().manual_seed(EVAL_BINARIZE_SEED))
-            pixels = bits.to(torch.uint8) * 255
-        return replace(images, pixels=pixels)
+            return binarize_images(images, self.data["binarize"])
+        return replace(images, pixels=images.tensor())
 
 
 def latest_run(runs: Path) -> Path:
@@ -123,9 +114,8 @@ def load(ckpt: str | Path | None = None, runs: str = "runs") -> TrainedRun:
     settings, data = content["hyper_parameters"], content.get("datamodule_hyper_parameters", {})
     vae = VAE(**settings["model"])
     vae.load_state_dict({key.removeprefix("vae."): value for key, value in content["state_dict"].items()})
-    return TrainedRun(
-        use_fast_cpu_kernels(vae.eval().requires_grad_(False)), path, settings, data, content.get("fingerprints", {})
-    )
+    vae = vae.eval().requires_grad_(False)
+    return TrainedRun(vae, path, settings, data, content.get("fingerprints", {}))
 
 
 def check_stored_settings(group: str, values: dict[str, Any], path: Path) -> None:

@@ -15,7 +15,6 @@ from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from torch import Tensor
 
 from betavae import plotting
-from betavae.metrics_callback import TrainMetrics
 from betavae.models.vae import VAE
 from betavae.objectives.elbo import gaussian_kl
 from betavae.runtime.run_logger import run_loggers
@@ -180,7 +179,7 @@ class EpochSummary(Callback):
         self.started = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        next(c for c in trainer.callbacks if isinstance(c, TrainMetrics)).end_epoch(trainer, module)  # type: ignore[attr-defined]
+        module.on_train_epoch_end()  # now, for the means of the whole epoch
         line = f"epoch {trainer.current_epoch + 1:>3}/{trainer.max_epochs}"
         for name, value in display_metrics(trainer.callback_metrics, "epoch").items():
             line += f"  {DISPLAY_NAMES.get(name, name)} {value:.2f}"

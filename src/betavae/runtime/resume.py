@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
 from betavae.errors import DivergenceError, UserError
-from betavae.metrics_callback import TrainMetrics
+from betavae.module import VAEModule
 from betavae.runtime import checkpoint
 from betavae.runtime.lightning_workarounds import stop_after_this_step
 from betavae.runtime.run_folder import RunFolder
@@ -184,9 +184,8 @@ class DivergenceGuard(Callback):
             raise DivergenceError(f"the loss of step {step} is not finite", self.last)
 
     def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint_: dict[str, Any]) -> None:
-        curves = next(c for c in trainer.callbacks if isinstance(c, TrainMetrics))  # type: ignore[attr-defined]
-        if len(curves.window):
-            curves.read(trainer, module)
+        if isinstance(module, VAEModule) and len(module.window):
+            module.read_window()
         if not torch.stack([p.isfinite().all() for p in module.parameters()]).all():
             raise DivergenceError(f"the weights after step {trainer.global_step} are not finite", self.last)
 

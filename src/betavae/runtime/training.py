@@ -142,7 +142,7 @@ class TrainingRun:
         known = self.state.get("fingerprints", {}) if self.state else found
         if changed := [split for split in found if found[split] != known.get(split)]:
             raise UserError(
-                f"resume: {self.datamodule.root}: the {', '.join(changed)} images have changed since this run "
+                f"resume: {self.datamodule.source.root}: the {', '.join(changed)} images have changed since this run "
                 "began; restore the data or pass a copy by data.root=PATH, or start a new run"
             )
         self.trainer.callbacks += pruning_callbacks(HydraConfig.get(), self.settings["trainer"]["max_epochs"])  # type: ignore[attr-defined]
@@ -216,7 +216,7 @@ class TrainingRun:
         test = {name.removeprefix("test/"): value for name, value in metrics.items() if name.startswith("test/")}
         if not all(math.isfinite(value) for value in test.values()):
             raise DivergenceError(f"the test numbers of {self.tested_checkpoint} are not finite", {})
-        if self.module.vae.likelihood.exact(self.settings["data"]["binarize"]):
+        if self.module.vae.likelihood.is_discrete(self.settings["data"]["binarize"]):
             test["bits_per_dimension"] = test["neg_elbo"] / math.log(2) / math.prod(self.module.vae.image_shape)
         return {name: round(value, 4) for name, value in test.items()}
 
@@ -235,8 +235,8 @@ class TrainingRun:
             # Of that very checkpoint: Lightning winds callbacks back to the one that is tested.
             validation = next(c for c in self.trainer.callbacks if isinstance(c, LastValidationMetrics))  # type: ignore
             record["validation"] = {name: round(value, 4) for name, value in validation.numbers.items()}
-        if not likelihood.exact(binarize):
-            record["note"] = likelihood.meaning(binarize)
+        if not likelihood.is_discrete(binarize):
+            record["note"] = likelihood.describe(binarize)
         self.folder.write_record(record)
         self.record = record
         self.say(scalars)

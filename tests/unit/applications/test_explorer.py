@@ -89,7 +89,7 @@ def test_runs_of_different_data_or_too_many_are_refused(data_root):
 def test_runs_of_one_folder_of_pictures_are_of_the_same_data_wherever_it_is_kept(tmp_path):
     np.save(tmp_path / "ours.npy", np.random.default_rng(0).integers(0, 255, (40, 28, 28), np.uint8))
     run = a_run(2, 1.0, str(tmp_path / "ours.npy"), "arrays")
-    run = run._replace(fingerprints={"test": fingerprint(run.datamodule().load_split("test"))})
+    run = run._replace(fingerprints={"test": fingerprint(run.data_source().load_split("test"))})
     other = run._replace(data=run.data | {"validation_size": 7, "batch_size": 3, "root": "moved.npy"})
     assert len(queries.load_models([run, other]).runs) == 2
     for runs in ([run, other._replace(fingerprints={"test": "0"})], [run._replace(fingerprints={}), other]):

@@ -15,7 +15,6 @@ import torch
 import betavae
 from betavae.applications import export
 from betavae.errors import UserError
-from betavae.models.cpu_kernels import use_fast_cpu_kernels
 from betavae.models.likelihoods import LIKELIHOODS, Likelihood
 from betavae.models.vae import VAE
 from betavae.objectives import elbo
@@ -40,7 +39,7 @@ def made(name):
         parameter.add_(0.1 * torch.randn_like(parameter))  # no bias, and no scale, at its first value
     if name == "conv":
         vae.decoder[-1].bias[0] -= 150  # logits as far out as a trained model's, where log(sigmoid(x)) is -inf
-    return use_fast_cpu_kernels(vae.eval())
+    return vae.eval()
 
 
 @pytest.fixture(scope="module")

@@ -155,7 +155,7 @@ def page_state(explorer: Explorer) -> dict[str, Any]:
         "images": len(explorer.images),
         "labels": (labels[:, None] if labels.ndim == 1 else labels).T.tolist(),
         "classes": explorer.images.classes,
-        "note": run.vae.likelihood.meaning(run.data["binarize"]),
+        "note": run.vae.likelihood.describe(run.data["binarize"]),
         "runs": [
             {
                 "name": each.name,

@@ -9,11 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from betavae.data.holdout import DEFAULT_HOLDOUT, random_holdout_indices, remaining_indices
 from betavae.data.image_set import ImageSet, LazySubset
-from betavae.data.splits import DEFAULT_SIZE, count_of
 from betavae.errors import UserError
-
-SPLIT_SEED = 0  # one test set for everybody, whatever the seed of the run
 
 
 def tensor_from_mmap(array: np.ndarray) -> Tensor:
@@ -121,7 +119,6 @@ def arrays(root: Path, split: str, test_size: float | None = None) -> ImageSet |
         return ImageSet(pixels, read_labels(held, f"y_{split}", len(pixels), path))
     pixels = read_pixels(held, path)
     labels = read_labels(held, "labels", len(pixels), path)
-    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(SPLIT_SEED))
-    test = count_of(DEFAULT_SIZE if test_size is None else test_size, len(pixels), "data.test_size")
-    index = (order[:test] if split == "test" else order[test:]).sort().values
+    test = random_holdout_indices(len(pixels), DEFAULT_HOLDOUT if test_size is None else test_size, "data.test_size")
+    index = test.sort().values if split == "test" else remaining_indices(len(pixels), test)
     return ImageSet(LazySubset(pixels, index), labels[index])

@@ -25,9 +25,9 @@ from betavae.data.file_listing import (
     picture_files,
     split_folders,
 )
+from betavae.data.holdout import DEFAULT_HOLDOUT, holdout_indices
 from betavae.data.image_io import NOT_UTF8, UnreadablePicture, iter_images, skipped_message, validate_fit
 from betavae.data.image_set import ImageSet
-from betavae.data.splits import DEFAULT_SIZE, set_aside
 from betavae.errors import UserError
 from betavae.storage.files import STAMP
 
@@ -78,7 +78,7 @@ def detect_splits(root: Path, names: Sequence[str], say: bool) -> dict[str, str]
 def assign_splits(folders: dict[str, str], names: Sequence[str], test_size: float | None) -> list[tuple[str, str, str]]:
     """`(split, name, label)` of all pictures, split by split and there in natural order.
 
-    Where there is no folder `test`, `set_aside` says which of the training pictures are for testing.
+    Where there is no folder `test`, `holdout_indices` says which of the training pictures are for testing.
     """
     listed = [("train", name, label_from_path(name)) for name in sorted(names, key=natural_sort_key)]
     if folders:  # pictures beside them are in none
@@ -90,7 +90,7 @@ def assign_splits(folders: dict[str, str], names: Sequence[str], test_size: floa
         ]
     if test_size is not None:
         train = [name for split, name, _ in listed if split == "train"]
-        test = {train[i] for i in set_aside(train, test_size, "data.test_size")}
+        test = {train[i] for i in holdout_indices(train, test_size, "data.test_size")}
         listed = [("test" if name in test else split, name, label) for split, name, label in listed]
     return sorted(listed, key=lambda picture: SPLITS.index(picture[0]))
 
@@ -212,7 +212,7 @@ def folder(
     Labels are the first-level folders' numbers in natural order, "." being the pictures beside them; without folders
     all are 0. Where there are first-level folders `train`, `val` (or `valid`, `validation`), `test` and no others, they
     are the splits, the labels one level below; else `test_size` (a share or a count; None: a tenth) is for testing, as
-    `set_aside` chooses.
+    `holdout_indices` chooses.
 
     The pixels are kept in a folder in `cache`, which is named after all they were made from: settings, and names,
     sizes and times of the files. It may be deleted at any time, and is made anew; then those are removed that were made
@@ -235,7 +235,7 @@ def folder(
     names = [file[0] for file in files]
     folders = detect_splits(root, names, split == "train")
     if "test" not in folders.values():
-        test_size = DEFAULT_SIZE if test_size is None else test_size
+        test_size = DEFAULT_HOLDOUT if test_size is None else test_size
     elif test_size is not None:
         raise UserError(f"data.test_size={test_size} is invalid: expected null ({root} has its own test images)")
     made_of = {"made_by": STAMP, "settings": [str(root.resolve()), shape, fit, background, test_size]}

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from betavae.data.datasets.arrays import arrays
+from betavae.data.holdout import resolve_count
 from betavae.data.image_set import LazySubset
-from betavae.data.splits import count_of
 from betavae.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -63,7 +63,7 @@ def test_the_split_is_fixed_and_labels_go_with_their_pictures(tmp_path):
     assert torch.equal(rows(a)[:, 0, 0, 0].long(), a.labels) and a.labels.dtype == torch.int64
     assert not set(a.labels.tolist()) & set(arrays(path, "train", 0.25).labels.tolist())
     for wrong in (0, 40, -1, 1.0 * 41):
-        with pytest.raises(UserError, match=r"data.test_size=.* of the 40 images"):
+        with pytest.raises(UserError, match=r"data.test_size=.* of 40 images"):
             arrays(path, "test", test_size=wrong)
     np.savez(path, images=GREY, labels=np.arange(80).reshape(40, 2))  # two factors
     assert arrays(path, "train").labels.shape == (36, 2)
@@ -156,4 +156,4 @@ def test_subsets_of_subsets_and_counts():
     assert len(outer) == 2 and outer.shape == (2, 2, 1, 1) and outer.to("cpu") is outer
     assert torch.equal(outer.index_select(0, torch.tensor([1, 0, 1])), pixels[[5, 1, 5]])
     assert inner.to("meta").shape == (4, 2, 1, 1)
-    assert [count_of(size, 8, "k") for size in (0.01, 0.5, 1, 7)] == [1, 4, 1, 7]
+    assert [resolve_count(size, 8, "k") for size in (0.01, 0.5, 1, 7)] == [1, 4, 1, 7]

@@ -16,7 +16,7 @@ from PIL import Image
 from betavae.data.datamodule import ImageDataModule
 from betavae.data.datasets.image_folder import folder
 from betavae.data.file_listing import picture_files
-from betavae.data.splits import set_aside
+from betavae.data.holdout import holdout_indices
 from betavae.errors import UserError
 
 module = importlib.import_module("betavae.data.datasets.image_folder")  # whose name in the package is the function's
@@ -210,7 +210,7 @@ def test_a_picture_stays_in_its_split_whatever_comes_or_goes(root, tmp_path):
 
 @pytest.mark.parametrize("share", [0.02, 0.2, 0.7])
 def test_a_share_is_about_that_share(share):
-    held = set_aside([f"{i}.png" for i in range(5000)], share, "data.test_size", "test/")
+    held = holdout_indices([f"{i}.png" for i in range(5000)], share, "data.test_size", "test/")
     assert abs(len(held) - 5000 * share) < 4 * (5000 * share * (1 - share)) ** 0.5
 
 
@@ -230,7 +230,7 @@ def test_a_count_is_kept_to(root, load, tmp_path):
 def test_a_few_pictures_are_in_all_splits_or_it_is_said(root, tmp_path, n, share):
     fill(root, [f"{i}.png" for i in range(n)])
     if n < 3:
-        with pytest.raises(UserError, match=f"_size={share} cannot be: .* of the 1 images"):
+        with pytest.raises(UserError, match=f"_size={share} is invalid: .* of 1 images"):
             splits(root, tmp_path, test_size=share, validation_size=share)
     else:
         found = splits(root, tmp_path, test_size=0.1, validation_size=share)
@@ -263,7 +263,7 @@ def test_pictures_are_decoded_once_and_mapped(root, load, tmp_path, monkeypatch)
     (place,) = kept(tmp_path)
     assert sorted(p.name for p in place.iterdir()) == ["index.json", "made_of.json", "pixels.npy"]
     assert place.name.startswith("pictures-")
-    monkeypatch.setattr(module, "decode", None)
+    monkeypatch.setattr(module, "decode_to_cache", None)
     assert all(map(torch.equal, [load(split).pixels for split in ("train", "test")], [i.pixels for i in first]))
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # torch warns of memory it may not write to
@@ -394,13 +394,13 @@ def test_nothing_to_read_is_a_sentence(root, load, tmp_path):
 
 def test_two_first_runs_at_once_decode_once(root, load, tmp_path, monkeypatch):
     fill(root, [f"{i}.png" for i in range(50)])
-    decode, barrier, results = module.decode, fork.Barrier(2), fork.Queue()
+    decode, barrier, results = module.decode_to_cache, fork.Barrier(2), fork.Queue()
 
     def noted(*arguments):
         results.put("decoded")
         decode(*arguments)
 
-    monkeypatch.setattr(module, "decode", noted)
+    monkeypatch.setattr(module, "decode_to_cache", noted)
 
     def run():
         barrier.wait(30)
@@ -421,13 +421,13 @@ def test_a_killed_run_leaves_nothing_that_looks_whole(root, load, tmp_path, monk
 
     def run():
         def killed(*arguments):
-            for number, result in enumerate(read_each(*arguments)):
+            for number, result in enumerate(iter_images(*arguments)):
                 if number == 30:
                     os.kill(os.getpid(), signal.SIGKILL)
                 yield result
 
-        read_each = module.read_each
-        module.read_each = killed
+        iter_images = module.iter_images
+        module.iter_images = killed
         load()
 
     process = fork.Process(target=run)
