@@ -46,13 +46,13 @@ def load_pair(run: "TrainedRun", settings: Settings) -> list["Tensor"]:
     """Load the start and the end that the setting `images` names: `(1, C, H, W)` each."""
     from betavae.runtime.inputs import resolve_images
 
-    images = [settings.images] if isinstance(settings.images, str) else settings.images or []
+    images = settings.images or []
     for key in ("labels", "rows"):
         if getattr(settings, key) != Settings.model_fields[key].default:
             raise UserError(f"{key}={getattr(settings, key)} is invalid with images: remove one of the two")
     numbers = [image for image in images if isinstance(image, int)]
     if not numbers:
-        x = resolve_images(run, [str(image) for image in images]).pixels.float() / 255
+        x = resolve_images(run, images).pixels.float() / 255  # type: ignore[arg-type]
         if len(x) != 2:
             raise UserError(f"images={images} is invalid: expected two images, found {len(x)}")
         return list(x.split(1))
