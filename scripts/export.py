@@ -26,7 +26,7 @@ def main(settings: Settings) -> None:
         from betavae.data.file_listing import as_text
         from betavae.runtime import checkpoint
         from betavae.runtime.run_folder import read_json
-        from betavae.storage.cache import file_hash
+        from betavae.storage.cache import hash_file
         from betavae.storage.files import atomic_dir
 
     run = checkpoint.load(settings.ckpt, settings.runs)
@@ -43,7 +43,7 @@ def main(settings: Settings) -> None:
         found = {name: read_json(run.folder / f"{name}.json") for name in ("metrics", "evaluation", "fidelity")}
         own = str(run.path.relative_to(run.folder))
         # Of this checkpoint, and not of one that had its name before.
-        mine = {"checkpoint": own, "sha256": file_hash(run.path)}
+        mine = {"checkpoint": own, "sha256": hash_file(run.path)}
         numbers = {k: v for k, v in found.items() if all(v.get(key, value) == value for key, value in mine.items())}
         images = run.vae.sample(64, 1.0, torch.Generator().manual_seed(settings.seed))
         with atomic_dir(out) as folder:

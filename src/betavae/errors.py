@@ -8,11 +8,11 @@ class UserError(Exception):
 class DivergenceError(UserError):
     """A training with a loss or weights that are not finite. `last` holds the last finite means, if any."""
 
-    def __init__(self, what: str, last: dict[str, float]):
+    def __init__(self, reason: str, last: dict[str, float]):
         if last:
-            what += " (the last finite loss was {loss:.4g}, recon {recon:.4g}, KL {kl:.4g})".format(**last)
+            reason += " (the last finite loss was {loss:.4g}, recon {recon:.4g}, KL {kl:.4g})".format(**last)
         super().__init__(
-            f"training diverged: {what}; try a smaller optimizer.lr, trainer.gradient_clip_val=1, a warm-up "
+            f"training diverged: {reason}; try a smaller optimizer.lr, trainer.gradient_clip_val=1, a warm-up "
             "(lr_schedule.warmup=0.05) or trainer.precision=32-true"
         )
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from betavae.data.datasets.dsprites import FILE as DSPRITES
-from betavae.data.datasets.mnist import mnist
+from betavae.data.datasets.mnist import load_mnist
 from betavae.errors import UserError
 from betavae.runtime import checkpoint
 from tests.commands import REPO, TINY, fresh, run
@@ -143,9 +143,9 @@ def test_training_rejects_an_invalid_setting(workdir, mistake, said):
         ("sample", "nn=3", "nn is not a setting; did you mean n?"),
         ("results", "folder=x", "folder is not a setting"),
         ("sample", "ckpt=null runs=data", "no finished run in data"),
-        ("interpolate", "digits=[3,12]", "digits=\\[3, 12\\]"),
-        ("interpolate", "digits=[3]", "digits=\\[3\\]"),
-        ("interpolate", "images=[1,2] rows=3", "rows=3 goes without images"),
+        ("interpolate", "labels=[3,12]", "labels=\\[3, 12\\]"),
+        ("interpolate", "labels=[3]", "labels=\\[3\\]"),
+        ("interpolate", "images=[1,2] rows=3", "rows=3 is invalid with images"),
         ("interpolate", "images=[1,10000]", "images=\\[1, 10000\\] .*9999"),
         ("traverse", "image=10000", "image=10000 .*9999"),
         ("manifold", "size=8", "latent_dim=2"),
@@ -340,12 +340,12 @@ def test_damaged_data_files_are_rejected(data_root, tmp_path):
     for harmed in (b"", whole[:100_000], whole[:-1], flipped, pickle.dumps(Attack(tmp_path / "v"))):
         file.write_bytes(harmed)
         with pytest.raises(UserError, match=str(tmp_path)):
-            mnist(tmp_path, "train")
+            load_mnist(tmp_path, "train")
     assert not (tmp_path / "v").exists()
     # Missing files are restored.
     file.unlink()
     (file.parent / "train-labels-idx1-ubyte").unlink()
-    assert mnist(tmp_path, "train").pixels.shape == (60_000, 1, 28, 28)
+    assert load_mnist(tmp_path, "train").pixels.shape == (60_000, 1, 28, 28)
 
 
 @pytest.mark.parametrize("kind", ["lzma", "claim", "parquet"])
@@ -403,4 +403,4 @@ def test_missing_images_and_labels_are_rejected(workdir):
     text = reject(workdir, "scripts/encode.py", "ckpt=run", "images=folder")
     assert "folder" in text and "No such file" in text
     text = reject(workdir, "scripts/detect.py", "ckpt=run", "inliers=[cat]")
-    assert "inliers=['cat'] cannot be" in text and "labels here: 0, 1, 2" in text
+    assert "inliers=['cat'] is invalid" in text and "labels found: 0, 1, 2" in text

@@ -58,7 +58,7 @@ def break_memory() -> None:
     def traversal(*args: Any) -> Any:
         raise RuntimeError("CUDA out of memory\nmore")
 
-    plotting.traversal = traversal
+    plotting.traverse = traversal
 
 
 def break_network() -> None:
@@ -111,7 +111,7 @@ def test_metrics_are_saved_before_figures(tmp_path, number):
             os.kill(os.getpid(), number)
             return real(*args)
 
-        real, plotting.tiles = plotting.tiles, tiles
+        real, plotting.make_tiles = plotting.make_tiles, tiles
 
     commands = {"a run": ([*SMALL[:-1], "hydra.run.dir='a run'"], ["resume='a run'"])}
     commands["sweep"] = (["-m", *SMALL[:-1], "beta=1", "hydra.sweep.dir=sweep"],) * 2
@@ -164,7 +164,7 @@ def test_a_retry_without_its_data_keeps_the_checkpoint(tmp_path, where):
 
     def prepare() -> None:
         if where == "drawing":
-            plotting.tiles = die
+            plotting.make_tiles = die
             return
         real = VAEModule.training_step
         step = lambda self, *args: real(self, *args) if self.global_step < 9 else die()  # noqa: E731

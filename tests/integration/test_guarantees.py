@@ -34,7 +34,7 @@ def test_a_sweep_rejects_changed_defaults(tmp_path, data_root, new_clone):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("+trainer.logger=csv", "trainer.logger is not a setting: this project sets it itself"),
+        ("+trainer.logger=csv", "trainer.logger is not a setting: betavae sets it"),
         ("+trainer.callbacks=[x]", "trainer.callbacks is not a setting"),
         (
             "callbacks.early_stopping_patience=2 data.validation_size=0",

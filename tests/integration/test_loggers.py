@@ -136,7 +136,7 @@ def test_a_foreign_csv_is_kept(tmp_path, data_root):
     args = (*TINY, "trainer.log_every_n_steps=99", "logger=csv", f"data.root={data_root}", "hydra.run.dir=run")
     args = (*args, "data.validation_size=0", "callbacks.early_stopping_patience=null", "trainer.max_epochs=1")
     text = run(*args, cwd=tmp_path, prepare=write_foreign_table, code=1)
-    assert "error: logger=csv: run/curves.csv is there already and was not made by betavae" in text
+    assert "error: logger=csv: run/curves.csv already exists and was not made by betavae" in text
     assert (tmp_path / "run" / "curves.csv").read_text() == "mine\n"
 
 

@@ -51,9 +51,9 @@ def small(command: str) -> tuple[str, list[str]]:
     if script == "scripts/benchmark_data.py":
         words += ["n=6000", "steps=1"]
     if script == "scripts/disentanglement.py":
-        words += ["images=600"]
+        words += ["max_images=600"]
     if script == "scripts/evaluate.py":
-        words += ["first=40", "k=20", "probes=false"]
+        words += ["max_images=40", "k=20", "probes=false"]
     return script, words
 
 

@@ -199,6 +199,6 @@ def test_scripts_work_with_an_installed_package(tmp_path):
     elsewhere = {"cwd": tmp_path, "PYTHONPATH": str(site)}
     assert "latent_dim: 9" in fresh(str(REPO / "train.py"), "--cfg", "job", "model.latent_dim=9", **elsewhere)
     assert "temperature" in fresh(str(REPO / "scripts" / "sample.py"), "--help", **elsewhere)
-    code = "import betavae; from betavae.data.datasets.mnist import mnist; from pathlib import Path; "
-    code += "print(betavae.__file__, mnist(Path('data'), 'test').pixels.shape)"
+    code = "import betavae; from betavae.data.datasets.mnist import load_mnist; from pathlib import Path; "
+    code += "print(betavae.__file__, load_mnist(Path('data'), 'test').pixels.shape)"
     assert str(site) in (printed := fresh("-c", code, **elsewhere)) and "[10000, 1, 28, 28]" in printed

@@ -53,14 +53,14 @@ class ImageLogger(Callback):
         z = torch.randn(64, vae.latent_dim, generator=torch.Generator().manual_seed(0)).to(x.device)
         by_kl = kl.argsort(descending=True).tolist()[:10]
         span = torch.linspace(-3, 3, 11, device=x.device)
-        rows = plotting.traversal(vae, vae.encode(x[:1]).mean[0], by_kl, span)
+        rows = plotting.traverse(vae, vae.encode(x[:1]).mean[0], by_kl, span)
         figures = {
-            "reconstructions": plotting.make_grid(plotting.reconstructions(vae, x), 8),
+            "reconstructions": plotting.make_grid(plotting.stack_reconstructions(vae, x), 8),
             "samples": plotting.make_grid(vae.decode(z), 8),
             "traversal": plotting.make_grid(rows, len(span)),
         }
         if vae.latent_dim == 2:
-            figures["manifold"] = plotting.make_grid(plotting.manifold(vae, 20), 20)
+            figures["manifold"] = plotting.make_grid(plotting.decode_manifold(vae, 20), 20)
         return figures, kl
 
     @torch.no_grad()
@@ -73,7 +73,7 @@ class ImageLogger(Callback):
             with warn_on_error(f"sending figures to {type(logger).__name__}"):
                 for name, image in figures.items():
                     logger.log_image_grid(name, image, trainer.global_step)
-                logger.log_figure("latent/kl_per_dimension", plotting.kl_bar_figure(kl), trainer.global_step)
+                logger.log_figure("latent/kl_per_dimension", plotting.plot_kl(kl), trainer.global_step)
         return figures
 
     @torch.no_grad()
@@ -82,7 +82,7 @@ class ImageLogger(Callback):
         n = min(MAX_EMBEDDED, len(trainer.datamodule.splits["test"]))  # type: ignore[attr-defined]
         side = plotting.MAX_SPRITE_SIDE // math.ceil(math.sqrt(n))
         batches = [
-            (vae.encode(x).mean.cpu(), labels, plotting.tiles(x.float().cpu(), labels, side))
+            (vae.encode(x).mean.cpu(), labels, plotting.make_tiles(x.float().cpu(), labels, side))
             for x, labels in self.images(trainer, vae, n)
         ]
         means, labels, tiles = zip(*batches, strict=True)

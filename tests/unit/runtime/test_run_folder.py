@@ -105,6 +105,6 @@ def test_evaluate_keeps_a_foreign_partial_file(tmp_path, data_root):
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "evaluation.part").write_text("mine")
     run(*TINY, f"data.root={data_root}", "hydra.run.dir=run", cwd=tmp_path)
-    words = ["ckpt=run", "folder=d", "k=1", "first=40", "probes=false"]
+    words = ["ckpt=run", "out=d", "k=1", "max_images=40", "probes=false"]
     text = run(*words, cwd=tmp_path, script="scripts/evaluate.py", code=1)
-    assert "evaluation.part is there" in text and (tmp_path / "d" / "evaluation.part").read_text() == "mine"
+    assert "evaluation.part already exists" in text and (tmp_path / "d" / "evaluation.part").read_text() == "mine"
