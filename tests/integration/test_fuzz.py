@@ -19,7 +19,8 @@ from betavae.models.likelihoods import LIKELIHOODS
 from betavae.models.networks import ACTIVATIONS, NETWORKS
 from betavae.models.vae import VAE
 from betavae.objectives import elbo
-from betavae.objectives.schedules import BETA_SCHEDULES, LR_DECAYS, lr_factor
+from betavae.objectives.schedules import BETA_SCHEDULES
+from betavae.optim import LR_DECAYS, lr_factor
 from betavae.runtime.hydra_config import CONFIGS, all_keys, describe_config_error, to_plain
 from betavae.runtime.run_folder import RunFolder
 from betavae.runtime.settings import TrainConfig, check_settings, dotted_keys
