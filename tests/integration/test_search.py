@@ -332,9 +332,9 @@ def test_the_scores_of_a_job() -> None:
         ("data.validation_size=0", "a search chooses by validation images"),
         (
             "hydra.sweeper.pruner=hyper",
-            "hydra.sweeper.pruner=hyper cannot be: it must be one of quartile, median, hyperband, none",
+            "hydra.sweeper.pruner=hyper is invalid: expected one of quartile, median, hyperband, none",
         ),
-        ("hydra.sweeper.objectives=[a,b,c]", r"it must be a list of one or two names"),
+        ("hydra.sweeper.objectives=[a,b,c]", "is invalid: expected a list of 1 to 2 values"),
         (
             "hydra.sweeper.objectives=[klx]",
             "hydra.sweeper.objectives=klx is invalid: expected one of loss, recon, kl, neg_elbo, active_units, "

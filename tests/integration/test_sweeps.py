@@ -99,7 +99,7 @@ def test_the_same_command_keeps_resumes_and_retries(killed_and_resumed: tuple[Pa
     after = {str(path): path.stat().st_mtime for path in finished.rglob("*") if path.is_file()}
     after.pop(str(finished / ".lock"))
     before.pop(str(finished / ".lock"))
-    assert after == before and f"{finished.name} is finished already" in text
+    assert after == before and f"{finished.name} is already finished" in text
     resumed = (job(sweep, "beta_2,") / "train.log").read_text()
     assert [resumed.count(f"epoch {epoch:>3}/12") for epoch in (1, 12)] == [1, 1], "went on, not from the start"
     for beta in ("0.5", "2", "3", "4"):
@@ -111,7 +111,7 @@ def test_a_failed_job_is_named_and_stops_nobody(killed_and_resumed: tuple[Path, 
     failed = job(cwd / "sweep", "beta_-1,")
     assert record(failed)["status"] == "failed"
     assert (
-        "Traceback" in (failed / "train.log").read_text() and "beta=-1 cannot be" in (failed / "train.log").read_text()
+        "Traceback" in (failed / "train.log").read_text() and "beta=-1 is invalid" in (failed / "train.log").read_text()
     )
     assert "Traceback" not in text
     table = [line.split() for line in text.split("nats per image:\n")[-1].splitlines()]

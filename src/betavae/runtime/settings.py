@@ -276,7 +276,8 @@ def describe(schema: Mapping[str, Any]) -> str:
         return format_value(schema["const"])
     if schema.get("type") == "array":
         few, most = schema.get("minItems", 0), schema.get("maxItems")
-        kind = f"a list of {few} values" if few == most else f"a {'non-empty ' * (few > 0)}list"
+        kind = f"a list of {few} to {most} values" if most else f"a {'non-empty ' * (few > 0)}list"
+        kind = f"a list of {few} values" if few == most else kind
         example = f", such as {schema['examples'][0]}" if "examples" in schema else ""
         return f"{kind} (each {describe(schema['items'])}{example})"
     limits = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
