@@ -290,6 +290,8 @@ def validate(model: type[M], values: Any, prefix: str = "") -> M:
     """Validate settings.
 
     Args:
+        model: The model of the settings.
+        values: Plain values.
         prefix: The start of the keys in error messages.
 
     Raises:

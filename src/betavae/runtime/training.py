@@ -89,6 +89,7 @@ def claim_run_folder(folder: RunFolder, new: bool, sweep: bool) -> Iterator[None
     """Lock a run folder for all processes of this run; remove it if the run ends before it began.
 
     Args:
+        folder: The run folder.
         new: Whether the folder must not hold a run yet.
         sweep: Whether the run is a job of a sweep, which has claimed the folder.
     """
