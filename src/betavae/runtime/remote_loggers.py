@@ -8,7 +8,7 @@ import secrets
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.pytorch.loggers import MLFlowLogger, WandbLogger
 from torch import Tensor
@@ -33,7 +33,14 @@ class WeightsAndBiases(RunLogger, WandbLogger):
     each session has its own folder, to be synced in their order.
     """
 
-    def __init__(self, run: RunFolder, state: Checkpoint | None, project: str, entity: str | None, mode: str):
+    def __init__(
+        self,
+        run: RunFolder,
+        state: Checkpoint | None,
+        project: str,
+        entity: str | None,
+        mode: Literal["offline", "online"],
+    ):
         import wandb
 
         known_id = run.read_metrics().get("loggers", {}).get("wandb")
@@ -41,7 +48,7 @@ class WeightsAndBiases(RunLogger, WandbLogger):
             experiment = wandb.init(
                 project=project,
                 entity=entity,
-                mode=mode,  # type: ignore[arg-type]
+                mode=mode,
                 dir=run.path,
                 name=run.path.name,
                 id=known_id or secrets.token_hex(4),

@@ -66,8 +66,8 @@ class SignalHandler:
 
     def requeue(self) -> None:
         """Let the launcher queue the job again if the signal was the launcher's."""
-        if self.received not in (None, signal.SIGINT, signal.SIGTERM):
-            self.before[self.received](self.received, None)  # type: ignore[index]
+        if self.received is not None and self.received not in (signal.SIGINT, signal.SIGTERM):
+            self.before[self.received](self.received, None)
 
 
 class GracefulStop(Callback):
@@ -128,7 +128,7 @@ class ExactResume(Callback):
 
     def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: Checkpoint) -> None:
         checkpoint["betavae_format"] = FORMAT
-        checkpoint["fingerprints"] = getattr(trainer.datamodule, "fingerprints", {})  # type: ignore[attr-defined]
+        checkpoint["fingerprints"] = getattr(getattr(trainer, "datamodule", None), "fingerprints", {})
         # A random state of each process.
         states: Any = trainer.strategy.all_gather(torch.get_rng_state().to(module.device))
         checkpoint["random_state"] = states.view(trainer.world_size, -1).cpu()
