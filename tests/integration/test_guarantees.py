@@ -27,7 +27,7 @@ def test_a_sweep_rejects_changed_defaults(tmp_path, data_root, new_clone):
     optimizer.write_text(optimizer.read_text().replace("lr: 1.0e-3", "lr: 2.0e-3"))
     before = {job: (job / "metrics.json").read_bytes() for job in jobs}
     text = clone.run("train.py", *words, code=1)
-    assert "holds a job with optimizer.lr=0.001, and this one optimizer.lr=0.002" in text
+    assert "holds a job with optimizer.lr=0.001, and this job has optimizer.lr=0.002" in text
     assert before == {job: (job / "metrics.json").read_bytes() for job in jobs}
 
 

@@ -88,7 +88,7 @@ class CSVRunLogger(RunLogger):
     """
 
     FILE = "curves.csv"
-    name = version = ""  # type: ignore[assignment]
+    name = version = ""
 
     def __init__(self, run: RunFolder, state: Checkpoint | None):
         self.folder, self.path = run.path, run.path / self.FILE

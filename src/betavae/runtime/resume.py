@@ -91,10 +91,10 @@ class GracefulStop(Callback):
         # is due, which Lightning would leave unfinished.
         self.mid_epoch = True
         self.step_complete = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        due = trainer.is_last_batch or (batch_idx + 1) % trainer.val_check_batch == 0  # type: ignore[attr-defined,operator]
+        due = trainer.is_last_batch or (batch_idx + 1) % trainer.val_check_batch == 0  # type: ignore[operator]
         # Several processes stop right after logging: a checkpoint holds the sums of the first process only.
         logged = (batch_idx + 1) % trainer.log_every_n_steps == 0 and module.automatic_optimization  # type: ignore[attr-defined]
-        self.ranks_in_sync = trainer.world_size == 1 or logged or trainer.is_last_batch  # type: ignore[attr-defined]
+        self.ranks_in_sync = trainer.world_size == 1 or logged or trainer.is_last_batch
         if not due and self.ranks_in_sync:
             self.stop_if_signaled(trainer)
 
