@@ -225,6 +225,7 @@ def broken_checkpoints(good: Path, folder: Path, victim: Path) -> dict[str, str]
     }
 
 
+@pytest.mark.slow
 def test_a_damaged_or_hostile_checkpoint_is_rejected(workdir, tmp_path):
     victim = tmp_path / "victim"
     for name, said in broken_checkpoints(workdir / "run" / "checkpoints" / "best.ckpt", tmp_path, victim).items():
@@ -242,6 +243,7 @@ def test_a_damaged_or_hostile_checkpoint_is_rejected(workdir, tmp_path):
         assert not victim.exists(), name
 
 
+@pytest.mark.slow
 def test_every_flipped_bit_is_harmless_or_detected(workdir, tmp_path):
     """Bits at 300 positions of the file are flipped, one at a time."""
     good = workdir / "run" / "checkpoints" / "best.ckpt"

@@ -192,6 +192,7 @@ def command_line(rng: random.Random, keys: list[str]) -> list[str]:
     return line
 
 
+@pytest.mark.slow
 def test_random_command_lines_build_or_are_rejected(monkeypatch, tmp_path):
     """BETAVAE_FUZZ=2000 tests more of them."""
     monkeypatch.setitem(data.DATASETS, "mnist", tiny)
@@ -219,6 +220,7 @@ def test_random_command_lines_build_or_are_rejected(monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [1, 3, 5, 16, 17])
 def test_random_sessions_of_complete_commands(tmp_path, data_root, number):
     """`python -m tests.integration.fuzz_commands` runs these for hours."""

@@ -43,6 +43,7 @@ def test_there_are_enough_pairs():
     assert len(PAIRS) > 150
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", SETTINGS)
 def test_a_setting_trains_with_every_other_setting(tmp_path, first):
     bad = []

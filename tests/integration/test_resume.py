@@ -101,6 +101,7 @@ def rich(tmp_path_factory: pytest.TempPathFactory, root: str) -> tuple[dict[str,
     return run_whole(tmp_path_factory.mktemp("whole"), [*RICH, root])
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_random_moments_resumes_exactly(
     tmp_path: Path, root: str, rich: tuple[dict[str, Any], float]
 ) -> None:
@@ -181,6 +182,7 @@ def signal_at(step: int, number: int) -> Callable[[], None]:
     return prepare
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "args",
     [

@@ -75,6 +75,7 @@ def test_a_too_large_learning_rate_diverges(tmp_path, data_root):
     assert read_record(tmp_path / "run")["status"] == "diverged"
 
 
+@pytest.mark.slow
 @mounts
 def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, data_root):
     small, kept = tmp_path / "small", tmp_path / "kept"
@@ -117,6 +118,7 @@ def test_a_full_disk_during_unpacking_is_a_one_line_error(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 @mounts
 def test_a_read_only_installation_runs_from_any_folder(tmp_path, data_root):
     train = f"{sys.executable} {REPO / 'train.py'} {' '.join(TINY)} trainer.max_epochs=1 data.root={data_root}"
@@ -190,6 +192,7 @@ def test_a_moved_run_folder_resumes(tmp_path, data_root):
     assert list(best["best_k_models"]) == [str(tmp_path / "new" / "checkpoints" / "best.ckpt")]
 
 
+@pytest.mark.slow
 def test_scripts_work_with_an_installed_package(tmp_path):
     """The scripts of a clone work from any folder, and the package's MNIST without a clone."""
     site = tmp_path / "site"
