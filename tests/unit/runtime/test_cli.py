@@ -5,6 +5,7 @@ import shlex
 import signal
 
 import numpy as np
+import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -36,6 +37,27 @@ def test_hydra_and_scripts_parse_a_formatted_argument_back(value):
     assert type(resolved) is str and resolved == expected
     script_value = parse_value(word.partition("=")[2])
     assert type(script_value) is str and script_value == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("7", 7),
+        ("-1e-3", -0.001),
+        ("True", True),
+        ("null", None),
+        ("", ""),
+        ("a b=c, d", "a b=c, d"),
+        ("'7'", "7"),
+        ('"it\'s"', "it's"),
+        ("[3,8]", [3, 8]),
+        ("[runs/a, 'b, c', \"7\", null]", ["runs/a", "b, c", "7", None]),
+        ("[]", []),
+        ("[3", "[3"),
+    ],
+)
+def test_scripts_parse_values_like_hydra(text, value):
+    assert parse_value(text) == value and type(parse_value(text)) is type(value)
 
 
 def test_ordinary_paths_need_no_quotes():
