@@ -174,7 +174,7 @@ class TrainingRun:
         """Build and check everything. Only the data folder is written to.
 
         Args:
-            settings: Those of `TrainConfig`, checked.
+            settings: The validated settings of `TrainConfig`.
             folder: The run folder.
             overrides: The arguments of the command.
             state: The checkpoint to resume from.
@@ -201,7 +201,9 @@ class TrainingRun:
         except TypeError as error:  # of the arguments of a network or a likelihood
             raise UserError(f"model: {error}") from error
         except RuntimeError as error:
-            raise as_user_error(error) from error
+            if (described := as_user_error(error)) is error:
+                raise
+            raise described from error
         if settings["init"] == "data":
             pixels = splits["train"].pixels.index_select(0, torch.arange(min(len(splits["train"]), 60_000)))
             try:
