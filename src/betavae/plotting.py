@@ -1,4 +1,4 @@
-"""Pictures of a VAE: grids as tensors in [0, 1], and Matplotlib figures. Values are clamped, never auto-contrasted."""
+"""Pictures of a VAE: grids as tensors in [0, 1], and Matplotlib figures; values are clamped."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -80,7 +80,7 @@ def traverse(vae: VAE, z: Tensor, dimensions: Sequence[int], values: Tensor) -> 
 
 @torch.no_grad()
 def decode_manifold(vae: VAE, size: int) -> Tensor:
-    """Decode a 2-D latent space at `size` by `size` quantiles of the prior (Kingma & Welling 2014, figure 4).
+    """Decode a 2-D latent space at `size` by `size` quantiles of the prior (Kingma & Welling 2014).
 
     Raises:
         UserError: If the latent space is not two-dimensional.
@@ -187,10 +187,9 @@ def plot_bits(rows: dict[str, tuple[float | None, float]], note: str) -> "Figure
 
 
 def tint_by_label(x: Tensor, labels: Tensor) -> Tensor:
-    """Draw gray images as strokes on white in the color of their (first) label; color images stay as they are.
+    """Draw gray images as strokes on white in the color of their (first) label: `(N, 3, H, W)`.
 
-    Returns:
-        `(N, 3, H, W)`.
+    Color images stay as they are.
     """
     import matplotlib
 
@@ -202,12 +201,10 @@ def tint_by_label(x: Tensor, labels: Tensor) -> Tensor:
 
 
 def make_tiles(x: Tensor, labels: Tensor, max_side: int) -> Tensor:
-    """Tint images by their labels and center them on white square tiles, shrunk to at most `max_side` pixels.
+    """Center images, tinted by their labels, on white square tiles: `(N, 3, side, side)`.
 
-    TensorBoard's sprite of tiles that are not square fails or is unreadable (torch 2.14).
-
-    Returns:
-        `(N, 3, side, side)`.
+    Larger images are shrunk to a side of `max_side` pixels. TensorBoard's sprite of tiles that are not square fails or
+    is unreadable (torch 2.14).
     """
     drawn, (height, width) = tint_by_label(x, labels), x.shape[-2:]
     side = min(max_side, max(height, width))
@@ -258,11 +255,7 @@ def make_exif() -> "Image.Exif":
 
 
 def check_suffix(out: str | Path, suffixes: Sequence[str]) -> None:
-    """Reject a file format that has no place for the stamp of this project, which allows replacing the file later.
-
-    Raises:
-        UserError: For any other suffix than `suffixes`.
-    """
+    """Raise UserError for a file format without a place for the stamp of this project."""
     if Path(out).suffix.lower() not in suffixes:
         raise UserError(f"out={out} is invalid: expected a name that ends in {', '.join(suffixes)}")
 

@@ -1,4 +1,4 @@
-"""The sweeper `Search`, in the package where Hydra looks for plugins; `betavae.sweeps.search` does the work."""
+"""The sweeper `Search`, in the package where Hydra looks for plugins."""
 
 from typing import Any
 

@@ -320,7 +320,7 @@ def test_reports_of_hostile_sweeps_resolve_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("swept", "recompilations"), [("seed", 1), ("model.latent_dim", 19)])
 def test_every_job_of_a_sweep_is_compiled(tmp_path: Path, swept: str, recompilations: int) -> None:
-    """Jobs with one architecture share compiled code; others compile their own, for full and for last batches."""
+    """Jobs with one architecture share compiled code, others do not; last batches have their own."""
 
     def prepare() -> None:
         torch._logging.set_logs(recompiles=True)

@@ -1,4 +1,4 @@
-"""Disentanglement scores: measure how far each latent dimension follows one factor of variation of the images.
+"""Disentanglement scores: how far each latent dimension follows one factor of variation.
 
 All scores take latents `(N, D)` and factor values `(N, F)` int64, one row per image. Latents are posterior samples or
 posterior means, and the choice changes the score. A collapsed dimension is noise in a sample; in the means it is small
@@ -107,7 +107,7 @@ def factor_vae_score(latents: Tensor, factors: Tensor, seed: int = 0, votes: int
 
 
 def sort_rows_by_value(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the rows `(N,)` sorted by value, and for each value 0, 1, ... its first position and its count."""
+    """Return the rows `(N,)` sorted by value, and the first position and the count of each value."""
     count = np.bincount(values)
     return values.argsort(kind="stable"), count.cumsum() - count, count
 
@@ -228,12 +228,13 @@ def dci(latents: Tensor, factors: Tensor, seed: int = 0, trees: int = 20) -> DCI
 
 
 def modularity(latents: Tensor, factors: Tensor, bins: int = 20) -> float:
-    """Return the modularity (Ridgeway & Mozer 2018), in [0, 1]: 1 if each dimension informs about one factor only.
+    """Return the modularity (Ridgeway & Mozer 2018), in [0, 1].
 
-    For each dimension it is 1 - (mean of the other factors' I(z_d; v)^2) / (the largest I(z_d; v))^2, averaged over
-    dimensions, with I as in `mig`. A dimension whose information on no factor exceeds that of independence (by 4
-    standard deviations of the G-test) is left out, because a few collapsed dimensions would decide the score. With none
-    left the score is 0. It misses factors that no dimension encodes, and ignores the amount of information.
+    It is 1 if each dimension informs about one factor only. For a dimension it is 1 - (mean of the other factors'
+    I(z_d; v)^2) / (the largest I(z_d; v))^2, averaged over dimensions, with I as in `mig`. A dimension whose
+    information on no factor exceeds that of independence (by 4 standard deviations of the G-test) is left out, because
+    a few collapsed dimensions would decide the score. With none left the score is 0. It misses factors that no
+    dimension encodes, and ignores the amount of information.
     """
     z, v = drop_constant_columns(latents, factors)
     information = mutual_information(z, v, bins)
@@ -297,7 +298,7 @@ def drop_constant_columns(latents: Tensor, factors: Tensor) -> tuple[np.ndarray,
 
 
 def iter_factor_splits(v: np.ndarray, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Yield for each factor its values `(N,)`, the rows for training (two thirds) and the rows for testing."""
+    """Yield for each factor its values `(N,)`, the rows for training (two thirds) and those for testing."""
     train, test = np.split(np.random.default_rng(seed).permutation(len(v)), [2 * len(v) // 3])
     for values in v.T:
         yield values, train, test

@@ -91,7 +91,7 @@ def train_classifier(images: ImageSet, seed: int = 0, epochs: int = EPOCHS, batc
 
 
 def load_or_train(path: Path, train_set: ImageSet, test_set: ImageSet) -> tuple[Classifier | None, float]:
-    """Load the classifier of `train_set` from the cache file `path`, or train it, and say which features there are.
+    """Load the classifier of `train_set` from a cache file, or train it, and print which features it gives.
 
     Returns:
         The classifier in evaluation mode and its accuracy on `test_set`; None if `train_set` is too small or has not

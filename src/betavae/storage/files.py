@@ -22,7 +22,7 @@ TMP_PREFIX = "betavae-part-"  # of a file that is being written, where its suffi
 
 
 def atomic_write_bytes(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name beside `path` and rename it, so that no reader finds half a file."""
+    """Write a file under a temporary name and rename it, so that no reader finds half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = None
     try:

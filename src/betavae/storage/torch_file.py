@@ -82,7 +82,7 @@ class Unpickler(pickle.Unpickler):
 
 
 def rebuild_tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
-    """Build a tensor as the function of this name in `torch._utils` does, with a limited number of dimensions."""
+    """Build a tensor as `torch._utils` does, with a limited number of dimensions."""
     if len(size) > MAX_DIMS:
         raise ValueError(f"a tensor has {len(size)} dimensions")
     return storage.as_strided(size, stride, offset)

@@ -1,4 +1,4 @@
-"""Figures of a sweep: rate and distortion, a metric over one or two settings, samples, and a Pareto front."""
+"""Figures of a sweep: rate and distortion, a metric over settings, samples, and a Pareto front."""
 
 import math
 from collections.abc import Sequence
@@ -63,7 +63,7 @@ def plot_line(groups: Sequence[SettingGroup], key: str, metric: str) -> "Figure"
 
 
 def plot_heat_map(groups: Sequence[SettingGroup], keys: Sequence[str], metric: str) -> "Figure":
-    """Plot a metric over a grid of two settings, averaged over other settings; empty cells have no finished job."""
+    """Plot a metric over a grid of two settings, averaged over other settings."""
     across, down = (sort_values(groups, key) for key in keys)
     cells: dict[tuple[str, str], list[float]] = {}
     for group in groups:
@@ -108,7 +108,7 @@ def plot_scatter(groups: Sequence[SettingGroup], keys: Sequence[str], metric: st
 
 @torch.no_grad()
 def plot_samples(groups: Sequence[SettingGroup], seed: int) -> "Figure":
-    """Draw 16 samples of the first finished job of each setting, from the same z where dimensions allow it."""
+    """Draw 16 samples of the first finished job of each setting, from the same z if dimensions allow."""
     finished = [group for group in groups if group.finished]
     last_key = list(groups[0].values)[-1:]
     columns = len(sort_values(groups, last_key[0])) if last_key else 1
@@ -128,9 +128,9 @@ def plot_samples(groups: Sequence[SettingGroup], seed: int) -> "Figure":
 
 
 def find_pareto_front(points: Sequence[Sequence[float]]) -> list[int]:
-    """Find the points that no other point dominates, sorted by their first number; all numbers are minimized.
+    """Find the points that no other point dominates, sorted by their first number.
 
-    A point dominates another if no number of it is larger and the two are not equal.
+    All numbers are minimized: a point dominates another if none of its numbers is larger and the two differ.
     """
 
     def is_dominated(point: Sequence[float]) -> bool:
@@ -155,7 +155,7 @@ def plot_pareto_front(points: Sequence[Sequence[float]], front: Sequence[int], l
 
 
 def group_by_line(groups: Sequence[SettingGroup], key: str) -> dict[str, list[SettingGroup]]:
-    """Group the settings with finished jobs that differ by `key` only, by the label of their other settings."""
+    """Group the settings that differ by `key` only, under the label of their other settings."""
     lines: dict[str, list[SettingGroup]] = {}
     for group in groups:
         if group.finished:

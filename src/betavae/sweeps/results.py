@@ -1,4 +1,4 @@
-"""Results of finished runs, read from their folders: jobs of a sweep and their metrics. Does not import torch."""
+"""Results of runs, read from their folders: jobs of a sweep and their metrics. Does not import torch."""
 
 import itertools
 import json
@@ -156,7 +156,7 @@ def format_status_counts(jobs: Sequence[Job]) -> str:
 
 
 def get_objectives(record: dict[str, Any], objectives: Sequence[str]) -> list[float]:
-    """Return the objectives of a search from a job's record; empty if one is missing, since the job never validated."""
+    """Return the objectives of a search from a job's record; empty if the job never validated."""
     known = record.get("validation", {}) | {name: record[name] for name in RECORD_OBJECTIVES if name in record}
     return [float(known[name]) for name in objectives] if set(objectives) <= known.keys() else []
 

@@ -1,4 +1,4 @@
-"""Search for settings: Optuna proposes them, Hydra's launcher runs the jobs, the study stores the results.
+"""Searches: Optuna proposes settings, Hydra's launcher runs the jobs, a study stores the results.
 
 Does not import torch before a check needs it.
 """
@@ -188,7 +188,7 @@ def check_objectives(first: DictConfig, objectives: list[str], searched: dict[st
 def check_study(
     study: "Study", config: DictConfig, settings: SearchSettings, searched: dict[str, "BaseDistribution"]
 ) -> None:
-    """Raise UserError if earlier trials of a study had other fixed settings; note the settings of a new study."""
+    """Raise UserError if a study has other fixed settings; store the settings of a new study."""
     values: Any = {key: to_plain(config[key]) for key in config if key != "hydra"}
     ignored = {key.lstrip("+") for key in searched} | set(IGNORED_KEYS)
     now = {key: value for key, value in flatten(values).items() if key not in ignored}
@@ -206,7 +206,9 @@ def check_study(
 
 
 def run_search(typed: list[str], config: DictConfig, launcher: Launcher, loader: ConfigLoader) -> None:
-    """Run trials until `n_trials` have ended, including those of earlier commands; interrupted trials come first.
+    """Run trials until `n_trials` have ended, including those of earlier commands.
+
+    Interrupted trials come first.
 
     Args:
         typed: The overrides of the command line.
@@ -252,8 +254,9 @@ def run_search(typed: list[str], config: DictConfig, launcher: Launcher, loader:
 
 
 def set_sampler(study: "Study", settings: SearchSettings) -> None:
-    """Set the sampler of a study; its seed depends on the number of trials, or a resumed search would repeat them."""
+    """Set the sampler of a study."""
     samplers = import_optuna().samplers
+    # The seed depends on the number of trials, or a resumed search would propose its first trials again.
     seed = (settings.seed + len(study.get_trials(deepcopy=False))) % 2**32
     study.sampler = (samplers.TPESampler if settings.sampler == "tpe" else samplers.RandomSampler)(seed=seed)
 
@@ -261,7 +264,7 @@ def set_sampler(study: "Study", settings: SearchSettings) -> None:
 def find_interrupted_trials(
     study: "Study", searched: dict[str, "BaseDistribution"], n_trials: int
 ) -> tuple[list[Any], int]:
-    """Return the interrupted trials of earlier commands, and how many trials remain until `n_trials` have ended."""
+    """Return the interrupted trials of earlier commands, and how many trials remain to be run."""
     states = import_optuna().trial.TrialState
     trials = study.get_trials(deepcopy=False)
     interrupted = []
@@ -306,7 +309,7 @@ def tell_result(study: "Study", number: int, run: RunFolder, objectives: list[st
 
 
 def print_best(study: "Study", objectives: list[str]) -> None:
-    """Print the best trial, or with two objectives the Pareto front. Raise UserError if no trial has finished."""
+    """Print the best trial, or the Pareto front of two objectives. Raise UserError if none has finished."""
     if not (best := study.best_trials):
         raise UserError("no trial of this search has finished, so there is no best one")
     for trial in best if len(objectives) > 1 else best[:1]:

@@ -24,7 +24,7 @@ def write_plan(sweep: Path, task: list[str]) -> None:
 
 @pytest.fixture
 def sweep(tmp_path: Path) -> Path:
-    """Write a sweep: beta=1 with three seeds, beta=10 with a finished and a failed one, beta=2 that has not started."""
+    """Write a sweep: beta=1 with three seeds, beta=10 with one that failed, beta=2 without a folder."""
     for seed, value in zip("123", (1.0, 2.0, 6.0), strict=True):
         write_job(tmp_path, ["beta=1", f"seed={seed}"], "finished", neg_elbo=value, kl=value / 4, recon=0.75 * value)
     write_job(tmp_path, ["beta=10", "seed=1"], "finished", neg_elbo=4.0, kl=1.0, recon=3.0)
