@@ -22,11 +22,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
 
 
 def make_grid(images: Tensor, columns: int) -> Tensor:
-    """Arrange images `(N, C, H, W)` in a grid with black lines of two pixels.
-
-    Returns:
-        A picture `(C, rows * (H + 2) + 2, columns * (W + 2) + 2)`.
-    """
+    """Arrange images `(N, C, H, W)` in a picture `(C, rows * (H + 2) + 2, columns * (W + 2) + 2)`."""
     n, c, h, w = images.shape
     rows = -(-n // columns)
     tiles = images.new_zeros(rows * columns, c, h + 2, w + 2)
@@ -38,12 +34,7 @@ def make_grid(images: Tensor, columns: int) -> Tensor:
 def stack_reconstructions(vae: VAE, x: Tensor) -> Tensor:
     """Alternate rows of originals and of their reconstructions, for a grid of at most 8 columns.
 
-    Args:
-        vae: The model.
-        x: Images `(N, C, H, W)`; black images fill the last row.
-
-    Returns:
-        `(2 * rows * columns, C, H, W)` with `columns = min(8, N)`.
+    Black images fill the last row: `(N, C, H, W)` -> `(2 * rows * columns, C, H, W)`.
     """
     pairs = torch.stack((x, vae.reconstruct(x)))
     columns = min(8, len(x))
@@ -61,16 +52,9 @@ def interpolate(vae: VAE, start: Tensor, end: Tensor, steps: int) -> Tensor:
 
 @torch.no_grad()
 def traverse(vae: VAE, z: Tensor, dimensions: Sequence[int], values: Tensor) -> Tensor:
-    """Decode one row of images per dimension, in which only that dimension changes.
+    """Decode a row of images per dimension, in which only that dimension of `z` `(latent_dim,)` changes.
 
-    Args:
-        vae: The model.
-        z: The point `(latent_dim,)` that the other dimensions keep.
-        dimensions: The D dimensions of the rows.
-        values: The values `(V,)` of each row.
-
-    Returns:
-        `(D * V, C, H, W)`.
+    Its values are `values` `(V,)`. Returns `(D * V, C, H, W)`.
     """
     grid_z = z.repeat(len(dimensions), len(values), 1)
     for row, dimension in enumerate(dimensions):
@@ -124,14 +108,7 @@ def plot_kl(kl: Tensor) -> "Figure":
 
 
 def plot_traversal(rows: Tensor, values: Tensor, dimensions: Sequence[int], kl: Tensor) -> "Figure":
-    """Plot the images of `traverse`, with the KL of each row's dimension.
-
-    Args:
-        rows: `(D * V, C, H, W)`.
-        values: `(V,)`.
-        dimensions: The D dimensions of the rows.
-        kl: The KL of every latent dimension in nats, `(latent_dim,)`.
-    """
+    """Plot the rows of `traverse`, each with its dimension and that dimension's `kl` `(latent_dim,)` in nats."""
     figure = create_figure(0.45 * len(values) + 1.2, 0.45 * len(dimensions) + 0.6)
     axes = figure.add_subplot()
     draw_image(axes, make_grid(rows, len(values)))
@@ -147,14 +124,7 @@ def plot_traversal(rows: Tensor, values: Tensor, dimensions: Sequence[int], kl: 
 def plot_bounds(
     ks: Sequence[int], bounds: Sequence[dict[str, float]], kl: Sequence[float], active_units: int
 ) -> "Figure":
-    """Plot importance-weighted bounds over their number of samples, beside the KL per dimension.
-
-    Args:
-        ks: Importance samples of each bound.
-        bounds: `mean` and `se` of each bound in nats.
-        kl: KL per latent dimension in nats.
-        active_units: The number of active units.
-    """
+    """Plot importance-weighted bounds (`mean` ± `se`, nats) over their samples, beside the KL per dimension."""
     figure = create_figure(9, 3)
     left, right = figure.subplots(1, 2)
     left.errorbar(ks, [b["mean"] for b in bounds], [b["se"] for b in bounds], marker="o", capsize=3)

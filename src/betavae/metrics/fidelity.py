@@ -163,10 +163,8 @@ def average_repeats(repeats: Sequence[dict[str, float]]) -> dict[str, dict[str, 
 class Reference:
     """Real images that generated ones are compared with.
 
-    Args:
-        batches: Batches `(B, C, H, W)` in [0, 1], so that the images are never all in memory.
-        labels: Their labels `(N,)`, for the `imbalance` of the labels that the classifier predicts.
-        classifier: Computes the features; None takes pixels.
+    Images come in batches `(B, C, H, W)` in [0, 1], so that they are never all in memory. The `classifier` computes
+    their features; None takes pixels.
     """
 
     def __init__(self, batches: Iterable[Tensor], labels: Tensor, classifier: Classifier | None):
@@ -175,18 +173,13 @@ class Reference:
         self.pixel_moments = estimate_moments(pixels)
 
     def extract(self, batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-        """Extract the features and the pixel features of images."""
         extract_features = self.classifier.features if self.classifier else extract_pixel_features
         pairs = [(extract_features(batch), extract_pixel_features(batch)) for batch in batches]
         features, pixels = (torch.cat(parts) for parts in zip(*pairs, strict=True))
         return features, pixels
 
     def score(self, batches: Iterable[Tensor], n: int) -> tuple[dict[str, dict[str, float]], Tensor]:
-        """Score generated images in repeats of `n` images.
-
-        Returns:
-            The `mean` and `se` over repeats of each score, and the features of the images.
-        """
+        """Return the `mean` and `se` of each score over repeats of `n` generated images, and their features."""
         features, pixels = self.extract(batches)
         rows = compute_scores(self.features, features, n)
         for row, part, pixel_part in zip(rows, features.split(n), pixels.split(n), strict=True):

@@ -176,26 +176,21 @@ def sort_values(groups: Sequence[SettingGroup], key: str) -> list[str]:
 
 
 def is_number(text: str) -> bool:
-    """Return whether a value of a setting is a number."""
     return get_sort_key(text)[1] == ""
 
 
 def needs_log_scale(values: Sequence[float]) -> bool:
-    """Return whether positive values span enough orders of magnitude for a logarithmic axis."""
     return min(values) > 0 and max(values) / min(values) >= MIN_LOG_RATIO
 
 
 def label_metric(metric: str) -> str:
-    """Return the axis label of a test metric."""
     return f"test {METRIC_NAMES.get(metric, metric)}"
 
 
 def annotate(axes: "Axes", text: str, point: tuple[float, float], size: int) -> None:
-    """Write a text beside a point."""
     axes.annotate(text, point, textcoords="offset points", xytext=(4, 4), fontsize=size)
 
 
 def add_legend(axes: "Axes", lines: int) -> None:
-    """Add a legend if there are several lines, and few enough to tell apart."""
     if 1 < lines <= MAX_LEGEND_LINES:
         axes.legend(fontsize=8)

@@ -37,10 +37,9 @@ class SweepCallback(Callback):
     new_parents: ClassVar[list[Path]] = []  # the innermost first
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Start the sweep, or exit with an error; Hydra turns other exceptions of a callback into warnings."""
         try:
             self.start(config)
-        except UserError as error:
+        except UserError as error:  # Hydra turns an Exception of a callback into a warning
             raise SystemExit(f"error: {error}") from error
 
     def start(self, config: DictConfig) -> None:

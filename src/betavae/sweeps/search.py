@@ -31,10 +31,12 @@ from betavae.sweeps.results import IGNORED_KEYS, RECORD_OBJECTIVES, SEARCH_FILE,
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
-    from optuna.distributions import BaseDistribution
+    from optuna.distributions import BaseDistribution as Distribution
     from optuna.storages import BaseStorage
 
     from betavae.data.datamodule import ImageDataModule
+
+    Space = dict[str, Distribution]
 
 STARTUP_TRIALS = 5  # trials that the pruner lets finish before it compares others with them
 PERCENTILES = {"quartile": 25.0, "median": 50.0}  # of the finished trials that a trial must be among
@@ -62,7 +64,6 @@ class SearchSettings(Settings):
 
 
 def parse_search_settings(hydra_cfg: HydraConf) -> SearchSettings:
-    """Return the settings of a search from Hydra's config."""
     values = {key: value for key, value in to_plain(hydra_cfg.sweeper).items() if key not in ("_target_", "trial")}
     return validate(SearchSettings, values, "hydra.sweeper.")
 
@@ -116,7 +117,7 @@ def open_storage(storage: str) -> "BaseStorage":
     return storages.RDBStorage(storage, engine_kwargs=arguments)
 
 
-def parse_search_space(arguments: list[str], loader: ConfigLoader) -> tuple[list[str], dict[str, "BaseDistribution"]]:
+def parse_search_space(arguments: list[str], loader: ConfigLoader) -> "tuple[list[str], Space]":
     """Split `key=value` arguments, of which later ones win, into fixed and searched ones.
 
     Returns:
@@ -132,7 +133,7 @@ def parse_search_space(arguments: list[str], loader: ConfigLoader) -> tuple[list
     return [str(item.input_line) for key, item in last.items() if key not in searched], searched
 
 
-def make_distribution(override: Override) -> "BaseDistribution":
+def make_distribution(override: Override) -> "Distribution":
     """Convert Hydra's sweep syntax to a distribution of Optuna."""
     distributions = import_optuna().distributions
     value: Any = override.value()
@@ -153,7 +154,7 @@ def make_distribution(override: Override) -> "BaseDistribution":
         ) from error
 
 
-def check_objectives(first: DictConfig, objectives: list[str], searched: dict[str, "BaseDistribution"]) -> None:
+def check_objectives(first: DictConfig, objectives: list[str], searched: "Space") -> None:
     """Raise UserError if the first trial will not have the objectives."""
     values: Any = {key: to_plain(first[key]) for key in first if key != "hydra"}
     try:
@@ -185,9 +186,7 @@ def check_objectives(first: DictConfig, objectives: list[str], searched: dict[st
             check_names("hydra.sweeper.objectives", objectives, [*NUMBERS, *RECORD_OBJECTIVES], values, build)
 
 
-def check_study(
-    study: "Study", config: DictConfig, settings: SearchSettings, searched: dict[str, "BaseDistribution"]
-) -> None:
+def check_study(study: "Study", config: DictConfig, settings: SearchSettings, searched: "Space") -> None:
     """Raise UserError if a study has other fixed settings; store the settings of a new study."""
     values: Any = {key: to_plain(config[key]) for key in config if key != "hydra"}
     ignored = {key.lstrip("+") for key in searched} | set(IGNORED_KEYS)
@@ -261,9 +260,7 @@ def set_sampler(study: "Study", settings: SearchSettings) -> None:
     study.sampler = (samplers.TPESampler if settings.sampler == "tpe" else samplers.RandomSampler)(seed=seed)
 
 
-def find_interrupted_trials(
-    study: "Study", searched: dict[str, "BaseDistribution"], n_trials: int
-) -> tuple[list[Any], int]:
+def find_interrupted_trials(study: "Study", searched: "Space", n_trials: int) -> tuple[list[Any], int]:
     """Return the interrupted trials of earlier commands, and how many trials remain to be run."""
     states = import_optuna().trial.TrialState
     trials = study.get_trials(deepcopy=False)
@@ -279,11 +276,10 @@ def find_interrupted_trials(
 
 
 def format_trial_overrides(fixed: list[str], params: dict[str, Any], number: int) -> list[str]:
-    """Format the command line of a trial's job."""
     return [*fixed, *(f"{key}={value}" for key, value in params.items()), f"hydra.sweeper.trial={number}"]
 
 
-def ask_trial(study: "Study", searched: dict[str, "BaseDistribution"], folder: Path) -> "Trial":
+def ask_trial(study: "Study", searched: "Space", folder: Path) -> "Trial":
     """Ask the study for a trial. Raise UserError if it has searched other values of a setting."""
     try:
         return study.ask(searched)
