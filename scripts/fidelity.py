@@ -30,7 +30,7 @@ def main(settings: Settings) -> None:
         import torch
 
         from betavae import plotting
-        from betavae.applications.sampling import MOST_IMAGES, SAMPLERS, load_or_fit_sampler
+        from betavae.applications.sampling import SAMPLERS, load_or_fit_sampler
         from betavae.errors import UserError
         from betavae.metrics.features import load_or_train
         from betavae.metrics.fidelity import Reference, find_likely_copies
@@ -70,9 +70,6 @@ def main(settings: Settings) -> None:
         made_with["features"] = {"sha256": hash_file(path), "test_accuracy": accuracy}
     reference = Reference((batch.float() / 255 for batch in x.split(BATCH_SIZE)), labels, classifier)
 
-    def load_training() -> tuple[torch.Tensor, torch.Tensor]:
-        return run.images("train", settings.data_root, MOST_IMAGES)
-
     names = [settings.sampler] if settings.sampler else list(SAMPLERS)
     result: dict[str, Any] = {}
     latents, features = {}, {}
@@ -80,7 +77,7 @@ def main(settings: Settings) -> None:
         for name in [*names, "reconstructions", "test images"]:
             batches = (batch.float() / 255 for batch in x_test.split(BATCH_SIZE))
             if name in SAMPLERS:
-                sampler = load_or_fit_sampler(name, run.vae, load_training, run.path, run.folder)
+                sampler = load_or_fit_sampler(name, run, settings.data_root)
                 latents[name] = sampler.sample(total, torch.Generator().manual_seed(settings.seed))
                 batches = (run.vae.decode(z).clamp(0, 1) for z in latents[name].split(BATCH_SIZE))
             elif name == "reconstructions":

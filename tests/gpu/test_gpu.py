@@ -21,7 +21,7 @@ import torch._inductor.config
 from lightning.pytorch.callbacks import Callback
 
 import betavae
-from betavae.applications.sampling import posterior_samples
+from betavae.applications.sampling import sample_posterior
 from betavae.data import datamodule
 from betavae.models.likelihoods import LIKELIHOODS
 from betavae.models.networks import NETWORKS
@@ -308,7 +308,7 @@ def compare_samples() -> None:
     def everything() -> list[torch.Tensor]:
         z = vae.sample(8, generator=torch.Generator().manual_seed(3))
         device = next(vae.parameters()).device
-        return [z, vae.reconstruct(x.to(device)), posterior_samples(vae, x)]
+        return [z, vae.reconstruct(x.to(device)), sample_posterior(vae, x)]
 
     on_cpu = everything()
     vae.to(DEVICE)
@@ -319,7 +319,7 @@ def compare_samples() -> None:
         params = model.decode_params(torch.zeros(500, 2, device=DEVICE)).detach()
         drawn = model.likelihood.sample(params, torch.Generator(DEVICE).manual_seed(0))
         assert (drawn.mean(0) - model.likelihood.mean(params)[0]).abs().mean() < 0.1, name
-    np.save("z.npy", posterior_samples(vae, x).numpy())
+    np.save("z.npy", sample_posterior(vae, x).numpy())
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ from pathlib import Path
 
 import torch
 
-from betavae.data.datasets.mnist import mnist
+from betavae.data.datasets.mnist import load_mnist
 from tests.commands import REPO, Child, load_script, started
 
 MAX_SECONDS = 280  # of one command, by the clock
@@ -529,7 +529,7 @@ SCRIPTS: dict[str, dict[str, list[str]]] = {
     "sample": {
         "n": ["1", "3", "65"],
         "sampler": ["prior", "gaussian", "mixture", "knn"],
-        "digit": ["0", "3", "999"],
+        "label": ["0", "3", "999"],
         "temperature": ["0", "0.5", "1e6"],
         "columns": ["1", "100"],
         "save_images": ["true"],
@@ -537,7 +537,7 @@ SCRIPTS: dict[str, dict[str, list[str]]] = {
     },
     "reconstruct": {"images": [], "n": ["1", "7", "1000"]},
     "interpolate": {
-        "digits": ["[0,1]", "[0,0]", "[3,8]"],
+        "labels": ["[0,1]", "[0,0]", "[3,8]"],
         "images": ["[0,1]", "[0,0]", "[0,99]", "[1]"],
         "steps": ["2", "5"],
         "rows": ["1", "3"],
@@ -562,7 +562,7 @@ SCRIPTS: dict[str, dict[str, list[str]]] = {
     },
     "detect": {
         "images": [],
-        "alarm": ["0.5", "0.01", "1e-9"],
+        "alpha": ["0.5", "0.01", "1e-9"],
         "score": ["combined", "dose_svm", "dose", "neg_elbo"],
         "inliers": ["[0]", "[cat]", "[0,1]"],
         "out": ["anomalies", "../../canary", "RUN"],
@@ -632,7 +632,7 @@ def canary(session: Session) -> None:
 
 def play(rng: random.Random, session: Session) -> None:
     """One random session."""
-    from betavae.runtime.cli import all_keys
+    from betavae.runtime.hydra_config import all_keys
 
     keys = [key for key in all_keys() if not key.startswith(NOT_HERE)]
     canary(session)
@@ -858,7 +858,7 @@ def main(seconds: float = 60, seed: int = 0, out: str = "fuzz", case: int | None
     end = time.perf_counter() + seconds
     with tempfile.TemporaryDirectory(prefix="fuzz-data-") as data:
         for split in ("train", "test"):
-            mnist(Path(data), split)
+            load_mnist(Path(data), split)
         for number in range(10**9) if case is None else [case]:
             if time.perf_counter() > end:
                 break

@@ -74,11 +74,11 @@ def no_network() -> None:
 
 
 def no_folder() -> None:
-    def begun(*args: Any) -> None:
-        Path("run/figures").write_text("a file of that name")
+    def start(*args: Any) -> None:
         real(*args)
+        Path("run/figures").write_text("a file of that name")
 
-    real, TrainingRun.fit = TrainingRun.fit, begun  # type: ignore[method-assign]
+    real, TrainingRun.start = TrainingRun.start, start  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from betavae.data.datasets.mnist import mnist
+from betavae.data.datasets.mnist import load_mnist
 from betavae.data.fingerprint import fingerprint
 from betavae.data.source import DataSource
 from betavae.metrics import features
@@ -33,7 +33,7 @@ def test_samplers_of_a_lone_checkpoint_are_scored(tmp_path, data_root):
     classifier = features.Classifier((1, 28, 28), torch.arange(10))
     cache = tmp_path / "runs" / "features" / "mnist.pt"
     value = {"state": classifier.state_dict(), "accuracy": 0.1}
-    data = [fingerprint(mnist(Path(data_root), split), labels=True) for split in ("train", "test")]
+    data = [fingerprint(load_mnist(Path(data_root), split), labels=True) for split in ("train", "test")]
     key = {"data": data, "shape": [1, 28, 28], "version": 2}
     features.load_or_compute(cache, key, lambda: value)
     words = ["ckpt=~/lone.ckpt", "runs=~/runs", "n=60", "repeats=2", "reference=500", "sampler=gaussian"]

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from betavae.runtime.progress import ImageLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from betavae.module import VAEModule
+from betavae.runtime.callbacks import ImageLogger
 from betavae.runtime.training import TrainingRun
 from tests.commands import TINY, Child, run
 
@@ -145,13 +145,13 @@ def test_somebody_elses_table_stays(tmp_path, data_root):
 @pytest.mark.parametrize(
     ("mistake", "said"),
     [
-        ("logger=wandbb", "logger=wandbb is not one of its options: csv, mlflow, tensorboard, wandb"),
+        ("logger=wandbb", "logger=wandbb is invalid: expected one of csv, mlflow, tensorboard, wandb"),
         ("logger=[csv,wandbb]", "wandbb"),
         (
             "logger=wandb logger.wandb.mode=onlin",
-            "logger.wandb.mode=onlin cannot be: it must be one of offline, online",
+            "logger.wandb.mode=onlin is invalid: expected one of offline, online; did you mean online?",
         ),
-        ("logger=mlflow logger.mlflow.experiment=3", "logger.mlflow.experiment=3 cannot be: it must be a text"),
+        ("logger=mlflow logger.mlflow.experiment=3", "logger.mlflow.experiment=3 is invalid: expected a text"),
         ("+logger.csv.rows=3", "logger.csv"),
         ("logger=wandb ~logger.wandb.project", "logger.wandb.project is missing"),
     ],

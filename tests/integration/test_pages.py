@@ -64,8 +64,8 @@ def test_from_pictures_to_a_model_and_back(place, pictures):
     )
     assert "2 could not be read: " in train and "neg. ELBO" in train
     assert all(f"{name} (" in train for name in ("cut.png", "broken.jpg"))
-    assert "transparent parts laid on white" in reconstruct and "reconstructions.png" in reconstruct
-    assert "1 interpolations" in interpolate and "1,302 images" in encode and "1,302 pictures" in decode
+    assert "transparent parts filled with white" in reconstruct and "reconstructions.png" in reconstruct
+    assert "1 interpolations" in interpolate and "1,302 images" in encode and "1,302 images" in decode
     held = np.load(place / "latents.npz")
     assert held["mean"].shape == held["logvar"].shape == (1302, 4) and set(held["labels"]) == {".", "discs", "squares"}
     assert (held["kl"] > 0).all() and held["names"][0] == "a.png"
@@ -140,7 +140,7 @@ def test_pictures_that_were_moved_are_asked_for(place, pictures):
 
 def test_what_is_strange(place, pictures):
     (text,) = told("anomalies.md", place).values()
-    assert re.search(r"flagged \d+ of 1,302 images at alarm=0.01", text) and "calibration images" in text
+    assert re.search(r"flagged \d+ of 1,302 images at alpha=0.01", text) and "calibration images" in text
     rows = list(csv.DictReader((place / "anomalies" / "scores.csv").read_text().splitlines()))
     unread = {row["name"]: row for row in rows if row["flagged"].startswith("not read: ")}
     assert set(unread) == {"broken.jpg", "cut.png"} and all(row["p_value"] == "" for row in unread.values())
@@ -149,8 +149,8 @@ def test_what_is_strange(place, pictures):
     assert [row["flagged"] == "True" for row in rows] == [float(row["p_value"]) <= 0.01 for row in rows]
     assert {path.name for path in (place / "anomalies").glob("*.png")} == {"histogram.png", "extremes.png", "where.png"}
     assert "fitting" in text
-    again = run("images=PICTURES", "alarm=0.001", cwd=place, script="scripts/detect.py", code=1)
-    assert "fitting" not in again and "alarm=0.001 needs at least 999 validation images" in again
+    again = run("images=PICTURES", "alpha=0.001", cwd=place, script="scripts/detect.py", code=1)
+    assert "fitting" not in again and "alpha=0.001 needs at least 999 validation images" in again
 
 
 def test_compressed_and_back(place, pictures, tmp_path):
@@ -159,7 +159,7 @@ def test_compressed_and_back(place, pictures, tmp_path):
     assert "bits per dimension" in train
     assert "decoded and compared" in compress and "PNG" in compress and (place / "images.png").exists()
     assert "1,302 images, as they were" in decompress
-    assert "nats per image" in train_binary and "binarised: above 127 is 1" in compress_binary
+    assert "nats per image" in train_binary and "binarized: above 127 is 1" in compress_binary
     from betavae.data.image_io import read_images
 
     found = read_images(place / "PICTURES", (1, 28, 28))

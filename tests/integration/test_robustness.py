@@ -206,7 +206,7 @@ def test_with_the_package_installed_elsewhere(tmp_path):
     shutil.copytree(REPO / "src" / "betavae", site / "betavae", ignore=shutil.ignore_patterns("__pycache__"))
     elsewhere = {"cwd": tmp_path, "PYTHONPATH": str(site)}
     assert "latent_dim: 9" in fresh(str(REPO / "train.py"), "--cfg", "job", "model.latent_dim=9", **elsewhere)
-    assert "temperature" in fresh(str(REPO / "scripts" / "sample.py"), "--cfg", "job", **elsewhere)
-    code = "import betavae; from betavae.data.datasets.mnist import mnist; from pathlib import Path; "
-    code += "print(betavae.__file__, mnist(Path('data'), 'test').pixels.shape)"
+    assert "temperature" in fresh(str(REPO / "scripts" / "sample.py"), "--help", **elsewhere)
+    code = "import betavae; from betavae.data.datasets.mnist import load_mnist; from pathlib import Path; "
+    code += "print(betavae.__file__, load_mnist(Path('data'), 'test').pixels.shape)"
     assert str(site) in (printed := fresh("-c", code, **elsewhere)) and "[10000, 1, 28, 28]" in printed

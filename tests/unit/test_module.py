@@ -38,12 +38,12 @@ def fitted(data_root):
     return fit(data_root)
 
 
-def test_the_same_seed_gives_the_same_weights_and_zero_is_a_seed(data_root):
+def test_same_seed_gives_same_weights_also_for_seed_zero(data_root):
     weights = [torch.cat([p.flatten() for p in fit(data_root, seed)[0].parameters()]) for seed in (0, 0, 1)]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
-def test_a_checkpoint_is_the_whole_recipe_in_a_fresh_process(data_root, tmp_path):
+def test_checkpoint_alone_rebuilds_the_model(data_root, tmp_path):
     model = {"model": MODULE["model"] | {"hidden_dims": [32, 16]}}
     module, data, trainer = fit(data_root, module=MODULE | model, callbacks=[ExactResume()])
     trainer.save_checkpoint(tmp_path / "a.ckpt")

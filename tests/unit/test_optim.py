@@ -14,7 +14,7 @@ SETTINGS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.0, "vector_lr": 1e-3, 
 
 
 @pytest.mark.parametrize("shape", [(30, 80), (80, 30), (40, 40)])
-def test_orthogonalize_applies_its_polynomials_to_the_singular_values(shape):
+def test_orthogonalize_maps_the_singular_values(shape):
     u, s, vt = torch.linalg.svd(torch.randn(shape), full_matrices=False)
     value = s / (s**4).sum() ** 0.25
     for a, b, c in POLAR_EXPRESS_COEFFS:
@@ -24,7 +24,7 @@ def test_orthogonalize_applies_its_polynomials_to_the_singular_values(shape):
     assert (result - torch.diag(result.diagonal())).abs().max() < 0.02
 
 
-def test_vectors_get_adam_and_matrices_steps_of_spectral_norm_lr():
+def test_vectors_get_adam_and_matrices_muon():
     layer = nn.Linear(50, 20)
     start, bias = layer.weight.detach().clone(), nn.Parameter(layer.bias.detach().clone())
     ours = MuonAdam(layer.parameters(), **SETTINGS)
@@ -43,7 +43,7 @@ def test_vectors_get_adam_and_matrices_steps_of_spectral_norm_lr():
 
 
 @pytest.mark.parametrize("shape", [(20, 50), (50, 20), (6, 2, 3, 3)])
-def test_muon_by_its_equations(shape):
+def test_muon_step_equals_its_equations(shape):
     """Keller Jordan's: Nesterov's momentum, orthogonalised, times (rows / columns)^0.5 where there are more rows."""
     parameter = nn.Parameter(torch.randn(shape))
     expected, momentum = parameter.detach().clone(), torch.zeros(shape)
@@ -59,7 +59,7 @@ def test_muon_by_its_equations(shape):
         torch.testing.assert_close(parameter.detach(), expected, rtol=0.02, atol=2e-3)  # bfloat16 in orthogonalize
 
 
-def test_its_state_survives_a_checkpoint(tmp_path):
+def test_muon_state_survives_a_checkpoint(tmp_path):
     def net_and_optimizer():
         torch.manual_seed(1)
         net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 3))

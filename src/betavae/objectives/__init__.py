@@ -22,8 +22,10 @@ from torch import Tensor
 
 from betavae.models.vae import VAE
 from betavae.objectives.disentangling import beta_tcvae, capacity_vae, dip_vae, kl_decomposition
-from betavae.objectives.elbo import LossTerms, elbo
+from betavae.objectives.elbo import LossTerms, elbo, gaussian_kl
 from betavae.objectives.importance_weighted import dreg, iwae
+
+__all__ = ["OBJECTIVES", "LossTerms", "build_objective", "elbo", "gaussian_kl", "select_objective_kwargs"]
 
 OBJECTIVES: dict[str, Callable[..., LossTerms]] = {
     "elbo": elbo,

@@ -1,4 +1,4 @@
-"""From a checked config to the data, the module and the trainer."""
+"""Build the data, the module and the trainer from validated settings."""
 
 import os
 import sys
@@ -34,7 +34,7 @@ from betavae.runtime.resume import (
 from betavae.runtime.run_folder import RunFolder
 from betavae.runtime.settings import check_signature
 
-# Arguments of Lightning's Trainer that are this project's business.
+# Arguments of Lightning's Trainer that this project sets.
 RESERVED_TRAINER_ARGS = (
     *("logger", "callbacks", "plugins", "default_root_dir", "enable_checkpointing", "enable_model_summary"),
     *("num_sanity_val_steps", "use_distributed_sampler", "reload_dataloaders_every_n_epochs", "barebones"),
@@ -64,7 +64,7 @@ def build_callbacks(
     ]
     if has_validation:
         monitor = f"val/{wanted['monitor']}"
-        # Saved when it is validated, so before `last`, which remembers it.
+        # Saved after validation, and therefore before `last`, which contains its path.
         callbacks.append(RunCheckpoint(filename="best", monitor=monitor, save_on_train_epoch_end=False, **checkpoints))  # type: ignore
         if (patience := wanted["early_stopping_patience"]) is not None:
             callbacks.append(ResumableEarlyStopping(monitor, patience=patience, check_on_train_epoch_end=False))
@@ -88,7 +88,7 @@ def build_trainer(
     wanted = dict(settings["trainer"])
     for key in wanted:
         if key in RESERVED_TRAINER_ARGS:
-            raise UserError(f"trainer.{key} is not a setting: this project sets it itself (see docs/settings.md)")
+            raise UserError(f"trainer.{key} is not a setting: betavae sets it (see docs/settings.md)")
     precision, accelerator = wanted["precision"], wanted["accelerator"]
     cpu = accelerator == "cpu" or (accelerator == "auto" and not gpu_available())
     if cpu and precision.startswith("16"):
@@ -101,13 +101,15 @@ def build_trainer(
             "trainer.precision=64-true is invalid: a Mac's GPU has no float64; pass trainer.accelerator=cpu"
         )
     if cpu and isinstance(wanted["devices"], int) and wanted["devices"] > (os.cpu_count() or 1):
-        raise UserError(f"trainer.devices={wanted['devices']} cannot be: there are {os.cpu_count()} CPU cores")
+        raise UserError(
+            f"trainer.devices={wanted['devices']} is invalid: expected at most {os.cpu_count()}, the CPU cores"
+        )
     wanted.pop("matmul_precision")
     mode, per_call, in_graph = wanted.pop("compile"), wanted.pop("steps_per_batch"), wanted.pop("cuda_graph")
     if in_graph:
         check_cuda_graph(settings)
     if mode in ("reduce-overhead", "max-autotune") and wanted["accumulate_grad_batches"] > 1 and not cpu:
-        # The gradients of one replay lie where the next one writes (torch 2.11).
+        # The next replay overwrites the gradients of the last one (torch 2.11).
         raise UserError(f"trainer.compile={mode} is invalid with trainer.accumulate_grad_batches: expected true")
     if per_call > 1:
         clip, algorithm = wanted.pop("gradient_clip_val"), wanted.pop("gradient_clip_algorithm")
@@ -142,7 +144,7 @@ def build_trainer(
 
 
 def check_cuda_graph(settings: dict[str, Any]) -> None:
-    """Raise UserError for settings that `CUDAGraphSteps` has no graph for."""
+    """Raise UserError for settings that `CUDAGraphSteps` does not support."""
     trainer, optimizer = settings["trainer"], settings["optimizer"]
     cuda = trainer["accelerator"] in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     fused = optimizer["name"] in ("Adam", "AdamW") and optimizer.get("fused") is True
@@ -159,7 +161,7 @@ def check_cuda_graph(settings: dict[str, Any]) -> None:
         (not fused, "optimizer=adam or adamw with optimizer.fused=true"),
     ):
         if wrong:
-            raise UserError(f"trainer.cuda_graph=true is invalid here: it needs {remedy}")
+            raise UserError(f"trainer.cuda_graph=true is invalid: it needs {remedy}")
 
 
 def gpu_available() -> bool:

@@ -236,7 +236,9 @@ class TrainingRun:
             else:
                 self.trainer.loggers = [DummyLogger()]  # Lightning's own callbacks require one
                 start_log(self.folder.path, False, "")
-            self.fit()
+            last = str(self.folder.last) if self.state else None
+            self.trainer.fit(self.module, self.datamodule, ckpt_path=last)
+            self.record_fit()
             scalars = self.test()
             if rank() == 0:
                 self.finish(scalars)
@@ -251,7 +253,7 @@ class TrainingRun:
         """Write the settings and the first record, and start the log and the loggers."""
         settings, folder = self.settings, self.folder
         if settings["resume"] is not None:
-            folder.drop_regenerated()
+            folder.delete_regenerated()
         bar = isinstance(self.trainer.progress_bar_callback, EpochProgressBar)
         side_by_side = self.sweep and not HydraConfig.get().launcher["_target_"].endswith(".BasicLauncher")
         start_log(folder.path, not bar, f"{folder.path.name}  " if side_by_side else "")
@@ -278,11 +280,8 @@ class TrainingRun:
             self.record["loggers"] = ids
         folder.write_record(self.record)
 
-    def fit(self) -> None:
-        """Train, from the last checkpoint if there is one."""
-        last = str(self.folder.last) if self.state else None
-        self.trainer.fit(self.module, self.datamodule, ckpt_path=last)
-        # Read now, since Lightning restores callbacks from the checkpoint that is tested.
+    def record_fit(self) -> None:
+        """Record steps and times now, since Lightning restores callbacks from the checkpoint that is tested."""
         summary = self.callback(EpochSummary)
         self.record |= {
             "epochs": self.trainer.current_epoch,

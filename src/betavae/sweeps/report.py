@@ -12,7 +12,7 @@ from betavae import plotting
 from betavae.errors import UserError
 from betavae.metrics.disentanglement import SCORES
 from betavae.runtime import checkpoint, evaluation
-from betavae.runtime.run_folder import REPORT, check_mark, claim_folder, read_json
+from betavae.runtime.run_folder import REPORT, check_claim, claim_folder, read_json
 from betavae.sweeps import figures
 from betavae.sweeps.results import (
     MEASUREMENT_FILES,
@@ -143,7 +143,7 @@ def write_report(sweep: Path, out: Path, keys: Sequence[str] | None, metric: str
     Returns:
         The names of the files.
     """
-    check_mark(out, REPORT, "out")
+    check_claim(out, REPORT, "out")
     groups = group_jobs(sweep)
     finished = [job for group in groups for job in group.finished]
     if metric in SCORES:

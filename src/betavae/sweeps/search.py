@@ -25,7 +25,7 @@ from betavae.errors import UserError, first_line
 from betavae.runtime.hydra_config import to_plain
 from betavae.runtime.run_folder import RunFolder
 from betavae.runtime.settings import NonEmptyStr, PositiveInt, Seed, Settings, check_settings, flatten, validate
-from betavae.runtime.validation import NUMBERS, check_names, never_validates
+from betavae.runtime.validation import METRICS, check_names, never_validates
 from betavae.storage.files import STAMP, atomic_path
 from betavae.sweeps.results import IGNORED_KEYS, RECORD_OBJECTIVES, SEARCH_FILE, get_objectives
 
@@ -181,9 +181,9 @@ def check_objectives(first: DictConfig, objectives: list[str], searched: "Space"
             raise UserError(f"a search needs validation metrics, and its trials never validate ({reason})")
     if not groups & {"objective", "callbacks"}:
         if objectives == [values["callbacks"]["monitor"]]:  # the default, so the user typed the monitor
-            check_names("callbacks.monitor", objectives, NUMBERS, values, build)
+            check_names("callbacks.monitor", objectives, METRICS, values, build)
         else:
-            check_names("hydra.sweeper.objectives", objectives, [*NUMBERS, *RECORD_OBJECTIVES], values, build)
+            check_names("hydra.sweeper.objectives", objectives, [*METRICS, *RECORD_OBJECTIVES], values, build)
 
 
 def check_study(study: "Study", config: DictConfig, settings: SearchSettings, searched: "Space") -> None:

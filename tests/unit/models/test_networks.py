@@ -18,7 +18,7 @@ def test_mlp_has_the_tutorials_parameters():
 
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 27, 30), (1, 7, 5)])
-def test_images_in_latents_between_images_out(network, shape):
+def test_encoder_and_decoder_shapes(network, shape):
     vae = VAE(**MODEL | {"network": network, "hidden_dims": [8, 16], "latent_dim": 3, "image_shape": shape})
     mean, logvar = vae.encode(torch.rand(5, *shape))
     assert mean.shape == logvar.shape == (5, 3)
@@ -35,7 +35,7 @@ def test_images_in_latents_between_images_out(network, shape):
     params_per_channel=st.sampled_from([1, 30]),
     hidden_dims=st.lists(st.integers(1, 40), min_size=1, max_size=5),
 )
-def test_pictures_of_any_size_and_shape(network, size, channels, params_per_channel, hidden_dims):
+def test_resnet_takes_images_of_any_size(network, size, channels, params_per_channel, hidden_dims):
     make_encoder, make_decoder = NETWORKS[network]
     with torch.device("meta"):  # shapes without numbers
         encoder = make_encoder((channels, *size), hidden_dims, 3, "silu")
@@ -45,7 +45,7 @@ def test_pictures_of_any_size_and_shape(network, size, channels, params_per_chan
 
 
 @given(size=st.tuples(*[st.integers(8, 256)] * 2), hidden_dims=st.lists(st.integers(1, 99), min_size=1, max_size=9))
-def test_a_resnets_depth_follows_the_picture(size, hidden_dims):
+def test_resnet_depth_follows_the_image_size(size, hidden_dims):
     shapes = stage_shapes((3, *size), hidden_dims)
     assert 4 <= min(shapes[-1][1:]) <= 7
     for before, after in pairwise([size, *(shape[1:] for shape in shapes)]):
@@ -54,7 +54,7 @@ def test_a_resnets_depth_follows_the_picture(size, hidden_dims):
     assert channels == (hidden_dims + [hidden_dims[-1]] * 9)[: len(shapes)]
 
 
-def test_a_residual_block_starts_as_nothing_and_learns():
+def test_residual_block_starts_as_identity_and_learns():
     block = ResidualBlock(16, "silu")
     x = torch.randn(2, 16, 5, 5)
     torch.testing.assert_close(block(x), x)
