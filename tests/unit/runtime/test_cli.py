@@ -5,7 +5,6 @@ import shlex
 import signal
 
 import numpy as np
-import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -13,7 +12,7 @@ from omegaconf import OmegaConf
 
 from betavae.runtime.cli import argument, parse_value
 from tests.commands import TINY, Child, run
-from tests.integration.test_resume import ask_at
+from tests.integration.test_resume import signal_at
 
 FOLDER = "my runs [1] = #x é,'q'"
 CHARACTERS = st.text("\\'\"${}[]() =#,:~/ab1.eE+-\n\t*%é", min_size=1, max_size=12)
@@ -49,17 +48,10 @@ def typed(pattern: str, text: str) -> list[str]:
     return shlex.split(line)
 
 
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory, data_root):
-    folder = tmp_path_factory.mktemp("workdir")
-    (folder / "data").symlink_to(data_root)
-    np.save(folder / "two.npy", np.zeros((2, 28, 28), np.uint8))
-    return folder
-
-
 def test_every_printed_command_of_a_run_works(workdir):
+    np.save(workdir / "two.npy", np.zeros((2, 28, 28), np.uint8))
     small = [*TINY, "model.likelihood=logistic_mixture", "callbacks.figures_every_n_epochs=0", "trainer.max_epochs=1"]
-    child = Child(*small, *shlex.split(argument("runs", FOLDER)), cwd=workdir, prepare=ask_at(2, signal.SIGTERM))
+    child = Child(*small, *shlex.split(argument("runs", FOLDER)), cwd=workdir, prepare=signal_at(2, signal.SIGTERM))
     assert child.wait() == 143, child.text
     again = typed(r"^  python train\.py (.*)$", child.text)
     text = run(*again, cwd=workdir)
