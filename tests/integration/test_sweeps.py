@@ -101,9 +101,7 @@ def test_a_failed_job_is_reported_and_stops_no_other(killed_and_resumed: KilledS
         *(f"{test[name]:.2f}" for name in ("neg_elbo", "kl", "recon")),
     ]
     assert rows[failed.name] == ["failed"]
-    assert (
-        f"failed: UserError: beta=-1 is invalid: expected a number >= 0 (sweep/{failed.name}/train.log)" in text
-    )
+    assert f"failed: UserError: beta=-1 is invalid: expected a number >= 0 (sweep/{failed.name}/train.log)" in text
 
 
 def test_tensorboard_compares_the_jobs_of_a_sweep(killed_and_resumed: KilledSweep) -> None:

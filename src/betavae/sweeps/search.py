@@ -81,7 +81,7 @@ def import_optuna() -> Any:
 
 
 def open_study(settings: SearchSettings, max_epochs: int) -> "Study":
-    """Open the study of a search, or create it. Raise UserError if its storage cannot be used."""
+    """Open the study of a search, or create it. Raise UserError if its storage is invalid."""
     optuna = import_optuna()
     pruner = optuna.pruners.NopPruner()
     if settings.prunes and settings.pruner in PERCENTILES:
@@ -225,7 +225,8 @@ def run_search(typed: list[str], config: DictConfig, launcher: Launcher, loader:
     first = loader.load_sweep_config(config, format_trial_overrides(fixed, sample, 0))
     check_objectives(first, settings.objectives, searched)
     if settings.pruner != "none" and not settings.prunes:
-        print(f"no trial is pruned: {' and '.join(settings.objectives)} cannot be compared after an epoch")
+        objectives = " and ".join(settings.objectives)
+        print(f"no trial is pruned: a pruner needs a single validation metric, and the objectives are {objectives}")
     folder = Path(config.hydra.sweep.dir)
     folder.mkdir(parents=True, exist_ok=True)  # SQLite does not make folders
     study = open_study(settings, first.trainer.max_epochs)
