@@ -155,6 +155,7 @@ def test_a_figure_of_samples_has_room_for_long_titles(killed_and_resumed: Killed
         save_figure(figures.plot_samples(many, 0), tmp_path / "samples.png")
 
 
+@pytest.mark.slow
 def test_the_documented_sweep_and_report_work(tmp_path: Path, data: str) -> None:
     run(*documented("beta=0.25,1,4"), *SMALL, data, "trainer.max_epochs=1", "model.latent_dim=2,10", cwd=tmp_path)
     text = run(*documented("sweep_report"), cwd=tmp_path, script="scripts/sweep_report.py")
@@ -180,6 +181,7 @@ def test_invalid_sweeps_are_rejected_in_one_line(tmp_path: Path, data: str) -> N
     assert not any(path.is_file() for path in tmp_path.rglob("*"))
 
 
+@pytest.mark.slow
 @needs("hydra_plugins.hydra_joblib_launcher")
 def test_joblib_shares_the_threads_among_jobs(tmp_path: Path, data: str) -> None:
     args = [*documented("joblib"), *SMALL, data, "beta=1,-1,2", "seed=1", "hydra.sweep.dir=sweep"]
@@ -192,6 +194,7 @@ def test_joblib_shares_the_threads_among_jobs(tmp_path: Path, data: str) -> None
         assert f"{folder.name}  epoch   1/2" in text
 
 
+@pytest.mark.slow
 @needs("hydra_plugins.hydra_submitit_launcher")
 def test_a_preempted_job_resumes_when_it_is_queued_again(tmp_path: Path, data: str) -> None:
     args = ["-m", "hydra/launcher=submitit_local", *SMALL, data, "trainer.max_epochs=30", "beta=1"]
@@ -233,6 +236,7 @@ SLURM = {
 }
 
 
+@pytest.mark.slow
 @needs("hydra_plugins.hydra_submitit_launcher")
 def test_the_slurm_preset_survives_preemption(tmp_path: Path, data: str) -> None:
     bin = tmp_path / "bin"
@@ -254,6 +258,7 @@ def test_the_slurm_preset_survives_preemption(tmp_path: Path, data: str) -> None
         assert [log.count(f"epoch {epoch:>3}/30") for epoch in (1, 30)] == [1, 1]
 
 
+@pytest.mark.slow
 @needs("hydra_plugins.hydra_ray_launcher")
 def test_ray_runs_the_jobs(tmp_path: Path, data: str) -> None:
     args = [*documented("ray"), *SMALL, data, "beta=1,-1", "seed=1", "hydra.sweep.dir=sweep"]
@@ -262,6 +267,7 @@ def test_ray_runs_the_jobs(tmp_path: Path, data: str) -> None:
     assert read_metrics(find_job(tmp_path / "sweep", "beta_-1,"))["status"] == "failed"
 
 
+@pytest.mark.slow
 def test_two_processes_compute_the_same_as_one(tmp_path: Path, data_root: str) -> None:
     run("1", data_root, cwd=tmp_path, script="tests/integration/two_processes.py")
     fresh(str(REPO / "tests" / "integration" / "two_processes.py"), "2", data_root, cwd=tmp_path)
@@ -273,6 +279,7 @@ def test_two_processes_compute_the_same_as_one(tmp_path: Path, data_root: str) -
     assert two["noise"][0] != two["noise"][1]
 
 
+@pytest.mark.slow
 def test_ddp_writes_one_run_that_loads_anywhere(tmp_path: Path, data: str) -> None:
     args = [*documented("ddp"), *SMALL[1:], data, "trainer.max_epochs=1", "trainer.accelerator=cpu"]
     args += ["trainer.limit_val_batches=1", "trainer.limit_test_batches=1"]
@@ -316,6 +323,7 @@ def test_reports_of_hostile_sweeps_resolve_nothing(tmp_path: Path) -> None:
     assert "hunter2" not in text and not (tmp_path / "victim").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("swept", "recompilations"), [("seed", 1), ("model.latent_dim", 19)])
 def test_every_job_of_a_sweep_is_compiled(tmp_path: Path, swept: str, recompilations: int) -> None:
     """Jobs with one architecture share compiled code, others do not; last batches have their own."""
