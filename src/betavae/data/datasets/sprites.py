@@ -1,4 +1,4 @@
-"""Images with known factors: sprites that are drawn on demand, with the factors of dSprites (Matthey et al. 2017).
+"""Images with known factors: sprites like those of dSprites (Matthey et al. 2017), drawn on demand.
 
 3 shapes x 6 scales x 40 orientations x 32 x 32 positions = 737,280 binary images, in dSprites' order: image 0 has all
 factors 0, and the last factor varies fastest. As in dSprites, the scale runs from 0.5 to 1 and the orientation from 0
@@ -98,7 +98,10 @@ def render_sprites(shape: str, image_size: int) -> Tensor:
 
 
 def contains(shape: str, x: Tensor, y: Tensor) -> Tensor:
-    """Tell which points lie in a shape at scale 1, in pixels of a 64 x 64 image from its centroid; y points down."""
+    """Test whether points lie in a shape at scale 1.
+
+    Points are in pixels of a 64 x 64 image, from the centroid of the shape; y points down.
+    """
     if shape == "square":
         return (x.abs() < 11.3) & (y.abs() < 11.3)
     if shape == "ellipse":
@@ -110,7 +113,7 @@ def contains(shape: str, x: Tensor, y: Tensor) -> Tensor:
 
 
 def load_sprites(root: Path, split: str, image_size: int = 64) -> ImageSet:
-    """Load a split, see `split_indices`, of the sprites, with their factors (N, 5) as labels. `root` is not used."""
+    """Load a split of the sprites with their factors, (N, 5), as labels. `root` is not used."""
     rows = split_indices(split, NUM_IMAGES)
     return ImageSet(Sprites(image_size, rows), factor_labels(rows))
 
