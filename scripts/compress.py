@@ -3,15 +3,12 @@
 The codec is bits-back coding with a model whose likelihood is discrete; see docs/compression.md.
 """
 
-# mypy: disable-error-code="valid-type"
-
 from pathlib import Path
 
 from pydantic import Field
 
 from betavae.errors import UserError
-from betavae.runtime.cli import DataSettings, gc_paused, script_command
-from betavae.runtime.command_line import argument
+from betavae.runtime.cli import DataSettings, argument, gc_paused, script_command
 from betavae.runtime.settings import ImageSpec, PathStr, PositiveInt
 
 
@@ -82,7 +79,7 @@ def main(settings: Settings) -> None:
         rows |= report.compute_baseline_bits(images.pixels)
         limit = report.MAX_SINGLE_IMAGES
         remark = f"PNG and WebP, each alone: from the first {limit:,} images" if n > limit else ""
-        plotting.save_figure(plotting.bits_figure(rows, remark), figure)
+        plotting.save_figure(plotting.plot_bits(rows, remark), figure)
         print(f"{report.format_table(rows)}\n{remark}".rstrip())
         print(f"figure saved to {figure}")
     else:

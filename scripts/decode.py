@@ -1,7 +1,5 @@
 """Decode a file of latents into images: `python scripts/decode.py latents=latents.npz out=FOLDER [ckpt=PATH]`."""
 
-# mypy: disable-error-code="valid-type"
-
 from pathlib import Path
 
 from pydantic import Field

@@ -4,25 +4,22 @@ Saves scores, p-values and flags of all images in scores.csv, and figures. The f
 and validation images and saves it beside the checkpoint. See docs/anomalies.md.
 """
 
-# mypy: disable-error-code="valid-type"
-
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import Field
 
 from betavae.runtime.cli import DataSettings, gc_paused, script_command
-from betavae.runtime.settings import ImageSpec, NonEmptyStr, constrained
+from betavae.runtime.settings import ImageSpec, NonEmptyStr
 
 
 class Settings(DataSettings):
     images: ImageSpec = Field("test", title="images: a folder, file or list; .npy, .npz; test, train, ...; a data set")
-    alpha: constrained(float, "a number above 0 and below 1", gt=0, lt=1) = Field(
+    alpha: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.01, title="highest false-alarm rate, and the p-value up to which an image is flagged"
     )
     score: NonEmptyStr = Field("combined", title="combined, dose_svm, dose, neg_elbo")
-    inliers: constrained(list[int | str], "a list of labels") = Field(
-        [], title="labels of ordinary images, for a ROC curve and detection metrics"
-    )
+    inliers: list[int | str] = Field([], title="labels of ordinary images, for a ROC curve and detection metrics")
     out: NonEmptyStr = Field("anomalies", title="folder for the table and the figures")
 
 
@@ -34,11 +31,11 @@ def main(settings: Settings) -> None:
         from betavae.applications.anomalies.detector import false_alarm_rate
         from betavae.runtime import checkpoint
         from betavae.runtime.inputs import is_dataset_name, resolve_images
-        from betavae.runtime.run_folder import REPORT, check_mark, claim_folder
+        from betavae.runtime.run_folder import REPORT, check_claim, claim_folder
         from betavae.storage.files import has_stamp
 
     out = Path(settings.out).expanduser()
-    check_mark(out, REPORT, "out")
+    check_claim(out, REPORT, "out")
     run = checkpoint.load(settings.ckpt, settings.runs)
     images = resolve_images(run, settings.images, settings.data_root)
     is_inlier = report.match_inliers(images.labels, settings.inliers) if settings.inliers else None
@@ -50,7 +47,7 @@ def main(settings: Settings) -> None:
     rate = false_alarm_rate(settings.alpha, calibration)
     claim_folder(out, REPORT, "out")
     result = report.score_images(detector, images.pixels, settings.score, settings.alpha)
-    report.write_table(result, images.names, images.labels, images.unread, out / "scores.csv")
+    report.write_table(result, images.names, images.labels, images.skipped, out / "scores.csv")
     plotting.save_figure(report.draw_histogram(detector, result), out / "histogram.png")
     plotting.save_figure(report.draw_extremes(images.pixels, result), out / "extremes.png")
     plotting.save_image(report.draw_flagged_images(detector, images.pixels, result), out / "where.png")

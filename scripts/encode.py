@@ -3,8 +3,6 @@
 The file has each image's name, posterior mean and log-variance, label (if there is one), KL and neg. ELBO in nats.
 """
 
-# mypy: disable-error-code="valid-type"
-
 from pydantic import Field
 
 from betavae.runtime.cli import DataSettings, SeedSettings, gc_paused, script_command

@@ -1,7 +1,5 @@
 """Explore latent spaces in a browser: `python scripts/explore.py [ckpt=PATH ckpt=[A,B] port=0]`."""
 
-# mypy: disable-error-code="valid-type"
-
 import contextlib
 import os
 import re
@@ -16,7 +14,7 @@ from pydantic import Field
 
 from betavae.errors import UserError
 from betavae.runtime.cli import RunsSettings, gc_paused, script_command
-from betavae.runtime.settings import NonEmptyStr, OptionalPathStr, constrained
+from betavae.runtime.settings import NonEmptyStr, PathStr
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,13 +23,13 @@ if TYPE_CHECKING:
 
 Name = Annotated[str, Field(min_length=1)]
 Names = Annotated[list[Name], Field(min_length=1)]
-Paths: Any = constrained(Name | Names | None, "null, a text, or a list of texts such as [runs/a,runs/b]")
-Port = constrained(int, "a whole number from 0 to 65535", ge=0, le=65535)
+Paths: Any = Name | Names | None
+Port = Annotated[int, Field(ge=0, le=65535)]
 
 
 class Settings(RunsSettings):
     ckpt: Paths = Field(None, title="a checkpoint, run or sweep folder, or a list; null: the newest finished run")
-    data_root: OptionalPathStr = Field(None, title="the data folder; null: the one used in training")
+    data_root: PathStr | None = Field(None, title="the data folder; null: the one used in training")
     host: NonEmptyStr = Field("127.0.0.1", title="address of the page: this machine only, or 0.0.0.0 for the network")
     port: Port = Field(0, title="port of the page; 0: any free port")
     browser: bool = Field(True, title="open the page in a browser")

@@ -1,14 +1,12 @@
 """Interpolate between images in latent space: `python scripts/interpolate.py labels=[3,8]|images=[A,B] [ckpt=PATH]`."""
 
-# mypy: disable-error-code="valid-type"
-
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
 from betavae.errors import UserError
 from betavae.runtime.cli import DataSettings, SeedSettings, gc_paused, script_command
-from betavae.runtime.settings import ImagesOrNull, IntAtLeast2, IntPair, NonEmptyStr, PositiveInt
+from betavae.runtime.settings import IntAtLeast2, NonEmptyStr, NonNegativeInt, PositiveInt
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,8 +15,12 @@ if TYPE_CHECKING:
 
 
 class Settings(DataSettings, SeedSettings):
-    labels: IntPair = Field([3, 8], title="labels of the start and the end, which are random test images")
-    images: ImagesOrNull = Field(None, title="two test images by number, [0,7], or two image files, instead of labels")
+    labels: Annotated[list[int], Field(min_length=2, max_length=2)] = Field(
+        [3, 8], title="labels of the start and the end, which are random test images"
+    )
+    images: Annotated[list[NonEmptyStr | NonNegativeInt], Field(min_length=1)] | NonEmptyStr | None = Field(
+        None, title="two test images by number, [0,7], or two image files, instead of labels"
+    )
     steps: IntAtLeast2 = Field(11, title="images from start to end")
     rows: PositiveInt = Field(6, title="pairs of images with these labels")
     out: NonEmptyStr = Field("interpolation.png", title="image file for the grid")
@@ -44,13 +46,13 @@ def load_pair(run: "TrainedRun", settings: Settings) -> list["Tensor"]:
     """Load the start and the end that the setting `images` names: `(1, C, H, W)` each."""
     from betavae.runtime.inputs import resolve_images
 
-    images = settings.images
+    images = settings.images or []
     for key in ("labels", "rows"):
         if getattr(settings, key) != Settings.model_fields[key].default:
             raise UserError(f"{key}={getattr(settings, key)} is invalid with images: remove one of the two")
-    numbers = [] if isinstance(images, str) else [image for image in images if isinstance(image, int)]
+    numbers = [image for image in images if isinstance(image, int)]
     if not numbers:
-        x = resolve_images(run, images).pixels.float() / 255
+        x = resolve_images(run, images).pixels.float() / 255  # type: ignore[arg-type]
         if len(x) != 2:
             raise UserError(f"images={images} is invalid: expected two images, found {len(x)}")
         return list(x.split(1))
@@ -73,7 +75,7 @@ def main(settings: Settings) -> None:
     starts, ends = draw_pairs(run, settings) if settings.images is None else load_pair(run, settings)
     rows = []
     for start, end in zip(starts.split(1), ends.split(1), strict=True):
-        rows += [start, plotting.interpolation(run.vae, start, end, settings.steps), end]
+        rows += [start, plotting.interpolate(run.vae, start, end, settings.steps), end]
     plotting.save_image(plotting.make_grid(torch.cat(rows), settings.steps + 2), settings.out)
     print(f"{len(starts)} interpolations by {run.path}, each between its two originals, saved to {settings.out}")
 

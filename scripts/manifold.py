@@ -1,7 +1,5 @@
 """Show a 2-D latent space as a grid of images: `python scripts/manifold.py [ckpt=PATH size=20 out=manifold.png]`."""
 
-# mypy: disable-error-code="valid-type"
-
 from pydantic import Field
 
 from betavae.runtime.cli import ModelSettings, gc_paused, script_command
@@ -20,7 +18,9 @@ def main(settings: Settings) -> None:
         from betavae.runtime import checkpoint
 
     run = checkpoint.load(settings.ckpt, settings.runs)
-    plotting.save_image(plotting.make_grid(plotting.manifold(run.vae, settings.size), settings.size), settings.out)
+    plotting.save_image(
+        plotting.make_grid(plotting.decode_manifold(run.vae, settings.size), settings.size), settings.out
+    )
     print(f"the manifold of {run.path}, {settings.size} x {settings.size} images, saved to {settings.out}")
 
 

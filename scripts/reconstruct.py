@@ -1,7 +1,5 @@
 """Show images above their reconstructions: `python scripts/reconstruct.py [images=PATH out=reconstructions.png]`."""
 
-# mypy: disable-error-code="valid-type"
-
 from pydantic import Field
 
 from betavae.runtime.cli import DataSettings, SeedSettings, gc_paused, script_command
@@ -27,7 +25,7 @@ def main(settings: Settings) -> None:
     images = resolve_images(run, settings.images, settings.data_root)
     order = torch.randperm(len(images.pixels), generator=torch.Generator().manual_seed(settings.seed))
     x = images.pixels[order[: settings.n]].float() / 255
-    plotting.save_image(plotting.make_grid(plotting.reconstructions(run.vae, x), min(8, len(x))), settings.out)
+    plotting.save_image(plotting.make_grid(plotting.stack_reconstructions(run.vae, x), min(8, len(x))), settings.out)
     for note in images.notes:
         print(note)
     print(f"{len(x)} images, each row above its reconstructions by {run.path}, saved to {settings.out}")

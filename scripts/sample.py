@@ -1,25 +1,20 @@
 """Sample images from a trained VAE: `python scripts/sample.py [ckpt=PATH sampler=mixture label=7 n=64 out=PNG]`."""
 
-# mypy: disable-error-code="valid-type"
-
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import Field
 
 from betavae.runtime.cli import DataSettings, SeedSettings, gc_paused, script_command
-from betavae.runtime.settings import IntegerOrNull, NonNegativeFloat, PathStr, PositiveInt, choice
-
-
-def samplers() -> list[str]:
-    from betavae.applications.sampling import SAMPLERS
-
-    return list(SAMPLERS)
+from betavae.runtime.settings import NonNegativeFloat, PathStr, PositiveInt, RegisteredName
 
 
 class Settings(DataSettings, SeedSettings):
     n: PositiveInt = Field(64, title="number of images")
-    sampler: choice(samplers) = Field("prior", title="prior; or fitted to the training images: gaussian, mixture, knn")
-    label: IntegerOrNull = Field(None, title="only images with this label; needs a fitted sampler")
+    sampler: Annotated[str, RegisteredName("betavae.applications.sampling", "SAMPLERS")] = Field(
+        "prior", title="prior; or fitted to the training images: gaussian, mixture, knn"
+    )
+    label: int | None = Field(None, title="only images with this label; needs a fitted sampler")
     temperature: NonNegativeFloat = Field(1.0, title="factor of the prior's standard deviation")
     columns: PositiveInt = Field(8, title="images per row")
     out: PathStr = Field("samples.png", title="image file for the grid")

@@ -1,4 +1,4 @@
-"""`MuonAdam`, for when an epoch should go further: in torch.optim there is Muon for matrices alone."""
+"""`MuonAdam`, since torch.optim has Muon for matrices only, and schedules of the learning rate."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -8,20 +8,20 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-# Odd polynomials a x + b x^3 + c x^5, applied in turn to the singular values: two of the sequence of Amsel et al.
-# 2025 ("Polar Express"). They bring every value from 0.05 up to between 0.18 and 1.9. That is coarse; but in training,
-# five steps of the usual kind were no better, and cost more than twice as much.
+# Odd polynomials a x + b x^3 + c x^5, applied in turn to the singular values: the first two of Polar Express (Amsel et
+# al. 2025). They map every value above 0.05 to between 0.18 and 1.9. Five of the usual Newton-Schulz steps trained no
+# better and cost more than twice as much.
 POLAR_EXPRESS_COEFFS = ((4.1070591, -2.9478499, 0.5448431), (3.9486909, -2.9089021, 0.5518191))
 
 
 def orthogonalize(matrix: Tensor) -> Tensor:
-    """U p(S) V^T of a matrix U S V^T, p(S) roughly 1, by products of bfloat16 matrices alone."""
+    """Return U p(S) V^T of a matrix U S V^T with p(S) roughly 1, from products of bfloat16 matrices."""
     x = matrix.bfloat16()
     wide = x.size(0) <= x.size(1)
     for number, (a, b, c) in enumerate(POLAR_EXPRESS_COEFFS):
         gram = x @ x.mT if wide else x.mT @ x
         if number == 0:
-            # A bound on the largest singular value that is tighter than the Frobenius norm, and free.
+            # This bound on the largest singular value is tighter than the Frobenius norm.
             norm = gram.norm().sqrt().clamp(min=1e-12)
             x, gram = x / norm, gram / norm**2
         polynomial = torch.addmm(gram, gram, gram, beta=b, alpha=c)
@@ -33,9 +33,17 @@ def orthogonalize(matrix: Tensor) -> Tensor:
 class MuonAdam(Optimizer):
     """Muon (Jordan 2024) for weights, Adam for biases and other vectors.
 
-    Muon steps along the orthogonalised momentum, with `lr` about the step's spectral norm (times the square root of the
-    matrix's rows over columns where that is above 1); a convolution's kernel is a matrix with a row per output channel.
-    `vector_lr`, `betas` and `eps` are Adam's. A learning-rate schedule scales both rates alike.
+    A convolution's kernel is a matrix with one row per output channel. A learning-rate schedule scales `lr` and
+    `vector_lr` alike.
+
+    Args:
+        params: The parameters.
+        lr: About the spectral norm of a Muon step, times sqrt(rows / columns) if that is above 1.
+        momentum: The decay of Muon's Nesterov momentum.
+        weight_decay: Decoupled weight decay of the matrices.
+        vector_lr: Adam's learning rate.
+        betas: Adam's decays.
+        eps: Adam's epsilon.
     """
 
     def __init__(
@@ -57,6 +65,7 @@ class MuonAdam(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Update the parameters. Returns the value of `closure`."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -88,18 +97,18 @@ class MuonAdam(Optimizer):
 
 
 def optimizer_class(name: str) -> type[Optimizer]:
-    """A class of torch.optim, or `MuonAdam`."""
+    """Return a class of torch.optim, or `MuonAdam`, by name."""
     return MuonAdam if name == "MuonAdam" else getattr(torch.optim, name)
 
 
 def optimizer_names() -> list[str]:
-    """What `optimizer_class` takes."""
-    useless = ("Optimizer", "SparseAdam")  # an abstract class; gradients are dense
+    """Return the names that `optimizer_class` takes."""
+    excluded = ("Optimizer", "SparseAdam")  # abstract; for sparse gradients only
     classes = [name for name, cls in vars(torch.optim).items() if isinstance(cls, type) and issubclass(cls, Optimizer)]
-    return ["MuonAdam", *(name for name in classes if name not in useless)]
+    return ["MuonAdam", *(name for name in classes if name not in excluded)]
 
 
-# The decay of the learning rate after its warm-up, as a function of the fraction of training done.
+# Decay of the learning rate after the warm-up, as a function of the fraction of training done.
 LR_DECAYS: dict[str, Callable[[float], float]] = {
     "constant": lambda fraction: 1.0,
     "linear": lambda fraction: 1.0 - fraction,
@@ -108,7 +117,7 @@ LR_DECAYS: dict[str, Callable[[float], float]] = {
 
 
 def lr_factor(step: int, total_steps: float, name: str, warmup: float) -> float:
-    """The factor on the learning rate: linear warm-up over the first `warmup` (a fraction of all steps), then decay."""
+    """Return the factor on the learning rate: linear over the first `warmup` (a fraction of all steps), then decay."""
     warmup_steps = warmup * total_steps
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)

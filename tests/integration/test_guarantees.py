@@ -39,7 +39,7 @@ def test_a_sweep_over_data_folders_and_one_whose_defaults_have_changed(tmp_path,
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("+trainer.logger=csv", "trainer.logger is not a setting: this project sets it itself"),
+        ("+trainer.logger=csv", "trainer.logger is not a setting: betavae sets it"),
         ("+trainer.callbacks=[x]", "trainer.callbacks is not a setting"),
         (
             "callbacks.early_stopping_patience=2 data.validation_size=0",

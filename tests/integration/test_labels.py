@@ -13,7 +13,7 @@ from tests.commands import TINY, run
 LABELS = np.array([-1, 5, 10**9])
 
 
-def test_labels_that_are_no_places_go_through_every_script(tmp_path, monkeypatch):
+def test_every_script_takes_labels_that_are_no_indices(tmp_path, monkeypatch):
     shades = np.arange(600) % 3
     noise = np.random.default_rng(0).integers(0, 60, (600, 8, 8))
     np.savez(tmp_path / "x.npz", images=(noise + 90 * shades[:, None, None]).astype(np.uint8), labels=LABELS[shades])

@@ -64,7 +64,7 @@ def test_from_pictures_to_a_model_and_back(place, pictures):
     )
     assert "2 could not be read: " in train and "neg. ELBO" in train
     assert all(f"{name} (" in train for name in ("cut.png", "broken.jpg"))
-    assert "transparent parts laid on white" in reconstruct and "reconstructions.png" in reconstruct
+    assert "transparent parts filled with white" in reconstruct and "reconstructions.png" in reconstruct
     assert "1 interpolations" in interpolate and "1,302 images" in encode and "1,302 images" in decode
     held = np.load(place / "latents.npz")
     assert held["mean"].shape == held["logvar"].shape == (1302, 4) and set(held["labels"]) == {".", "discs", "squares"}
@@ -74,7 +74,7 @@ def test_from_pictures_to_a_model_and_back(place, pictures):
     # Again: what is ours is written over; what is not, never.
     (place / "decoded" / "a.png").write_bytes(b"mine")
     again = run("latents=latents.npz", "out=decoded", cwd=place, script="scripts/decode.py", code=1)
-    assert "a.png is there already" in again and (place / "decoded" / "a.png").read_bytes() == b"mine"
+    assert "a.png already exists" in again and (place / "decoded" / "a.png").read_bytes() == b"mine"
 
 
 def test_encoding_agrees_with_the_model(place, pictures):
@@ -159,7 +159,7 @@ def test_compressed_and_back(place, pictures, tmp_path):
     assert "bits per dimension" in train
     assert "decompressed and compared" in compress and "PNG" in compress and (place / "images.png").exists()
     assert "1,302 images decompressed" in decompress and "checksum correct" in decompress
-    assert "nats per image" in train_binary and "binarised: above 127 is 1" in compress_binary
+    assert "nats per image" in train_binary and "binarized: above 127 is 1" in compress_binary
     from betavae.data.image_io import read_images
 
     found = read_images(place / "PICTURES", (1, 28, 28))
@@ -172,7 +172,7 @@ def test_compressed_and_back(place, pictures, tmp_path):
     (model,) = re.findall("ckpt=(.*)", compress)
     (place / "decompressed" / "a.png").write_bytes(b"a photograph")
     refused = run("out=decompressed", f"ckpt={model}", cwd=place, script="scripts/decompress.py", code=1)
-    assert "a.png is there already and was not made by betavae" in refused and "decompressing" not in refused
+    assert "a.png already exists and was not made by betavae" in refused and "decompressing" not in refused
     what_a_compressed_file_would_replace_stays_until_it_is_verified(place, model, tmp_path)
 
 
@@ -198,13 +198,13 @@ def what_a_compressed_file_would_replace_stays_until_it_is_verified(place, model
     foreign.write_bytes(b"a thesis")
     ours.with_suffix(".png").write_bytes(b"a photograph")
     for out, message in (
-        ("foreign.bvae", "foreign.bvae is there already and was not made by betavae"),
-        ("ours.bvae", "ours.png is there already and was not made by betavae"),
+        ("foreign.bvae", "foreign.bvae already exists and was not made by betavae"),
+        ("ours.bvae", "ours.png already exists and was not made by betavae"),
         ("foreign.bvae/images.bvae", "cannot write"),
         ("new.png", "expected FILE.bvae"),
     ):  # before anything else: there is no such model
         assert message in compress(f"out={tmp_path / out}", "ckpt=nothing", "report=true", code=1)
-    assert ". is there already" in compress("out=.", "ckpt=nothing", "report=true", code=1)
+    assert ". already exists" in compress("out=.", "ckpt=nothing", "report=true", code=1)
     # Else the picture of the table would be compressed the next time, or replace what was.
     assert "among the images" in compress("images=PICTURES", "out=PICTURES/of_all.bvae", "report=true", code=1)
     assert not (place / "PICTURES" / "of_all.bvae").exists()

@@ -42,7 +42,7 @@ def small(command: str) -> tuple[str, list[str]]:
     if script == "train.py" and not {"--help", "--cfg"} & set(words):
         words += ["trainer.max_epochs=1", f"trainer.limit_train_batches={10 if 'step_counter' in command else 2}"]
         words += ["trainer.limit_val_batches=1", "trainer.limit_test_batches=1", "trainer.log_every_n_steps=1"]
-        words += ["trainer.compile=false", "callbacks.figures_every=0"]  # test_optimizers.py compiles a step
+        words += ["trainer.compile=false", "callbacks.figures_every_n_epochs=0"]  # test_optimizers.py compiles a step
         words += ["trainer.steps_per_batch=1"] * ("burda" in command)  # or it is ten times as many steps
         # Two values of each sweep show what more would.
         words = [re.sub(r"^([\w.]+=[^,\[]+,[^,]+),.*", r"\1", word) for word in words]
@@ -51,9 +51,9 @@ def small(command: str) -> tuple[str, list[str]]:
     if script == "scripts/benchmark_data.py":
         words += ["n=6000", "steps=1"]
     if script == "scripts/disentanglement.py":
-        words += ["images=600"]
+        words += ["max_images=600"]
     if script == "scripts/evaluate.py":
-        words += ["first=40", "k=20", "probes=false"]
+        words += ["max_images=40", "k=20", "probes=false"]
     return script, words
 
 

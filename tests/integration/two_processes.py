@@ -36,7 +36,7 @@ def main() -> None:
     model = {"network": "mlp", "hidden_dims": [32], "latent_dim": 5, "activation": "relu", "likelihood": "bernoulli"}
     module = Fixed(
         model | {"image_shape": [1, 28, 28]},
-        {"name": "elbo", "k": 1, "free_bits": 0.0},
+        {"name": "elbo", "k": 1},
         2.0,
         {"name": "constant"},
         {"name": "SGD", "lr": 1.0},

@@ -8,7 +8,6 @@ from betavae.data.datamodule import ImageDataModule
 from betavae.module import TEST_DRAWS, VAEModule
 from betavae.objectives import elbo
 from betavae.runtime import checkpoint
-from betavae.runtime.lightning_workarounds import MultiStepModule, group_batches
 from betavae.runtime.resume import DivergenceGuard, ExactResume
 from tests.commands import fresh
 from tests.conftest import DATA, MODULE
@@ -39,12 +38,12 @@ def fitted(data_root):
     return fit(data_root)
 
 
-def test_the_same_seed_gives_the_same_weights_and_zero_is_a_seed(data_root):
+def test_same_seed_gives_same_weights_also_for_seed_zero(data_root):
     weights = [torch.cat([p.flatten() for p in fit(data_root, seed)[0].parameters()]) for seed in (0, 0, 1)]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
-def test_a_checkpoint_is_the_whole_recipe_in_a_fresh_process(data_root, tmp_path):
+def test_checkpoint_alone_rebuilds_the_model(data_root, tmp_path):
     model = {"model": MODULE["model"] | {"hidden_dims": [32, 16]}}
     module, data, trainer = fit(data_root, module=MODULE | model, callbacks=[ExactResume()])
     trainer.save_checkpoint(tmp_path / "a.ckpt")
@@ -60,7 +59,7 @@ assert torch.equal(betavae.load("a.ckpt").vae.reconstruct(x), expected)
     fresh("-c", code, cwd=tmp_path)
 
 
-def test_the_test_is_over_all_images_in_nats_and_for_any_batch_size(fitted):
+def test_test_means_are_over_all_images_at_any_batch_size(fitted):
     module, data, trainer = fitted
     results = []
     for size in (1000, 333, 10000):
@@ -80,8 +79,8 @@ def test_the_test_is_over_all_images_in_nats_and_for_any_batch_size(fitted):
     assert results[0]["test/active_units"] == active
 
 
-def test_a_test_draws_several_z_of_each_image(fitted, monkeypatch):
-    """Its number is the mean of what each draw alone gives, and no image's noise depends on the others."""
+def test_the_test_averages_several_samples_of_z(fitted, monkeypatch):
+    """The result is the mean over the draws, and an image's noise does not depend on the others."""
     module, data, trainer = fitted
     data.eval_batch_size = 1000
     seen = []
@@ -132,83 +131,98 @@ class Epochs(Callback):
 
 
 class SoFar(Callback):
-    """The mean loss of the epoch so far, after each batch, and those of the batches."""
+    """The mean loss of the epoch so far after each batch, and the loss and number of images of each batch."""
 
     def __init__(self):
-        self.said, self.batches = [], []
+        self.seen, self.batches = [], []
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        self.batches += [(sums["loss"].item(), images) for sums, images in outputs["sums"]]
+        self.batches.append((outputs["loss"].item(), len(batch[0])))
         if "epoch/loss" in trainer.callback_metrics:
-            self.said.append((batch_idx, trainer.callback_metrics["epoch/loss"].item()))
+            self.seen.append((batch_idx, trainer.callback_metrics["epoch/loss"].item()))
 
 
-def test_the_means_of_the_epoch_so_far_are_there_at_each_log_line(data_root):
+def test_epoch_means_are_published_every_log_every_n_steps(data_root):
     probe = SoFar()
     data, module = ImageDataModule(**DATA | {"root": data_root}), VAEModule(**MODULE)
     trainer = L.Trainer(
         max_epochs=1, limit_train_batches=10, log_every_n_steps=4, accelerator="cpu", callbacks=[probe], **QUIET
     )
     trainer.fit(module, data)
-    until = {3: 0, 4: 4, 5: 4, 6: 4, 7: 4, 8: 8, 9: 8}  # batches that have been told; this one's callback comes earlier
-    sums, images = zip(*probe.batches, strict=True)
-    for index, mean in probe.said:
-        told = until[index]
-        assert mean == pytest.approx(sum(sums[:told]) / sum(images[:told]), rel=1e-5)
-    assert [index for index, _ in probe.said] == [4, 5, 6, 7, 8, 9]
+    until = {4: 4, 5: 4, 6: 4, 7: 4, 8: 8, 9: 8}  # batches included; callbacks run before the module's hook
+    for index, mean in probe.seen:
+        batches = probe.batches[: until[index]]
+        expected = sum(loss * images for loss, images in batches) / sum(images for _, images in batches)
+        assert mean == pytest.approx(expected, rel=1e-5)
+    assert [index for index, _ in probe.seen] == list(until)
 
 
-def test_training_sums_are_reduced_once_per_interval(data_root):
+def test_training_sums_are_reduced_once_per_log_interval(data_root):
     class Counting(SingleDeviceStrategy):
         reductions = 0
 
         def reduce(self, tensor, *args, **kwargs):
-            self.reductions += tensor.ndim == 2  # not of a yes or no
+            self.reductions += tensor.ndim == 2  # other reductions are of flags
             return super().reduce(tensor, *args, **kwargs)
 
     _, _, trainer = fit(data_root, callbacks=[DivergenceGuard()], strategy=Counting("cpu"))
     assert trainer.strategy.reductions == 2  # of 10 steps with `log_every_n_steps=5`
 
 
-def test_several_steps_in_one_batch_of_lightning_change_nothing(data_root):
+class Outputs(Callback):
+    """Shapes of the batches, and losses, as a callback sees them."""
+
+    def __init__(self):
+        self.shapes, self.losses = [], []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.shapes.append((batch[0].shape, batch[1].shape))
+        self.losses.append(outputs["loss"].item())
+
+
+def test_several_steps_per_batch_equal_single_steps(data_root):
     settings = {"beta_schedule": {"name": "linear", "warmup": 0.5}, "lr_schedule": {"name": "linear", "warmup": 0.0}}
     ended = []
-    for together in (1, 3):
+    for steps in (1, 3):
         L.seed_everything(0, verbose=False)
-        data = ImageDataModule(**DATA | {"root": data_root, "validation_size": 59_000, "binarize": "dynamic"})
-        module, epochs = MultiStepModule(**MODULE | settings), Epochs()
-        if together > 1:
-            module.enable_multi_step(together, 1, None, "norm")
-            data.train_dataloader = group_batches(data.train_dataloader, together, only_indices=False)
+        data = ImageDataModule(**DATA | {"root": data_root, "validation_size": 59_000})
+        module, epochs, outputs = VAEModule(**MODULE | settings), Epochs(), Outputs()
+        if steps > 1:
+            module.several_steps(steps, data.batch_size, 1, None, "norm")
+            data.batch_size *= steps
+        callbacks = [epochs, outputs]
         trainer = L.Trainer(
-            max_epochs=4, max_steps=20, limit_val_batches=0, accelerator="cpu", callbacks=[epochs], **QUIET
+            max_epochs=4, max_steps=20, limit_val_batches=0, accelerator="cpu", callbacks=callbacks, **QUIET
         )
-        trainer.fit(module, data)  # 8 steps an epoch, the last of a smaller batch; ends in the middle of a group of 3
-        assert trainer.global_step == module.total_steps == 20 and trainer.num_training_batches == -(-8 // together)
-        ended.append((module, trainer.optimizers[0].state_dict(), epochs.means))
-    (one, one_state, one_means), (other, other_state, other_means) = ended
-    assert one_means == other_means and len(one_means) == 3
+        trainer.fit(module, data)  # 8 steps an epoch, the last on a smaller batch; ends in the middle of a batch of 3
+        assert trainer.global_step == module.total_steps == 20 and trainer.num_training_batches == -(-8 // steps)
+        ended.append((module, trainer.optimizers[0].state_dict(), epochs.means, outputs))
+    (one, one_state, one_means, one_outputs), (several, several_state, several_means, outputs) = ended
+    assert one_means == several_means and len(one_means) == 3
     assert set(one_means[0]) == {"epoch/loss", "epoch/recon", "epoch/kl", "epoch/neg_elbo"}
-    for ours, theirs in zip(one.parameters(), other.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
-    assert one_state["param_groups"] == other_state["param_groups"]
+    for first, second in zip(one.parameters(), several.parameters(), strict=True):
+        assert torch.equal(first, second)
+    assert one_state["param_groups"] == several_state["param_groups"]
+    # Callbacks get the images of the three steps as one batch, and their mean loss.
+    assert outputs.shapes[:2] == [((384, 1, 28, 28), (384,))] * 2
+    assert outputs.losses[0] == pytest.approx(sum(one_outputs.losses[:3]) / 3, rel=1e-6)
 
 
 @pytest.mark.parametrize(("clip", "algorithm"), [(0.5, "norm"), (0.01, "value")])
-def test_accumulated_and_clipped_gradients_are_lightnings_own(data_root, clip, algorithm):
+def test_several_steps_accumulate_and_clip_like_lightning(data_root, clip, algorithm):
     ended = []
-    for per_call in (1, 3):
+    for steps in (1, 3):
         L.seed_everything(0, verbose=False)
         data = ImageDataModule(**DATA | {"root": data_root, "validation_size": 59_000})
-        module = MultiStepModule(**MODULE)
+        module = VAEModule(**MODULE)
         wanted = {"gradient_clip_val": clip, "gradient_clip_algorithm": algorithm, "accumulate_grad_batches": 2}
-        if per_call > 1:
-            module.enable_multi_step(per_call, 2, clip, algorithm)
-            data.train_dataloader = group_batches(data.train_dataloader, per_call * 2, only_indices=False)
+        if steps > 1:
+            module.several_steps(steps, data.batch_size, 2, clip, algorithm)
+            data.batch_size *= steps * 2
             wanted = {}
         trainer = L.Trainer(max_epochs=2, limit_val_batches=0, accelerator="cpu", **wanted, **QUIET)
         trainer.fit(module, data)
         assert trainer.global_step == 8
         ended.append(module)
-    for ours, theirs in zip(*(module.parameters() for module in ended), strict=True):
-        assert torch.equal(ours, theirs)
+    for first, second in zip(*(module.parameters() for module in ended), strict=True):
+        assert torch.equal(first, second)

@@ -1,5 +1,3 @@
-from functools import partial
-
 import lightning as L
 import numpy as np
 import pytest
@@ -7,14 +5,8 @@ import torch
 from torch import nn
 
 from betavae.data.datamodule import ImageDataModule
-from betavae.errors import UserError
-from betavae.models.likelihoods import LIKELIHOODS
-from betavae.models.vae import VAE
 from betavae.module import VAEModule
-from betavae.objectives import elbo
 from betavae.optim import POLAR_EXPRESS_COEFFS, MuonAdam, optimizer_names, orthogonalize
-from betavae.runtime import lightning_workarounds
-from betavae.runtime.lightning_workarounds import compile_loss
 from betavae.runtime.resume import ExactResume
 from tests.conftest import DATA, MODEL, MODULE
 
@@ -22,7 +14,7 @@ SETTINGS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.0, "vector_lr": 1e-3, 
 
 
 @pytest.mark.parametrize("shape", [(30, 80), (80, 30), (40, 40)])
-def test_orthogonalize_applies_its_polynomials_to_the_singular_values(shape):
+def test_orthogonalize_maps_the_singular_values(shape):
     u, s, vt = torch.linalg.svd(torch.randn(shape), full_matrices=False)
     value = s / (s**4).sum() ** 0.25
     for a, b, c in POLAR_EXPRESS_COEFFS:
@@ -32,7 +24,7 @@ def test_orthogonalize_applies_its_polynomials_to_the_singular_values(shape):
     assert (result - torch.diag(result.diagonal())).abs().max() < 0.02
 
 
-def test_vectors_get_adam_and_matrices_steps_of_spectral_norm_lr():
+def test_vectors_get_adam_and_matrices_muon():
     layer = nn.Linear(50, 20)
     start, bias = layer.weight.detach().clone(), nn.Parameter(layer.bias.detach().clone())
     ours = MuonAdam(layer.parameters(), **SETTINGS)
@@ -51,7 +43,7 @@ def test_vectors_get_adam_and_matrices_steps_of_spectral_norm_lr():
 
 
 @pytest.mark.parametrize("shape", [(20, 50), (50, 20), (6, 2, 3, 3)])
-def test_muon_by_its_equations(shape):
+def test_muon_step_equals_its_equations(shape):
     """Keller Jordan's: Nesterov's momentum, orthogonalised, times (rows / columns)^0.5 where there are more rows."""
     parameter = nn.Parameter(torch.randn(shape))
     expected, momentum = parameter.detach().clone(), torch.zeros(shape)
@@ -67,7 +59,7 @@ def test_muon_by_its_equations(shape):
         torch.testing.assert_close(parameter.detach(), expected, rtol=0.02, atol=2e-3)  # bfloat16 in orthogonalize
 
 
-def test_its_state_survives_a_checkpoint(tmp_path):
+def test_muon_state_survives_a_checkpoint(tmp_path):
     def net_and_optimizer():
         torch.manual_seed(1)
         net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 3))
@@ -111,61 +103,3 @@ def test_every_optimizer_resumes_bit_for_bit(tmp_path, name, network):
     resumed, whole = fit(2, tmp_path / "half.ckpt")[1], fit(2)[1]
     for ours, theirs in zip(resumed.parameters(), whole.parameters(), strict=True):
         assert ours.isfinite().all() and torch.equal(ours, theirs)
-
-
-@pytest.mark.parametrize("likelihood", LIKELIHOODS)
-def test_init_data_starts_at_the_mean_image(likelihood):
-    x = torch.rand(64, 1, 28, 28) * torch.rand(28, 28)
-    vae = VAE(**MODEL | {"likelihood": likelihood})
-    plain = vae.encoder[1](x.flatten(1))
-    vae.init_from_mean_image(x.mean(0))
-    centred = plain.mean(0) - vae.encoder[1].weight @ x.mean(0).flatten()
-    torch.testing.assert_close(vae.encoder[1](x.flatten(1)).mean(0), centred, rtol=1e-4, atol=1e-5)
-    vae.decoder[0].weight.data.zero_(), vae.decoder[0].bias.data.fill_(-1)  # a dead hidden layer leaves the bias alone
-    if likelihood == "logistic_mixture":  # logistics around it, a tenth wide
-        torch.testing.assert_close(vae.sample(1)[0], x.mean(0), rtol=0, atol=0.08)
-    elif likelihood != "continuous_bernoulli":
-        torch.testing.assert_close(vae.sample(1)[0], x.mean(0).clamp(1e-3, 1 - 1e-3), rtol=1e-3, atol=2e-3)
-    with pytest.raises(UserError, match="init=data"):
-        VAE(**MODEL | {"network": "conv"}).init_from_mean_image(x.mean(0))
-
-
-@pytest.mark.parametrize("network", ["mlp", "conv"])
-def test_a_compiled_training_step_computes_the_same(network):
-    widths = {"mlp": [400], "conv": [8, 16]}[network]
-    module = VAEModule(**MODULE | {"model": MODEL | {"network": network, "hidden_dims": widths}})
-    torch.nn.init.ones_(module.vae.encoder[-1].bias)  # or there is hardly any KL
-    x, noise = torch.rand(8, 1, 28, 28), torch.randn(1, 8, 20)
-    beta = torch.tensor(2.0)
-    loss, sums = module.loss(x, noise, beta)
-    expected = torch.autograd.grad(loss, list(module.parameters()))
-    keys = list(module.state_dict())
-    compile_loss(module, None)
-    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in module.parameters() if p.ndim == 4)
-    compiled, compiled_sums = module.loss(x, noise, beta)
-    torch.testing.assert_close(compiled, elbo(module.vae, x, noise, 2.0).loss)
-    torch.testing.assert_close(compiled_sums, sums)
-    for ours, plain in zip(torch.autograd.grad(compiled, list(module.parameters())), expected, strict=True):
-        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
-    assert list(module.state_dict()) == keys
-    # A beta that changes, as schedules make it, must not compile anew each time.
-    betas = []
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for beta in (0.1, 0.2):
-            module.current_beta = lambda beta=beta: beta
-            [(sums, images)] = module.training_step((x, None), 0)["sums"]
-            assert images == 8
-            betas.append((sums["loss"] - sums["recon"]) / sums["kl"])
-    torch.testing.assert_close(torch.stack(betas), torch.tensor([0.1, 0.2]), rtol=1e-3, atol=1e-4)
-
-
-def test_compiled_code_of_a_long_sweep_is_dropped(monkeypatch):
-    monkeypatch.setattr(lightning_workarounds, "JOBS_PER_COMPILE_CACHE", 3)
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    cached = []
-    for latent_dim in range(1, 8):
-        module = VAEModule(**MODULE | {"model": MODEL | {"hidden_dims": [4], "latent_dim": latent_dim}})
-        compile_loss(module, None)
-        module.loss(torch.rand(2, 1, 28, 28), torch.randn(1, 2, latent_dim), torch.tensor(1.0))
-        cached.append(len(torch._dynamo.eval_frame._debug_get_cache_entry_list(VAEModule.loss.__code__)))
-    assert max(cached) == 3 and cached.count(1) >= 2

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from betavae.data.datasets.arrays import open_arrays, read_array
+from betavae.data.array_io import ArrayFile
 from betavae.errors import UserError
 from betavae.models.vae import VAE
 from betavae.objectives import elbo
@@ -108,10 +108,9 @@ def load_latents(path: Path, latent_dim: int) -> tuple[list[str], Tensor]:
             dimensions = sum(key.startswith("mean_") for key in (rows[0] if rows else ()))
             z = torch.tensor([[float(row[f"mean_{d}"]) for d in range(dimensions)] for row in rows])
         else:
-            arrays, is_bare = open_arrays(path), path.suffix == ".npy"
-            mean = read_array(arrays, "images" if is_bare else "mean", path)
-            z = torch.from_numpy(np.asarray(mean, dtype=np.float32))
-            names = [str(name) for name in (range(len(z)) if is_bare else read_array(arrays, "names", path))]
+            file, is_bare = ArrayFile(path), path.suffix == ".npy"
+            z = torch.from_numpy(np.asarray(file.read("images" if is_bare else "mean"), dtype=np.float32))
+            names = [str(name) for name in (range(len(z)) if is_bare else file.read("names"))]
     except (UserError, OSError, ValueError, TypeError, KeyError, MemoryError, csv.Error) as error:
         raise UserError(f"latents: {path} is neither an intact file of encode.py nor a FILE.npy of numbers") from error
     if z.ndim != 2 or z.shape[1] != latent_dim or not len(z) == len(names) > 0:

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from betavae.applications.trained_run import TrainedRun
 from betavae.errors import UserError
-from betavae.metrics.fidelity import nearest
+from betavae.metrics.fidelity import find_nearest
 from betavae.models.vae import VAE
-from betavae.storage.cache import file_hash, load_or_compute
+from betavae.storage.cache import hash_file, load_or_compute
 
 MAX_COMPONENTS = 20
 NUM_NEIGHBORS = 5
@@ -92,7 +92,7 @@ def fit_knn(z: Tensor) -> NeighborLines:
     """Find the nearest neighbors of up to `MAX_NEIGHBOR_POINTS` of the points."""
     points = z[torch.randperm(len(z), generator=torch.Generator().manual_seed(0))[:MAX_NEIGHBOR_POINTS]]
     # The nearest point is the point itself.
-    return NeighborLines(points, nearest(points, points, NUM_NEIGHBORS + 1)[1][:, 1:])
+    return NeighborLines(points, find_nearest(points, points, NUM_NEIGHBORS + 1)[1][:, 1:])
 
 
 SAMPLERS: dict[str, Callable[[Tensor], LatentSampler]] = {
@@ -135,7 +135,7 @@ def load_or_fit_sampler(
         if label is not None:
             raise UserError(f"label={label} is invalid: expected null with sampler=prior, which ignores labels")
         return fit_prior(torch.empty(0, run.vae.latent_dim))
-    checkpoint = file_hash(run.path)
+    checkpoint = hash_file(run.path)
     key: dict[str, object] = {"sampler": name, "label": label, "checkpoint": checkpoint, "version": 2}
     images, suffix = None, ""
     if label is not None:

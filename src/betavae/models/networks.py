@@ -1,7 +1,7 @@
 """Encoders and decoders: plain `nn.Module`s between images `(B, C, H, W)` and latents `(B, latent_dim)`.
 
-To add a network, write an encoder and a decoder and name the pair in `NETWORKS`. Both take the four arguments below;
-what else their signatures name (`dropout: float = 0.1`) is a setting of the `model` group by that name.
+To add a network, write an encoder and a decoder and name the pair in `NETWORKS`. Both take the four arguments of
+`MLPEncoder`; each further argument (`dropout: float = 0.1`) is a setting of the `model` group.
 """
 
 import math
@@ -22,7 +22,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 
 
 class MLPEncoder(nn.Sequential):
-    """`(B, *image_shape) -> (B, 2 * latent_dim)`, the posterior's mean beside its log-variance."""
+    """Map `(B, *image_shape)` to `(B, 2 * latent_dim)`, the posterior's mean beside its log-variance."""
 
     def __init__(self, image_shape: Sequence[int], hidden_dims: Sequence[int], latent_dim: int, activation: str):
         widths = [math.prod(image_shape), *hidden_dims]
@@ -34,13 +34,13 @@ class MLPEncoder(nn.Sequential):
 
     @torch.no_grad()
     def init_from_mean(self, mean: Tensor) -> None:
-        """Make the first layer see images minus `mean` `(*image_shape)`, by its bias."""
+        """Set the first bias so that the layer sees images minus `mean` `(*image_shape)`."""
         weight, bias = self[1].weight, self[1].bias
         bias.sub_(weight @ mean.flatten())  # type: ignore[operator]
 
 
 class MLPDecoder(nn.Sequential):
-    """`(B, latent_dim) -> (B, *params_shape)`, the hidden widths in reverse order."""
+    """Map `(B, latent_dim)` to `(B, *params_shape)` through the hidden widths in reverse order."""
 
     def __init__(self, params_shape: Sequence[int], hidden_dims: Sequence[int], latent_dim: int, activation: str):
         widths = [latent_dim, *reversed(hidden_dims)]
@@ -50,13 +50,13 @@ class MLPDecoder(nn.Sequential):
         super().__init__(*layers, nn.Linear(widths[-1], math.prod(params_shape)), nn.Unflatten(1, tuple(params_shape)))
 
     @torch.no_grad()
-    def centre(self, params: Tensor) -> None:
-        """Start at these likelihood parameters `(*params_shape)`, by the last layer's bias."""
+    def init_from_mean(self, params: Tensor) -> None:
+        """Set the last bias to the likelihood parameters `(*params_shape)` of the mean image."""
         self[-2].bias.copy_(params.flatten())  # type: ignore[operator]
 
 
 class ConvEncoder(nn.Sequential):
-    """`(B, *image_shape) -> (B, 2 * latent_dim)`; each entry of `hidden_dims` is a stride-2 convolution's channels."""
+    """Map `(B, *image_shape)` to `(B, 2 * latent_dim)`, with a stride-2 convolution per entry of `hidden_dims`."""
 
     def __init__(self, image_shape: Sequence[int], hidden_dims: Sequence[int], latent_dim: int, activation: str):
         channels, height, width = image_shape
@@ -68,7 +68,7 @@ class ConvEncoder(nn.Sequential):
 
 
 class ConvDecoder(nn.Sequential):
-    """`(B, latent_dim) -> (B, *params_shape)`, `ConvEncoder` mirrored with transposed convolutions."""
+    """Map `(B, latent_dim)` to `(B, *params_shape)`: `ConvEncoder` mirrored with transposed convolutions."""
 
     def __init__(self, params_shape: Sequence[int], hidden_dims: Sequence[int], latent_dim: int, activation: str):
         sizes = [tuple(params_shape[1:])]
@@ -78,7 +78,7 @@ class ConvDecoder(nn.Sequential):
         smallest = (channels[0], *sizes[-1])
         layers: list[nn.Module] = [nn.Linear(latent_dim, math.prod(smallest)), nn.Unflatten(1, smallest)]
         for i, (height, width) in enumerate(reversed(sizes[:-1])):
-            # A stride-2 convolution maps 2n and 2n - 1 to n; output_padding tells which to come back to.
+            # A stride-2 convolution maps 2n and 2n - 1 to n; output_padding chooses between the two.
             padding = (1 - height % 2, 1 - width % 2)
             layers += [
                 ACTIVATIONS[activation](),
@@ -87,16 +87,16 @@ class ConvDecoder(nn.Sequential):
         super().__init__(*layers)
 
 
-MIN_SIDE = 7  # pixels: resolution is halved until the shorter side has no more
+MIN_SIDE = 7  # pixels: the resolution is halved until the shorter side is at most this
 
 
 def norm_act(channels: int, activation: str) -> list[nn.Module]:
-    """Group norm (Wu & He 2018), in at most 8 groups, and the activation."""
+    """Return group normalization (Wu & He 2018) in at most 8 groups, and the activation."""
     return [nn.GroupNorm(math.gcd(8, channels), channels), ACTIVATIONS[activation]()]
 
 
 class ResidualBlock(nn.Module):
-    """x + f(x), f of two 3 x 3 convolutions; at first f(x) = 0."""
+    """Pre-activation block x + f(x) with two 3 x 3 convolutions (He et al. 2016); f(x) = 0 at initialization."""
 
     def __init__(self, channels: int, activation: str):
         super().__init__()
@@ -115,9 +115,9 @@ class ResidualBlock(nn.Module):
 
 
 def stage_shapes(image_shape: Sequence[int], hidden_dims: Sequence[int]) -> list[tuple[int, int, int]]:
-    """`(channels, H, W)` of each stage, half the size of the one before, until the shorter side has 4 to 7 pixels.
+    """Return `(channels, H, W)` of each stage, halving the size until the shorter side has 4 to 7 pixels.
 
-    The last of `hidden_dims` is repeated as often as it takes; what is left of them is not used.
+    The last entry of `hidden_dims` is repeated as often as needed; surplus entries are ignored.
     """
     height, width = image_shape[1:]
     shapes: list[tuple[int, int, int]] = []
@@ -128,7 +128,7 @@ def stage_shapes(image_shape: Sequence[int], hidden_dims: Sequence[int]) -> list
 
 
 class ResNetEncoder(nn.Sequential):
-    """`(B, *image_shape) -> (B, 2 * latent_dim)`; `hidden_dims` are the channels of each halving of resolution."""
+    """Map images `(B, *image_shape)` of any size to `(B, 2 * latent_dim)`; `hidden_dims` are channels per stage."""
 
     def __init__(
         self, image_shape: Sequence[int], hidden_dims: Sequence[int], latent_dim: int, activation: str, blocks: int = 1
@@ -144,7 +144,7 @@ class ResNetEncoder(nn.Sequential):
 
 
 class ResNetDecoder(nn.Sequential):
-    """`(B, latent_dim) -> (B, *params_shape)`, `ResNetEncoder` mirrored with transposed convolutions."""
+    """Map `(B, latent_dim)` to `(B, *params_shape)`: `ResNetEncoder` mirrored with transposed convolutions."""
 
     def __init__(
         self, params_shape: Sequence[int], hidden_dims: Sequence[int], latent_dim: int, activation: str, blocks: int = 1
@@ -153,7 +153,7 @@ class ResNetDecoder(nn.Sequential):
         layers: list[nn.Module] = [nn.Linear(latent_dim, math.prod(shapes[-1])), nn.Unflatten(1, shapes[-1])]
         for (channels, _, _), (out_channels, height, width) in zip(shapes[:0:-1], shapes[-2::-1], strict=True):
             layers += [ResidualBlock(channels, activation) for _ in range(blocks)]
-            # n pixels become 2n by a kernel of 4, 2n - 1 by one of 3.
+            # A kernel of 4 maps n pixels to 2n, a kernel of 3 to 2n - 1.
             kernel = (4 - height % 2, 4 - width % 2)
             layers += [
                 *norm_act(channels, activation),

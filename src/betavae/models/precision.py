@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Convert half-precision numbers to float32: sums over an image's pixels overflow float16."""
+    """Convert half precision to float32: sums over the pixels of an image overflow float16."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -15,7 +15,7 @@ def to_float64(x: Tensor) -> Tensor:
 
 
 def set_float32_precision(precision: str) -> None:
-    """Set the internal precision of float32 products: "highest", "high" or "medium".
+    """Set the internal precision of float32 matrix products: "highest", "high" or "medium".
 
     `torch.set_float32_matmul_precision` alone leaves cuDNN's convolutions in TF32. Both are torch's legacy setters:
     mixing them with `fp32_precision` raises an error (torch 2.9 and later).

@@ -1,15 +1,16 @@
-"""What is minimised, as the equations are written: pure functions of tensors, everything in nats per image.
+"""Training objectives, written as the equations of their papers: pure functions of tensors, in nats per image.
 
-    recon    = -E_q log p(x|z)        (the distortion)
-    kl       = KL(q(z|x) || N(0, I))  (the rate)
-    loss     = recon + beta * kl      (what is optimised; Higgins et al. 2017)
-    neg_elbo = recon + kl             (beta = 1: what is compared across a beta sweep)
+    recon    = -E_q log p(x|z)
+    kl       = KL(q(z|x) || N(0, I))
+    loss     = recon + beta * kl      (the training objective; Higgins et al. 2017)
+    neg_elbo = recon + kl             (compared across values of beta)
 
-The importance-weighted bounds are in `importance_weighted.py`, those made to disentangle in `disentangling.py`.
+`elbo.py` has the ELBO, `importance_weighted.py` the bounds of several samples, `disentangling.py` the objectives made to
+disentangle, `schedules.py` the schedules of beta.
 
-To add an objective, write a function with `elbo`'s first four arguments and name it in `OBJECTIVES`; what follows them
-are its settings, from `configs/objective/`. Terms of its own go into `LossTerms.extra_terms`, and from there by their names into
-every average, curve and table.
+To add an objective, write a function with `elbo`'s first four arguments and name it in `OBJECTIVES`. Further arguments
+are its settings, from `configs/objective/`. Further terms go into `LossTerms.extra_terms` and appear by name in every
+average, curve and table.
 """
 
 import inspect
@@ -21,8 +22,10 @@ from torch import Tensor
 
 from betavae.models.vae import VAE
 from betavae.objectives.disentangling import beta_tcvae, capacity_vae, dip_vae, kl_decomposition
-from betavae.objectives.elbo import LossTerms, elbo
+from betavae.objectives.elbo import LossTerms, elbo, gaussian_kl
 from betavae.objectives.importance_weighted import dreg, iwae
+
+__all__ = ["OBJECTIVES", "LossTerms", "build_objective", "elbo", "gaussian_kl", "select_objective_kwargs"]
 
 OBJECTIVES: dict[str, Callable[..., LossTerms]] = {
     "elbo": elbo,
@@ -34,26 +37,26 @@ OBJECTIVES: dict[str, Callable[..., LossTerms]] = {
 }
 
 
-def objective_kwargs(settings: dict[str, Any]) -> dict[str, Any]:
-    """What of an objective's settings goes to its function."""
-    takes_images = "num_train_images" in inspect.signature(OBJECTIVES[settings["name"]]).parameters
-    shared = ("name", "k", "kl_decomposition", *(() if takes_images else ("num_train_images",)))
+def select_objective_kwargs(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that go to the objective's function."""
+    takes_size = "num_train_images" in inspect.signature(OBJECTIVES[settings["name"]]).parameters
+    shared = ("name", "k", "kl_decomposition", *(() if takes_size else ("num_train_images",)))
     return {key: value for key, value in settings.items() if key not in shared}
 
 
 def build_objective(settings: dict[str, Any]) -> Callable[[VAE, Tensor, Tensor, Tensor | float], LossTerms]:
-    """The objective `name` with its own settings; with `kl_decomposition`, those three are among its terms.
+    """Return the objective `settings["name"]` with its settings bound.
 
-    `num_train_images`, the number of training images, is for `kl_decomposition` and for an objective that takes it.
+    With `settings["kl_decomposition"]` the three parts of the KL are among its terms; it needs
+    `settings["num_train_images"]`, the number of training images.
     """
-    objective = partial(OBJECTIVES[settings["name"]], **objective_kwargs(settings))
+    objective = partial(OBJECTIVES[settings["name"]], **select_objective_kwargs(settings))
     if not settings.get("kl_decomposition"):
         return objective
 
     def with_kl_decomposition(vae: VAE, x: Tensor, noise: Tensor, beta: Tensor | float) -> LossTerms:
         terms = objective(vae, x, noise, beta)
-        return terms._replace(
-            extra_terms=terms.extra_terms | kl_decomposition(terms.posterior, noise, settings["num_train_images"])
-        )
+        parts = kl_decomposition(terms.posterior, noise, settings["num_train_images"])
+        return terms._replace(extra_terms=terms.extra_terms | parts)
 
     return with_kl_decomposition

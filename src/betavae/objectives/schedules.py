@@ -1,6 +1,6 @@
-"""Factors on beta and on the learning rate: pure functions of the global step, so that nothing is lost on resume.
+"""Schedules of beta: pure functions of the global step, so that resume needs no state.
 
-To add a schedule of beta, write a function `(step, total_steps, **settings) -> factor` and name it in `BETA_SCHEDULES`.
+To add a schedule, write a function `(step, total_steps, **settings) -> factor` and name it in `BETA_SCHEDULES`.
 """
 
 import math
@@ -8,17 +8,18 @@ from collections.abc import Callable
 
 
 def constant(step: int, total_steps: float) -> float:
+    """Return 1."""
     return 1.0
 
 
 def linear(step: int, total_steps: float, warmup: float) -> float:
-    """From 0 to 1 over the first `warmup` (a fraction of all steps), then 1 (Bowman et al. 2016)."""
+    """Rise from 0 to 1 over the first `warmup` (a fraction of all steps), then stay (Bowman et al. 2016)."""
     warmup_steps = warmup * total_steps
     return step / warmup_steps if step < warmup_steps else 1.0
 
 
 def cyclical(step: int, total_steps: float, cycles: int, ramp: float) -> float:
-    """`cycles` equal periods, each rising from 0 to 1 over its first `ramp` (a fraction), then 1 (Fu et al. 2019)."""
+    """Rise from 0 to 1 over the first `ramp` (a fraction) of each of `cycles` equal periods (Fu et al. 2019)."""
     position = step * cycles / max(1, total_steps)
     return min(1.0, (position - math.floor(position)) / ramp) if position < cycles else 1.0
 

@@ -1,6 +1,5 @@
-"""From a checked config to the data, the module and the trainer."""
+"""Build the data, the module and the trainer from validated settings."""
 
-import math
 import os
 import sys
 from typing import Any
@@ -10,28 +9,32 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from betavae.data.datamodule import MAX_DEVICE_BYTES, ImageDataModule
-from betavae.errors import UserError
-from betavae.models.cpu_kernels import use_fast_cpu_kernels
-from betavae.objectives import OBJECTIVES, objective_kwargs
-from betavae.objectives.schedules import BETA_SCHEDULES
+from betavae.data.datamodule import ImageDataModule
+from betavae.errors import UserError, first_line
+from betavae.module import VAEModule
 from betavae.runtime import lightning_workarounds
-from betavae.runtime.callbacks import CALLBACKS
-from betavae.runtime.checkpoint import SafeCheckpointIO, first_line
-from betavae.runtime.progress import EpochProgressBar, EpochSummary, ImageLogger, LastValidationMetrics
+from betavae.runtime.callbacks import (
+    CALLBACKS,
+    EpochProgressBar,
+    EpochSummary,
+    ImageLogger,
+    LastValidationMetrics,
+)
+from betavae.runtime.compile import compile_loss
+from betavae.runtime.cuda_graph import CUDAGraphSteps
 from betavae.runtime.resume import (
     DivergenceGuard,
     ExactResume,
     GracefulStop,
     ResumableEarlyStopping,
     RunCheckpoint,
+    SafeCheckpointIO,
     SignalHandler,
 )
 from betavae.runtime.run_folder import RunFolder
 from betavae.runtime.settings import check_signature
-from betavae.runtime.validation import check_validation
 
-# Arguments of Lightning's Trainer that are this project's business.
+# Arguments of Lightning's Trainer that this project sets.
 RESERVED_TRAINER_ARGS = (
     *("logger", "callbacks", "plugins", "default_root_dir", "enable_checkpointing", "enable_model_summary"),
     *("num_sanity_val_steps", "use_distributed_sampler", "reload_dataloaders_every_n_epochs", "barebones"),
@@ -46,48 +49,6 @@ def build_data(settings: dict[str, Any]) -> ImageDataModule:
     return datamodule
 
 
-def build_module(settings: dict[str, Any], datamodule: ImageDataModule) -> lightning_workarounds.MultiStepModule:
-    """`settings` are those of a whole run."""
-    objective = settings["objective"] | {"num_train_images": len(datamodule.splits["train"])}
-    schedule = settings["beta_schedule"]
-    own = objective_kwargs(objective)
-    check_signature("objective", OBJECTIVES[objective["name"]], own, "vae", "x", "noise", "beta")
-    own = {name: value for name, value in schedule.items() if name != "name"}
-    check_signature("beta_schedule", BETA_SCHEDULES[schedule["name"]], own, "step", "total_steps")
-    optimizer = dict(settings["optimizer"])
-    clips, precision = settings["trainer"]["gradient_clip_val"], settings["trainer"]["precision"]
-    if clips and "mixed" in precision and "fused" in optimizer:
-        optimizer["fused"] = False  # a fused one unscales gradients itself, after they would have been clipped
-    try:
-        module = lightning_workarounds.MultiStepModule(
-            model=settings["model"] | {"image_shape": datamodule.image_shape},
-            objective=objective,
-            optimizer=optimizer,
-            **{key: settings[key] for key in ("beta", "beta_schedule", "lr_schedule")},
-        )
-    except TypeError as error:  # of a network's or a likelihood's own settings
-        raise UserError(f"model: {error}") from error
-    except RuntimeError as error:
-        raise as_out_of_memory(error) from error
-    if settings["init"] == "data":
-        train = datamodule.splits["train"]
-        some = train.pixels.index_select(0, torch.arange(min(len(train), 60_000)))
-        module.vae.init_from_mean_image(some.float().mean(0) / 255)
-    if settings["trainer"]["accelerator"] == "cpu" or not gpu_available():
-        use_fast_cpu_kernels(module.vae)  # which a GPU would only launch more kernels for
-    return module
-
-
-def as_out_of_memory(error: Exception) -> Exception:
-    """A sentence for a model that memory does not hold."""
-    text = first_line(error)
-    if any(words in text for words in ("can't allocate memory", "not enough memory", "out of memory", "overflow")):
-        return UserError(
-            "model: it does not fit into memory; make model.hidden_dims or model.latent_dim smaller, or data.batch_size"
-        )
-    return error
-
-
 def build_callbacks(
     settings: dict[str, Any], run: RunFolder, signals: SignalHandler, has_validation: bool
 ) -> list[Callback]:
@@ -97,13 +58,13 @@ def build_callbacks(
         ExactResume(),
         EpochSummary(),
         LastValidationMetrics(),
-        ImageLogger(wanted["figures_every"], run.path / "figures"),
+        ImageLogger(wanted["figures_every_n_epochs"], run.path / "figures"),
         GracefulStop(signals, run.last),
         RunCheckpoint(filename="last", save_on_train_epoch_end=True, **checkpoints),  # type: ignore[arg-type]
     ]
     if has_validation:
         monitor = f"val/{wanted['monitor']}"
-        # Saved when it is validated, so before `last`, which remembers it.
+        # Saved after validation, and therefore before `last`, which contains its path.
         callbacks.append(RunCheckpoint(filename="best", monitor=monitor, save_on_train_epoch_end=False, **checkpoints))  # type: ignore
         if (patience := wanted["early_stopping_patience"]) is not None:
             callbacks.append(ResumableEarlyStopping(monitor, patience=patience, check_on_train_epoch_end=False))
@@ -120,14 +81,14 @@ def build_callbacks(
 
 def build_trainer(
     settings: dict[str, Any],
-    module: lightning_workarounds.MultiStepModule,
+    module: VAEModule,
     datamodule: ImageDataModule,
     callbacks: list[Callback],
 ) -> L.Trainer:
     wanted = dict(settings["trainer"])
     for key in wanted:
         if key in RESERVED_TRAINER_ARGS:
-            raise UserError(f"trainer.{key} is not a setting: this project sets it itself (see docs/settings.md)")
+            raise UserError(f"trainer.{key} is not a setting: betavae sets it (see docs/settings.md)")
     precision, accelerator = wanted["precision"], wanted["accelerator"]
     cpu = accelerator == "cpu" or (accelerator == "auto" and not gpu_available())
     if cpu and precision.startswith("16"):
@@ -140,13 +101,15 @@ def build_trainer(
             "trainer.precision=64-true is invalid: a Mac's GPU has no float64; pass trainer.accelerator=cpu"
         )
     if cpu and isinstance(wanted["devices"], int) and wanted["devices"] > (os.cpu_count() or 1):
-        raise UserError(f"trainer.devices={wanted['devices']} cannot be: there are {os.cpu_count()} CPU cores")
+        raise UserError(
+            f"trainer.devices={wanted['devices']} is invalid: expected at most {os.cpu_count()}, the CPU cores"
+        )
     wanted.pop("matmul_precision")
     mode, per_call, in_graph = wanted.pop("compile"), wanted.pop("steps_per_batch"), wanted.pop("cuda_graph")
     if in_graph:
-        check_cuda_graph(settings, datamodule)
+        check_cuda_graph(settings)
     if mode in ("reduce-overhead", "max-autotune") and wanted["accumulate_grad_batches"] > 1 and not cpu:
-        # The gradients of one replay lie where the next one writes (torch 2.11).
+        # The next replay overwrites the gradients of the last one (torch 2.11).
         raise UserError(f"trainer.compile={mode} is invalid with trainer.accumulate_grad_batches: expected true")
     if per_call > 1:
         clip, algorithm = wanted.pop("gradient_clip_val"), wanted.pop("gradient_clip_algorithm")
@@ -155,12 +118,11 @@ def build_trainer(
             raise UserError(
                 "trainer.gradient_clip_val with 16-mixed needs trainer.steps_per_batch=1 (trainer=fast makes it 10)"
             )
-        module.enable_multi_step(per_call, accumulate, clip, algorithm)
-        module.in_cuda_graph = in_graph
-        loader = lightning_workarounds.group_batches(datamodule.train_dataloader, per_call * accumulate, in_graph)
-        datamodule.train_dataloader = loader  # type: ignore[method-assign,assignment]
+        module.several_steps(per_call, datamodule.batch_size, accumulate, clip, algorithm)
+        datamodule.batch_size *= per_call * accumulate
+        module.cuda_graph = CUDAGraphSteps(module) if in_graph else None
     if mode:
-        lightning_workarounds.compile_loss(module, None if mode is True else mode)
+        compile_loss(module, None if mode is True else mode)
     if not len(datamodule.splits["validation"]):
         wanted["limit_val_batches"] = 0
     wanted.setdefault("profiler", lightning_workarounds.NoProfiler())
@@ -181,12 +143,11 @@ def build_trainer(
     return trainer
 
 
-def check_cuda_graph(settings: dict[str, Any], datamodule: ImageDataModule) -> None:
-    """Raise UserError for settings that `CUDAGraphSteps` has no graph for."""
+def check_cuda_graph(settings: dict[str, Any]) -> None:
+    """Raise UserError for settings that `CUDAGraphSteps` does not support."""
     trainer, optimizer = settings["trainer"], settings["optimizer"]
     cuda = trainer["accelerator"] in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     fused = optimizer["name"] in ("Adam", "AdamW") and optimizer.get("fused") is True
-    size = math.prod(datamodule.splits["train"].pixels.shape)
     clipped = trainer["gradient_clip_val"] and "mixed" in trainer["precision"]
     for wrong, remedy in (
         (not cuda, "a CUDA device"),
@@ -198,23 +159,10 @@ def check_cuda_graph(settings: dict[str, Any], datamodule: ImageDataModule) -> N
         (trainer["accumulate_grad_batches"] > 1, "trainer.accumulate_grad_batches=1"),
         (trainer["detect_anomaly"], "trainer.detect_anomaly=false"),
         (not fused, "optimizer=adam or adamw with optimizer.fused=true"),
-        (size > MAX_DEVICE_BYTES, f"training images of at most {MAX_DEVICE_BYTES:,} bytes"),
     ):
         if wrong:
-            raise UserError(f"trainer.cuda_graph=true is invalid here: it needs {remedy}")
+            raise UserError(f"trainer.cuda_graph=true is invalid: it needs {remedy}")
 
 
 def gpu_available() -> bool:
     return torch.cuda.is_available() or torch.backends.mps.is_available()
-
-
-def build(
-    settings: dict[str, Any], run: RunFolder, signals: SignalHandler
-) -> tuple[ImageDataModule, lightning_workarounds.MultiStepModule, L.Trainer]:
-    """All three, without loggers. Only the data folder is touched; raises UserError for what cannot be."""
-    datamodule = build_data(settings["data"])
-    module = build_module(settings, datamodule)
-    callbacks = build_callbacks(settings, run, signals, len(datamodule.splits["validation"]) > 0)
-    trainer = build_trainer(settings, module, datamodule, callbacks)
-    check_validation(settings, datamodule.splits, module, trainer.world_size)
-    return datamodule, module, trainer

@@ -503,7 +503,7 @@ def test_images_never_replace_foreign_files(tmp_path):
     assert sorted(before) == [f"{i:02d}.png" for i in range(12)]
     write_images(images, None, out)  # Files of this project may be replaced.
     (out / "11.png").write_bytes(b"a photograph")
-    with rejected("11.png is there already and was not made by betavae"):
+    with rejected("11.png already exists and was not made by betavae"):
         write_images(255 - images, None, out)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before | {"11.png": b"a photograph"}
     long = "x" * 251 + ".png"  # the longest name

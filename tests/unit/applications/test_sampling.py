@@ -11,7 +11,7 @@ from betavae.applications.sampling import SAMPLERS, Mixture, load_or_fit_sampler
 from betavae.errors import UserError
 from betavae.models.vae import VAE
 from betavae.runtime import checkpoint
-from betavae.storage.cache import file_hash
+from betavae.storage.cache import hash_file
 from tests.conftest import REPO
 from tests.unit.applications.conftest import save_vae
 
@@ -131,7 +131,7 @@ def test_too_few_images_are_rejected(run):
 
 @pytest.mark.parametrize("found", ["foreign", "damaged", "stale"])
 def test_cached_sampler_is_used_only_if_own_and_intact(run, capsys, found):
-    path = run.folder / f"sampler_gaussian_{file_hash(run.path)}.pt"
+    path = run.folder / f"sampler_gaussian_{hash_file(run.path)}.pt"
     wanted = load_or_fit_sampler("gaussian", run)
     whole = path.read_bytes()
     if found == "foreign":
@@ -140,7 +140,7 @@ def test_cached_sampler_is_used_only_if_own_and_intact(run, capsys, found):
         path.write_bytes(whole[:200] + b"\0" * 300 + whole[500:])
     else:
         load_or_fit_sampler("knn", run)
-        path.write_bytes((run.folder / f"sampler_knn_{file_hash(run.path)}.pt").read_bytes())
+        path.write_bytes((run.folder / f"sampler_knn_{hash_file(run.path)}.pt").read_bytes())
     assert all(map(torch.equal, load_or_fit_sampler("gaussian", run), wanted))
     if found == "foreign":
         assert path.read_text() == "my thesis" and "not made by betavae" in capsys.readouterr().out
@@ -161,5 +161,5 @@ def test_command_samples_a_label(vae, tmp_path, data_root):
     sampler = SAMPLERS["knn"](sample_posterior(run.vae, x[labels == 7]))
     wanted = run.vae.decode(sampler.sample(4, torch.Generator().manual_seed(0)))
     torch.testing.assert_close(torch.load(tmp_path / "a.pt", weights_only=True), wanted)
-    assert {item.name for item in path.parent.iterdir()} == {"lone.ckpt", f"sampler_knn_7_{file_hash(path)}.pt"}
+    assert {item.name for item in path.parent.iterdir()} == {"lone.ckpt", f"sampler_knn_7_{hash_file(path)}.pt"}
     assert path.read_bytes() == before

@@ -33,7 +33,7 @@ def test_log_prob_and_gradient_equal_torch_distributions(likelihood):
     torch.testing.assert_close(likelihood.mean(params), reference(likelihood, params).mean, rtol=1e-4, atol=1e-4)
 
 
-def test_the_continuous_bernoulli_near_zero_by_its_formula():
+def test_continuous_bernoulli_series_near_zero_is_exact():
     params = torch.tensor([-0.0499, -0.03, 0.02, 0.049], dtype=torch.float64).view(4, 1, 1, 1)
     x = torch.rand(4, 1, 1, 1, dtype=torch.float64)
     constant = (params / torch.tanh(params / 2)).log()
@@ -41,18 +41,18 @@ def test_the_continuous_bernoulli_near_zero_by_its_formula():
     torch.testing.assert_close(ContinuousBernoulli().log_prob(x, params), expected.flatten(), rtol=0, atol=1e-10)
 
 
-def test_which_of_them_is_a_probability():
-    found = {how: {name for name in LIKELIHOODS if LIKELIHOODS[name]().exact(how)} for how in ("none", "dynamic")}
+def test_is_discrete_for_binary_and_byte_likelihoods():
+    found = {how: {name for name in LIKELIHOODS if LIKELIHOODS[name]().is_discrete(how)} for how in ("none", "dynamic")}
     assert found == {"none": {"logistic_mixture"}, "dynamic": {"bernoulli"}}
 
 
-def test_numbers_that_are_no_log_likelihood_say_so_wherever_they_are(tmp_path):
+def test_surrogates_are_noted_in_record_table_and_log(tmp_path):
     np.save(tmp_path / "x.npy", np.random.default_rng(0).integers(0, 256, (60, 6, 6), dtype=np.uint8))
     names = ["bernoulli", "continuous_bernoulli", "gaussian", "logistic_mixture"]
     data = ["data=arrays", "data.root=x.npy", "data.validation_size=9", "data.test_size=9", "data.batch_size=9"]
     sweep = [f"model.likelihood={','.join(names)}", "hydra.sweep.dir=sweep", "trainer.max_epochs=1"]
     text = run("-m", *TINY, *data, *sweep, cwd=tmp_path)
-    notes = [LIKELIHOODS[name]().meaning("none") for name in names[:2]]
+    notes = [LIKELIHOODS[name]().describe("none") for name in names[:2]]
     assert "may be above 0" in notes[1] and "surrogate" in notes[0]
     for name, note in zip(names, [*notes, notes[1], None], strict=True):
         (path,) = tmp_path.glob(f"sweep/*likelihood_{name},*/metrics.json")
@@ -85,7 +85,7 @@ def test_large_logits_are_finite_with_the_right_gradient(likelihood, logit):
     torch.testing.assert_close(gradient, x - float(logit > 0) + slope)
 
 
-def test_continuous_bernoulli_is_a_density_with_that_mean_at_any_logit():
+def test_continuous_bernoulli_integrates_to_one():
     likelihood = ContinuousBernoulli()
     x = torch.linspace(0, 1, 20_001, dtype=torch.float64)
     for logit in (-40.0, -1.0, -0.049, 0.0, 1e-6, 0.051, 3.0, 40.0):

@@ -39,7 +39,7 @@ def test_all_bytes_together_have_probability_one(case):
 
 @given(parameters())
 @settings(max_examples=60, deadline=None)
-def test_log_prob_is_the_log_of_the_probabilities_and_finite_where_they_underflow(case):
+def test_log_prob_stays_finite_where_probabilities_underflow(case):
     components, params = case
     likelihood = LogisticMixture(components)
     log_prob = likelihood.log_prob(BYTES.view(-1, 1, 1, 1), params.expand(256, -1, 1, 1))
@@ -50,7 +50,7 @@ def test_log_prob_is_the_log_of_the_probabilities_and_finite_where_they_underflo
 
 
 @pytest.mark.parametrize("components", [1, 3])
-def test_probabilities_are_differences_of_the_logistic_distribution_function(components):
+def test_probabilities_are_differences_of_logistic_cdfs(components):
     logits, means, log_scales = torch.randn(3, components).double()
     log_scales = log_scales - 2
     params = one_pixel(components, logits=logits.tolist(), means=means.tolist(), log_scales=log_scales.tolist())
@@ -60,7 +60,7 @@ def test_probabilities_are_differences_of_the_logistic_distribution_function(com
     torch.testing.assert_close(LogisticMixture(components).probabilities(params).flatten(), expected)
 
 
-def test_log_prob_in_the_far_tail_is_its_straight_line():
+def test_log_prob_is_linear_in_the_far_tail():
     # P(b) of one logistic, far above its mean: e^-(distance of the lower edge) (1 - e^-width).
     params = one_pixel(1, logits=[0.0], means=[0.1], log_scales=[-9.0])
     scale = math.exp(-9)
@@ -73,13 +73,13 @@ def test_log_prob_in_the_far_tail_is_its_straight_line():
 @pytest.mark.parametrize("byte", [0, 1, 77, 254, 255])
 @pytest.mark.parametrize("log_scale", [-8.0, -4.0, 0.0, 6.0])
 @pytest.mark.parametrize("mean", [-2.0, 0.3, 3.0])
-def test_gradient_equals_finite_differences_in_the_tails_too(byte, log_scale, mean):
+def test_gradient_equals_finite_differences_in_the_tails(byte, log_scale, mean):
     params = one_pixel(2, logits=[0.5, -0.5], means=[mean, 0.6], log_scales=[log_scale, log_scale + 0.5])
     x = torch.full((1, 1, 1, 1), byte).double() / 255
     assert torch.autograd.gradcheck(LogisticMixture(2).log_prob, (x, params.requires_grad_()), eps=1e-7, rtol=1e-4)
 
 
-def test_shapes_samples_and_channels_are_those_of_any_likelihood():
+def test_mixture_has_the_shapes_of_any_likelihood():
     likelihood = LogisticMixture(2)
     params = torch.randn(3, 4, 6 * 3, 5, 7)
     x = torch.randint(256, (4, 3, 5, 7)) / 255
@@ -92,7 +92,7 @@ def test_shapes_samples_and_channels_are_those_of_any_likelihood():
     assert likelihood.mean(params).shape == likelihood.sample(params).shape == (3, 4, 3, 5, 7)
 
 
-def test_half_precision_parameters_are_read_in_the_precision_of_the_images():
+def test_half_precision_params_are_read_at_image_precision():
     likelihood = LogisticMixture(3)
     params = torch.randn(2, 9, 4, 4).bfloat16().requires_grad_()
     x = torch.randint(256, (2, 1, 4, 4)) / 255
@@ -102,7 +102,7 @@ def test_half_precision_parameters_are_read_in_the_precision_of_the_images():
     assert torch.autograd.grad(value.sum(), params)[0].dtype == torch.bfloat16
 
 
-def test_single_precision_is_within_a_thousandth_of_a_nat_per_image():
+def test_float32_is_within_a_thousandth_of_a_nat():
     likelihood = LogisticMixture(3)
     params = torch.randn(8, 9, 28, 28) * torch.tensor([1.0, 0.5, 2.0]).repeat_interleave(3).view(9, 1, 1)
     params[:, 6:] -= 3
@@ -113,7 +113,7 @@ def test_single_precision_is_within_a_thousandth_of_a_nat_per_image():
 
 @given(parameters(largest=2.0))
 @settings(max_examples=30, deadline=None)
-def test_mean_is_that_of_the_bytes_to_half_a_byte(case):
+def test_mean_is_within_half_a_byte_of_the_byte_mean(case):
     components, params = case
     likelihood = LogisticMixture(components)
     expected = (likelihood.probabilities(params) * BYTES).sum().item()
@@ -122,9 +122,9 @@ def test_mean_is_that_of_the_bytes_to_half_a_byte(case):
 
 @pytest.mark.parametrize("components", [1, 3])
 @pytest.mark.parametrize("level", [0.0, 0.2, 1.0])
-def test_params_of_have_about_that_mean(components, level):
+def test_params_from_mean_have_about_that_mean(components, level):
     likelihood = LogisticMixture(components)
-    params = likelihood.params_of(torch.full((2, 4, 5), level))
+    params = likelihood.params_from_mean(torch.full((2, 4, 5), level))
     assert params.shape == (3 * components * 2, 4, 5)
     assert likelihood.mean(params.unsqueeze(0)) == pytest.approx(torch.full((1, 2, 4, 5), level), abs=0.08)
 
@@ -143,7 +143,7 @@ def test_samples_follow_the_probabilities():
     assert statistic < chi2.ppf(1 - 1e-4, int(common.sum()))
 
 
-def test_beyond_the_largest_scale_nothing_changes_and_nothing_pulls():
+def test_scales_beyond_the_limit_are_clamped_without_gradient():
     likelihood = LogisticMixture(1)
     x = torch.full((1, 1, 1, 1), 0.4).double()
     at, beyond = (one_pixel(1, logits=[0.0], means=[0.1], log_scales=[MAX_LOG_SCALE * factor]) for factor in (1, 2))

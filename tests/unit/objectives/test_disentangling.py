@@ -34,7 +34,7 @@ def aggregate(posterior):
 
 
 @pytest.mark.parametrize("sampling", ["stratified", "weighted"])
-def test_with_the_whole_set_for_a_batch_the_parts_are_exact(sampling):
+def test_kl_parts_are_exact_for_the_whole_data_set(sampling):
     posterior = Posterior(torch.randn(6, 3, dtype=torch.float64), torch.randn(6, 3, dtype=torch.float64))
     noise = torch.randn(5, 6, 3, dtype=torch.float64)
     parts = kl_decomposition(posterior, noise, num_train_images=6, sampling=sampling)
@@ -48,7 +48,7 @@ def test_with_the_whole_set_for_a_batch_the_parts_are_exact(sampling):
     torch.testing.assert_close(parts["dimension_wise_kl"], (log_product - log_pz).mean(0))
 
 
-def test_the_estimate_of_q_is_unbiased_over_batches():
+def test_stratified_sampling_is_unbiased_for_q():
     """The mean over every batch of 3 of 6 images that has image 0 in it is q(z) of all six."""
     posterior = Posterior(torch.randn(6, 2, dtype=torch.float64), torch.randn(6, 2, dtype=torch.float64))
     noise = torch.randn(1, 1, 2, dtype=torch.float64)
@@ -62,7 +62,7 @@ def test_the_estimate_of_q_is_unbiased_over_batches():
     torch.testing.assert_close(torch.stack(estimates).mean(), aggregate(posterior)[0].log_prob(z).exp())
 
 
-def test_weighted_sampling_counts_each_image_of_the_batch_alike_and_has_the_papers_gradient():
+def test_weighted_sampling_has_the_gradient_of_the_paper():
     """Chen et al. 2018, equation 5: log q(z) is about log 1 / (N B) sum_j q(z|x_j), z's own image among the j."""
     mean = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
     posterior, noise = Posterior(mean, torch.zeros(6, 3, dtype=torch.float64)), torch.randn(1, 6, 3).double()
@@ -77,7 +77,7 @@ def test_weighted_sampling_counts_each_image_of_the_batch_alike_and_has_the_pape
     torch.testing.assert_close(*gradients)
 
 
-def test_parts_of_one_dimension_have_no_total_correlation_and_of_one_image_no_information():
+def test_kl_parts_vanish_for_one_dimension_or_one_image():
     one = Posterior(torch.randn(6, 1), torch.randn(6, 1))
     assert kl_decomposition(one, torch.randn(2, 6, 1), 6)["total_correlation"].abs().max() < 1e-5
     alone = Posterior(torch.randn(1, 4), torch.randn(1, 4))
@@ -86,7 +86,7 @@ def test_parts_of_one_dimension_have_no_total_correlation_and_of_one_image_no_in
     assert parts["total_correlation"].abs().max() < 1e-5
 
 
-def test_two_equal_dimensions_have_the_total_correlation_of_the_closed_form():
+def test_total_correlation_of_equal_dimensions_is_exact():
     """z_1 and z_2 are the same standard normal but for noise of variance s2 each: TC is -log(1 - r^2) / 2."""
     n, s2 = 4000, 0.25
     position = D.Normal(0.0, 1.0).icdf((torch.arange(n, dtype=torch.float64) + 0.5) / n)
@@ -99,10 +99,10 @@ def test_two_equal_dimensions_have_the_total_correlation_of_the_closed_form():
     assert parts["mutual_information"].mean().item() == pytest.approx(information, abs=0.04)
 
 
-def test_tc_is_the_elbo_with_another_weight_on_one_part(vae, x):
+def test_beta_tcvae_reweights_one_part_of_the_elbo(vae, x):
     noise = torch.randn(4, 7, 3, dtype=torch.float64)
     reference = elbo(vae, x, noise, 1.0)
-    at_1, at_6 = (beta_tcvae(vae, x, noise, beta, num_train_images=7) for beta in (1.0, 6.0))
+    at_1, at_6 = (beta_tcvae(vae, x, noise, beta, num_train_images=7, sampling="stratified") for beta in (1.0, 6.0))
     torch.testing.assert_close(at_1.loss, reference.loss)
     joint, marginals = aggregate(vae.encode(x))
     z = vae.encode(x).rsample(noise)
@@ -115,9 +115,9 @@ def test_tc_is_the_elbo_with_another_weight_on_one_part(vae, x):
     torch.testing.assert_close(at_6.extra_terms["total_correlation"], correlation.mean(0))
 
 
-def test_tcs_gradient_is_that_of_finite_differences(vae, x):
+def test_beta_tcvae_gradient_equals_finite_differences(vae, x):
     noise, weight = torch.randn(1, 7, 3, dtype=torch.float64), vae.encoder[1].weight
-    loss = lambda: beta_tcvae(vae, x, noise, 4.0, num_train_images=50).loss  # noqa: E731
+    loss = lambda: beta_tcvae(vae, x, noise, 4.0, num_train_images=50, sampling="stratified").loss  # noqa: E731
     (gradient,) = torch.autograd.grad(loss(), weight)
     for place in ((0, 0), (3, 4), (7, 5)):
         with torch.no_grad():
@@ -131,8 +131,9 @@ def test_tcs_gradient_is_that_of_finite_differences(vae, x):
 
 @pytest.mark.parametrize("images", [1, 7])
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_one_latent_dimension_and_one_image_are_enough(x, name, images):
+def test_objectives_accept_one_dimension_and_one_image(x, name, images):
     own = {"dip_vae": {"variant": "i", "off_diagonal": 2.0, "diagonal": 5.0}, "capacity_vae": {"gamma": 9.0}}
+    own["beta_tcvae"] = {"sampling": "stratified"}
     objective = build_objective({"name": name, "kl_decomposition": True, "num_train_images": 9, **own.get(name, {})})
     vae = VAE(**SMALL | {"latent_dim": 1}).double()
     terms = objective(vae, x[:images], torch.randn(2, images, 1, dtype=torch.float64), 2.0)
@@ -142,7 +143,7 @@ def test_one_latent_dimension_and_one_image_are_enough(x, name, images):
 
 
 @pytest.mark.parametrize("variant", ["i", "ii"])
-def test_dip_prices_a_covariance_that_is_not_the_identity(vae, x, variant):
+def test_dip_vae_penalizes_a_covariance_off_the_identity(vae, x, variant):
     noise = torch.randn(1, 7, 3, dtype=torch.float64)
     reference = elbo(vae, x, noise, 3.0)
     mean, logvar = vae.encode(x)
@@ -156,14 +157,14 @@ def test_dip_prices_a_covariance_that_is_not_the_identity(vae, x, variant):
     )
     terms = dip_vae(vae, x, noise, 3.0, variant, off_diagonal=2.0, diagonal=5.0)
     torch.testing.assert_close(terms.loss, reference.loss + price)
-    torch.testing.assert_close(terms.extra_terms["covariance_price"], price.expand(7))
+    torch.testing.assert_close(terms.extra_terms["covariance_penalty"], price.expand(7))
     weight = vae.encoder[1].weight
     whole, without = (torch.autograd.grad(loss, weight)[0] for loss in (terms.loss, reference.loss))
     (of_price,) = torch.autograd.grad(price, weight)
     torch.testing.assert_close(whole - without, of_price)
 
 
-def test_capacity_holds_the_kl_at_beta_nats(vae, x):
+def test_capacity_vae_holds_the_kl_at_beta_nats(vae, x):
     noise = torch.randn(1, 7, 3, dtype=torch.float64)
     reference = elbo(vae, x, noise, 1.0)
     recon, kl = reference.recon.mean(), reference.kl.sum(1).mean()
@@ -173,11 +174,11 @@ def test_capacity_holds_the_kl_at_beta_nats(vae, x):
     torch.testing.assert_close(capacity_vae(vae, x, noise, 0.0, gamma=4.0).loss, elbo(vae, x, noise, 4.0).loss)
 
 
-def test_any_objective_can_tell_the_parts(vae, x):
+def test_any_objective_can_log_the_kl_decomposition(vae, x):
     noise = torch.randn(2, 7, 3, dtype=torch.float64)
     parts = kl_decomposition(vae.encode(x), noise, 20)
     own = {
-        "beta_tcvae": {"num_train_images": 20},
+        "beta_tcvae": {"num_train_images": 20, "sampling": "stratified"},
         "dip_vae": {"variant": "i", "off_diagonal": 1.0, "diagonal": 1.0},
         "capacity_vae": {"gamma": 1.0},
     }

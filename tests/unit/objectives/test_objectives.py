@@ -35,7 +35,7 @@ def tutorial_loss(vae, x, noise):
     return bce, kld
 
 
-def test_loss_recon_kl_and_gradients_equal_the_tutorials(vae, x):
+def test_elbo_and_gradients_equal_the_tutorial(vae, x):
     noise = torch.randn(1, 16, 20)
     terms = elbo(vae, x, noise, beta=1.0)
     bce, kld = tutorial_loss(vae, x, noise[0])
@@ -64,7 +64,7 @@ def test_terms_equal_torch_distributions_with_several_samples(vae, x):
     torch.testing.assert_close(terms.posterior.mean, posterior.mean)
 
 
-def test_beta_scales_exactly_the_kls_gradient(vae, x):
+def test_beta_scales_only_the_gradient_of_the_kl(vae, x):
     noise, weights = torch.randn(1, 16, 20), [vae.encoder[1].weight, vae.decoder[2].weight]
     gradient = {b: torch.autograd.grad(elbo(vae, x, noise, b).loss, weights) for b in (0.0, 1.0, 4.0)}
     for at_0, at_1, at_4 in zip(*gradient.values(), strict=True):
@@ -72,7 +72,7 @@ def test_beta_scales_exactly_the_kls_gradient(vae, x):
     assert torch.equal(gradient[0.0][1], gradient[4.0][1])  # the decoder does not see the KL
 
 
-def test_a_batch_is_the_mean_of_its_images(vae, x):
+def test_batch_loss_is_the_mean_over_its_images(vae, x):
     noise = torch.randn(1, 16, 20)
     whole = elbo(vae, x, noise, 2.0)
     alone = [elbo(vae, x[[i]], noise[:, [i]], 2.0) for i in range(16)]
@@ -98,7 +98,7 @@ def gradients(loss, vae):
 
 
 @pytest.mark.parametrize("beta", [1.0, 0.3])
-def test_iwae_and_its_gradient_equal_the_plain_estimators(vae, x, beta):
+def test_iwae_and_gradient_equal_the_plain_estimator(vae, x, beta):
     vae, x = vae.double(), x.double()
     noise = torch.randn(6, 16, 20, dtype=torch.float64)
     mean, logvar = vae.encode(x)
@@ -119,7 +119,7 @@ def test_iwae_and_its_gradient_equal_the_plain_estimators(vae, x, beta):
 
 
 @pytest.mark.parametrize("beta", [1.0, 0.3])
-def test_dreg_has_iwaes_expected_gradient(beta):
+def test_dreg_has_the_expected_gradient_of_iwae(beta):
     """The expectation over both samples' noise is an integral in the plane: by Gauss-Hermite quadrature, exactly."""
     vae, x = VAE(**TINY).double(), torch.tensor([1.0, 0, 1, 1], dtype=torch.float64).view(1, 1, 2, 2)
     with torch.no_grad():
@@ -136,7 +136,7 @@ def test_dreg_has_iwaes_expected_gradient(beta):
     torch.testing.assert_close(expected[dreg], expected[iwae], rtol=1e-4, atol=1e-5)
 
 
-def test_dregs_encoder_gradient_has_less_noise_and_the_decoders_is_iwaes(vae, x):
+def test_dreg_encoder_gradient_has_less_variance(vae, x):
     encoder, decoder = vae.encoder[3].weight, vae.decoder[2].weight
     draws = {iwae: [], dreg: []}
     for _ in range(40):
@@ -150,7 +150,7 @@ def test_dregs_encoder_gradient_has_less_noise_and_the_decoders_is_iwaes(vae, x)
 
 @pytest.mark.parametrize("resample", [1, 3])
 @pytest.mark.parametrize("beta", [1.0, 0.3])
-def test_resampled_dreg_has_dregs_value_and_its_gradient_in_the_mean_over_draws(beta, resample):
+def test_resampled_dreg_has_the_expected_gradient_of_dreg(beta, resample):
     vae, image = VAE(**TINY).double(), torch.tensor([1.0, 0, 1, 1], dtype=torch.float64).view(1, 1, 2, 2)
     with torch.no_grad():
         for parameter in vae.parameters():
@@ -169,7 +169,7 @@ def test_resampled_dreg_has_dregs_value_and_its_gradient_in_the_mean_over_draws(
         torch.testing.assert_close(dreg(vae, image, noise, beta, resample).loss, whole.loss)
 
 
-def test_under_autocast_the_kl_is_summed_in_full_precision():
+def test_kl_is_summed_in_float32_under_autocast():
     vae, x, noise = VAE(**MODEL), torch.rand(64, 1, 28, 28), torch.randn(1, 64, 20)
     vae.encoder[-1].bias.data[:20] += 1.3  # a KL of 17 nats, whose next neighbours in bfloat16 are 0.125 away
     with torch.autocast("cpu", torch.bfloat16):

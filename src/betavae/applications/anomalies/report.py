@@ -17,8 +17,8 @@ from betavae.applications.anomalies.detector import (
 )
 from betavae.applications.trained_run import TrainedRun
 from betavae.errors import UserError
-from betavae.plotting import imshow, make_grid, new_figure, reconstructions
-from betavae.storage.cache import file_hash, load_or_compute
+from betavae.plotting import create_figure, draw_image, make_grid, stack_reconstructions
+from betavae.storage.cache import hash_file, load_or_compute
 from betavae.storage.files import STAMP, atomic_path
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def load_or_fit_detector(run: TrainedRun, data_root: str | None = None) -> Detec
 
 def detector_path(run: TrainedRun) -> Path:
     """Return the path of a run's cached detector."""
-    return run.folder / f"anomalies-{file_hash(run.path)}.pt"
+    return run.folder / f"anomalies-{hash_file(run.path)}.pt"
 
 
 def load_cached_detector(run: TrainedRun) -> Detector | None:
@@ -127,7 +127,7 @@ def draw_histogram(detector: Detector, result: ScoredImages) -> "Figure":
     # The axis ends half the calibration's range beyond it, since one score may be a thousand times as high.
     margin = 0.5 * max(float(calibration.max() - calibration.min()), 1e-9)
     low, high = float(calibration.min()) - margin, float(calibration.max()) + margin
-    figure = new_figure(6, 3)
+    figure = create_figure(6, 3)
     axes = figure.add_subplot()
     for name, scores in {"validation images": calibration, "these images": result.scores[result.score]}.items():
         clamped = scores.nan_to_num(high).clamp(low, high)
@@ -140,11 +140,11 @@ def draw_histogram(detector: Detector, result: ScoredImages) -> "Figure":
 def draw_extremes(pixels: Tensor, result: ScoredImages) -> "Figure":
     """Draw the 32 images with the highest and the 32 with the lowest scores."""
     order = result.scores[result.score].argsort(descending=True)
-    figure = new_figure(6, 3)
+    figure = create_figure(6, 3)
     for axes, title, index in zip(
         figure.subplots(1, 2), ("most anomalous", "least anomalous"), (order[:32], order.flip(0)[:32]), strict=True
     ):
-        imshow(axes, make_grid(pixels[index].float() / 255, 8))
+        draw_image(axes, make_grid(pixels[index].float() / 255, 8))
         axes.set_title(title, fontsize=9)
     return figure
 
@@ -154,7 +154,7 @@ def draw_roc(result: ScoredImages, is_inlier: Sequence[bool]) -> "Figure":
     from sklearn.metrics import roc_curve
 
     false_positives, true_positives, _ = roc_curve([not i for i in is_inlier], result.scores[result.score].numpy())
-    figure = new_figure(3.5, 3.5)
+    figure = create_figure(3.5, 3.5)
     axes = figure.add_subplot()
     axes.plot(false_positives, true_positives)
     axes.set_xlabel("false-alarm rate")
@@ -176,7 +176,7 @@ def draw_flagged_images(detector: Detector, pixels: Tensor, result: ScoredImages
     position = (detector.compute_heat_maps(x).numpy() + HEAT_MAP_RANGE) / (2 * HEAT_MAP_RANGE)
     maps = torch.from_numpy(colormaps["coolwarm"](position)[..., :3]).movedim(-1, 1)
     columns = min(8, len(x))
-    rows = reconstructions(detector.vae, x).unflatten(0, (-1, 2, columns)).expand(-1, -1, -1, 3, -1, -1)
+    rows = stack_reconstructions(detector.vae, x).unflatten(0, (-1, 2, columns)).expand(-1, -1, -1, 3, -1, -1)
     maps = torch.cat((maps, maps.new_zeros(-len(x) % columns, *maps.shape[1:]))).unflatten(0, (-1, 1, columns))
     return make_grid(torch.cat((rows, maps.to(rows)), 1).flatten(0, 2), columns)
 

@@ -122,7 +122,7 @@ def load_model(name: str, run: TrainedRun, images: ImageSet, p_values: PValueFun
     # Evenly spaced, since a test set may be sorted.
     index = torch.linspace(0, len(images) - 1, min(REFERENCE_IMAGES, len(images))).round().long()
     groups = importance_bounds(run.vae, select_pixels(images, index), [ELBO_SAMPLES])
-    reference = torch.cat([group.distortion + group.kl.sum(1) for group in groups])
+    reference = torch.cat([group.recon + group.kl.sum(1) for group in groups])
     return LoadedModel(name, run, posterior.mean, gaussian_kl(posterior).mean(0), reference.sort().values, p_values)
 
 
@@ -197,7 +197,7 @@ def decode_latents(model: LoadedModel, z: Tensor) -> Tensor:
 def encode_image(model: LoadedModel, x: Tensor) -> tuple[Tensor, list[Score]]:
     """Compute the posterior mean `(latent_dim,)` and the scores of an image `(C, H, W)` in [0, 1]."""
     (bounds,) = importance_bounds(model.vae, x[None], [ELBO_SAMPLES], SEED)
-    recon, kl = bounds.distortion.item(), bounds.kl.sum().item()
+    recon, kl = bounds.recon.item(), bounds.kl.sum().item()
     percentile = compute_percentile(model.reference, recon + kl)
     scores = [
         Score("neg. ELBO", recon + kl, "nats", f"recon + KL, from {ELBO_SAMPLES} posterior samples"),

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from betavae.data.image_io import UnreadablePicture, read_image
+from betavae.data.image_io import UnreadableImage, read_image
 from betavae.data.loader import binarize_pixels
 from betavae.errors import UserError
 
@@ -43,7 +43,7 @@ def read_upload(
     """
     try:
         pixels, _ = read_image(io.BytesIO(content), shape, fit, background, MAX_PIXELS, own_size=center)
-    except UnreadablePicture as error:
+    except UnreadableImage as error:
         raise UserError(f"this picture is not readable ({error})") from error
     if invert:
         pixels = 255 - pixels
