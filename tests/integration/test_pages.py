@@ -157,8 +157,8 @@ def test_compressed_and_back(place, pictures, tmp_path):
     printed = told("compression.md", place, "trainer.limit_train_batches=3")
     train, compress, decompress, train_binary, compress_binary = printed.values()
     assert "bits per dimension" in train
-    assert "decoded and compared" in compress and "PNG" in compress and (place / "images.png").exists()
-    assert "1,302 images, as they were" in decompress
+    assert "decompressed and compared" in compress and "PNG" in compress and (place / "images.png").exists()
+    assert "1,302 images decompressed" in decompress and "checksum correct" in decompress
     assert "nats per image" in train_binary and "binarized: above 127 is 1" in compress_binary
     from betavae.data.image_io import read_images
 
@@ -191,7 +191,7 @@ def what_a_compressed_file_would_replace_stays_until_it_is_verified(place, model
     compress(f"out={ours}")
     before = ours.read_bytes()
     wrong = compress("images=PICTURES/b.png", f"out={ours}", prepare=break_decompress, code=1)
-    assert "would not give the images back" in wrong
+    assert "decompression did not return the same images" in wrong
     assert ours.read_bytes() == before and list(tmp_path.iterdir()) == [ours]
     compress("images=PICTURES/b.png", f"out={ours}")
     assert ours.read_bytes() != before
@@ -201,7 +201,7 @@ def what_a_compressed_file_would_replace_stays_until_it_is_verified(place, model
         ("foreign.bvae", "foreign.bvae already exists and was not made by betavae"),
         ("ours.bvae", "ours.png already exists and was not made by betavae"),
         ("foreign.bvae/images.bvae", "cannot write"),
-        ("new.png", "name FILE.bvae"),
+        ("new.png", "expected FILE.bvae"),
     ):  # before anything else: there is no such model
         assert message in compress(f"out={tmp_path / out}", "ckpt=nothing", "report=true", code=1)
     assert ". already exists" in compress("out=.", "ckpt=nothing", "report=true", code=1)
