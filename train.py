@@ -1,22 +1,24 @@
 """Train a (β-)VAE: `python train.py model.latent_dim=20 beta=1.0`. All settings: `python train.py --help`."""
 
+import hydra
 from omegaconf import DictConfig
 
-from betavae.runtime.cli import gc_paused, train_command
-from betavae.sweeps.jobs import run_job
+from betavae.runtime.cli import gc_paused
+from betavae.runtime.hydra_config import CONFIGS, hydra_command, hydra_job, is_multirun
+from betavae.sweeps.jobs import run_job, sweep_summary
 
 
-@train_command
+@hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")
 def main(cfg: DictConfig) -> float:
-    return run_job(train, cfg)
+    with hydra_job():
+        if is_multirun():
+            return run_job(cfg)
+        with gc_paused():  # here, so that --help does not wait for torch
+            from betavae.runtime.training import train
 
-
-def train(cfg: DictConfig) -> float:
-    with gc_paused():  # here, so that --help and jobs that are finished do not wait for torch
-        from betavae.runtime import training
-
-    return training.train(cfg)
+        return train(cfg)
 
 
 if __name__ == "__main__":
-    main()
+    with hydra_command(), sweep_summary():
+        main()

@@ -3,14 +3,11 @@
 Bits-back coding by a model whose likelihood is a probability of what the images are; see docs/compression.md.
 """
 
-# mypy: disable-error-code="valid-type"
-
 from pathlib import Path
 
 from pydantic import Field
 
-from betavae.runtime.cli import DataSettings, gc_paused, script_command
-from betavae.runtime.command_line import argument
+from betavae.runtime.cli import DataSettings, argument, gc_paused, script_command
 from betavae.runtime.settings import ImageSpec, PathStr, PositiveInt
 
 
@@ -80,7 +77,7 @@ def main(settings: Settings) -> None:
     remark = f"PNG and WebP, each alone: by the first {PICTURES:,} images" if settings.report and n > PICTURES else ""
     if settings.report:
         rows |= baseline_sizes(found.pixels)
-        plotting.save_figure(plotting.bits_figure(rows, remark), picture)
+        plotting.save_figure(plotting.plot_bits(rows, remark), picture)
     print(f"{'bits per pixel and channel':28}{'each alone':>12}{'all in one':>12}")
     for name, (alone, together) in rows.items():
         print(f"{name:28}{'' if alone is None else format(alone, '.4f'):>12}{together:12.4f}")

@@ -1,6 +1,4 @@
-"""Latents to pictures: `python scripts/decode.py latents=latents.npz out=FOLDER [ckpt=PATH]`."""
-
-# mypy: disable-error-code="valid-type"
+"""Decode a file of latents into images: `python scripts/decode.py latents=latents.npz out=FOLDER [ckpt=PATH]`."""
 
 from pathlib import Path
 
@@ -11,10 +9,8 @@ from betavae.runtime.settings import PathStr
 
 
 class Settings(ModelSettings):
-    latents: PathStr = Field(
-        "latents.npz", title="FILE.npz or .csv of encode.py, or FILE.npy of latents (N, latent_dim)"
-    )
-    out: PathStr = Field("decoded", title="a folder, for a PNG of each")
+    latents: PathStr = Field("latents.npz", title="a file of encode.py, or FILE.npy of latents (N, latent_dim)")
+    out: PathStr = Field("decoded", title="folder for one PNG per image")
 
 
 @script_command(Settings)
@@ -23,20 +19,20 @@ def main(settings: Settings) -> None:
         from tqdm import tqdm
 
         from betavae import plotting
-        from betavae.applications import latents
+        from betavae.applications.latents import BATCH_SIZE, load_latents
         from betavae.data.file_listing import png_filenames
         from betavae.runtime import checkpoint
 
     run = checkpoint.load(settings.ckpt, settings.runs)
-    names, z = latents.load_latents(Path(settings.latents), run.vae.latent_dim)
+    names, z = load_latents(Path(settings.latents), run.vae.latent_dim)
     files = png_filenames(names, settings.out)
-    done = tqdm(total=len(z), desc="decoding", unit="", disable=None)
-    for part_names, part in zip(latents.chunks(files), z.split(latents.CHUNK), strict=True):
-        for file, image in zip(part_names, run.vae.decode(part), strict=True):
-            plotting.save_image(image, Path(settings.out) / file, scale=1)
-        done.update(len(part))
-    done.close()
-    print(f"{len(z):,} pictures by {run.path} in {settings.out}/")
+    with tqdm(total=len(z), desc="decoding", unit=" images", disable=None) as bar:
+        for start in range(0, len(z), BATCH_SIZE):
+            batch = slice(start, start + BATCH_SIZE)
+            for file, image in zip(files[batch], run.vae.decode(z[batch]), strict=True):
+                plotting.save_image(image, Path(settings.out) / file, scale=1)
+                bar.update()
+    print(f"{len(z):,} images decoded by {run.path}, saved to {settings.out}/")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
 """The images of a compressed file, bit for bit: `python scripts/decompress.py file=FILE.bvae out=FOLDER|FILE.npy`."""
 
-# mypy: disable-error-code="valid-type"
-
 from pathlib import Path
 
 from pydantic import Field

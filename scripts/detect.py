@@ -1,29 +1,26 @@
-"""Images that are not of the model's kind: `python scripts/detect.py images=PATH|DATASET [ckpt=PATH alarm=0.01]`.
+"""Flag images unlike the training images: `python scripts/detect.py images=PATH|DATASET [ckpt=PATH alpha=0.01]`.
 
-Scores, p-values and flags of each in scores.csv, and pictures. What is needed for that is fitted to training images and
-calibrated by validation images when it is first asked for, and kept beside the checkpoint. See docs/anomalies.md.
+Saves scores, p-values and flags of all images in scores.csv, and figures. The first call fits a detector to training
+and validation images and saves it beside the checkpoint. See docs/anomalies.md.
 """
 
-# mypy: disable-error-code="valid-type"
-
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import Field
 
 from betavae.runtime.cli import DataSettings, gc_paused, script_command
-from betavae.runtime.settings import ImageSpec, NonEmptyStr, constrained
+from betavae.runtime.settings import ImageSpec, NonEmptyStr
 
 
 class Settings(DataSettings):
-    images: ImageSpec = Field("test", title="pictures (folder, file, list); .npy, .npz; test, train, ...; a data set")
-    alarm: constrained(float, "a number above 0 and below 1", gt=0, lt=1) = Field(
-        0.01, title="flags at most this share of images of the training kind"
+    images: ImageSpec = Field("test", title="images: a folder, file or list; .npy, .npz; test, train, ...; a data set")
+    alpha: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.01, title="highest false-alarm rate, and the p-value up to which an image is flagged"
     )
     score: NonEmptyStr = Field("combined", title="combined, dose_svm, dose, neg_elbo")
-    inliers: constrained(list[int | str], "a list of labels") = Field(
-        [], title="labels that are of the training kind: a ROC curve"
-    )
-    out: NonEmptyStr = Field("anomalies", title="a folder")
+    inliers: list[int | str] = Field([], title="labels of ordinary images, for a ROC curve and detection metrics")
+    out: NonEmptyStr = Field("anomalies", title="folder for the table and the figures")
 
 
 @script_command(Settings)
@@ -32,53 +29,45 @@ def main(settings: Settings) -> None:
         from betavae import plotting
         from betavae.applications.anomalies import report
         from betavae.applications.anomalies.detector import false_alarm_rate
-        from betavae.errors import UserError
         from betavae.runtime import checkpoint
         from betavae.runtime.inputs import is_dataset_name, resolve_images
-        from betavae.runtime.run_folder import REPORT, check_mark, claim_folder
+        from betavae.runtime.run_folder import REPORT, check_claim, claim_folder
         from betavae.storage.files import has_stamp
 
     out = Path(settings.out).expanduser()
-    check_mark(out, REPORT, "out")  # before what takes a while
+    check_claim(out, REPORT, "out")
     run = checkpoint.load(settings.ckpt, settings.runs)
-    found = resolve_images(run, settings.images, settings.data_root)
-    inside: list[bool] | None = None
-    if settings.inliers:
-        wanted = {str(label) for label in settings.inliers}
-        inside = [str(label) in wanted for label in found.labels or []]
-        if len(set(inside)) < 2:
-            named = ", ".join(sorted({str(label) for label in found.labels or []})[:20]) or "none"
-            raise UserError(
-                f"inliers={settings.inliers} cannot be: some images must have these labels, and some others; labels "
-                f"here: {named}"
-            )
-    # With another data set to look at, data_root is where that one is.
-    other = is_dataset_name(settings.images) and settings.images != run.data.get("name")
-    detector = report.detector(run, None if other else settings.data_root)
-    report.check_score(detector, settings.score)
+    images = resolve_images(run, settings.images, settings.data_root)
+    is_inlier = report.match_inliers(images.labels, settings.inliers) if settings.inliers else None
+    # If `images` names another data set, data_root is the folder of that one.
+    is_other = is_dataset_name(settings.images) and settings.images != run.data.get("name")
+    detector = report.load_or_fit_detector(run, None if is_other else settings.data_root)
+    detector.check_calibrated(settings.score)
     calibration = len(detector.state["calibration"][settings.score])
-    rate = false_alarm_rate(settings.alarm, calibration)
+    rate = false_alarm_rate(settings.alpha, calibration)
     claim_folder(out, REPORT, "out")
-    result = report.score_images(detector, found.pixels, settings.score, settings.alarm)
-    if inside is None and has_stamp(out / "roc.png"):
-        (out / "roc.png").unlink()  # of other images
-    report.write_table(result, found.names, found.labels, found.unread, out / "scores.csv")
-    for name, figure in report.figures(detector, found.pixels, result, inside).items():
-        plotting.save_figure(figure, out / f"{name}.png")
-    plotting.save_image(report.flagged_image_grid(detector, found.pixels, result), out / "where.png")
-    for note in found.notes:
+    result = report.score_images(detector, images.pixels, settings.score, settings.alpha)
+    report.write_table(result, images.names, images.labels, images.skipped, out / "scores.csv")
+    plotting.save_figure(report.draw_histogram(detector, result), out / "histogram.png")
+    plotting.save_figure(report.draw_extremes(images.pixels, result), out / "extremes.png")
+    plotting.save_image(report.draw_flagged_images(detector, images.pixels, result), out / "where.png")
+    if is_inlier is not None:
+        plotting.save_figure(report.draw_roc(result, is_inlier), out / "roc.png")
+    elif has_stamp(out / "roc.png"):  # It shows other images.
+        (out / "roc.png").unlink()
+    for note in images.notes:
         print(note)
-    print(f"flagged {int(result.flagged.sum()):,} of {len(found.names):,} images at alarm={settings.alarm}")
+    print(f"flagged {int(result.flagged.sum()):,} of {len(images.names):,} images at alpha={settings.alpha}")
     print(
-        f"of images like those of training {rate.mean:.2%} are flagged, by luck of {calibration:,} calibration images "
-        f"{rate.low:.2%} to {rate.high:.2%}"
+        f"expected false-alarm rate {rate.mean:.2%}; 95 % interval {rate.low:.2%} to {rate.high:.2%}, due to the "
+        f"sampling error of {calibration:,} calibration images"
     )
-    if found.notes and run.data.get("name") != "folder":  # whose own pictures are read in this way
-        print("images that were changed to fit the model may be flagged more or less often: see docs/anomalies.md")
-    if inside is not None:
-        for name, value in report.detection_metrics(result, inside).items():
-            print(f"{name:32}{value:.4f}")
-    print(f"scores.csv and pictures in {out}/")
+    if images.notes and run.data.get("name") != "folder":  # Training images of a folder are adapted in the same way.
+        print("images adapted to the model may have another false-alarm rate: see docs/anomalies.md")
+    if is_inlier is not None:
+        for name, value in report.compute_detection_metrics(result, is_inlier).items():
+            print(f"{name:36}{value:.4f}")
+    print(f"scores.csv and figures saved to {out}/")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,7 @@
-"""Pictures to latents: `python scripts/encode.py images=PATH out=latents.npz [ckpt=PATH]`.
+"""Encode images into a file of latents: `python scripts/encode.py images=PATH out=latents.npz [ckpt=PATH]`.
 
-For each picture its name, posterior mean and log-variance, label (where there are labels), KL and neg. ELBO in nats.
+The file has each image's name, posterior mean and log-variance, label (if there is one), KL and neg. ELBO in nats.
 """
-
-# mypy: disable-error-code="valid-type"
 
 from pydantic import Field
 
@@ -12,24 +10,24 @@ from betavae.runtime.settings import ImageSpec, NonEmptyStr
 
 
 class Settings(DataSettings, SeedSettings):
-    images: ImageSpec = Field("test", title="pictures (folder, file, list); .npy, .npz; test, train, ...; a data set")
+    images: ImageSpec = Field("test", title="images: a folder, file or list; .npy, .npz; test, train, ...; a data set")
     out: NonEmptyStr = Field("latents.npz", title="FILE.npz, FILE.csv or FILE.parquet")
 
 
 @script_command(Settings)
 def main(settings: Settings) -> None:
     with gc_paused():
-        from betavae.applications import latents
+        from betavae.applications.latents import encode_images, save_latents
         from betavae.runtime import checkpoint
         from betavae.runtime.inputs import resolve_images
 
     run = checkpoint.load(settings.ckpt, settings.runs)
-    found = resolve_images(run, settings.images, settings.data_root)
-    table = latents.encode(run.vae, found.pixels, settings.seed)
-    latents.save_latents(table, found.names, found.labels, settings.out)
-    for note in found.notes:
+    images = resolve_images(run, settings.images, settings.data_root)
+    save_latents(encode_images(run.vae, images.pixels, settings.seed), images.names, images.labels, settings.out)
+    for note in images.notes:
         print(note)
-    print(f"{len(found.names):,} images by {run.path}, {run.vae.latent_dim} latent dimensions each, in {settings.out}")
+    print(f"{len(images.names):,} images encoded by {run.path} to {run.vae.latent_dim} latent dimensions")
+    print(f"saved to {settings.out}")
 
 
 if __name__ == "__main__":

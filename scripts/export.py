@@ -1,20 +1,16 @@
 """A trained VAE for others: `python scripts/export.py [ckpt=PATH format=onnx out=export]`."""
 
-# mypy: disable-error-code="valid-type"
-
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
 from betavae.runtime.cli import ModelSettings, SeedSettings, gc_paused, script_command
-from betavae.runtime.settings import PathStr, choice
-
-FORMATS = ["onnx", "torchscript", "pt2", "safetensors", "folder"]
+from betavae.runtime.settings import PathStr
 
 
 class Settings(ModelSettings, SeedSettings):
-    format: choice(lambda: FORMATS) = Field(
+    format: Literal["onnx", "torchscript", "pt2", "safetensors", "folder"] = Field(
         "onnx", title="onnx, torchscript, pt2, safetensors; folder: for betavae.load"
     )
     out: PathStr = Field("export", title="a folder")
@@ -30,7 +26,7 @@ def main(settings: Settings) -> None:
         from betavae.data.file_listing import as_text
         from betavae.runtime import checkpoint
         from betavae.runtime.run_folder import read_json
-        from betavae.storage.cache import file_hash
+        from betavae.storage.cache import hash_file
         from betavae.storage.files import atomic_dir
 
     run = checkpoint.load(settings.ckpt, settings.runs)
@@ -47,7 +43,7 @@ def main(settings: Settings) -> None:
         found = {name: read_json(run.folder / f"{name}.json") for name in ("metrics", "evaluation", "fidelity")}
         own = str(run.path.relative_to(run.folder))
         # Of this checkpoint, and not of one that had its name before.
-        mine = {"checkpoint": own, "sha256": file_hash(run.path)}
+        mine = {"checkpoint": own, "sha256": hash_file(run.path)}
         numbers = {k: v for k, v in found.items() if all(v.get(key, value) == value for key, value in mine.items())}
         images = run.vae.sample(64, 1.0, torch.Generator().manual_seed(settings.seed))
         with atomic_dir(out) as folder:

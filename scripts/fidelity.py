@@ -1,61 +1,55 @@
-"""How good new images are, beside real ones: `python scripts/fidelity.py [ckpt=PATH sampler=mixture n=2000]`."""
-
-# mypy: disable-error-code="valid-type"
+"""Compare generated images with real ones: `python scripts/fidelity.py [ckpt=PATH sampler=mixture n=2000]`."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
 from betavae.runtime.cli import DataSettings, SeedSettings, gc_paused, script_command
-from betavae.runtime.settings import IntAtLeast2, OptionalPathStr, choice
+from betavae.runtime.settings import IntAtLeast2, PathStr, RegisteredName
 
-PART = 1000  # images at once
-
-
-def samplers() -> list[str | None]:
-    from betavae.applications.sampling import SAMPLERS
-
-    return [None, *SAMPLERS]
+BATCH_SIZE = 1000
+MIN_IMAGES = 10  # in each repeat
+COPIES = 12  # rows of figures/fidelity.png
 
 
 class Settings(DataSettings, SeedSettings):
-    sampler: choice(samplers) = Field(None, title="prior, gaussian, mixture, knn; null: all of them")
-    n: IntAtLeast2 = Field(2000, title="images in each repeat; fewer, if there are not so many of test or training")
-    repeats: IntAtLeast2 = Field(5, title="repeats, of which the standard error is, no image in two of them")
-    reference: IntAtLeast2 = Field(60_000, title="training images at most, that samples are compared with")
-    folder: OptionalPathStr = Field(None, title="for fidelity.json and figures/fidelity.png; null: the run's")
+    sampler: Annotated[str, RegisteredName("betavae.applications.sampling", "SAMPLERS")] | None = Field(
+        None, title="prior, gaussian, mixture, knn; null: all of them"
+    )
+    n: IntAtLeast2 = Field(2000, title="images in each repeat; fewer if there are too few test or training images")
+    repeats: IntAtLeast2 = Field(5, title="repeats for the standard errors; no image is in two of them")
+    reference: IntAtLeast2 = Field(60_000, title="maximum number of training images to compare with")
+    out: PathStr | None = Field(None, title="folder of fidelity.json and figures/fidelity.png; null: the run's")
 
 
 @script_command(Settings)
 def main(settings: Settings) -> None:
     with gc_paused():
         import torch
-        from torch import Tensor
 
         from betavae import plotting
-        from betavae.applications.sampling import MOST_IMAGES, SAMPLERS, load_or_fit_sampler
+        from betavae.applications.sampling import SAMPLERS, load_or_fit_sampler
         from betavae.errors import UserError
-        from betavae.metrics import features, fidelity
+        from betavae.metrics.features import load_or_train
+        from betavae.metrics.fidelity import Reference, find_likely_copies
         from betavae.runtime import checkpoint
         from betavae.runtime.run_folder import read_json
-        from betavae.storage.cache import file_hash
+        from betavae.storage.cache import hash_file
         from betavae.storage.files import STAMP, atomic_path
 
     run = checkpoint.load(settings.ckpt, settings.runs)
-    folder = Path(settings.folder) if settings.folder else run.folder
-    # A mean of p(x|z) is the grey value of a pixel that was drawn afresh for every batch.
-    shown = run._replace(data=run.data | {"binarize": "none"}) if run.data.get("binarize") == "dynamic" else run
-    source = shown.data_source(settings.data_root)
-    train = shown.subset("train", settings.data_root, settings.reference)
-    x, labels, x_test = train.tensor(), train.labels, shown.subset("test", settings.data_root).tensor()
+    folder = Path(settings.out) if settings.out else run.folder
+    # The mean of p(x|z) is the gray value of a pixel that training binarizes anew for every batch.
+    gray = run._replace(data=run.data | {"binarize": "none"}) if run.data.get("binarize") == "dynamic" else run
+    train = gray.subset("train", settings.data_root, settings.reference)
+    x, labels, x_test = train.tensor(), train.labels, gray.subset("test", settings.data_root).tensor()
     n = min(settings.n, len(x_test) // settings.repeats, len(x))
-    if n < 10:
+    if n < MIN_IMAGES:
         raise UserError(
-            f"repeats={settings.repeats} and reference={settings.reference} leave {n} images for each repeat, of "
-            f"{len(x_test):,} test images and beside {len(x):,} training images; 10 are the least"
+            f"repeats={settings.repeats} reference={settings.reference} is invalid: expected at least {MIN_IMAGES} "
+            f"images in each repeat ({len(x_test):,} test and {len(x):,} training images leave {n})"
         )
     total = n * settings.repeats
     generator = torch.Generator().manual_seed(settings.seed)
@@ -66,89 +60,53 @@ def main(settings: Settings) -> None:
     made_with: dict[str, Any] = {
         "made_by": STAMP,
         "checkpoint": str(run.path.relative_to(run.folder)),
-        "sha256": file_hash(run.path),
+        "sha256": hash_file(run.path),
         "data": run.data["name"],
         **{"images": n, "repeats": settings.repeats, "reference": len(x), "seed": settings.seed},
     }
-    classifier: features.Classifier | None = None
-    space: Callable[[Tensor], Tensor] = fidelity.pixel_features
-    everything = source.load_split("train")
-    if labels.ndim == 1 and len(labels.unique()) > 1 and len(everything) >= features.MIN_IMAGES:
-        path = Path(settings.runs) / "features" / f"{run.data['name']}.pt"
-        classifier, accuracy = features.load_or_train(path, everything, source.load_split("test"))
-        space = classifier.features
-        made_with["features"] = {"sha256": file_hash(path), "test_accuracy": accuracy}
-        print(f"features of a classifier with test accuracy {accuracy:.2%}, {path}")
-    elif len(everything) < features.MIN_IMAGES:
-        print(f"{len(everything)} training images are too few to learn features from: all numbers are of pixels")
-    else:
-        print("no labels, one for each image, to learn features from: all numbers are of pixels")
-    del everything
+    source, path = gray.data_source(settings.data_root), Path(settings.runs) / "features" / f"{run.data['name']}.pt"
+    classifier, accuracy = load_or_train(path, source.load_split("train"), source.load_split("test"))
+    if classifier:
+        made_with["features"] = {"sha256": hash_file(path), "test_accuracy": accuracy}
+    reference = Reference((batch.float() / 255 for batch in x.split(BATCH_SIZE)), labels, classifier)
 
-    def floats(pixels: Tensor) -> Iterator[Tensor]:
-        return (part.float() / 255 for part in pixels.split(PART))
-
-    def seen(parts: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-        """Features and pixels of images that come a part at a time, so that they are never all in memory."""
-        both = ((space(part), fidelity.pixel_features(part)) for part in parts)
-        return tuple(torch.cat(rows) for rows in zip(*both, strict=True))  # type: ignore[return-value]
-
-    def decoded(z: Tensor) -> Iterator[Tensor]:
-        return (run.vae.decode(part).clamp(0, 1) for part in z.split(PART))
-
-    reference, reference_pixels = seen(floats(x))
-    wanted = fidelity.moments(reference_pixels)
     names = [settings.sampler] if settings.sampler else list(SAMPLERS)
-    training = lambda: run.images("train", settings.data_root, MOST_IMAGES)  # noqa: E731
-    width = 14
-    with atomic_path(folder / "fidelity.json", "folder") as path:
-        measured: dict[str, Any] = {}
-        latents, found = {}, {}
+    result: dict[str, Any] = {}
+    latents, features = {}, {}
+    with atomic_path(folder / "fidelity.json") as path:
         for name in [*names, "reconstructions", "test images"]:
-            parts = floats(x_test)
+            batches = (batch.float() / 255 for batch in x_test.split(BATCH_SIZE))
             if name in SAMPLERS:
-                sampler = load_or_fit_sampler(name, run.vae, training, run.path, run.folder)
+                sampler = load_or_fit_sampler(name, run, settings.data_root)
                 latents[name] = sampler.sample(total, torch.Generator().manual_seed(settings.seed))
-                parts = decoded(latents[name])
+                batches = (run.vae.decode(z).clamp(0, 1) for z in latents[name].split(BATCH_SIZE))
             elif name == "reconstructions":
-                parts = (run.vae.reconstruct(part).clamp(0, 1) for part in parts)
-            found[name], found_pixels = seen(parts)
-            rows = fidelity.scores(reference, found[name], n)
-            for row, own, own_pixels in zip(rows, found[name].split(n), found_pixels.split(n), strict=True):
-                row["pixel_fid"] = fidelity.frechet_distance(wanted, fidelity.moments(own_pixels))
-                if classifier:
-                    row["imbalance"] = fidelity.label_tv_distance(classifier.classify(own), labels)
-            measured[name] = fidelity.mean_and_se(rows)
+                batches = (run.vae.reconstruct(batch).clamp(0, 1) for batch in batches)
+            result[name], features[name] = reference.score(batches, n)
             if name == names[0]:
-                print(f"{n:,} images, {settings.repeats} times, beside {len(x):,} training images; ± standard error")
-                print(" " * width + "".join(f"{key:>17}" for key in measured[name]))
-            cells = (f"{cell['mean']:.4g} ± {cell['se']:.1g}" for cell in measured[name].values())
-            print(f"{name:<{width}}" + "".join(f"{cell:>17}" for cell in cells), flush=True)
-        # Other samplers' numbers from before stay, if they were made in the same way.
-        before = read_json(folder / "fidelity.json")
-        others = {name: before[name] for name in SAMPLERS if name in before and name not in measured}
-        if differ := [key for key, value in made_with.items() if before.get(key) != value]:
+                print(f"{settings.repeats} repeats of {n:,} images, {len(x):,} training images; ± standard error")
+                print(" " * 14 + "".join(f"{score:>17}" for score in result[name]))
+            cells = (f"{cell['mean']:.4g} ± {cell['se']:.1g}" for cell in result[name].values())
+            print(f"{name:<14}" + "".join(f"{cell:>17}" for cell in cells), flush=True)
+        # Earlier results of other samplers stay if they were made in the same way.
+        earlier = read_json(folder / "fidelity.json")
+        others = {name: earlier[name] for name in SAMPLERS if name in earlier and name not in result}
+        if changed := [key for key, value in made_with.items() if earlier.get(key) != value]:
             if others:
-                print(f"numbers of {', '.join(others)} are dropped: made with another {', '.join(differ)}")
+                print(f"results of {', '.join(others)} are dropped: made with another {', '.join(changed)}")
             others = {}
-        scored = {name: (measured | others)[name] for name in SAMPLERS if name in measured | others}
-        best = min(scored, key=lambda name: scored[name]["fid"]["mean"])
-        result = made_with | measured | others | {"best": best, "fid": scored[best]["fid"]}
-        path.write_text(json.dumps(result, indent=2) + "\n")
-    # Those samples that come nearest to a training image, beside how near that image has another: were there copies,
-    # they would be among them.
-    best = min(names, key=lambda name: measured[name]["fid"]["mean"])
-    distance, place = fidelity.nearest(found[best], reference, 7)
-    usual = fidelity.nearest(reference[place[:, 0]], reference, 2)[0][:, 1]
-    closest = (distance[:, 0] / usual).argsort()[:12]
-    (samples,) = decoded(latents[best][closest])
-    neighbours = (x[place[i]].float() / 255 for i in closest.tolist())
-    shown_rows = torch.cat([torch.cat((sample[None], near)) for sample, near in zip(samples, neighbours, strict=True)])
-    plotting.save_image(plotting.make_grid(shown_rows, 8), folder / "figures" / "fidelity.png")
-    print(
-        f"in {folder / 'fidelity.json'}; in {folder / 'figures' / 'fidelity.png'} samples of sampler={best}, those that"
-    )
-    print("come nearest to a training image for how near others are, one a row, each before its seven nearest")
+        result |= others
+        best = min((name for name in SAMPLERS if name in result), key=lambda name: result[name]["fid"]["mean"])
+        path.write_text(json.dumps(made_with | result | {"best": best, "fid": result[best]["fid"]}, indent=2) + "\n")
+
+    best = min(names, key=lambda name: result[name]["fid"]["mean"])
+    rows, nearest = find_likely_copies(features[best], reference.features, COPIES)
+    samples = run.vae.decode(latents[best][rows]).clamp(0, 1)
+    grid = torch.cat((samples[:, None], x[nearest].float() / 255), 1).flatten(0, 1)
+    figure = folder / "figures" / "fidelity.png"
+    plotting.save_image(plotting.make_grid(grid, 1 + nearest.shape[1]), figure)
+    print(f"wrote {folder / 'fidelity.json'} and {figure}")
+    print(f"each row of the figure: a sample of sampler={best} that may be a copy, and its 7 nearest training images")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,4 @@
-"""The whole of a 2-D latent space: `python scripts/manifold.py [ckpt=PATH size=20 out=manifold.png]`."""
-
-# mypy: disable-error-code="valid-type"
+"""Show a 2-D latent space as a grid of images: `python scripts/manifold.py [ckpt=PATH size=20 out=manifold.png]`."""
 
 from pydantic import Field
 
@@ -10,7 +8,7 @@ from betavae.runtime.settings import NonEmptyStr, PositiveInt
 
 class Settings(ModelSettings):
     size: PositiveInt = Field(20, title="images along each side, at quantiles of the prior")
-    out: NonEmptyStr = Field("manifold.png", title="the picture")
+    out: NonEmptyStr = Field("manifold.png", title="image file for the grid")
 
 
 @script_command(Settings)
@@ -20,8 +18,10 @@ def main(settings: Settings) -> None:
         from betavae.runtime import checkpoint
 
     run = checkpoint.load(settings.ckpt, settings.runs)
-    plotting.save_image(plotting.make_grid(plotting.manifold(run.vae, settings.size), settings.size), settings.out)
-    print(f"the manifold of {run.path} in {settings.out}")
+    plotting.save_image(
+        plotting.make_grid(plotting.decode_manifold(run.vae, settings.size), settings.size), settings.out
+    )
+    print(f"the manifold of {run.path}, {settings.size} x {settings.size} images, saved to {settings.out}")
 
 
 if __name__ == "__main__":

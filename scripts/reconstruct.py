@@ -1,6 +1,4 @@
-"""Images above their reconstructions: `python scripts/reconstruct.py [images=PATH out=reconstructions.png]`."""
-
-# mypy: disable-error-code="valid-type"
+"""Show images above their reconstructions: `python scripts/reconstruct.py [images=PATH out=reconstructions.png]`."""
 
 from pydantic import Field
 
@@ -9,9 +7,9 @@ from betavae.runtime.settings import ImageSpec, NonEmptyStr, PositiveInt
 
 
 class Settings(DataSettings, SeedSettings):
-    images: ImageSpec = Field("test", title="pictures (folder, file, list); .npy, .npz; test, train, ...; a data set")
-    n: PositiveInt = Field(32, title="so many of them, chosen by the seed")
-    out: NonEmptyStr = Field("reconstructions.png", title="the picture")
+    images: ImageSpec = Field("test", title="images: a folder, file or list; .npy, .npz; test, train, ...; a data set")
+    n: PositiveInt = Field(32, title="number of images, drawn at random")
+    out: NonEmptyStr = Field("reconstructions.png", title="image file for the grid")
 
 
 @script_command(Settings)
@@ -24,14 +22,13 @@ def main(settings: Settings) -> None:
         from betavae.runtime.inputs import resolve_images
 
     run = checkpoint.load(settings.ckpt, settings.runs)
-    found = resolve_images(run, settings.images, settings.data_root)
-    order = torch.randperm(len(found.pixels), generator=torch.Generator().manual_seed(settings.seed))
-    x = found.pixels[order[: settings.n]].float() / 255
-    columns = min(8, len(x))
-    plotting.save_image(plotting.make_grid(plotting.reconstructions(run.vae, x), columns), settings.out)
-    for note in found.notes:
+    images = resolve_images(run, settings.images, settings.data_root)
+    order = torch.randperm(len(images.pixels), generator=torch.Generator().manual_seed(settings.seed))
+    x = images.pixels[order[: settings.n]].float() / 255
+    plotting.save_image(plotting.make_grid(plotting.stack_reconstructions(run.vae, x), min(8, len(x))), settings.out)
+    for note in images.notes:
         print(note)
-    print(f"{len(x)} images and, below each row, what {run.path} makes of them, in {settings.out}")
+    print(f"{len(x)} images, each row above its reconstructions by {run.path}, saved to {settings.out}")
 
 
 if __name__ == "__main__":

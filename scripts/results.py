@@ -1,73 +1,55 @@
-"""A table of all evaluated runs, seeds together, in Markdown: `python scripts/results.py [runs=runs]`."""
+"""Print a Markdown table of all evaluated runs, averaged over seeds: `python scripts/results.py [runs=runs]`."""
 
-import json
 import shlex
-import statistics
 from pathlib import Path
-from typing import Any
+from statistics import fmean
 
-from betavae.errors import UserError
 from betavae.runtime.cli import RunsSettings, script_command
-from betavae.runtime.yaml_files import read_yaml
-from betavae.sweeps.jobs import IGNORED_KEYS, flat_settings
+from betavae.sweeps.results import IGNORED_KEYS, EvaluatedRun, format_mean_sd, mean_sd, read_evaluated_runs
 
-# What may differ between runs of one row.
-SEEDS = ("seed", "data.seed", "data.root", *IGNORED_KEYS)
+REPEATED_KEYS = ("seed", "data.seed", "data.root", *IGNORED_KEYS)  # settings that may differ within a row
 
 
-def spread(values: list[float], digits: int = 2) -> str:
-    """Mean ± standard deviation over seeds."""
-    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{deviation}"
-
-
-def row(runs: list[dict[str, Any]]) -> list[str]:
-    results = [run["evaluation"] for run in runs]
-    typed = [str(item) for item in runs[0]["overrides"]]
-    typed = [item for item in typed if not item.startswith(("seed=", "runs=", "hydra.", "data.root="))]
-    minutes = statistics.mean(run["fit_seconds"] for run in runs) / 60
-    return [
-        shlex.join(["python", "train.py", *typed]),
+def format_row(runs: list[EvaluatedRun]) -> str:
+    """Format the runs of one setting as a row of the table."""
+    command = [word for word in runs[0].overrides if not word.startswith(("seed=", "runs=", "hydra.", "data.root="))]
+    results, k = [run.evaluation for run in runs], runs[0].evaluation["k"][-1]
+    records = [run.record for run in runs]
+    machines = {f"{run['machine']}, {run['threads']} thread{'s' * (run['threads'] > 1)}" for run in records}
+    cells = [
+        shlex.join(["python", "train.py", *command]),
         str(len(runs)),
-        spread([result["neg_elbo"]["mean"] for result in results]),
-        spread([result[f"nll_{result['k'][-1]}"]["mean"] for result in results]),
-        f"{results[0]['k'][-1]:,}",
-        spread([result["active_units"] for result in results], 1),
-        f"{statistics.mean(run['epochs'] for run in runs):g}",
-        f"{minutes:.1f} min",
-        ", ".join(sorted({f"{run['machine']}, {run['threads']} thread{'s' * (run['threads'] > 1)}" for run in runs})),
+        format_mean_sd(*mean_sd([result["neg_elbo"]["mean"] for result in results])),
+        format_mean_sd(*mean_sd([result[f"nll_{k}"]["mean"] for result in results])),
+        f"{k:,}",
+        format_mean_sd(*mean_sd([result["active_units"] for result in results]), digits=1),
+        f"{fmean(run['epochs'] for run in records):g}",
+        f"{fmean(run['fit_seconds'] for run in records) / 60:.1f} min",
+        ", ".join(sorted(machines)),
     ]
+    return f"| {' | '.join(cells)} |"
 
 
 class Settings(RunsSettings):
-    """Only what all scripts share."""
+    """Has only the settings that all scripts share."""
 
 
 @script_command(Settings)
 def main(settings: Settings) -> None:
-    # Runs of one row have the same settings and were evaluated alike; rows of one table are of the same data.
-    tables: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for path in sorted(Path(settings.runs).rglob("evaluation.json")):
-        try:
-            evaluation = json.loads(path.read_text())
-            run = json.loads((path.parent / "metrics.json").read_text()) | {"evaluation": evaluation}
-            run["overrides"] = read_yaml(path.parent / "overrides.yaml", list)
-            config = flat_settings(read_yaml(path.parent / "config.yaml"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path.parent} is not a whole run that was evaluated ({error})") from error
-        config = {key: value for key, value in config.items() if key not in SEEDS}
-        title = f"{evaluation['data']}, {evaluation['likelihood']} likelihood, {evaluation['images']:,} test images"
-        key = f"{config} {evaluation['k']}"
-        tables.setdefault(f"{title}: {evaluation['note']}", {}).setdefault(key, []).append(run)
-    if not tables:
-        how = "`python scripts/evaluate.py ckpt=RUN_FOLDER` makes one"
-        raise UserError(f"no evaluated run under {settings.runs}/: {how}")
+    # Runs of one row have the same settings and the same evaluation; rows of one table have the same data.
+    tables: dict[str, dict[str, list[EvaluatedRun]]] = {}
+    for run in read_evaluated_runs(Path(settings.runs)):
+        result = run.evaluation
+        title = f"{result['data']}, {result['likelihood']} likelihood, {result['images']:,} test images"
+        config = {key: value for key, value in run.config.items() if key not in REPEATED_KEYS}
+        rows = tables.setdefault(f"{title}: {result['note']}", {})
+        rows.setdefault(f"{config} {result['k']}", []).append(run)
     for title, rows in tables.items():
         print(f"\n{title}; nats per image, mean ± standard deviation over seeds\n")
         print("| run | seeds | neg. ELBO | NLL | K | active units | epochs | training | machine |")
         print("|---|---|---|---|---|---|---|---|---|")
         for runs in rows.values():
-            print("| " + " | ".join(row(runs)) + " |")
+            print(format_row(runs))
 
 
 if __name__ == "__main__":

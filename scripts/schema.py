@@ -1,10 +1,8 @@
-"""What each setting may be, for editors that know JSON schema: `python scripts/schema.py [out=configs/schema.json]`.
+"""Write a JSON schema of all settings for editors: `python scripts/schema.py [out=configs/schema.json]`.
 
-With the line `# yaml-language-server: $schema=../schema.json#/$defs/Model` at its top, a YAML file is completed and
-checked as it is typed; an experiment's line ends in `schema.json`.
+A YAML file whose first line is `# yaml-language-server: $schema=../schema.json#/$defs/Model` is completed and checked
+while you type. For an experiment, the line ends in `schema.json`.
 """
-
-# mypy: disable-error-code="valid-type"
 
 import json
 from typing import Any
@@ -16,23 +14,26 @@ from betavae.runtime.settings import NonEmptyStr, TrainConfig
 
 
 class Settings(ScriptSettings):
-    out: NonEmptyStr = Field("configs/schema.json", title="the schema")
+    out: NonEmptyStr = Field("configs/schema.json", title="file of the schema")
 
 
-def schema() -> dict[str, Any]:
+def make_schema() -> dict[str, Any]:
+    """Return the schema of the settings of a training run."""
     from betavae.storage.files import STAMP
 
-    whole = partial(TrainConfig.model_json_schema())
+    whole = drop_requirements(TrainConfig.model_json_schema())
     for group in (whole, *whole["$defs"].values()):
-        group["properties"] |= {"defaults": {"type": "array"}, "hydra": {"type": "object"}}  # Hydra's own
+        group["properties"] |= {"defaults": {"type": "array"}, "hydra": {"type": "object"}}  # of Hydra
     return {"made_by": STAMP, **whole}
 
 
-def partial(node: Any) -> Any:
-    """Without what is required, and without defaults: a YAML file says only what differs, and holds the defaults."""
+def drop_requirements(node: Any) -> Any:
+    """Drop required keys and defaults from a schema, since a YAML file may hold any part of the settings."""
     if isinstance(node, dict):
-        return {key: partial(value) for key, value in node.items() if key not in ("required", "default", "title")}
-    return [partial(item) for item in node] if isinstance(node, list) else node
+        return {
+            key: drop_requirements(value) for key, value in node.items() if key not in ("required", "default", "title")
+        }
+    return [drop_requirements(item) for item in node] if isinstance(node, list) else node
 
 
 @script_command(Settings)
@@ -41,8 +42,8 @@ def main(settings: Settings) -> None:
         from betavae.storage.files import atomic_path
 
     with atomic_path(settings.out) as path:
-        path.write_text(json.dumps(schema(), indent=1) + "\n")
-    print(f"the schema of all settings in {settings.out}")
+        path.write_text(json.dumps(make_schema(), indent=1) + "\n")
+    print(f"wrote {settings.out}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,15 @@
-"""Commands as a person types them. Most run in children forked from this process, which has done their imports: a fresh
-process spends its first three seconds on those. `started` is a fresh process, for what only that can show."""
+"""Run commands as a user types them.
+
+Most run in children that are forked from this process after its imports, which take a fresh process three seconds.
+`started` starts a fresh process.
+"""
 
 import atexit
 import contextlib
 import gc
 import importlib.util
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -18,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 REPO = Path(__file__).parents[1]
-# A whole run, as small as it goes: 4 epochs of 8 steps.
+# A complete but tiny run: 4 epochs of 8 steps.
 TINY = [
     "trainer=smoke",
     "model.hidden_dims=[16]",
@@ -28,7 +32,7 @@ TINY = [
     "trainer.log_every_n_steps=3",
 ]
 
-with warnings.catch_warnings():  # pytest's; what libraries change as they are imported is for the children
+with warnings.catch_warnings():  # pytest's own filters stay; the children get those that the imports set
     warnings.resetwarnings()
     for category in (ResourceWarning, ImportWarning, PendingDeprecationWarning, DeprecationWarning):
         warnings.simplefilter("ignore", category)
@@ -44,16 +48,21 @@ with warnings.catch_warnings():  # pytest's; what libraries change as they are i
     Plugins.instance()
     FILTERS = warnings.filters[:]
 gc.collect()
-gc.freeze()  # or every child looks at their million objects
-atexit.register(gc.unfreeze)  # or a library reports them as leaked
+gc.freeze()  # every child would scan these million objects
+atexit.register(gc.unfreeze)  # a library would report frozen objects as leaked
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 class Child:
-    """`python SCRIPT ARGS` in the folder `cwd`, forked, with one thread.
+    """A forked process with one thread that runs `python SCRIPT ARGS`.
 
-    `sources` is a copy of the project whose code it is to run. `prepare` runs in the child first, to break something
-    for real. `terminal` is a file descriptor to stand for the terminal.
+    Args:
+        cwd: The working folder.
+        script: The script, relative to `sources`.
+        sources: The copy of the project whose code runs.
+        prepare: A function to call in the child first, to inject a fault.
+        terminal: A file descriptor to use as the terminal.
+        environment: Variables to add.
     """
 
     def __init__(
@@ -66,7 +75,7 @@ class Child:
         terminal: int | None = None,
         environment: dict[str, str] | None = None,
     ):
-        self.output = tempfile.TemporaryFile()  # noqa: SIM115 - as long as it is asked for
+        self.output = tempfile.TemporaryFile()  # noqa: SIM115 - read after the child ended
         sys.stdout.flush()
         self.started = time.perf_counter()
         self.pid = os.fork()
@@ -74,17 +83,16 @@ class Child:
             return
         code = 1
         try:
-            self.become_a_process_of_its_own(self.output.fileno() if terminal is None else terminal)
+            self.reset_process(self.output.fileno() if terminal is None else terminal)
             os.chdir(cwd)
             os.environ.clear()
             os.environ.update(ENVIRONMENT | (environment or {}))
             if sources != REPO:
                 import_anew(sources)
             sys.argv = [script, *args]
-            main = module_of(sources / script).main
             if prepare:
                 prepare()
-            main()
+            runpy.run_path(str(sources / script), run_name="__main__")
             code = 0
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else stop.code is not None
@@ -99,8 +107,8 @@ class Child:
             os._exit(code)
 
     @staticmethod
-    def become_a_process_of_its_own(output: int) -> None:
-        """Without what pytest has put in place of a fresh process' things."""
+    def reset_process(output: int) -> None:
+        """Undo what pytest has changed, so that the child behaves as a fresh process."""
         import logging
 
         if output > 2:
@@ -114,20 +122,20 @@ class Child:
             logging.root.removeHandler(handler)
         logging.root.setLevel(logging.WARNING)
         warnings.filters[:] = FILTERS
-        warnings.simplefilter("default", FutureWarning, append=True)  # tells the others that the list has changed
+        warnings.simplefilter("default", FutureWarning, append=True)  # invalidates the caches of the filters
         warnings.showwarning = lambda message, category, file, line, *_: sys.stderr.write(
             warnings.formatwarning(message, category, file, line)
         )
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.alarm(300)  # a child that hangs ends
+        signal.alarm(300)  # end a child that hangs
         torch.set_num_threads(1)
 
     def wait(self) -> int:
-        """The exit code; negative: the signal that killed it."""
+        """Wait for the end and return the exit code, or minus the number of the signal that killed the child."""
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
     def poll(self) -> int | None:
-        """The same if it has ended."""
+        """Return the exit code if the child has ended."""
         pid, status = os.waitpid(self.pid, os.WNOHANG)
         return os.waitstatus_to_exitcode(status) if pid else None
 
@@ -141,14 +149,15 @@ class Child:
 
     @property
     def text(self) -> str:
-        """All it has printed, errors too."""
-        # With its offset left alone, which the child shares.
+        """The output so far, with errors."""
+        # `pread` keeps the offset, which the child shares.
         return os.pread(self.output.fileno(), os.fstat(self.output.fileno()).st_size, 0).decode(
             errors="surrogateescape"
         )
 
 
-def module_of(script: Path) -> Any:
+def load_script(script: Path) -> Any:
+    """Import a script as a module, without running it."""
     spec = importlib.util.spec_from_file_location("script", script)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -157,7 +166,7 @@ def module_of(script: Path) -> Any:
 
 
 def import_anew(sources: Path) -> None:
-    """Everything of ours, from another copy of the project."""
+    """Import this project from another copy of it."""
     for name in [name for name in sys.modules if name.split(".")[0] == "betavae"]:
         del sys.modules[name]
     sys.path.insert(0, str(sources / "src"))
@@ -166,7 +175,7 @@ def import_anew(sources: Path) -> None:
 
 
 def run(*args: str, cwd: Path, code: int = 0, **how: Any) -> str:
-    """What `python SCRIPT ARGS` prints; its exit status must be `code`."""
+    """Run `python SCRIPT ARGS` and return its output; its exit status must be `code`."""
     child = Child(*args, cwd=cwd, **how)
     found = child.wait()
     assert found == code, f"{args} exited with {found}:\n{child.text}"
@@ -174,7 +183,7 @@ def run(*args: str, cwd: Path, code: int = 0, **how: Any) -> str:
 
 
 def started(*args: str, cwd: Path, **environment: str) -> subprocess.Popen[str]:
-    """`python ARGS` in a fresh process; a variable that is "" is not there."""
+    """Start `python ARGS` in a fresh process, without the variables that are ""."""
     env = ENVIRONMENT | {"PYTHONPATH": str(REPO / "src")} | environment
     return subprocess.Popen(
         [sys.executable, *args],
@@ -187,7 +196,7 @@ def started(*args: str, cwd: Path, **environment: str) -> subprocess.Popen[str]:
 
 
 def fresh(*args: str, cwd: Path, code: int = 0, **environment: str) -> str:
-    """What `python ARGS` prints in a fresh process; its exit status must be `code`."""
+    """Run `python ARGS` in a fresh process and return its output; its exit status must be `code`."""
     process = started(*args, cwd=cwd, **environment)
     text = process.communicate(timeout=300)[0]
     assert process.returncode == code, f"{args} exited with {process.returncode}:\n{text}"
@@ -195,7 +204,7 @@ def fresh(*args: str, cwd: Path, code: int = 0, **environment: str) -> str:
 
 
 def wait_for(folder: Path, pattern: str, process: Any, count: int = 1) -> None:
-    """Until so many such files are there, while `process` (a `Child`, or started) runs."""
+    """Wait for `count` files that match, while `process` (a `Child` or from `started`) runs."""
     while len(list(folder.glob(pattern))) < count:
-        assert process.poll() is None, "it ended before there was one"
+        assert process.poll() is None, "the process ended before there was such a file"
         time.sleep(0.01)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from betavae.data.datasets.mnist import mnist
+from betavae.data.datasets.mnist import load_mnist
 from tests.commands import REPO, run
 
 
@@ -15,7 +15,7 @@ def data_root(tmp_path_factory):
     """A data folder that is unpacked once for all tests."""
     folder = tmp_path_factory.mktemp("data")
     for split in ("train", "test"):
-        mnist(folder, split)
+        load_mnist(folder, split)
     return str(folder)
 
 

@@ -24,8 +24,8 @@ from betavae.applications.anomalies.detector import (
     FAST_SCORES,
     SLOW_SCORES,
     Detector,
+    compute_p_values,
     false_alarm_rate,
-    p_values,
 )
 from betavae.data import DATASETS
 from betavae.models.vae import VAE
@@ -142,20 +142,20 @@ class Benchmark:
             ordinary, group = test[test_labels != left_out], "mnist without a digit"
             outliers = {f"mnist without {left_out}": test[test_labels == left_out]}
         started = time.perf_counter()
-        detector.scores(ordinary, (DEFAULT_SCORE,))
+        detector.compute_scores(ordinary, (DEFAULT_SCORE,))
         self.images_per_second = max(self.images_per_second, len(ordinary) / (time.perf_counter() - started))
         for kind, scores in self.score_outliers(detector, ordinary, outliers).items():
             rows = [kind] if left_out is None else ["digits left out", kind]
             for row in rows:
                 for score, auroc in scores.items():
                     self.auroc[row][score].append(auroc)
-        share = (detector.p_values(ordinary) <= ALPHA).double().mean().item()
+        share = (detector.compute_p_values(ordinary) <= ALPHA).double().mean().item()
         self.false_alarms[group].append(share)
 
     def record_flagged(self, detector: Detector, name: str, ordinary: Tensor) -> None:
         for change, changed in change_processing(ordinary).items():
-            for score, values in detector.scores(changed).items():
-                share = (p_values(values, detector.state["calibration"][score]) <= ALPHA).double().mean().item()
+            for score, values in detector.compute_scores(changed).items():
+                share = (compute_p_values(values, detector.state["calibration"][score]) <= ALPHA).double().mean().item()
                 self.flagged[f"{name}: {change}"][score].append(share)
 
     def score_outliers(
@@ -165,9 +165,9 @@ class Benchmark:
         found: dict[str, dict[str, float]] = defaultdict(dict)
         for names in (FAST_SCORES, SLOW_SCORES) if self.settings.slow_images else (FAST_SCORES,):
             limit = self.settings.slow_images if names == SLOW_SCORES else None
-            inside = detector.scores(ordinary[:limit], names)
+            inside = detector.compute_scores(ordinary[:limit], names)
             for row, images in outliers.items():
-                for score, values in detector.scores(images[:limit], names).items():
+                for score, values in detector.compute_scores(images[:limit], names).items():
                     truth = [0] * len(inside[score]) + [1] * len(values)
                     found[row][score] = roc_auc_score(truth, torch.cat((inside[score], values)).numpy())
         return found

@@ -276,9 +276,9 @@ class Report:
         print(f"  training seconds   {format_range(fits)} each against {fit}")
 
     def save_figure(self) -> None:
-        from betavae.plotting import new_figure, save_figure
+        from betavae.plotting import create_figure, save_figure
 
-        figure = new_figure(7, 0.5 * len(self.loops) + 1)
+        figure = create_figure(7, 0.5 * len(self.loops) + 1)
         axes = figure.add_subplot()
         names = self.loops[::-1]
         axes.barh(names, [statistics.median(self.epoch_seconds[name]) for name in names], color="tab:blue")

@@ -1,4 +1,4 @@
-"""A (β-)VAE to train, sweep, watch, sample and trust. In a notebook: `run = betavae.load("runs/...")`; `run.vae`."""
+"""Train and use (β-)VAEs. In a notebook: `run = betavae.load("runs/...")`, then `run.vae`."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -9,8 +9,10 @@ if TYPE_CHECKING:
     from betavae.module import VAEModule
     from betavae.runtime.checkpoint import TrainedRun, load
 
-# Looked up when they are asked for: `python train.py --help` does not wait for torch.
-_HOMES = {
+__version__ = "0.1.0"
+
+# Imported on first use, so that `python train.py --help` does not wait for torch.
+_MODULES = {
     "VAE": "betavae.models.vae",
     "VAEModule": "betavae.module",
     "ImageDataModule": "betavae.data.datamodule",
@@ -21,6 +23,6 @@ __all__ = ["VAE", "ImageDataModule", "TrainedRun", "VAEModule", "load"]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'betavae' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    return getattr(importlib.import_module(_MODULES[name]), name)

@@ -1,23 +1,32 @@
-"""Pictures of a VAE: grids as tensors in [0, 1], and matplotlib figures around them. Clamped, never auto-contrasted."""
+"""Pictures of a VAE: grids as tensors in [0, 1], and Matplotlib figures. Values are clamped, never auto-contrasted."""
 
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from betavae.errors import UserError
 from betavae.models.vae import VAE
+from betavae.storage.cache import to_bytes
 from betavae.storage.files import STAMP, atomic_path
 
-MAX_SPRITE_SIDE = 4096  # pixels; of a larger image of all tiles, a browser may show nothing
-PIXELS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+MAX_SPRITE_SIDE = 4096  # pixels; a browser may not show a larger image of all tiles
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
 
 
 def make_grid(images: Tensor, columns: int) -> Tensor:
-    """`(N, C, H, W)` -> one picture `(C, rows * (H + 2) + 2, columns * (W + 2) + 2)`, with black lines between."""
+    """Arrange images `(N, C, H, W)` in a grid with black lines of two pixels.
+
+    Returns:
+        A picture `(C, rows * (H + 2) + 2, columns * (W + 2) + 2)`.
+    """
     n, c, h, w = images.shape
     rows = -(-n // columns)
     tiles = images.new_zeros(rows * columns, c, h + 2, w + 2)
@@ -26,9 +35,16 @@ def make_grid(images: Tensor, columns: int) -> Tensor:
     return torch.nn.functional.pad(picture, (0, 2, 0, 2))
 
 
-def reconstructions(vae: VAE, x: Tensor) -> Tensor:
-    """Rows of originals, each above the row of their reconstructions, in rows of (at most) 8; the last is filled up
-    with black where `x` `(N, C, H, W)` does not fill it."""
+def stack_reconstructions(vae: VAE, x: Tensor) -> Tensor:
+    """Alternate rows of originals and of their reconstructions, for a grid of at most 8 columns.
+
+    Args:
+        vae: The model.
+        x: Images `(N, C, H, W)`; black images fill the last row.
+
+    Returns:
+        `(2 * rows * columns, C, H, W)` with `columns = min(8, N)`.
+    """
     pairs = torch.stack((x, vae.reconstruct(x)))
     columns = min(8, len(x))
     pairs = torch.cat((pairs, pairs.new_zeros(2, -len(x) % columns, *x.shape[1:])), 1)
@@ -36,16 +52,26 @@ def reconstructions(vae: VAE, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def interpolation(vae: VAE, start: Tensor, end: Tensor, steps: int) -> Tensor:
-    """Decoded means on the line between the posterior means of two images `(1, C, H, W)`: `(steps, C, H, W)`."""
+def interpolate(vae: VAE, start: Tensor, end: Tensor, steps: int) -> Tensor:
+    """Decode `(steps, C, H, W)` on the line between the posterior means of two images `(1, C, H, W)`."""
     weight = torch.linspace(0, 1, steps, device=start.device).unsqueeze(1)
     z = (1 - weight) * vae.encode(start).mean + weight * vae.encode(end).mean
     return vae.decode(z)
 
 
 @torch.no_grad()
-def traversal(vae: VAE, z: Tensor, dimensions: Sequence[int], values: Tensor) -> Tensor:
-    """A row for each dimension: the decoded means as it alone moves from `z` `(latent_dim,)` over `values` `(V,)`."""
+def traverse(vae: VAE, z: Tensor, dimensions: Sequence[int], values: Tensor) -> Tensor:
+    """Decode one row of images per dimension, in which only that dimension changes.
+
+    Args:
+        vae: The model.
+        z: The point `(latent_dim,)` that the other dimensions keep.
+        dimensions: The D dimensions of the rows.
+        values: The values `(V,)` of each row.
+
+    Returns:
+        `(D * V, C, H, W)`.
+    """
     grid_z = z.repeat(len(dimensions), len(values), 1)
     for row, dimension in enumerate(dimensions):
         grid_z[row, :, dimension] = values
@@ -53,34 +79,40 @@ def traversal(vae: VAE, z: Tensor, dimensions: Sequence[int], values: Tensor) ->
 
 
 @torch.no_grad()
-def manifold(vae: VAE, size: int) -> Tensor:
-    """A 2-D latent space at `size` by `size` quantiles of the prior (Kingma & Welling 2014, figure 4)."""
+def decode_manifold(vae: VAE, size: int) -> Tensor:
+    """Decode a 2-D latent space at `size` by `size` quantiles of the prior (Kingma & Welling 2014, figure 4).
+
+    Raises:
+        UserError: If the latent space is not two-dimensional.
+    """
     if vae.latent_dim != 2:
-        raise UserError(f"a manifold needs model.latent_dim=2, and this model has latent_dim={vae.latent_dim}")
+        raise UserError(
+            f"model.latent_dim={vae.latent_dim} is invalid: expected a model with latent_dim=2 for a manifold"
+        )
     device = next(vae.parameters()).device
     quantiles = torch.special.ndtri((torch.arange(size, device=device) + 0.5) / size)
     rows, columns = torch.meshgrid(quantiles.flip(0), quantiles, indexing="ij")
     return vae.decode(torch.stack((columns, rows), dim=-1).flatten(0, 1))
 
 
-def new_figure(width: float, height: float) -> Any:
-    """A matplotlib figure with no window and no global state."""
-    from matplotlib.figure import Figure  # imported where it is needed: it takes half a second
+def create_figure(width: float, height: float) -> "Figure":
+    """Create a Matplotlib figure without a window or global state; sizes are in inches."""
+    from matplotlib.figure import Figure  # imported here, since it takes half a second
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def imshow(axes: Any, picture: Tensor) -> None:
-    """Draw a `(C, H, W)` picture in [0, 1] on matplotlib axes, pixel for pixel."""
+def draw_image(axes: "Axes", picture: Tensor) -> None:
+    """Draw a picture `(C, H, W)` in [0, 1] on Matplotlib axes, pixel for pixel."""
     pixels = picture.clamp(0, 1).cpu().permute(1, 2, 0).numpy()
     axes.imshow(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels, cmap="gray", vmin=0, vmax=1)
     axes.set_xticks([])
     axes.set_yticks([])
 
 
-def kl_bar_figure(kl: Tensor) -> Any:
-    """KL per latent dimension in nats, in descending order, as a figure."""
-    figure = new_figure(6, 3)
+def plot_kl(kl: Tensor) -> "Figure":
+    """Plot the KL per latent dimension `(latent_dim,)` in nats as bars in descending order."""
+    figure = create_figure(6, 3)
     axes = figure.add_subplot()
     order = kl.argsort(descending=True).tolist()
     axes.bar(range(len(kl)), kl[order].tolist())
@@ -91,11 +123,18 @@ def kl_bar_figure(kl: Tensor) -> Any:
     return figure
 
 
-def traversal_figure(rows: Tensor, values: Tensor, dimensions: Sequence[int], kl: Tensor) -> Any:
-    """The rows of a `traversal`, each named by its dimension and that dimension's KL in nats `(latent_dim,)`."""
-    figure = new_figure(0.45 * len(values) + 1.2, 0.45 * len(dimensions) + 0.6)
+def plot_traversal(rows: Tensor, values: Tensor, dimensions: Sequence[int], kl: Tensor) -> "Figure":
+    """Plot the images of `traverse`, with the KL of each row's dimension.
+
+    Args:
+        rows: `(D * V, C, H, W)`.
+        values: `(V,)`.
+        dimensions: The D dimensions of the rows.
+        kl: The KL of every latent dimension in nats, `(latent_dim,)`.
+    """
+    figure = create_figure(0.45 * len(values) + 1.2, 0.45 * len(dimensions) + 0.6)
     axes = figure.add_subplot()
-    imshow(axes, make_grid(rows, len(values)))
+    draw_image(axes, make_grid(rows, len(values)))
     height, width = (size + 2 for size in rows.shape[-2:])
     axes.set_yticks(
         [(row + 0.5) * height for row in range(len(dimensions))], [f"z{d}  {kl[d]:.2f} nats" for d in dimensions]
@@ -105,9 +144,18 @@ def traversal_figure(rows: Tensor, values: Tensor, dimensions: Sequence[int], kl
     return figure
 
 
-def bounds_figure(ks: Sequence[int], bounds: Sequence[dict[str, float]], kl: Sequence[float], active_units: int) -> Any:
-    """Importance-weighted bounds (`mean` ± `se`, nats) over their number of samples, beside the KL per dimension."""
-    figure = new_figure(9, 3)
+def plot_bounds(
+    ks: Sequence[int], bounds: Sequence[dict[str, float]], kl: Sequence[float], active_units: int
+) -> "Figure":
+    """Plot importance-weighted bounds over their number of samples, beside the KL per dimension.
+
+    Args:
+        ks: Importance samples of each bound.
+        bounds: `mean` and `se` of each bound in nats.
+        kl: KL per latent dimension in nats.
+        active_units: The number of active units.
+    """
+    figure = create_figure(9, 3)
     left, right = figure.subplots(1, 2)
     left.errorbar(ks, [b["mean"] for b in bounds], [b["se"] for b in bounds], marker="o", capsize=3)
     left.set_xscale("log")
@@ -119,9 +167,14 @@ def bounds_figure(ks: Sequence[int], bounds: Sequence[dict[str, float]], kl: Seq
     return figure
 
 
-def bits_figure(rows: dict[str, tuple[float | None, float]], note: str) -> Any:
-    """Bits per pixel by name, of each image alone where that is known, and of all in one; `note` above."""
-    figure = new_figure(6, 0.35 * len(rows) + 0.8)
+def plot_bits(rows: dict[str, tuple[float | None, float]], note: str) -> "Figure":
+    """Plot the bits per pixel of codecs as bars.
+
+    Args:
+        rows: For each codec, the bits with one file per image (None if unknown) and with all images in one file.
+        note: The title.
+    """
+    figure = create_figure(6, 0.35 * len(rows) + 0.8)
     axes = figure.add_subplot()
     names = list(rows)[::-1]
     axes.barh(names, [rows[name][1] for name in names], height=0.4, align="edge", label="all in one")
@@ -134,24 +187,30 @@ def bits_figure(rows: dict[str, tuple[float | None, float]], note: str) -> Any:
 
 
 def tint_by_label(x: Tensor, labels: Tensor) -> Tensor:
-    """`(N, 3, H, W)`: grey images as strokes on white in the colour of their (first) label; colour images as they
-    are."""
+    """Draw gray images as strokes on white in the color of their (first) label; color images stay as they are.
+
+    Returns:
+        `(N, 3, H, W)`.
+    """
     import matplotlib
 
     if x.shape[1] == 3:
         return x
     first = labels if labels.ndim == 1 else labels[:, 0]
-    colours = torch.tensor(matplotlib.colormaps["tab10"].colors)[first.cpu() % 10]  # type: ignore[attr-defined]
-    return 1 - x.mean(1, keepdim=True) * (1 - colours.view(-1, 3, 1, 1))
+    colors = torch.tensor(matplotlib.colormaps["tab10"].colors)[first.cpu() % 10]  # type: ignore[attr-defined]
+    return 1 - x.mean(1, keepdim=True) * (1 - colors.view(-1, 3, 1, 1))
 
 
-def tiles(x: Tensor, labels: Tensor, most: int) -> Tensor:
-    """Square tiles `(N, 3, side, side)` of images as `coloured`, shrunk to a side of at most `most`, centered on white.
+def make_tiles(x: Tensor, labels: Tensor, max_side: int) -> Tensor:
+    """Tint images by their labels and center them on white square tiles, shrunk to at most `max_side` pixels.
 
     TensorBoard's sprite of tiles that are not square fails or is unreadable (torch 2.14).
+
+    Returns:
+        `(N, 3, side, side)`.
     """
     drawn, (height, width) = tint_by_label(x, labels), x.shape[-2:]
-    side = min(most, max(height, width))
+    side = min(max_side, max(height, width))
     if max(height, width) > side:
         height, width = (max(1, size * side // max(height, width)) for size in (height, width))
         drawn = torch.nn.functional.interpolate(drawn, (height, width), mode="area")
@@ -159,8 +218,8 @@ def tiles(x: Tensor, labels: Tensor, most: int) -> Tensor:
     return torch.nn.functional.pad(drawn, (left, side - width - left, top, side - height - top), value=1.0)
 
 
-def to_pil(picture: Tensor, scale: int = 2) -> Any:
-    """A `(C, H, W)` picture in [0, 1] as one of Pillow's, each pixel `scale` by `scale`."""
+def to_pil(picture: Tensor, scale: int = 2) -> "Image.Image":
+    """Convert a picture `(C, H, W)` in [0, 1] to a Pillow image with each pixel `scale` by `scale`."""
     from PIL import Image
 
     large = picture.clamp(0, 1).repeat_interleave(scale, 1).repeat_interleave(scale, 2)
@@ -169,28 +228,28 @@ def to_pil(picture: Tensor, scale: int = 2) -> Any:
 
 
 def save_image(picture: Tensor, out: str | Path, scale: int = 2) -> None:
-    """Write a `(C, H, W)` picture in [0, 1] to a file, each pixel `scale` by `scale`."""
+    """Write a picture `(C, H, W)` in [0, 1] to a file, each pixel `scale` by `scale`."""
     from PIL.PngImagePlugin import PngInfo
 
-    check_ending(out, (*PIXELS, ".pdf"))
+    check_suffix(out, (*IMAGE_SUFFIXES, ".pdf"))
     text = PngInfo()
     text.add_text("Software", STAMP)
-    marks: dict[str, dict[str, Any]] = {".png": {"pnginfo": text}, ".pdf": {"creator": STAMP}}
+    stamps: dict[str, dict[str, Any]] = {".png": {"pnginfo": text}, ".pdf": {"creator": STAMP}}
     with atomic_path(out) as path:
-        to_pil(picture, scale).save(path, **marks.get(path.suffix.lower(), {"exif": exif_mark()}))
+        to_pil(picture, scale).save(path, **stamps.get(path.suffix.lower(), {"exif": make_exif()}))
 
 
-def save_figure(figure: Any, out: str | Path) -> None:
-    """Write a matplotlib figure to a file."""
-    check_ending(out, (*PIXELS, ".pdf", ".svg"))
+def save_figure(figure: "Figure", out: str | Path) -> None:
+    """Write a Matplotlib figure to a file."""
+    check_suffix(out, (*IMAGE_SUFFIXES, ".pdf", ".svg"))
     with atomic_path(out) as path:
         name = {".png": "Software", ".pdf": "Creator", ".svg": "Creator"}.get(path.suffix.lower())
-        mark = {"metadata": {name: STAMP}} if name else {"pil_kwargs": {"exif": exif_mark()}}
-        figure.savefig(path, dpi=150, bbox_inches="tight", **mark)
+        stamp = {"metadata": {name: STAMP}} if name else {"pil_kwargs": {"exif": make_exif()}}
+        figure.savefig(path, dpi=150, bbox_inches="tight", **stamp)
 
 
-def exif_mark() -> Any:
-    """Name this project as the software in the metadata of a JPEG, WebP or TIFF."""
+def make_exif() -> "Image.Exif":
+    """Build metadata of a JPEG, WebP or TIFF that name this project as the software."""
     from PIL import ExifTags, Image
 
     exif = Image.Exif()
@@ -198,15 +257,18 @@ def exif_mark() -> Any:
     return exif
 
 
-def check_ending(out: str | Path, endings: Sequence[str]) -> None:
-    """Reject a format that has no place for the mark of this project, by which a file may be replaced later."""
-    if Path(out).suffix.lower() not in endings:
-        raise UserError(f"out={out} is invalid: expected a name that ends in {', '.join(endings)}")
+def check_suffix(out: str | Path, suffixes: Sequence[str]) -> None:
+    """Reject a file format that has no place for the stamp of this project, which allows replacing the file later.
+
+    Raises:
+        UserError: For any other suffix than `suffixes`.
+    """
+    if Path(out).suffix.lower() not in suffixes:
+        raise UserError(f"out={out} is invalid: expected a name that ends in {', '.join(suffixes)}")
 
 
-def save_tensor(tensor: Any, out: str | Path) -> Path:
+def save_tensor(tensor: Tensor, out: str | Path) -> Path:
+    """Write a tensor to a file as `torch.save` does, with the stamp of this project."""
     with atomic_path(out) as path:
-        torch.save(tensor, path)
-        with zipfile.ZipFile(path, "a") as archive:
-            archive.comment = STAMP.encode()
+        path.write_bytes(to_bytes(tensor))
     return Path(out)

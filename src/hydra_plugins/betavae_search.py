@@ -1,4 +1,4 @@
-"""Where Hydra looks for sweepers, and nowhere else. What this one does is in `betavae.sweeps.search`."""
+"""The sweeper `Search`, in the package where Hydra looks for plugins; `betavae.sweeps.search` does the work."""
 
 from typing import Any
 
@@ -9,16 +9,20 @@ from omegaconf import DictConfig
 
 
 class Search(Sweeper):
+    """Run a search by Optuna."""
+
     def __init__(self, **settings: Any):
-        """Hydra hands the settings over here as well as in the config."""
+        """Ignore the settings, which are also in the config."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Keep what the search needs."""
         launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
-        self.given = config, launcher, hydra_context.config_loader
+        self.context = config, launcher, hydra_context.config_loader
 
     def sweep(self, arguments: list[str]) -> None:
-        from betavae.sweeps.search import search  # every command imports this file
+        """Run the search."""
+        from betavae.sweeps.search import run_search  # imported here, since every command imports this file
 
-        search(arguments, *self.given)
+        run_search(arguments, *self.context)

@@ -30,8 +30,8 @@ from pathlib import Path
 
 import torch
 
-from betavae.data.datasets.mnist import mnist
-from tests.commands import REPO, Child, module_of, started
+from betavae.data.datasets.mnist import load_mnist
+from tests.commands import REPO, Child, load_script, started
 
 MAX_SECONDS = 280  # of one command, by the clock
 MAX_CPU_SECONDS = 60
@@ -502,7 +502,11 @@ TRAINING: dict[str, list[str]] = {
         "++trainer.max_epochs=2",
         "+trainer.accelerator=cpu",
     ],
-    "figures": ["callbacks.figures_every=0", "callbacks.figures_every=1", "callbacks.figures_every=2"],
+    "figures": [
+        "callbacks.figures_every_n_epochs=0",
+        "callbacks.figures_every_n_epochs=1",
+        "callbacks.figures_every_n_epochs=2",
+    ],
     "monitor": ["callbacks.monitor=loss", "callbacks.monitor=kl", "callbacks.monitor=recon", "callbacks.monitor=nope"],
     "patience": ["callbacks.early_stopping_patience=0", "callbacks.early_stopping_patience=1"],
     "logger": ["logger=csv", "logger=[tensorboard,csv]", "~logger", "~logger.tensorboard", "logger=[]"],
@@ -525,7 +529,7 @@ SCRIPTS: dict[str, dict[str, list[str]]] = {
     "sample": {
         "n": ["1", "3", "65"],
         "sampler": ["prior", "gaussian", "mixture", "knn"],
-        "digit": ["0", "3", "999"],
+        "label": ["0", "3", "999"],
         "temperature": ["0", "0.5", "1e6"],
         "columns": ["1", "100"],
         "save_images": ["true"],
@@ -533,7 +537,7 @@ SCRIPTS: dict[str, dict[str, list[str]]] = {
     },
     "reconstruct": {"images": [], "n": ["1", "7", "1000"]},
     "interpolate": {
-        "digits": ["[0,1]", "[0,0]", "[3,8]"],
+        "labels": ["[0,1]", "[0,0]", "[3,8]"],
         "images": ["[0,1]", "[0,0]", "[0,99]", "[1]"],
         "steps": ["2", "5"],
         "rows": ["1", "3"],
@@ -558,7 +562,7 @@ SCRIPTS: dict[str, dict[str, list[str]]] = {
     },
     "detect": {
         "images": [],
-        "alarm": ["0.5", "0.01", "1e-9"],
+        "alpha": ["0.5", "0.01", "1e-9"],
         "score": ["combined", "dose_svm", "dose", "neg_elbo"],
         "inliers": ["[0]", "[cat]", "[0,1]"],
         "out": ["anomalies", "../../canary", "RUN"],
@@ -584,7 +588,7 @@ PICTURE_ENDINGS = ["png", "jpg", "pdf", "webp", "svg", "gif", "nope"]
 
 @functools.cache
 def script_keys(name: str) -> list[str]:
-    return [*module_of(REPO / "scripts" / f"{name}.py").Settings.model_fields]
+    return [*load_script(REPO / "scripts" / f"{name}.py").Settings.model_fields]
 
 
 def script_words(rng: random.Random, name: str, data: str, run: str) -> list[str]:
@@ -628,7 +632,7 @@ def canary(session: Session) -> None:
 
 def play(rng: random.Random, session: Session) -> None:
     """One random session."""
-    from betavae.runtime.cli import all_keys
+    from betavae.runtime.hydra_config import all_keys
 
     keys = [key for key in all_keys() if not key.startswith(NOT_HERE)]
     canary(session)
@@ -772,7 +776,9 @@ def longer(rng: random.Random, session: Session, words: list[str]) -> None:
     """Resume a finished run, as it is and with changed settings."""
     resume = next(word for word in words if word.startswith("hydra.run.dir=")).replace("hydra.run.dir", "resume")
     must_work(session, "train.py", resume)
-    changes = rng.choice([[], training_words(rng)[3:], ["callbacks.figures_every=1"], ["trainer.precision=bf16-mixed"]])
+    changes = rng.choice(
+        [[], training_words(rng)[3:], ["callbacks.figures_every_n_epochs=1"], ["trainer.precision=bf16-mixed"]]
+    )
     changes = [word for word in changes if word.startswith(("trainer.", "callbacks.", "data.eval", "+trainer."))]
     session.command("train.py", resume, f"trainer.max_epochs={rng.choice((1, 4, 6))}", *changes)
 
@@ -852,7 +858,7 @@ def main(seconds: float = 60, seed: int = 0, out: str = "fuzz", case: int | None
     end = time.perf_counter() + seconds
     with tempfile.TemporaryDirectory(prefix="fuzz-data-") as data:
         for split in ("train", "test"):
-            mnist(Path(data), split)
+            load_mnist(Path(data), split)
         for number in range(10**9) if case is None else [case]:
             if time.perf_counter() > end:
                 break

@@ -1,4 +1,4 @@
-"""Whole commands, as a user runs them."""
+"""Complete commands: what they print, write and log."""
 
 import contextlib
 import fcntl
@@ -17,21 +17,21 @@ from tests.commands import TINY, Child, run
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, data_root):
-    """A working folder, from which the project is used as it lies."""
-    folder = tmp_path_factory.mktemp("place")
+def workdir(tmp_path_factory, data_root):
+    """A working folder outside of the repository."""
+    folder = tmp_path_factory.mktemp("workdir")
     (folder / "data").symlink_to(data_root)
     return folder
 
 
 @pytest.fixture(scope="module")
-def smoke(place):
-    """A finished smoke run in two latent dimensions: (its folder, what it printed)."""
-    output = run("trainer=smoke", "model.latent_dim=2", "callbacks.figures_every=1", "seed=0", cwd=place)
-    return place / re.search(r"run +(runs/\S+)", output)[1], output
+def smoke(workdir):
+    """The folder and the output of a finished smoke run with two latent dimensions."""
+    output = run("trainer=smoke", "model.latent_dim=2", "callbacks.figures_every_n_epochs=1", "seed=0", cwd=workdir)
+    return workdir / re.search(r"run +(runs/\S+)", output)[1], output
 
 
-def test_what_training_prints(smoke):
+def test_training_prints_epochs_test_and_next_commands(smoke):
     folder, output = smoke
     lines = output.splitlines()
     number = r"-?\d+\.\d\d"
@@ -43,10 +43,10 @@ def test_what_training_prints(smoke):
     assert "surrogate" in lines[3]
     assert lines[-2].startswith("next  tensorboard --logdir runs")
     assert lines[-1].split() == ["python", "scripts/sample.py", f"ckpt=runs/{folder.name}/checkpoints/best.ckpt"]
-    assert len(lines) == 8  # and nothing from anybody else
+    assert len(lines) == 8  # and nothing from libraries
 
 
-def test_what_a_run_folder_holds(smoke):
+def test_a_run_folder_has_exactly_these_files(smoke):
     folder, _ = smoke
     assert "=" not in folder.name and folder.name.endswith("_mlp_z2_beta1.0")
     names = {path.name for path in folder.iterdir()}
@@ -70,7 +70,7 @@ def test_what_a_run_folder_holds(smoke):
     assert checkpoint["hyper_parameters"]["model"]["latent_dim"] == 2
 
 
-def test_what_tensorboard_shows(smoke):
+def test_tensorboard_has_curves_figures_and_hparams(smoke):
     folder, _ = smoke
     assert len(list(folder.glob("events.*"))) == 1 and not list(folder.glob("version_*"))
     board = EventAccumulator(str(folder), size_guidance={"images": 0, "scalars": 0})
@@ -90,11 +90,11 @@ def test_what_tensorboard_shows(smoke):
         "_hparams_/session_end_info",
     }
     tensors = (folder / "projector" / "posterior_means" / "tensors.tsv").read_text().splitlines()
-    assert len(tensors) == 2000 and len(tensors[0].split("\t")) == 3  # padded: the projector shows no plane
+    assert len(tensors) == 2000 and len(tensors[0].split("\t")) == 3  # padded: the projector needs three columns
     assert len((folder / "projector" / "posterior_means" / "metadata.tsv").read_text().split()) == 2000
 
 
-def test_curves_and_metrics_agree(smoke):
+def test_curves_and_metrics_json_agree(smoke):
     folder, output = smoke
     board = EventAccumulator(str(folder))
     board.Reload()
@@ -107,28 +107,28 @@ def test_curves_and_metrics_agree(smoke):
 
 
 @pytest.mark.parametrize("script", ["sample", "reconstruct", "interpolate", "traverse", "manifold"])
-def test_a_script_needs_the_checkpoint_alone_and_is_deterministic(place, smoke, tmp_path, script):
+def test_scripts_need_only_the_checkpoint_and_repeat(workdir, smoke, tmp_path, script):
     checkpoint = tmp_path / "alone.ckpt"
     checkpoint.write_bytes((smoke[0] / "checkpoints" / "best.ckpt").read_bytes())
     pictures = []
     for name in ("a", "b"):
         out = tmp_path / "new folder" / f"{name}.png"
-        run(f"ckpt={checkpoint}", f"out='{out}'", cwd=place, script=f"scripts/{script}.py")
+        run(f"ckpt={checkpoint}", f"out='{out}'", cwd=workdir, script=f"scripts/{script}.py")
         pictures.append(out.read_bytes())
     assert pictures[0] == pictures[1]
 
 
-def test_sample_options(place, smoke, tmp_path):
+def test_sample_writes_images_and_a_tensor(workdir, smoke, tmp_path):
     options = ("n=5", "seed=3", f"out={tmp_path}/s.png", "save_images=true", "save_tensor=true")
-    output = run(*options, f"runs={smoke[0].parent}", cwd=place, script="scripts/sample.py")
+    output = run(*options, f"runs={smoke[0].parent}", cwd=workdir, script="scripts/sample.py")
     assert str(smoke[0]) in output  # the newest finished run
     images = torch.load(tmp_path / "s.pt", weights_only=True)
     assert images.shape == (5, 1, 28, 28) and images.min() >= 0 and images.max() <= 1
     assert len(list((tmp_path / "s").iterdir())) == 5
 
 
-def test_a_longer_run_is_the_same_as_one_that_was_that_long_from_the_start(tmp_path, data_root):
-    """Two epochs, then two more, equal four in one go: weights and test numbers."""
+def test_a_run_made_longer_equals_one_long_run(tmp_path, data_root):
+    """Two epochs and two more give the weights and test metrics of four epochs."""
     settings = [*TINY, "seed=7", f"data.root={data_root}"]
     run(*settings, "trainer.max_epochs=2", "hydra.run.dir=short", cwd=tmp_path)
     output = run("resume=short", "trainer.max_epochs=4", cwd=tmp_path)
@@ -141,9 +141,9 @@ def test_a_longer_run_is_the_same_as_one_that_was_that_long_from_the_start(tmp_p
     assert one == other
 
 
-def test_an_epoch_that_is_cut_short_has_numbers_of_its_own(tmp_path, data_root):
-    """By max_steps or by early stopping: its line is of its own steps, and those are in the curves."""
-    tiny = [*TINY, f"data.root={data_root}", "callbacks.figures_every=0"]
+def test_an_epoch_that_is_cut_short_reports_its_own_steps(tmp_path, data_root):
+    """An epoch may end by max_steps or by early stopping."""
+    tiny = [*TINY, f"data.root={data_root}", "callbacks.figures_every_n_epochs=0"]
     whole = run(*tiny, "trainer.max_epochs=1", "trainer.log_every_n_steps=1", "hydra.run.dir=whole", cwd=tmp_path)
     means = lambda text: re.findall(r"epoch +\d+/\d+  loss ([\d.]+)", text)  # noqa: E731
     losses = [event.value for event in scalars(tmp_path / "whole", "train/loss")]
@@ -164,7 +164,7 @@ def scalars(folder, tag):
     return board.Scalars(tag)
 
 
-def test_a_sweep(tmp_path, data_root):
+def test_a_sweep_trains_every_combination(tmp_path, data_root):
     swept = ("model.hidden_dims=[8],[8,4]", "beta=0.5,4", "trainer=smoke")
     short = ("trainer.max_epochs=1", "trainer.limit_train_batches=2", f"data.root={data_root}")
     output = run("-m", *swept, *short, cwd=tmp_path)
@@ -181,7 +181,7 @@ def test_a_sweep(tmp_path, data_root):
         assert (sweep / job / ".betavae").read_text() == "a run of betavae\n"
 
 
-def test_help_is_written_for_this_project(tmp_path):
+def test_help_lists_settings_and_examples(tmp_path):
     text = run("--help", cwd=tmp_path)
     for words in ("python train.py -m model.latent_dim=2,20", "model: conv, mlp, mlp_large, mlp_small", "beta=1.0"):
         assert words in text
@@ -189,32 +189,31 @@ def test_help_is_written_for_this_project(tmp_path):
     text = run("--help", cwd=tmp_path, script="scripts/sample.py")
     for words in ("New images from a trained VAE", "temperature=1.0", "times the prior's", "ckpt=null"):
         assert words in text
-    assert "temperature: 1.0" in run("--cfg", "job", cwd=tmp_path, script="scripts/sample.py")
 
 
-def test_a_mistake_is_one_sentence_and_leaves_nothing(tmp_path):
+def test_an_invalid_setting_is_one_line_and_writes_nothing(tmp_path):
     for arguments, words in {
         ("model.latnt_dim=3",): "model.latnt_dim is not a setting; did you mean model.latent_dim?",
-        ("model=cnov",): "model=cnov is not one of its options: conv, mlp",
-        ("model.latent_dim=0",): "model.latent_dim=0 cannot be: it must be a whole number from 1 up",
+        ("model=cnov",): "model=cnov is invalid: expected one of conv, mlp",
+        ("model.latent_dim=0",): "model.latent_dim=0 is invalid: expected an integer > 0",
     }.items():
         assert run(*arguments, cwd=tmp_path, code=1).strip().startswith(f"error: {words}")
     assert "runs/none does not exist" in run("ckpt=runs/none", cwd=tmp_path, script="scripts/sample.py", code=1)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_terminal_gets_a_bar(place):
+def test_a_terminal_shows_a_progress_bar(workdir):
     terminal, end = pty.openpty()
     fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 130, 0, 0))
-    child = Child("trainer=smoke", "trainer.max_epochs=1", "name=terminal", cwd=place, terminal=end)
+    child = Child("trainer=smoke", "trainer.max_epochs=1", "name=terminal", cwd=workdir, terminal=end)
     os.close(end)
     output = b""
-    with contextlib.suppress(OSError):  # the way Linux says that the other end is closed
+    with contextlib.suppress(OSError):  # Linux raises it when the other end is closed
         while piece := os.read(terminal, 65536):
             output += piece
     os.close(terminal)
     assert child.wait() == 0, output
-    # What stays on the screen of each line is what follows its last carriage return.
+    # The visible part of a line follows its last carriage return.
     lines = [line.rstrip("\r").split("\r")[-1] for line in output.decode().split("\n")]
     assert "Epoch 0: 100%" in lines[0] and "recon=" in lines[0] and "val neg. ELBO=" in lines[0]
     assert lines[1].startswith("test  loss")

@@ -19,7 +19,7 @@ from betavae.runtime.training import TrainingRun
 from tests.commands import TINY, Child, run
 
 SMALL = [*TINY, "data=arrays", "data.root=images.npy", "data.test_size=9", "data.validation_size=10"]
-SMALL += ["data.batch_size=10", "callbacks.figures_every=2", "hydra.run.dir=run"]
+SMALL += ["data.batch_size=10", "callbacks.figures_every_n_epochs=2", "hydra.run.dir=run"]
 
 
 def images(folder: Path, *shape: int) -> None:
@@ -63,7 +63,7 @@ def no_memory() -> None:
     def traversal(*args: Any) -> Any:
         raise RuntimeError("CUDA out of memory\nmore")
 
-    plotting.traversal = traversal
+    plotting.traverse = traversal
 
 
 def no_network() -> None:
@@ -74,11 +74,11 @@ def no_network() -> None:
 
 
 def no_folder() -> None:
-    def begun(*args: Any) -> None:
-        Path("run/figures").write_text("a file of that name")
+    def start(*args: Any) -> None:
         real(*args)
+        Path("run/figures").write_text("a file of that name")
 
-    real, TrainingRun.fit = TrainingRun.fit, begun  # type: ignore[method-assign]
+    real, TrainingRun.start = TrainingRun.start, start  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_the_numbers_come_before_the_pictures(tmp_path, number):
             os.kill(os.getpid(), number)
             return real(*args)
 
-        real, plotting.tiles = plotting.tiles, tiles
+        real, plotting.make_tiles = plotting.make_tiles, tiles
 
     commands = {"a run": ([*SMALL[:-1], "hydra.run.dir='a run'"], ["resume='a run'"])}
     commands["sweep"] = (["-m", *SMALL[:-1], "beta=1", "hydra.sweep.dir=sweep"],) * 2
@@ -170,7 +170,7 @@ def test_a_retry_that_cannot_begin_keeps_the_checkpoint(tmp_path, where):
 
     def prepare() -> None:
         if where == "drawing":
-            plotting.tiles = die
+            plotting.make_tiles = die
             return
         real = VAEModule.training_step
         step = lambda self, *args: real(self, *args) if self.global_step < 9 else die()  # noqa: E731

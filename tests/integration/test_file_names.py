@@ -1,4 +1,4 @@
-"""Pictures whose file names are not UTF-8, from training to every file that holds a name."""
+"""Images whose file names are not UTF-8, from training to every file that holds a name."""
 
 import csv
 import json
@@ -10,38 +10,38 @@ import pytest
 from PIL import Image
 
 import betavae
-from betavae.applications.explorer.queries import load_models, page_state
+from betavae.applications.explorer.queries import build_page_state, load_models
 from tests.commands import run
 
 pytestmark = pytest.mark.skipif(sys.platform in ("darwin", "win32"), reason="file names are Unicode there")
-# Each name as it is on disk, and as it is written.
+# Each name on disk, and as it is written to files.
 LATIN = {b"PICTURES/caf\xe9/%d\xff.png" % number: rf"caf\xe9/{number}\xff.png" for number in range(30)}
 UTF8 = {f"PICTURES/thé/{number}.png".encode(): f"thé/{number}.png" for number in range(30)}
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with two classes of pictures, and a run that was trained on them."""
+    """Make a folder with two classes of images, and a run that was trained on them."""
     folder = tmp_path_factory.mktemp("place")
     rng = np.random.default_rng(0)
     for name in (*LATIN, *UTF8):
         path = folder / os.fsdecode(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(path)
-    (folder / os.fsdecode(b"PICTURES/caf\xe9/cut\xff.png")).write_bytes(b"no picture")
+    (folder / os.fsdecode(b"PICTURES/caf\xe9/cut\xff.png")).write_bytes(b"no image")
     args = ["data=folder", "data.root=PICTURES", "data.image_size=8", "data.channels=1", "data.validation_size=20"]
     args += ["data.batch_size=10", "data.test_size=10", "model.likelihood=logistic_mixture", "model.hidden_dims=[8]"]
     text = run(*args, "model.latent_dim=2", "trainer.max_epochs=1", "hydra.run.dir=run", cwd=folder)
-    assert "30 of 60 pictures in PICTURES: name that is not UTF-8, its other bytes written as \\xNN" in text
+    assert "30 of 60 images in PICTURES: name that is not UTF-8, its other bytes written as \\xNN" in text
     assert r"1 could not be read: caf\xe9/cut\xff.png" in text
     return folder
 
 
 @pytest.mark.parametrize("ending", ["csv", "npz", "parquet"])
-def test_latents_hold_every_name_and_are_decoded_under_it(place, ending):
+def test_latents_have_every_name(place, ending):
     words = ("ckpt=run", f"out=all.{ending}")
     text = run(*words, "images=PICTURES", cwd=place, script="scripts/encode.py")
-    assert "30 of 60 pictures: name that is not UTF-8, its other bytes written as \\xNN" in text
+    assert "30 of 60 images: name that is not UTF-8, its other bytes written as \\xNN" in text
     words = ("ckpt=run", f"latents=all.{ending}", f"out=from_{ending}")
     run(*words, cwd=place, script="scripts/decode.py")
     found = {str(path.relative_to(place / f"from_{ending}")) for path in (place / f"from_{ending}").rglob("*.png")}
@@ -52,8 +52,8 @@ def test_latents_hold_every_name_and_are_decoded_under_it(place, ending):
         assert len(rows) == 10 and {row["label"] for row in rows} <= {r"caf\xe9", "thé"}
 
 
-def test_scores_and_compressed_files_hold_every_name(place):
-    run("ckpt=run", "images=PICTURES", "alarm=0.5", cwd=place, script="scripts/detect.py")
+def test_scores_and_compressed_files_have_every_name(place):
+    run("ckpt=run", "images=PICTURES", "alpha=0.5", cwd=place, script="scripts/detect.py")
     rows = list(csv.DictReader((place / "anomalies" / "scores.csv").read_text("utf-8").splitlines()))
     assert {row["name"] for row in rows} == {*LATIN.values(), *UTF8.values(), r"caf\xe9/cut\xff.png"}
     run("ckpt=run", "images=PICTURES", "out=all.bvae", "report=false", cwd=place, script="scripts/compress.py")
@@ -63,14 +63,14 @@ def test_scores_and_compressed_files_hold_every_name(place):
         assert np.array_equal(there, back)
 
 
-def test_the_explorer_shows_their_classes(place, monkeypatch):
+def test_the_explorer_shows_class_names(place, monkeypatch):
     monkeypatch.chdir(place)
     name = os.fsdecode(b"r\xfcn")
     (place / "run").rename(place / name)
-    shown = page_state(load_models([betavae.load(name)]))
+    shown = build_page_state(load_models([betavae.load(name)]))
     text = json.dumps(shown, ensure_ascii=False).encode("utf-8").decode()
     assert shown["classes"] == [r"caf\xe9", "thé"] and r"r\\xfcn" in text
-    # A run that is found without being named is printed as it is.
+    # The name of a run that was found, not given, is printed as it is.
     assert f"samples of {name}/" in run("runs=.", "n=2", cwd=place, script="scripts/sample.py")
 
 

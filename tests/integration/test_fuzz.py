@@ -20,11 +20,10 @@ from betavae.models.networks import ACTIVATIONS, NETWORKS
 from betavae.models.vae import VAE
 from betavae.objectives import elbo
 from betavae.objectives.schedules import BETA_SCHEDULES, LR_DECAYS, lr_factor
-from betavae.runtime.builders import build
-from betavae.runtime.cli import CONFIGS, all_keys, explain
-from betavae.runtime.resume import SignalHandler
+from betavae.runtime.hydra_config import CONFIGS, all_keys, describe_config_error, to_plain
 from betavae.runtime.run_folder import RunFolder
-from betavae.runtime.settings import TrainConfig, check_settings, dotted_keys, to_plain
+from betavae.runtime.settings import TrainConfig, check_settings, dotted_keys
+from betavae.runtime.training import TrainingRun
 from tests.integration.fuzz_commands import Session, hostile_word, play
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)
@@ -206,12 +205,12 @@ def test_command_lines_that_nobody_thought_of(monkeypatch, tmp_path):
             try:
                 cfg = compose("train", ["data.batch_size=5", "data.validation_size=10", *line])
                 composing = False
-                check_settings(cfg)
+                check_settings(to_plain(cfg))
                 if cfg.data.name == "mnist":
-                    build(to_plain(cfg), RunFolder(tmp_path), SignalHandler())
+                    TrainingRun(to_plain(cfg), RunFolder(tmp_path))
                 built += 1
             except Exception as error:
-                sentence = explain(error, composing, known)
+                sentence = describe_config_error(error, composing, known)
                 assert sentence and "\n" not in sentence, (number, line)
                 assert isinstance(error, UserError) or len(sentence) < 500
                 refused += 1

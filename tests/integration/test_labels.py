@@ -13,7 +13,7 @@ from tests.commands import TINY, run
 LABELS = np.array([-1, 5, 10**9])
 
 
-def test_labels_that_are_no_places_go_through_every_script(tmp_path, monkeypatch):
+def test_every_script_takes_labels_that_are_no_indices(tmp_path, monkeypatch):
     shades = np.arange(600) % 3
     noise = np.random.default_rng(0).integers(0, 60, (600, 8, 8))
     np.savez(tmp_path / "x.npz", images=(noise + 90 * shades[:, None, None]).astype(np.uint8), labels=LABELS[shades])
@@ -29,10 +29,10 @@ def test_labels_that_are_no_places_go_through_every_script(tmp_path, monkeypatch
     script("fidelity", "n=10", "sampler=gaussian")
     fidelity = json.loads((tmp_path / "run" / "fidelity.json").read_text())
     assert fidelity["test images"]["imbalance"]["mean"] <= 1
-    for digit in LABELS:
-        script("sample", "sampler=gaussian", f"digit={digit}")
-    script("interpolate", f"digits=[{LABELS[0]},{LABELS[2]}]")
-    assert "AUROC" in script("detect", f"inliers=[{LABELS[0]},{LABELS[1]}]", "alarm=0.05")
+    for label in LABELS:
+        script("sample", "sampler=gaussian", f"label={label}")
+    script("interpolate", f"labels=[{LABELS[0]},{LABELS[2]}]")
+    assert "AUROC" in script("detect", f"inliers=[{LABELS[0]},{LABELS[1]}]", "alpha=0.05")
     script("encode")
     assert set(np.load(tmp_path / "latents.npz")["labels"].tolist()) == set(LABELS.tolist())
     monkeypatch.chdir(tmp_path)
@@ -41,5 +41,5 @@ def test_labels_that_are_no_places_go_through_every_script(tmp_path, monkeypatch
     classifier = features.train(images, epochs=30)
     found = classifier.classify(classifier.features(images.pixels.float() / 255))
     assert (found == images.labels).float().mean() > 0.9
-    state = queries.page_state(queries.load_models([model]))
+    state = queries.build_page_state(queries.load_models([model]))
     assert torch.equal(torch.tensor(state["labels"][0]), model.split("test").labels)

@@ -17,7 +17,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from betavae.module import VAEModule
-from betavae.runtime.progress import ImageLogger
+from betavae.runtime.callbacks import ImageLogger
 from betavae.runtime.training import TrainingRun
 from tests.commands import TINY, Child, run
 
@@ -36,7 +36,7 @@ def place(tmp_path_factory, data_root):
     if "mlflow" in HEAVY:
         importlib.import_module("mlflow").MlflowClient(f"sqlite:///{folder}/other.db")
     (folder / "data").symlink_to(data_root)
-    args = (*TINY, "callbacks.figures_every=2", ALL)
+    args = (*TINY, "callbacks.figures_every_n_epochs=2", ALL)
     text = run(*args, "hydra.run.dir=whole", cwd=folder)
     child = Child(*args, "hydra.run.dir=resumed", cwd=folder, prepare=die_at(23))
     assert child.wait() == -signal.SIGKILL, child.text
@@ -110,7 +110,7 @@ def test_a_csv_goes_on_to_the_byte(place, tmp_path, data_root):
     def die_late() -> None:
         TrainingRun.finish = lambda *args: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
 
-    args = (*TINY, "callbacks.figures_every=0", "logger=csv", f"data.root={data_root}", "hydra.run.dir=run")
+    args = (*TINY, "callbacks.figures_every_n_epochs=0", "logger=csv", f"data.root={data_root}", "hydra.run.dir=run")
     folder = tmp_path / "run"
     assert Child(*args, cwd=tmp_path, prepare=die_late).wait() == -signal.SIGKILL
     assert (folder / "curves.csv").read_bytes() == whole  # the test's row was there
@@ -138,20 +138,20 @@ def test_somebody_elses_table_stays(tmp_path, data_root):
     args = (*TINY, "trainer.log_every_n_steps=99", "logger=csv", f"data.root={data_root}", "hydra.run.dir=run")
     args = (*args, "data.validation_size=0", "callbacks.early_stopping_patience=null", "trainer.max_epochs=1")
     text = run(*args, cwd=tmp_path, prepare=theirs, code=1)
-    assert "error: logger=csv: run/curves.csv is there already and was not made by betavae" in text
+    assert "error: logger=csv: run/curves.csv already exists and was not made by betavae" in text
     assert (tmp_path / "run" / "curves.csv").read_text() == "mine\n"
 
 
 @pytest.mark.parametrize(
     ("mistake", "said"),
     [
-        ("logger=wandbb", "logger=wandbb is not one of its options: csv, mlflow, tensorboard, wandb"),
+        ("logger=wandbb", "logger=wandbb is invalid: expected one of csv, mlflow, tensorboard, wandb"),
         ("logger=[csv,wandbb]", "wandbb"),
         (
             "logger=wandb logger.wandb.mode=onlin",
-            "logger.wandb.mode=onlin cannot be: it must be one of offline, online",
+            "logger.wandb.mode=onlin is invalid: expected one of offline, online; did you mean online?",
         ),
-        ("logger=mlflow logger.mlflow.experiment=3", "logger.mlflow.experiment=3 cannot be: it must be a text"),
+        ("logger=mlflow logger.mlflow.experiment=3", "logger.mlflow.experiment=3 is invalid: expected a text"),
         ("+logger.csv.rows=3", "logger.csv"),
         ("logger=wandb ~logger.wandb.project", "logger.wandb.project is missing"),
     ],

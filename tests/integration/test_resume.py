@@ -29,7 +29,7 @@ RICH = [
     "lr_schedule=cosine",
     "lr_schedule.warmup=0.1",
     "callbacks.early_stopping_patience=9",
-    "callbacks.figures_every=2",
+    "callbacks.figures_every_n_epochs=2",
 ]
 
 
@@ -216,7 +216,7 @@ def test_asked_to_stop_in_the_test(tmp_path: Path, root: str, number: int) -> No
     def prepare() -> None:
         VAEModule.test_step = lambda *args: os.kill(os.getpid(), number)  # type: ignore[assignment,method-assign]
 
-    args = [*TINY, root, "callbacks.figures_every=0", "trainer.max_epochs=1"]
+    args = [*TINY, root, "callbacks.figures_every_n_epochs=0", "trainer.max_epochs=1"]
     expected, _ = whole(tmp_path, args)
     child = go_on(tmp_path, args, prepare=prepare)
     assert child.wait() == 128 + number, child.text
@@ -228,7 +228,13 @@ def test_asked_to_stop_in_the_test(tmp_path: Path, root: str, number: int) -> No
 
 def test_a_compiled_run_that_goes_on_uncompiled_keeps_each_moment_with_its_weight(tmp_path, data_root):
     """Fused Adam pairs them as they lie in memory, which `compile_loss` changes."""
-    args = [*TINY, f"data.root={data_root}", "model=conv", "model.hidden_dims=[4,8]", "callbacks.figures_every=0"]
+    args = [
+        *TINY,
+        f"data.root={data_root}",
+        "model=conv",
+        "model.hidden_dims=[4,8]",
+        "callbacks.figures_every_n_epochs=0",
+    ]
 
     def not_really() -> None:
         torch.compile = lambda function, **settings: function  # type: ignore[assignment]

@@ -87,7 +87,7 @@ def test_a_learning_rate_that_is_too_large(tmp_path, data_root):
 def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, data_root):
     small, kept = tmp_path / "small", tmp_path / "kept"
     small.mkdir()
-    settings = [*TINY, "trainer.max_epochs=60", "callbacks.figures_every=0", f"data.root={data_root}"]
+    settings = [*TINY, "trainer.max_epochs=60", "callbacks.figures_every_n_epochs=0", f"data.root={data_root}"]
     train = f"{sys.executable} {REPO / 'train.py'} {' '.join(settings)} hydra.run.dir={small}/run"
     # Room for two checkpoints and a little more; after the first ones a neighbour takes the rest.
     script = f"""
@@ -159,7 +159,7 @@ def test_two_first_runs_in_the_same_second(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_stopped_and_resumed(tmp_path, data_root, number):
     """Stopped in its first epochs, gone on with by the line that it printed; the first of them as a shell sees it."""
-    settings = [*TINY, "trainer.max_epochs=300", "callbacks.figures_every=0", f"data.root={data_root}"]
+    settings = [*TINY, "trainer.max_epochs=300", "callbacks.figures_every_n_epochs=0", f"data.root={data_root}"]
     settings.append("hydra.run.dir=run")
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     if number == signal.SIGINT:
@@ -206,7 +206,7 @@ def test_with_the_package_installed_elsewhere(tmp_path):
     shutil.copytree(REPO / "src" / "betavae", site / "betavae", ignore=shutil.ignore_patterns("__pycache__"))
     elsewhere = {"cwd": tmp_path, "PYTHONPATH": str(site)}
     assert "latent_dim: 9" in fresh(str(REPO / "train.py"), "--cfg", "job", "model.latent_dim=9", **elsewhere)
-    assert "temperature" in fresh(str(REPO / "scripts" / "sample.py"), "--cfg", "job", **elsewhere)
-    code = "import betavae; from betavae.data.datasets.mnist import mnist; from pathlib import Path; "
-    code += "print(betavae.__file__, mnist(Path('data'), 'test').pixels.shape)"
+    assert "temperature" in fresh(str(REPO / "scripts" / "sample.py"), "--help", **elsewhere)
+    code = "import betavae; from betavae.data.datasets.mnist import load_mnist; from pathlib import Path; "
+    code += "print(betavae.__file__, load_mnist(Path('data'), 'test').pixels.shape)"
     assert str(site) in (printed := fresh("-c", code, **elsewhere)) and "[10000, 1, 28, 28]" in printed

@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 
 from betavae.errors import TrialPruned, UserError
 from betavae.module import VAEModule
-from betavae.runtime.cli import safe_name
+from betavae.runtime.hydra_config import safe_name
 from betavae.sweeps import jobs, pareto, report, search
 from betavae.sweeps.pruning import PruningCallback, pruning_callbacks
 from tests.commands import REPO, Child, fresh, run, wait_for
@@ -28,7 +28,12 @@ optuna = pytest.importorskip("optuna")
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution  # noqa: E402
 from optuna.trial import TrialState  # noqa: E402
 
-SMALL = ["trainer=smoke", "trainer.limit_train_batches=2", "trainer.limit_val_batches=1", "callbacks.figures_every=0"]
+SMALL = [
+    "trainer=smoke",
+    "trainer.limit_train_batches=2",
+    "trainer.limit_val_batches=1",
+    "callbacks.figures_every_n_epochs=0",
+]
 SMALL += ["trainer.limit_test_batches=1", "data.validation_size=200"]
 # Replaces the shipped space: a later word on a key wins, and a plain value takes it out of the search.
 ONE = ["model.latent_dim=3", "model.hidden_dims=[16]"]
@@ -339,7 +344,7 @@ def test_the_scores_of_a_job() -> None:
         ("callbacks.monitor=total_correlation", "callbacks.monitor=total_correlation is invalid: expected one"),
         ("trainer.check_val_every_n_epoch=5", "its trials never validate (trainer.check_val_every_n_epoch=5 is above"),
         ("trainer.max_steps=1", "its trials never validate (trainer.max_steps=1 ends it before the first validation,"),
-        ("hydra.sweeper.n_trials=0", "hydra.sweeper.n_trials=0 cannot be: it must be a whole number from 1 up"),
+        ("hydra.sweeper.n_trials=0", "hydra.sweeper.n_trials=0 is invalid: expected an integer > 0"),
         ("optimizer.lr=1e-3", "hydra.sweeper.params: nothing is searched"),
         ("optimizer.lrr=interval(0,1)", "optimizer.lrr is not a setting"),
         ("hydra.sweeper.storage=nosql://x", "hydra.sweeper.storage=nosql://x cannot be opened"),

@@ -33,7 +33,7 @@ def test_what_cannot_be_written_is_said(tmp_path):
 
 
 def figure():
-    drawn = plotting.new_figure(1, 1)
+    drawn = plotting.create_figure(1, 1)
     drawn.add_subplot().plot([1, 2])
     return drawn
 
@@ -80,7 +80,7 @@ def vae():
 
 def test_interpolation_ends_at_the_two_reconstructions(vae):
     start, end = torch.rand(2, 1, 1, 28, 28)
-    row = plotting.interpolation(vae, start, end, steps=5)
+    row = plotting.interpolate(vae, start, end, steps=5)
     torch.testing.assert_close(row[0], vae.reconstruct(start)[0])
     torch.testing.assert_close(row[4], vae.reconstruct(end)[0])
     middle = (vae.encode(start).mean + vae.encode(end).mean) / 2
@@ -89,13 +89,13 @@ def test_interpolation_ends_at_the_two_reconstructions(vae):
 
 def test_a_traversal_moves_one_dimension_alone(vae):
     z, values = torch.tensor([0.3, -0.7]), torch.tensor([-1.0, 0.5])
-    rows = plotting.traversal(vae, z, [1, 0], values)
+    rows = plotting.traverse(vae, z, [1, 0], values)
     wanted = torch.tensor([[0.3, -1.0], [0.3, 0.5], [-1.0, -0.7], [0.5, -0.7]])
     torch.testing.assert_close(rows, torch.sigmoid(vae.decode_params(wanted)))
 
 
 def test_the_manifold_is_at_quantiles_of_the_prior(vae):
-    rows = plotting.manifold(vae, 3)
+    rows = plotting.decode_manifold(vae, 3)
     quantile = torch.distributions.Normal(0, 1).icdf(torch.tensor([1 / 6, 0.5, 5 / 6]))
     # First axis to the right, second axis up, as in a plot.
     torch.testing.assert_close(
@@ -103,12 +103,12 @@ def test_the_manifold_is_at_quantiles_of_the_prior(vae):
     )
     torch.testing.assert_close(rows[6], torch.sigmoid(vae.decode_params(quantile[[0, 0]].view(1, 2)))[0])
     with pytest.raises(UserError, match="latent_dim=2"):
-        plotting.manifold(VAE(**MODEL), 3)
+        plotting.decode_manifold(VAE(**MODEL), 3)
 
 
 def test_reconstructions_stand_below_their_originals(vae):
     x = torch.rand(16, 1, 28, 28)
-    rows = plotting.reconstructions(vae, x)
+    rows = plotting.stack_reconstructions(vae, x)
     assert torch.equal(rows[:8], x[:8]) and torch.equal(rows[16:24], x[8:])
     torch.testing.assert_close(rows[24:], vae.reconstruct(x[8:]))
 
@@ -116,7 +116,7 @@ def test_reconstructions_stand_below_their_originals(vae):
 @pytest.mark.parametrize("n", [1, 5, 8, 9, 20])
 def test_any_number_of_reconstructions(n):
     vae, x = VAE(**MODEL), torch.rand(n, 1, 28, 28)
-    rows = plotting.reconstructions(vae, x)
+    rows = plotting.stack_reconstructions(vae, x)
     columns = min(8, n)
     assert len(rows) == 2 * columns * -(-n // columns)
     assert torch.equal(rows[:columns], x[:columns])

@@ -1,1 +1,1 @@
-"""What a trained model is for. Each file can be removed without harm to the others."""
+"""Applications of a trained VAE. Each can be deleted, with its scripts and tests, without touching the others."""

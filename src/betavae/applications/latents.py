@@ -1,39 +1,41 @@
-"""Latents as files: what an encoder makes of images, to be looked at elsewhere and decoded again."""
+"""Encode images into a file of latents, and read such a file to decode it."""
 
 import csv
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from betavae.data.datasets.arrays import open_arrays, read_array
+from betavae.data.array_io import ArrayFile
 from betavae.errors import UserError
 from betavae.models.vae import VAE
 from betavae.objectives import elbo
 from betavae.storage.files import STAMP, atomic_path
 
-CHUNK = 500  # images at a time
-PARQUET_RATIO = 8  # the most values, and unpacked bytes, per byte of a Parquet file that is read
+BATCH_SIZE = 500
+MAX_PARQUET_RATIO = 8  # values, and unpacked bytes, per byte of a Parquet file
 
 
 class Latents(NamedTuple):
-    mean: Tensor  # (N, latent_dim), of the posterior
+    """The posteriors of N images."""
+
+    mean: Tensor  # (N, latent_dim)
     logvar: Tensor  # (N, latent_dim)
     kl: Tensor  # (N,) nats
-    neg_elbo: Tensor  # (N,) nats, by one z
+    neg_elbo: Tensor  # (N,) nats, from one posterior sample
 
 
 @torch.no_grad()
-def encode(vae: VAE, pixels: Tensor, seed: int = 0) -> Latents:
-    """`pixels` uint8 `(N, C, H, W)`."""
+def encode_images(vae: VAE, pixels: Tensor, seed: int = 0) -> Latents:
+    """Encode uint8 images `(N, C, H, W)`."""
     generator, parts = torch.Generator().manual_seed(seed), []
-    for part in pixels.split(CHUNK):
-        x = part.float() / 255
+    for batch in pixels.split(BATCH_SIZE):
+        x = batch.float() / 255
         posterior = vae.encode(x)
         terms = elbo(vae, x, torch.randn(1, len(x), vae.latent_dim, generator=generator), 1.0)
         kl = terms.kl.sum(1)
@@ -41,91 +43,101 @@ def encode(vae: VAE, pixels: Tensor, seed: int = 0) -> Latents:
     return Latents(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
 
-def save_latents(latents: Latents, names: list[str], labels: list[Any] | None, out: str | Path) -> None:
-    """As FILE.npz (`names`, `mean`, `logvar`, `kl`, `neg_elbo`, and `labels` if there are any), or as FILE.csv or
-    FILE.parquet (which needs pyarrow) with a column for each number.
+def save_latents(latents: Latents, names: Sequence[str], labels: Sequence[object] | None, out: str | Path) -> None:
+    """Save latents as FILE.npz, or as FILE.csv or FILE.parquet with one column per number.
 
-    Raises UserError for another ending, or a file that is there and not of this project.
+    Raises:
+        UserError: If `out` has another ending, or is a file that this project did not write.
     """
-    if Path(out).suffix not in (".npz", ".csv", ".parquet"):
-        raise UserError(f"out={out} cannot be: it must end in .npz, .csv or .parquet")
-    if Path(out).suffix == ".parquet":
+    suffix = Path(out).suffix
+    if suffix not in (".npz", ".csv", ".parquet"):
+        raise UserError(f"out={out} is invalid: expected a name that ends in .npz, .csv or .parquet")
+    if suffix == ".parquet":
         check_pyarrow(Path(out))
-    if Path(out).suffix == ".npz":
-        columns: dict[str, Any] = {name: value.numpy() for name, value in latents._asdict().items()}
-        columns |= {"names": np.array(names)} | ({} if labels is None else {"labels": np.array(labels)})
-        with atomic_path(out) as path:
-            np.savez(path, **columns)
-            with zipfile.ZipFile(path, "a") as archive:
-                archive.comment = STAMP.encode()
-        return
-    columns = {"name": names, "label": labels if labels is not None else [""] * len(names)}
-    columns |= {"kl": latents.kl.tolist(), "neg_elbo": latents.neg_elbo.tolist()}
-    for part, numbers in (("mean", latents.mean), ("logvar", latents.logvar)):
-        columns |= {f"{part}_{d}": column.tolist() for d, column in enumerate(numbers.T)}
     with atomic_path(out) as path:
-        if path.suffix == ".parquet":
+        if suffix == ".npz":
+            write_npz(path, latents, names, labels)
+        elif suffix == ".csv":
+            write_csv(path, to_columns(latents, names, labels))
+        else:
             from pyarrow import parquet, table
 
-            parquet.write_table(table(columns).replace_schema_metadata({"made_by": STAMP}), path)
-            return
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            rows = csv.writer(file)
-            rows.writerow([*columns, f"made by {STAMP}"])
-            rows.writerows([*row, ""] for row in zip(*columns.values(), strict=True))
+            columns = table(to_columns(latents, names, labels))
+            parquet.write_table(columns.replace_schema_metadata({"made_by": STAMP}), path)
+
+
+def write_npz(path: Path, latents: Latents, names: Sequence[str], labels: Sequence[object] | None) -> None:
+    """Write `mean`, `logvar`, `kl`, `neg_elbo`, `names` and, where there are any, `labels`."""
+    arrays = {name: value.numpy() for name, value in latents._asdict().items()} | {"names": np.array(names)}
+    if labels is not None:
+        arrays["labels"] = np.array(labels)
+    np.savez(path, **arrays)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.comment = STAMP.encode()
+
+
+def write_csv(path: Path, columns: Mapping[str, Sequence[object]]) -> None:
+    """Write a table whose last column, which is empty, marks it as a file of this project."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow([*columns, f"made by {STAMP}"])
+        writer.writerows([*row, ""] for row in zip(*columns.values(), strict=True))
+
+
+def to_columns(latents: Latents, names: Sequence[str], labels: Sequence[object] | None) -> dict[str, Sequence[object]]:
+    """Arrange latents as the columns name, label, kl, neg_elbo, mean_0, ..., logvar_0, ..."""
+    columns: dict[str, Sequence[object]] = {"name": names, "label": [""] * len(names) if labels is None else labels}
+    columns |= {"kl": latents.kl.tolist(), "neg_elbo": latents.neg_elbo.tolist()}
+    for name, values in (("mean", latents.mean), ("logvar", latents.logvar)):
+        columns |= {f"{name}_{d}": column.tolist() for d, column in enumerate(values.T)}
+    return columns
 
 
 def load_latents(path: Path, latent_dim: int) -> tuple[list[str], Tensor]:
-    """The names and latents `(N, latent_dim)` of a file of `write`'s (its posterior means), or of FILE.npy.
+    """Load names and latents `(N, latent_dim)` from a file of `save_latents` (its means) or from FILE.npy.
 
-    Raises UserError for any other file, and for latents of another number of dimensions.
+    Raises:
+        UserError: If the file is neither, or its latents have another dimension or are not finite.
     """
     if path.suffix == ".parquet":
         check_pyarrow(path)
     try:
         if path.suffix in (".csv", ".parquet"):
             rows = read_rows(path)
-            names = [row["name"] for row in rows]
-            z = torch.tensor([[float(row[f"mean_{d}"]) for d in range(count_means(rows))] for row in rows])
+            names = [str(row["name"]) for row in rows]
+            dimensions = sum(key.startswith("mean_") for key in (rows[0] if rows else ()))
+            z = torch.tensor([[float(row[f"mean_{d}"]) for d in range(dimensions)] for row in rows])
         else:
-            held = open_arrays(path)
-            lone = path.suffix == ".npy"
-            z = torch.from_numpy(np.asarray(read_array(held, "images" if lone else "mean", path), dtype=np.float32))
-            names = [str(name) for name in (range(len(z)) if lone else read_array(held, "names", path))]
+            file, is_bare = ArrayFile(path), path.suffix == ".npy"
+            z = torch.from_numpy(np.asarray(file.read("images" if is_bare else "mean"), dtype=np.float32))
+            names = [str(name) for name in (range(len(z)) if is_bare else file.read("names"))]
     except (UserError, OSError, ValueError, TypeError, KeyError, MemoryError, csv.Error) as error:
-        raise UserError(f"latents: {path} is no whole file of encode.py, nor a FILE.npy of numbers") from error
+        raise UserError(f"latents: {path} is neither an intact file of encode.py nor a FILE.npy of numbers") from error
     if z.ndim != 2 or z.shape[1] != latent_dim or not len(z) == len(names) > 0:
-        raise UserError(f"latents: {path} holds {tuple(z.shape)}, and this model needs (N, {latent_dim})")
+        raise UserError(f"latents: {path} has shape {tuple(z.shape)}; expected (N, {latent_dim}) for this model")
     if not z.isfinite().all():
-        raise UserError(f"latents: {path} holds numbers that are not finite")
+        raise UserError(f"latents: {path} has values that are not finite")
     if any(Path(name).is_absolute() or ".." in Path(name).parts for name in names):
-        raise UserError(f"latents: {path} has names that lead out of a folder")
+        raise UserError(f"latents: {path} has names that point outside the output folder")
     return names, z
 
 
 def check_pyarrow(path: Path) -> None:
+    """Raise UserError if pyarrow is not installed."""
     if find_spec("pyarrow") is None:
-        raise UserError(f'{path} needs pyarrow: `pip install -e ".[parquet]"`; or take .csv or .npz')
+        raise UserError(f'{path} needs pyarrow: pip install -e ".[parquet]"; or use .csv or .npz')
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Read the rows of a CSV file, or of a Parquet file of limited compression."""
     if path.suffix == ".parquet":
         from pyarrow import parquet
 
         with parquet.ParquetFile(path) as file:
             about = file.metadata
             unpacked = sum(about.row_group(i).total_byte_size for i in range(about.num_row_groups))
-            if max(unpacked, about.num_rows * about.num_columns) > PARQUET_RATIO * path.stat().st_size:
+            if max(unpacked, about.num_rows * about.num_columns) > MAX_PARQUET_RATIO * path.stat().st_size:
                 raise ValueError("it unpacks to more than its size allows")
             return file.read().to_pylist()
     with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
-
-
-def count_means(rows: list[dict[str, Any]]) -> int:
-    return sum(key.startswith("mean_") for key in (rows[0] if rows else {}))
-
-
-def chunks(names: list[str]) -> Iterator[list[str]]:
-    for start in range(0, len(names), CHUNK):
-        yield names[start : start + CHUNK]

@@ -1,150 +1,166 @@
-"""Which latents to decode: the prior's, or of a density fitted to where the encoder puts the training images.
+"""Latent samplers: the prior, or a density fitted to the posterior samples of the training images.
 
-A decoder learns at z of the aggregate posterior q(z) = 1/N sum_n q(z|x_n), and samples of the prior are decoded where
-it learnt little if q(z) is not the prior; the objective does not make it so where latents are many or beta is small.
-Dai & Wipf (2019) learn q(z) by a second VAE, and Ghosh et al. (2020) find that a Gaussian mixture fitted afterwards
-does as well, for any autoencoder. Fitted here to one z of q(z|x) for each training image:
+A decoder is trained at z of the aggregate posterior q(z) = 1/N sum_n q(z|x_n). Samples of the prior decode poorly where
+q(z) differs from it, as with many latent dimensions or a small beta. Dai & Wipf (2019) learn q(z) with a second VAE;
+Ghosh et al. (2020) find that a Gaussian mixture fitted afterwards works as well. The samplers here are fitted to one
+sample of q(z|x) for each training image:
 
-- gaussian: a normal distribution of full covariance.
-- mixture: a mixture of `COMPONENTS` such, by scikit-learn's expectation maximisation from k-means.
-- knn: a point between two neighbours, z_i + u (z_j - z_i), with j one of the `NEIGHBOURS` nearest to i and u uniform in
-  [0, 1] (SMOTE, Chawla et al. 2002). No density is assumed, but nothing new is found beyond such lines; u = 0 gives a
-  reconstruction of a training image.
+- gaussian: a normal distribution with full covariance.
+- mixture: a mixture of up to `MAX_COMPONENTS` such distributions, by expectation maximization from k-means.
+- knn: z_i + u (z_j - z_i), with j among the `NUM_NEIGHBORS` nearest neighbors of i and u uniform in [0, 1] (SMOTE,
+  Chawla et al. 2002). It assumes no density and does not leave these lines; u = 0 reconstructs a training image.
 
-To add a sampler, write a function of z `(N, latent_dim)` that gives a `Latents` and name it in `SAMPLERS`.
+To add a sampler, write a function from z `(N, latent_dim)` to a `LatentSampler` and register it in `SAMPLERS`.
 """
 
 import hashlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from betavae.applications.trained_run import TrainedRun
 from betavae.errors import UserError
-from betavae.metrics.fidelity import nearest
+from betavae.metrics.fidelity import find_nearest
 from betavae.models.vae import VAE
-from betavae.storage.cache import file_hash, load_or_compute
+from betavae.storage.cache import hash_file, load_or_compute
 
-COMPONENTS = 20
-NEIGHBOURS = 5
-MOST_POINTS = 10_000  # that neighbours are looked for among
-MOST_IMAGES = 60_000  # that are worth fitting to
+MAX_COMPONENTS = 20
+NUM_NEIGHBORS = 5
+MAX_NEIGHBOR_POINTS = 10_000
+MAX_FIT_IMAGES = 60_000
+ENCODE_BATCH = 1000
 
 
 class Mixture(NamedTuple):
-    """sum_k weights[k] N(means[k], factors[k] factors[k]^T), K normal distributions in D dimensions."""
+    """Gaussian mixture sum_k weights[k] N(means[k], factors[k] factors[k]^T) of K components in D dimensions."""
 
-    weights: Tensor  # (K,), of sum 1
+    weights: Tensor  # (K,), sums to 1
     means: Tensor  # (K, D)
     factors: Tensor  # (K, D, D)
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """`(n, D)`."""
+        """Draw `(n, D)`."""
         component = torch.multinomial(self.weights, n, replacement=True, generator=generator)
         noise = torch.randn(n, self.means.shape[1], generator=generator)
         return self.means[component] + (self.factors[component] @ noise.unsqueeze(2)).squeeze(2)
 
 
-class Neighbours(NamedTuple):
-    """Points on the lines from each of N points to its nearest others."""
+class NeighborLines(NamedTuple):
+    """Uniform distribution on the lines from N points to their nearest neighbors."""
 
     points: Tensor  # (N, D)
-    nearest: Tensor  # (N, NEIGHBOURS) int64, places in `points`
+    neighbors: Tensor  # (N, NUM_NEIGHBORS) int64, indices into `points`
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """`(n, D)`."""
+        """Draw `(n, D)`."""
         first = torch.randint(len(self.points), (n,), generator=generator)
-        choice = torch.randint(self.nearest.shape[1], (n,), generator=generator)
-        start, end = self.points[first], self.points[self.nearest[first, choice]]
+        choice = torch.randint(self.neighbors.shape[1], (n,), generator=generator)
+        start, end = self.points[first], self.points[self.neighbors[first, choice]]
         return torch.lerp(start, end, torch.rand(n, 1, generator=generator))
 
 
-LatentSampler = Mixture | Neighbours
+LatentSampler = Mixture | NeighborLines
 
 
-def prior(z: Tensor) -> Mixture:
-    """N(0, I), whatever `z` are."""
+def fit_prior(z: Tensor) -> Mixture:
+    """Return N(0, I) for any `z`."""
     dimensions = z.shape[1]
     return Mixture(torch.ones(1), torch.zeros(1, dimensions), torch.eye(dimensions).unsqueeze(0))
 
 
-def gaussian(z: Tensor) -> Mixture:
+def fit_gaussian(z: Tensor) -> Mixture:
+    """Fit one normal distribution with full covariance."""
     covariance = torch.cov(z.double().T).view(1, z.shape[1], -1)
     return Mixture(torch.ones(1), z.mean(0, keepdim=True), torch.linalg.cholesky(covariance).float())
 
 
-def mixture(z: Tensor) -> Mixture:
+def fit_mixture(z: Tensor) -> Mixture:
+    """Fit a Gaussian mixture with full covariances."""
     try:
-        from sklearn.mixture import GaussianMixture  # here, since it takes a second
+        from sklearn.mixture import GaussianMixture  # Imported here because it takes a second.
     except ImportError:
         raise UserError('sampler=mixture needs scikit-learn: pip install -e ".[evaluation]"') from None
-    components = min(COMPONENTS, 1 + len(z) // (5 * z.shape[1]))
-    found = GaussianMixture(components, random_state=0, reg_covar=1e-4).fit(z.double().numpy())
-    factors = torch.linalg.cholesky(torch.from_numpy(found.covariances_))
-    return Mixture(*(torch.as_tensor(part).float() for part in (found.weights_, found.means_, factors)))
+    components = min(MAX_COMPONENTS, 1 + len(z) // (5 * z.shape[1]))
+    fitted = GaussianMixture(components, random_state=0, reg_covar=1e-4).fit(z.double().numpy())
+    factors = torch.linalg.cholesky(torch.from_numpy(fitted.covariances_))
+    return Mixture(*(torch.as_tensor(part).float() for part in (fitted.weights_, fitted.means_, factors)))
 
 
-def knn(z: Tensor) -> Neighbours:
-    points = z[torch.randperm(len(z), generator=torch.Generator().manual_seed(0))[:MOST_POINTS]]
-    # The nearest is the point itself.
-    return Neighbours(points, nearest(points, points, NEIGHBOURS + 1)[1][:, 1:])
+def fit_knn(z: Tensor) -> NeighborLines:
+    """Find the nearest neighbors of up to `MAX_NEIGHBOR_POINTS` of the points."""
+    points = z[torch.randperm(len(z), generator=torch.Generator().manual_seed(0))[:MAX_NEIGHBOR_POINTS]]
+    # The nearest point is the point itself.
+    return NeighborLines(points, find_nearest(points, points, NUM_NEIGHBORS + 1)[1][:, 1:])
 
 
 SAMPLERS: dict[str, Callable[[Tensor], LatentSampler]] = {
-    "prior": prior,
-    "gaussian": gaussian,
-    "mixture": mixture,
-    "knn": knn,
+    "prior": fit_prior,
+    "gaussian": fit_gaussian,
+    "mixture": fit_mixture,
+    "knn": fit_knn,
 }
 
 
 @torch.no_grad()
-def posterior_samples(vae: VAE, x: Tensor, seed: int = 0) -> Tensor:
-    """One z of q(z|x) for each image: `(N, latent_dim)`, on the CPU."""
+def sample_posterior(vae: VAE, x: Tensor, seed: int = 0) -> Tensor:
+    """Draw one z of q(z|x) for each image: `(N, latent_dim)`, on the CPU."""
     device, generator = next(vae.parameters()).device, torch.Generator().manual_seed(seed)
-    parts = []
-    for images in x.split(1000):
-        noise = torch.randn(len(images), vae.latent_dim, generator=generator)
-        parts.append(vae.encode(images.to(device)).rsample(noise.to(device)).cpu())
-    return torch.cat(parts)
+    samples = []
+    for batch in x.split(ENCODE_BATCH):
+        noise = torch.randn(len(batch), vae.latent_dim, generator=generator)
+        samples.append(vae.encode(batch.to(device)).rsample(noise.to(device)).cpu())
+    return torch.cat(samples)
 
 
 def load_or_fit_sampler(
-    sampler: str,
-    vae: VAE,
-    training: Callable[[], tuple[Tensor, Tensor]],
-    checkpoint: Path,
-    folder: Path,
-    digit: int | None = None,
+    name: str, run: TrainedRun, data_root: str | None = None, label: int | None = None
 ) -> LatentSampler:
-    """A sampler of `SAMPLERS`, fitted to the images that `training()` gives, of all labels or of the one `digit`.
+    """Fit a sampler to the training images of a run, or load it from the run folder.
 
-    It is kept in `folder` under a name with the hash of the file `checkpoint`, from which `vae` was loaded and which
-    says what the training images are. With `digit` it is fitted anew if their labels have changed. Raises UserError if
-    there are too few such images.
+    The cached file has the hash of the checkpoint in its name, which determines the training images. With `label`, the
+    sampler is also fitted again when the labels have changed.
+
+    Args:
+        name: A key of `SAMPLERS`.
+        run: The run whose VAE encodes the images.
+        data_root: The folder of the training data; None for the folder used in training.
+        label: Fit to the images with this label only.
+
+    Raises:
+        UserError: If there are too few such images, or the data have no such label.
     """
-    if sampler == "prior":
-        if digit is not None:
-            raise UserError(f"digit={digit} goes with sampler=gaussian, mixture or knn: the prior knows no labels")
-        return prior(torch.empty(0, vae.latent_dim))
+    if name == "prior":
+        if label is not None:
+            raise UserError(f"label={label} is invalid: expected null with sampler=prior, which ignores labels")
+        return fit_prior(torch.empty(0, run.vae.latent_dim))
+    checkpoint = hash_file(run.path)
+    key: dict[str, object] = {"sampler": name, "label": label, "checkpoint": checkpoint, "version": 2}
+    images, suffix = None, ""
+    if label is not None:
+        images, labels = select_label(*run.images("train", data_root, MAX_FIT_IMAGES), label)
+        suffix, key["labels"] = f"_{label}", hashlib.sha256(labels.contiguous().numpy().data).hexdigest()[:16]
 
     def fit() -> dict[str, list[Tensor]]:
-        x = images if images is not None else training()[0]
-        if len(x) < max(2 * vae.latent_dim, NEIGHBOURS + 2):
-            raise UserError(f"sampler={sampler} cannot be fitted to {len(x)} images in {vae.latent_dim} dimensions")
-        return {"parts": list(SAMPLERS[sampler](posterior_samples(vae, x)))}
+        x = run.images("train", data_root, MAX_FIT_IMAGES)[0] if images is None else images
+        min_images = max(2 * run.vae.latent_dim, NUM_NEIGHBORS + 2)
+        if len(x) < min_images:
+            raise UserError(
+                f"sampler={name} needs at least {min_images} training images for {run.vae.latent_dim} latent "
+                f"dimensions, and there are {len(x)}"
+            )
+        return {"parts": list(SAMPLERS[name](sample_posterior(run.vae, x)))}
 
-    hashed, images, label = file_hash(checkpoint), None, ""
-    asked = {"sampler": sampler, "digit": digit, "checkpoint": hashed, "version": 2}
-    if digit is not None:
-        x, labels = training()
-        if labels.ndim != 1:
-            raise UserError(f"digit={digit} cannot be: these data have several factors in place of one label")
-        images, label = x[labels == digit], f"_{digit}"
-        if not len(images):
-            raise UserError(f"digit={digit} cannot be: the labels are {int(labels.min())} to {int(labels.max())}")
-        asked["labels"] = hashlib.sha256(labels.contiguous().numpy().data).hexdigest()[:16]
-    parts = load_or_compute(folder / f"sampler_{sampler}{label}_{hashed}.pt", asked, fit)["parts"]
-    return Neighbours(*parts) if sampler == "knn" else Mixture(*parts)
+    parts = load_or_compute(run.folder / f"sampler_{name}{suffix}_{checkpoint}.pt", key, fit)["parts"]
+    return NeighborLines(*parts) if name == "knn" else Mixture(*parts)
+
+
+def select_label(x: Tensor, labels: Tensor, label: int) -> tuple[Tensor, Tensor]:
+    """Select the images with a label; return them and all labels."""
+    if labels.ndim != 1:
+        raise UserError(f"label={label} is invalid: expected null (these data have several factors, not one label)")
+    images = x[labels == label]
+    if not len(images):
+        raise UserError(f"label={label} is invalid: expected a label from {int(labels.min())} to {int(labels.max())}")
+    return images, labels

@@ -1,13 +1,14 @@
-"""Which pictures a folder holds, under which names."""
+"""List the image files below a folder, and name images."""
 
 import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from betavae.errors import UserError
 
-# What the first-level folders of a set that comes in splits are called, and which split each is.
+# The names of first-level folders that are splits, and the split of each.
 SPLIT_FOLDERS = {
     "train": "train",
     "val": "validation",
@@ -18,17 +19,25 @@ SPLIT_FOLDERS = {
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
-FileEntry = tuple[str, int, int]  # the name relative to the folder, with "/"; bytes; time of the last change in ns
+class FileEntry(NamedTuple):
+    """A file below a folder, and the state of its content."""
+
+    name: str  # relative to the folder, with "/"
+    size: int  # bytes
+    modified: int  # ns
 
 
 def png_filenames(names: Sequence[str], out: str | Path) -> list[str]:
-    """The names of PNG files, below the folder `out`, of pictures of these names. Raises UserError, before anything is
-    written, for one that leads out of it, and for two that are the same."""
+    """Return the names of PNG files in the folder `out` for images of these names.
+
+    Raises:
+        UserError: If a name leads out of the folder, or two files would have the same name.
+    """
     files: dict[str, str] = {}
     for name in names:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise UserError(f"{name} is a name that leads out of {out}")
-        # Whatever it was: 7.jpg and 7.png are two.
+        # The former suffix stays, since 7.jpg and 7.png are two images.
         file = name if name.endswith(".png") else f"{name}.png"
         if file in files:
             raise UserError(f"{files[file]} and {name} would be one file, {file}, in {out}")
@@ -37,32 +46,35 @@ def png_filenames(names: Sequence[str], out: str | Path) -> list[str]:
 
 
 def as_text(name: str) -> str:
-    """Write each byte of a file name that is not UTF-8 as `\\xNN`, since tables and JSON cannot hold it."""
+    r"""Write each byte of a file name that is not UTF-8 as `\xNN`, since tables and JSON require UTF-8."""
     return re.sub(r"[\ud800-\udfff]", lambda match: f"\\x{ord(match[0]) & 0xFF:02x}", name)
 
 
 def index_names(n: int) -> list[str]:
-    """Names of `n` images that have none."""
+    """Number `n` images that have no names."""
     return [f"{i:0{len(str(n - 1))}d}" for i in range(n)]
 
 
 def natural_sort_key(name: str) -> tuple[list[str | int], str]:
-    """The key that sorts picture 9 before picture 10, for people."""
+    """Return the key that sorts image 9 before image 10."""
     parts = enumerate(re.split(r"(\d+)", name))
     return [int(part) if i % 2 else part.casefold() for i, part in parts], name
 
 
-def picture_files(root: Path) -> list[FileEntry]:
-    """All pictures below `root`, told by their suffix, sorted; not those below a name with a leading dot.
+def list_image_files(root: Path) -> list[FileEntry]:
+    """List all image files below `root` by their suffix, sorted; hidden files and folders are skipped.
 
-    Symbolic links are followed, but each picture is listed once, by its own name where it lies below `root`: aliases
-    would come to lie on both sides of a split. Raises UserError if a folder cannot be listed.
+    Symbolic links are followed. A file with several names is listed once, under its real name if that is below `root`:
+    otherwise the same image could be in two splits.
+
+    Raises:
+        UserError: If a folder is not readable.
     """
     found: list[FileEntry] = []
-    seen: set[str] = set()  # real paths of pictures and folders
+    seen: set[str] = set()  # the real paths of files and folders
     folders = [(os.path.realpath(root), "")]
     while folders:
-        links: list[tuple[str, str]] = []  # looked at when all that is really there is known
+        links: list[tuple[str, str]] = []  # followed after all real files are listed
         while folders:
             folder, prefix = folders.pop()
             seen.add(folder)
@@ -78,31 +90,33 @@ def picture_files(root: Path) -> list[FileEntry]:
                             folders.append((entry.path, name + "/"))
                         elif entry.path not in seen and entry.name.lower().endswith(SUFFIXES):
                             seen.add(entry.path)
-                            status = entry.stat()
-                            found.append((name, status.st_size, status.st_mtime_ns))
+                            found.append(FileEntry(name, entry.stat().st_size, entry.stat().st_mtime_ns))
             except OSError as error:
-                raise UserError(f"{folder} cannot be listed ({error.strerror})") from error
+                raise UserError(f"{folder} is not readable: {error.strerror}") from error
         for name, real in sorted(links, key=lambda link: natural_sort_key(link[0])):
             if real in seen:
                 continue
+            seen.add(real)
             if os.path.isdir(real):
                 folders.append((real, name + "/"))
             elif name.lower().endswith(SUFFIXES):
-                # A link to nothing is a picture that cannot be read.
-                there = os.path.exists(real)
-                found.append((name, os.path.getsize(real) if there else 0, os.stat(real).st_mtime_ns if there else 0))
-            seen.add(real)
+                # A dangling link is listed, and reported as an unreadable image.
+                status = os.stat(real) if os.path.exists(real) else None
+                found.append(FileEntry(name, status.st_size, status.st_mtime_ns) if status else FileEntry(name, 0, 0))
     return sorted(found)
 
 
 def label_from_path(name: str) -> str:
-    """The first folder of a picture's name, "." where there is none."""
+    """Return the first folder of a file name, or "." if there is none."""
     return name.split("/")[0] if "/" in name else "."
 
 
 def split_folders(names: Iterable[str]) -> dict[str, str]:
-    """Each first-level folder of pictures of these `names` and the split it is; {} unless all are called as splits are,
-    in capitals or not: one that is called `train` beside `bus` is a class."""
+    """Map each first-level folder of these files to its split.
+
+    Returns:
+        {} unless all folders have names of splits: `train` beside `bus` is a class.
+    """
     folders = sorted({label_from_path(name) for name in names} - {"."})
     splits = {folder: SPLIT_FOLDERS[folder.lower()] for folder in folders if folder.lower() in SPLIT_FOLDERS}
     return splits if len(splits) == len(folders) else {}

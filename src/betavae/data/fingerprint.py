@@ -1,4 +1,4 @@
-"""A hash that identifies a set of images without reading all of a large one."""
+"""Identify a set of images by a hash, without reading all of a large set."""
 
 import hashlib
 import json
@@ -8,15 +8,12 @@ import torch
 
 from betavae.data.image_set import ImageSet
 
-MAX_HASHED_BYTES = 2**28  # of larger sets, evenly spaced blocks are hashed
+MAX_HASHED_BYTES = 2**28  # evenly spaced blocks of larger sets are hashed
 BLOCK_BYTES = 2**20
 
 
 def fingerprint(images: ImageSet, labels: bool = False) -> str:
-    """Hash shape, names and pixels, and if asked the labels.
-
-    Of more than `MAX_HASHED_BYTES` of pixels, hash as many in evenly spaced blocks.
-    """
+    """Hash the shape, names and pixels, and if asked the labels, to 16 hexadecimal digits."""
     n, image_bytes = len(images), math.prod(images.pixels.shape[1:])
     block = max(1, BLOCK_BYTES // image_bytes)
     starts = torch.arange(0, n, block)

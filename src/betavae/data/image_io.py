@@ -1,9 +1,9 @@
-"""Pictures from files: whatever reads a picture reads it by `read_picture`, in the model's size, channels and range."""
+"""Read image files in the size, channels and range of a model: everything that reads one uses `read_image`."""
 
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -14,79 +14,98 @@ from PIL import ExifTags, Image, ImageColor, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
-from betavae.data.datasets.arrays import open_arrays, read_labels, read_pixels
-from betavae.data.file_listing import SUFFIXES, as_text, label_from_path, natural_sort_key, picture_files, split_folders
+from betavae.data.array_io import ArrayFile
+from betavae.data.file_listing import (
+    SUFFIXES,
+    as_text,
+    label_from_path,
+    list_image_files,
+    natural_sort_key,
+    split_folders,
+)
 from betavae.errors import UserError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 FIT_MODES = ("crop", "pad")
-NOT_UTF8 = "name that is not UTF-8, its other bytes written as \\xNN"
 GRAY_MODES = ("1", "L", "LA", "La", "I;16", "I;16L", "I;16B", "I;16N")  # Pillow's modes
+NOT_UTF8 = "name that is not UTF-8, its other bytes written as \\xNN"
 
-# `read_picture` refuses what Pillow would only warn of.
+# `read_image` rejects what Pillow would only warn of.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
-class UnreadablePicture(Exception):
-    """Why a picture could not be read, in a few words."""
+class UnreadableImage(Exception):
+    """An image file that was not read. The message is the reason, in a few words."""
+
+
+class ConvertedImage(NamedTuple):
+    """The pixels of an image as a model sees them, and notes on the conversions."""
+
+    pixels: Tensor  # (C, H, W), uint8
+    notes: list[str]
 
 
 def validate_fit(image_shape: Sequence[int], fit: str, background: str) -> None:
-    """Raises UserError if no picture could be read this way."""
+    """Raise UserError for invalid settings of `read_image`."""
     if len(image_shape) != 3 or image_shape[0] not in (1, 3) or min(image_shape) < 1:
-        raise UserError(f"pictures cannot be read as {tuple(image_shape)}: it must be (C, H, W), with C 1 or 3")
+        raise UserError(f"image shape {tuple(image_shape)} is invalid: expected (C, H, W) with C 1 or 3")
     if fit not in FIT_MODES:
-        raise UserError(f"fit={fit} cannot be: it must be one of {', '.join(FIT_MODES)}")
+        raise UserError(f"data.fit={fit} is invalid: expected one of {', '.join(FIT_MODES)}")
     try:
         ImageColor.getrgb(background)
     except (ValueError, AttributeError) as error:
-        raise UserError(f"background={background} is no colour: name one, such as white, or '#ff8800'") from error
+        raise UserError(f"data.background={background} is invalid: expected a color, white or '#ff8800'") from error
 
 
-def fit_image(image: Image.Image, image_shape: Sequence[int], fit: str, background: str) -> tuple[Tensor, list[str]]:
-    """A picture of any size and kind -> uint8 `(C, H, W)`, and what was done to it. See `read_picture`."""
+def fit_image(image: Image.Image, image_shape: Sequence[int], fit: str, background: str) -> ConvertedImage:
+    """Convert an image of any size and mode, as `read_image` does."""
     channels, height, width = image_shape
     mode, notes = ("L" if channels == 1 else "RGB"), []
-    grey = image.mode in GRAY_MODES
+    gray = image.mode in GRAY_MODES
     if image.mode.startswith("I;16"):
-        # To the nearest of 256 values, 65535 / 255 = 257 apart.
+        # Round to the nearest of 256 values, which are 65535 / 255 = 257 apart.
         image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
-        notes.append("16 bits made 8")
+        notes.append("converted from 16 to 8 bits")
     elif image.mode in ("I", "F"):
-        raise UnreadablePicture("its pixels have 32 bits; save it with 8 or 16")
+        raise UnreadableImage("its pixels have 32 bits; save it with 8 or 16")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         if image.getchannel("A").getextrema() != (255, 255):
-            colour = ImageColor.getcolor(background, "RGB")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, colour), image)
-            notes.append(f"transparent parts laid on {background}")
-    if grey != (mode == "L"):
-        notes.append("grey made colour" if grey else "colour made grey")
+            color = ImageColor.getcolor(background, "RGB")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, color), image)
+            notes.append(f"transparent parts filled with {background}")
+    if gray != (mode == "L"):
+        notes.append("gray converted to color" if gray else "color converted to gray")
     if image.mode != mode:
         image = image.convert(mode)
     if image.size != (width, height):
-        # Source pixels per pixel of the model; the larger of both makes all of the picture fit, the smaller fills.
-        scales = image.width / width, image.height / height
-        scale = max(scales) if fit == "pad" else min(scales)
-        if scale != 1:
-            notes.append("made smaller" if scale > 1 else "made larger")
-        if fit == "pad":
-            within = max(1, round(image.width / scale)), max(1, round(image.height / scale))
-            image = image.resize(within, Image.Resampling.BICUBIC)
-            if image.size != (width, height):
-                notes.append(f"padded with {background}")
-                image = ImageOps.pad(image, (width, height), color=ImageColor.getcolor(background, mode))
-        else:
-            part = min(image.width, width * scale), min(image.height, height * scale)
-            left, top = (image.width - part[0]) / 2, (image.height - part[1]) / 2
-            if scales[0] != scales[1]:
-                notes.append("centre-cropped")
-            if scale == 1:
-                left, top = left // 1, top // 1  # half a pixel's shift would blur
-            box = left, top, min(image.width, left + part[0]), min(image.height, top + part[1])
-            image = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
+        image = resize(image, width, height, fit, background, notes)
     pixels = np.asarray(image).reshape(height, width, channels).transpose(2, 0, 1)
-    return torch.from_numpy(pixels.copy()), notes
+    return ConvertedImage(torch.from_numpy(pixels.copy()), notes)
+
+
+def resize(image: Image.Image, width: int, height: int, fit: str, background: str, notes: list[str]) -> Image.Image:
+    """Crop or pad an image to an aspect ratio, resize it, and add notes on what was done."""
+    # Source pixels per pixel of the result: the larger scale makes the whole image fit, the smaller fills the result.
+    scales = image.width / width, image.height / height
+    scale = max(scales) if fit == "pad" else min(scales)
+    if scale != 1:
+        notes.append("downsized" if scale > 1 else "enlarged")
+    if fit == "pad":
+        size = max(1, round(image.width / scale)), max(1, round(image.height / scale))
+        image = image.resize(size, Image.Resampling.BICUBIC)
+        if image.size == (width, height):
+            return image
+        notes.append(f"padded with {background}")
+        return ImageOps.pad(image, (width, height), color=ImageColor.getcolor(background, image.mode))
+    crop = min(image.width, width * scale), min(image.height, height * scale)
+    left, top = (image.width - crop[0]) / 2, (image.height - crop[1]) / 2
+    if scales[0] != scales[1]:
+        notes.append("center-cropped")
+    if scale == 1:
+        left, top = left // 1, top // 1  # a shift by half a pixel would blur
+    box = left, top, min(image.width, left + crop[0]), min(image.height, top + crop[1])
+    return image.resize((width, height), Image.Resampling.BICUBIC, box=box)
 
 
 def read_image(
@@ -96,88 +115,113 @@ def read_image(
     background: str = "white",
     max_pixels: int | None = None,
     own_size: bool = False,
-) -> tuple[Tensor, list[str]]:
-    """A PNG, JPEG, WebP, BMP, GIF (its first frame) or TIFF -> uint8 `(C, H, W)`, and what was done to it.
+) -> ConvertedImage:
+    """Read a PNG, JPEG, WebP, BMP, GIF (its first frame) or TIFF.
 
-    It is turned as its EXIF orientation says, its transparent parts are laid on `background` (a colour's name or
-    "#rrggbb"), grey is made colour or colour grey (ITU-R 601 luma) as `image_shape` `(C, H, W)` asks for, and it is
-    resized, antialiased, by a bicubic filter: with `fit="crop"` until it fills the model's frame, of which it keeps
-    the middle, with "pad" until all of it is within, on `background`. A picture of that very size keeps its bytes. 16
-    bits become 8 by rounding (colour: by Pillow, which keeps the upper 8). Colour profiles are not looked at. With
-    `own_size`, of `image_shape` only C is looked at, and the picture keeps its size.
+    The EXIF orientation is applied, and 16 bits are rounded to 8 (color images: truncated, by Pillow). Color profiles
+    are ignored. Resizing is bicubic and antialiased; an image of the right size keeps its bytes.
 
-    Raises UnreadablePicture if it cannot be read, or has more pixels than `most` (None: Pillow's
-    `Image.MAX_IMAGE_PIXELS`, 89,478,485), above which a small file may be meant to fill the memory; UserError if
-    nothing could be read so.
+    Args:
+        file: A path, or a file that is open for reading.
+        image_shape: (C, H, W) of the result, with C 1 (gray: ITU-R 601 luma) or 3.
+        fit: "crop" keeps the middle of the image, "pad" keeps all of it, on `background`.
+        background: The color, by name or as "#rrggbb", behind transparent parts and around padded images.
+        max_pixels: The largest size to read, since a small file may unpack to a size that fills the memory. None takes
+            Pillow's `Image.MAX_IMAGE_PIXELS`, 89,478,485.
+        own_size: Keep the size of the image; only C of `image_shape` is used.
+
+    Raises:
+        UnreadableImage: If the file is damaged, too large or not such a file.
+        UserError: If a setting is invalid.
     """
     validate_fit(image_shape, fit, background)
     if isinstance(file, str | Path) and os.path.exists(file) and not os.path.isfile(file):
-        raise UnreadablePicture("not a regular file")  # one that is a pipe would be waited for
+        raise UnreadableImage("not a regular file")  # reading a pipe would block
     limit, side = max_pixels or Image.MAX_IMAGE_PIXELS, 2 * max(image_shape[1:])
     try:
-        with Image.open(file, formats=FORMATS) as image:
-            if limit and image.width * image.height > limit:
-                raise UnreadablePicture(f"{image.width} x {image.height} pixels are above the limit of {limit:,}")
-            notes = ["first of several frames"] if getattr(image, "is_animated", False) else []
-            # A JPEG can be decoded at 1/8, 1/4 or 1/2 of its size, in a quarter of the time; from twice the model's
-            # size or more this changes the result by about 1 of 255 (root mean square, on noisy detail).
-            drafted = None if own_size else image.draft(None, (side, side))
-            # Asked for here, since Pillow turns a TIFF itself when it loads it.
-            if image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9):
-                notes.append("turned by its EXIF orientation")
-            image.load()
-            picture: Image.Image = image
-            if drafted and drafted[1][2:] != image.size:  # it ends within the last of the larger pixels
-                size = round(drafted[1][2]), round(drafted[1][3])
-                picture = image.resize(size, Image.Resampling.BICUBIC, box=drafted[1])
-            picture = ImageOps.exif_transpose(picture)
-            shape = (image_shape[0], picture.height, picture.width) if own_size else image_shape
-            pixels, more = fit_image(picture, shape, fit, background)
-            return pixels, notes + more
-    except UnreadablePicture:
+        with Image.open(file, formats=FORMATS) as opened:
+            if limit and opened.width * opened.height > limit:
+                raise UnreadableImage(f"{opened.width} x {opened.height} pixels are above the limit of {limit:,}")
+            notes = ["first of several frames"] if getattr(opened, "is_animated", False) else []
+            # A JPEG can be decoded at 1/8, 1/4 or 1/2 of its size, in a quarter of the time. From twice the model's
+            # size, this changes the result by about 1 of 255 (root mean square, on noisy detail).
+            draft = None if own_size else opened.draft(None, (side, side))
+            # The orientation is read before `load`, since Pillow applies that of a TIFF when it loads it.
+            if opened.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9):
+                notes.append("rotated by its EXIF orientation")
+            opened.load()
+            image: Image.Image = opened
+            if draft and draft[1][2:] != opened.size:  # the image ends within the last of the larger pixels
+                image = opened.resize((round(draft[1][2]), round(draft[1][3])), Image.Resampling.BICUBIC, box=draft[1])
+            image = ImageOps.exif_transpose(image)
+            shape = (image_shape[0], image.height, image.width) if own_size else image_shape
+            pixels, more = fit_image(image, shape, fit, background)
+            return ConvertedImage(pixels, notes + more)
+    except UnreadableImage:
         raise
     except UnidentifiedImageError as error:
-        raise UnreadablePicture("not a PNG, JPEG, WebP, BMP, GIF or TIFF") from error
+        raise UnreadableImage("not a PNG, JPEG, WebP, BMP, GIF or TIFF") from error
     except OSError as error:
-        raise UnreadablePicture(error.strerror or str(error)) from error
-    except Exception as error:  # Pillow raises nearly anything on a damaged file, and its own on a bomb
-        raise UnreadablePicture(f"{type(error).__name__}: {error}") from error
+        raise UnreadableImage(error.strerror or str(error)) from error
+    except Exception as error:  # Pillow raises many types for damaged files, and its own for decompression bombs
+        raise UnreadableImage(f"{type(error).__name__}: {error}") from error
 
 
-def iter_images(
-    paths: Sequence[str | Path], image_shape: Sequence[int], fit: str, background: str
-) -> Iterator[tuple[Tensor, list[str]] | UnreadablePicture]:
-    """For each path in turn what `read_picture` gives or raises; on all cores, with a progress bar."""
-    validate_fit(image_shape, fit, background)
+class ReadLog:
+    """The conversions of images that are read, with their counts, and the files that are skipped, `(name, reason)`."""
 
-    def read(path: str | Path) -> tuple[Tensor, list[str]] | UnreadablePicture:
-        try:
-            return read_image(path, image_shape, fit, background)
-        except UnreadablePicture as reason:
-            return reason
+    def __init__(self) -> None:
+        self.notes: Counter[str] = Counter()
+        self.skipped: list[tuple[str, str]] = []
 
-    # Threads, since Pillow lets go of Python's lock while it decodes and resizes.
-    with ThreadPool() as pool:
-        done = pool.imap(read, paths, chunksize=16)
-        yield from tqdm(done, total=len(paths), desc="reading pictures", unit="", leave=False, disable=None)
+    def skip_unreadable(
+        self, names: Sequence[str], results: Iterable[ConvertedImage | UnreadableImage]
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Yield the index and pixels of each image that was read."""
+        for i, (name, result) in enumerate(zip(names, results, strict=True)):
+            text = as_text(name)
+            if isinstance(result, UnreadableImage):
+                self.skipped.append((text, str(result)))
+            else:
+                self.notes.update(result.notes + [NOT_UTF8] * (text != name))
+                yield i, result.pixels
 
 
-def skipped_message(skipped: Sequence[tuple[str, str]]) -> str:
-    """Pictures that could not be read, `(name, reason)`, in a sentence that names the first five."""
+def describe_skipped(skipped: Sequence[tuple[str, str]]) -> str:
+    """Count skipped files, (name, reason), and name the first five."""
     named = ", ".join(f"{name} ({reason})" for name, reason in skipped[:5])
     more = f" and {len(skipped) - 5:,} more" if len(skipped) > 5 else ""
     return f"{len(skipped):,} could not be read: {named}{more}"
 
 
-class LoadedImages(NamedTuple):
-    """Pictures in memory: `pixels` uint8 `(N, C, H, W)`, their names and labels, sentences on what was done, and those
-    that could not be read, `(name, reason)`."""
+def iter_images(
+    paths: Sequence[str | Path], image_shape: Sequence[int], fit: str, background: str
+) -> Iterator[ConvertedImage | UnreadableImage]:
+    """Read images on all cores, with a progress bar. Yield the error of each image that is unreadable."""
 
-    pixels: Tensor
+    def read(path: str | Path) -> ConvertedImage | UnreadableImage:
+        try:
+            return read_image(path, image_shape, fit, background)
+        except UnreadableImage as error:
+            return error
+
+    # Threads run in parallel, since Pillow releases the GIL while it decodes and resizes.
+    with ThreadPool() as pool:
+        results = pool.imap(read, paths, chunksize=16)
+        yield from tqdm(results, total=len(paths), desc="reading images", unit="", leave=False, disable=None)
+
+
+class LoadedImages(NamedTuple):
+    """Images in memory.
+
+    `notes` are sentences on conversions, `skipped` the name of each file that could not be read, and the reason.
+    """
+
+    pixels: Tensor  # (N, C, H, W), uint8
     names: list[str]
     labels: list | None
     notes: list[str]
-    unread: Sequence[tuple[str, str]] = ()
+    skipped: Sequence[tuple[str, str]] = ()
 
 
 def read_images(
@@ -186,62 +230,67 @@ def read_images(
     fit: str = "crop",
     background: str = "white",
 ) -> LoadedImages:
-    """Pictures for a model of this `image_shape`, all in memory, each as `read_picture` reads it.
+    """Read images into memory, each as `read_image` does.
 
-    `where` is a folder (with all its sub-folders), a file, a list of either, or FILE.npy or FILE.npz as `arrays` takes
-    them, whose pictures are named by their numbers. Labels are what the .npz has as `labels`, or a folder's
-    first-level sub-folders, where it has any, or the folders below them where they are splits. Raises UserError if
-    there is nothing, or nothing that could be read.
+    Args:
+        where: A folder (with its subfolders), an image file, a list of these, or FILE.npy or FILE.npz as `ArrayFile`
+            reads it.
+        image_shape: (C, H, W), as for `read_image`; so are `fit` and `background`.
+
+    Returns:
+        The images. Those of an array are named by their numbers. Labels are the array `labels`, or the first-level
+        folders below a folder; if these are splits, the folders below them.
+
+    Raises:
+        UserError: If there are no images, or none is readable.
     """
     validate_fit(image_shape, fit, background)
-    entries = [Path(entry).expanduser() for entry in ([where] if isinstance(where, str | Path) else where)]
-    results: Iterator[tuple[Tensor, list[str]] | UnreadablePicture]
-    labels: list | None = None
-    if len(entries) == 1 and entries[0].suffix in (".npy", ".npz"):
-        held = open_arrays(entries[0])
-        pixels = read_pixels(held, entries[0])
-        names = [str(i) for i in range(len(pixels))]
-        if "labels" in held:
-            labels = read_labels(held, "labels", len(pixels), entries[0]).tolist()
-        if pixels.shape[1:] == torch.Size(image_shape):
-            return LoadedImages(pixels, names, labels, [])
-        each = (Image.fromarray(picture.permute(1, 2, 0).squeeze(2).numpy()) for picture in pixels)
-        results = (fit_image(image, image_shape, fit, background) for image in each)
+    paths = [Path(path).expanduser() for path in ([where] if isinstance(where, str | Path) else where)]
+    results: Iterable[ConvertedImage | UnreadableImage]
+    labels: list | None
+    if len(paths) == 1 and paths[0].suffix in (".npy", ".npz"):
+        file = ArrayFile(paths[0])
+        stored = file.read_pixels()
+        names = [str(i) for i in range(len(stored))]
+        labels = file.read_labels("labels", len(stored)).tolist() if "labels" in file.arrays else None
+        if stored.shape[1:] == torch.Size(image_shape):
+            return LoadedImages(stored, names, labels, [])
+        unfit = (Image.fromarray(image.permute(1, 2, 0).squeeze(2).numpy()) for image in stored)
+        results = (fit_image(image, image_shape, fit, background) for image in unfit)
     else:
-        paths: list[Path] = []
-        names = []
-        for entry in entries:
-            inside = (
-                sorted((name for name, *_ in picture_files(entry)), key=natural_sort_key) if entry.is_dir() else [""]
-            )
-            paths += [entry / name for name in inside]
-            within = f"{entry.name}/" if len(entries) > 1 and entry.is_dir() else ""
-            names += [within + (name or entry.name) for name in inside]
-        if len(entries) == 1:
-            splits = split_folders(names)
-            below = [name.partition("/")[2] if label_from_path(name) in splits else name for name in names]
-            labels = [as_text(label_from_path(name)) for name in below]
-            labels = labels if set(labels) != {"."} else None
-        results = iter_images(paths, image_shape, fit, background)
+        files, names, labels = list_images(paths)
+        results = iter_images(files, image_shape, fit, background)
 
-    pictures, kept, skipped = [], [], []
-    counts: Counter[str] = Counter()
-    texts = list(map(as_text, names))
-    for i, result in enumerate(results):
-        if isinstance(result, UnreadablePicture):
-            skipped.append((texts[i], str(result)))
-        else:
-            pictures.append(result[0])
-            kept.append(i)
-            counts.update(result[1] + [NOT_UTF8] * (texts[i] != names[i]))
-    if not kept:
-        why = skipped_message(skipped) if skipped else f"there are no pictures ({', '.join(SUFFIXES)})"
-        raise UserError(f"{', '.join(map(str, entries))}: {why}")
-    notes = [f"{count:,} of {len(kept):,} pictures: {note}" for note, count in counts.items()]
+    log = ReadLog()
+    images = dict(log.skip_unreadable(names, results))
+    if not images:
+        reason = describe_skipped(log.skipped) if log.skipped else f"there are no images ({', '.join(SUFFIXES)})"
+        raise UserError(f"{', '.join(map(str, paths))}: {reason}")
+    notes = [f"{count:,} of {len(images):,} images: {note}" for note, count in log.notes.items()]
     return LoadedImages(
-        torch.stack(pictures),
-        [texts[i] for i in kept],
-        [labels[i] for i in kept] if labels is not None else None,
-        notes + ([skipped_message(skipped)] if skipped else []),
-        skipped,
+        torch.stack(list(images.values())),
+        [as_text(names[i]) for i in images],
+        [labels[i] for i in images] if labels is not None else None,
+        notes + ([describe_skipped(log.skipped)] if log.skipped else []),
+        log.skipped,
     )
+
+
+def list_images(paths: Sequence[Path]) -> tuple[list[Path], list[str], list[str] | None]:
+    """List the files of folders and files, in natural order, their names and (of a single folder) their labels."""
+    files: list[Path] = []
+    names: list[str] = []
+    for path in paths:
+        if not path.is_dir():
+            files.append(path)
+            names.append(path.name)
+            continue
+        inside = sorted((file.name for file in list_image_files(path)), key=natural_sort_key)
+        files += [path / name for name in inside]
+        names += [f"{path.name}/{name}" for name in inside] if len(paths) > 1 else inside
+    if len(paths) > 1:
+        return files, names, None
+    splits = split_folders(names)
+    below = [name.partition("/")[2] if label_from_path(name) in splits else name for name in names]
+    labels = [as_text(label_from_path(name)) for name in below]
+    return files, names, labels if set(labels) != {"."} else None

@@ -1,22 +1,34 @@
-"""`Batches`: the loader. Each batch is one indexed read."""
+"""`BatchLoader`: shuffle, shard and convert the images of an `ImageSet`. Each batch is one indexed read."""
 
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from betavae.data.image_set import ImageSet
-from betavae.data.read_ahead import read_ahead
 
 BINARIZE_SEED = 0  # one draw for all runs, whatever their seed
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class BatchLoader:
-    """Batches `(x, label)`, x `(B, C, H, W)` float in [0, 1], of uint8 images.
+    """Iterate over batches `(x, label)`, with x (B, C, H, W) float in [0, 1].
 
-    The order is a pure function of (seed, epoch), and the position within an epoch is part of a checkpoint, so that a
-    resumed run sees just the images that an uninterrupted one sees.
+    The order is a function of the seed and the epoch, and `state_dict` holds the position within an epoch, so a resumed
+    run sees the same batches as one that was not interrupted.
+
+    Args:
+        images: The images to load.
+        batch_size: The images of a batch; the last batch may be smaller.
+        epoch: A function that returns the current epoch, for training; None keeps the order of `images`.
+        seed: The seed of the order.
+        reshuffle: Change the order in every epoch.
+        binarize: "none", or how `binarize_pixels` draws the pixels of each batch.
     """
 
     def __init__(
@@ -28,9 +40,6 @@ class BatchLoader:
         reshuffle: bool = True,
         binarize: str = "none",
     ):
-        """`epoch` tells which epoch it is, and asks for shuffling, without `reshuffle` in the same way in every epoch.
-        `binarize`: "none", "threshold" (above 127), or "dynamic" (a Bernoulli draw for each pixel, afresh in each
-        batch)."""
         self.images, self.batch_size = images, batch_size
         self.epoch, self.seed, self.reshuffle, self.binarize = epoch, seed, reshuffle, binarize
         self.progress = {"epoch": -1, "batches": 0}
@@ -38,10 +47,10 @@ class BatchLoader:
         self.shard(0, 1)
 
     def shard(self, rank: int, processes: int) -> None:
-        """Only the images of one of several processes: every `processes`-th in this order."""
+        """Restrict the loader to the images of one of several processes."""
         self.rank, self.processes = rank, processes
-        # Training shares are of equal size, since every step waits for all processes. Evaluation covers every image, in
-        # as many batches on each process: the last one may be empty.
+        # Training shards have equal sizes, since every step waits for all processes. Evaluation covers every image, in
+        # the same number of batches on each process; the last one may be empty.
         n = len(self.images)
         self.size = n // processes if self.epoch else -(-n // processes)
 
@@ -49,18 +58,27 @@ class BatchLoader:
         return -(-self.size // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        on_device = self.device.type == self.images.labels.device.type
-        return map(self.batch, self.indices()) if on_device else self.from_host()
+        if self.device.type != self.images.labels.device.type:
+            return self.iter_from_host()
+        return map(self.batch, self.indices())
 
-    def from_host(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield each batch converted on the device from its bytes, which are read ahead."""
-        items = ((index, self.progress) for index in self.indices())
-        for (_, position), parts in read_ahead(lambda item: self.read(item[0]), items, self.device):
-            self.progress = position
-            yield self.convert(*parts)
+    def iter_from_host(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Read the next batch while the device is busy, and convert batches on the device."""
+        cuda = self.device.type == "cuda"
+
+        def read(item: tuple[Tensor, dict[str, int]]) -> tuple[list[Tensor], dict[str, int]]:
+            index, progress = item
+            # A GPU copies from pinned memory without blocking the host.
+            return [part.pin_memory() if cuda else part for part in self.read(index)], progress
+
+        for parts, progress in prefetch(read, ((index, self.progress) for index in self.indices())):
+            self.progress = progress
+            # Only CUDA keeps the source alive until it is copied (pytorch/pytorch#189690, of MPS).
+            pixels, labels = (part.to(self.device, non_blocking=cuda) for part in parts)
+            yield self.convert(pixels, labels)
 
     def indices(self) -> Iterator[Tensor]:
-        """Yield the index of each batch in the images, on their device."""
+        """Yield the indices of each batch, on the device of the images."""
         epoch, start = 0, 0
         order = torch.arange(len(self.images))
         if self.epoch:
@@ -68,16 +86,17 @@ class BatchLoader:
             start = self.progress["batches"] if self.progress["epoch"] == epoch else 0
             generator = torch.Generator().manual_seed(self.seed + 1_000_003 * epoch * self.reshuffle)
             order = torch.randperm(len(order), generator=generator)
-        mine = order[self.rank :: self.processes][: self.size].to(self.images.labels.device)
+        order = order[self.rank :: self.processes][: self.size].to(self.images.labels.device)
         for number in range(start, len(self)):
             self.progress = {"epoch": epoch, "batches": number + 1}
-            yield mine[number * self.batch_size : (number + 1) * self.batch_size]
+            yield order[number * self.batch_size : (number + 1) * self.batch_size]
 
     def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the batch of the images at `index`, (B,)."""
         return self.convert(*self.read(index))
 
     def read(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        # A tenth of the time of pixels[index].
+        # `index_select` takes a tenth of the time of `pixels[index]`.
         return self.images.pixels.index_select(0, index), self.images.labels.index_select(0, index)
 
     def convert(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,15 +111,27 @@ class BatchLoader:
         self.progress = state
 
 
-def binarize_pixels(pixels: Tensor, how: str, generator: torch.Generator | None = None) -> Tensor:
-    """uint8 -> bool: above 127 ("threshold"), or a draw of probability pixel / 255 ("dynamic")."""
-    if how == "threshold":
+def prefetch(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """Map `function` over `items` in a thread that is one item ahead."""
+    with ThreadPoolExecutor(1) as thread:
+        pending = deque[Future[Result]]()
+        for item in items:
+            pending.append(thread.submit(function, item))
+            if len(pending) > 1:
+                yield pending.popleft().result()
+        if pending:
+            yield pending.popleft().result()
+
+
+def binarize_pixels(pixels: Tensor, mode: str, generator: torch.Generator | None = None) -> Tensor:
+    """Convert uint8 to bool: pixel > 127 ("threshold"), or a draw of probability pixel / 255 ("dynamic")."""
+    if mode == "threshold":
         return pixels > 127
     # P(random byte in 0..254 < pixel) = pixel / 255, exactly.
     return torch.randint(255, pixels.shape, dtype=torch.uint8, device=pixels.device, generator=generator) < pixels
 
 
 def binarize_images(images: ImageSet, mode: str) -> ImageSet:
-    """Binarize a set to 0 and 255, with one draw from a fixed seed."""
+    """Binarize a set in memory to 0 and 255, with one draw from a fixed seed."""
     pixels = binarize_pixels(images.tensor(), mode, torch.Generator().manual_seed(BINARIZE_SEED))
     return replace(images, pixels=pixels.to(torch.uint8) * 255)

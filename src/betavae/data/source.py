@@ -9,7 +9,7 @@ import torch
 
 from betavae.data import DATASETS, USER_DATASETS
 from betavae.data.fingerprint import fingerprint
-from betavae.data.holdout import DEFAULT_HOLDOUT, holdout_indices, random_holdout_indices, remaining_indices
+from betavae.data.holdout import DEFAULT_HOLDOUT, exclude_indices, hold_out_at_random, hold_out_by_name
 from betavae.data.image_set import ImageSet
 from betavae.data.loader import binarize_images
 from betavae.errors import UserError
@@ -88,10 +88,10 @@ class DataSource:
         if not size:
             index = torch.arange(0)
         elif images.names:
-            index = holdout_indices(images.names, size, key, "validation/")
+            index = hold_out_by_name(images.names, size, key, "validation/")
         else:
-            index = random_holdout_indices(len(images), size, key)
-        return images.select(remaining_indices(len(images), index)), images.select(index.sort().values)
+            index = hold_out_at_random(len(images), size, key)
+        return images.select(exclude_indices(index, len(images))), images.select(index.sort().values)
 
     def binarize_for_eval(self, images: ImageSet) -> ImageSet:
         """Binarize images once, the same way in every run."""

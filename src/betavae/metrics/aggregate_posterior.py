@@ -1,4 +1,4 @@
-"""What the latent space of a trained VAE holds."""
+"""Measure the aggregate posterior of a trained VAE, and classify labels from its posterior means."""
 
 import math
 import warnings
@@ -11,14 +11,22 @@ from betavae.models.vae import VAE, Posterior
 NEIGHBORS = 5  # of the nearest-neighbor classifier, which needs as many training images
 
 
-def aggregate_posterior(posterior: Posterior, seed: int = 0, rows: int = 500) -> dict[str, float]:
-    """How the aggregate posterior q(z) = 1/N sum_n q(z|x_n) of these N images differs from the prior.
+def decompose_kl(posterior: Posterior, seed: int = 0, chunk_size: int = 500) -> dict[str, float]:
+    """Split the mean KL by the aggregate posterior q(z) = 1/N sum_n q(z|x_n) ("ELBO surgery", Hoffman & Johnson 2016).
 
-    rate = mutual_information + marginal_kl (Hoffman & Johnson 2016, "ELBO surgery"): `mutual_information` is that of z
-    and the number n of the image, `marginal_kl` is KL(q(z) || p(z)), both by one z of each q(z|x_n) and the whole sum
-    over n. The mutual information cannot exceed log N: where it comes near, N images are too few to fill the latent
-    space, and `marginal_kl` is rate - log N, far above that of unseen images. `moments_kl`, from a normal distribution
-    with q(z)'s mean and covariance to the prior, is a lower bound of `marginal_kl`, and does not have that fault.
+    The mean KL is mutual_information + marginal_kl. Both are estimated with one sample z of each q(z|x_n) and the
+    exact sum over n. The mutual information is at most log N. Where it comes near that limit, N images are too few to
+    fill the latent space, and `marginal_kl` is far above its value for unseen images.
+
+    Args:
+        posterior: Of N images, in double precision.
+        seed: Seed of the samples z.
+        chunk_size: Samples z that are compared with all N posteriors at once.
+
+    Returns:
+        In nats: `mutual_information` of z and the image number n, its limit log N as `mutual_information_limit`,
+        `marginal_kl` = KL(q(z) || p(z)), and `moments_kl`, the KL of a normal distribution with the mean and covariance
+        of q(z). The last is a lower bound of `marginal_kl` that does not suffer from few images.
     """
     mean, logvar = posterior
     n, dimensions = mean.shape
@@ -28,32 +36,34 @@ def aggregate_posterior(posterior: Posterior, seed: int = 0, rows: int = 500) ->
     constant = (mean**2 * precision + logvar).sum(1)
     log_q = torch.cat(
         [
-            (-0.5 * (part**2 @ precision.T + constant) + part @ (mean * precision).T).logsumexp(1) - math.log(n)
-            for part in z.split(rows)
+            (-0.5 * (chunk**2 @ precision.T + constant) + chunk @ (mean * precision).T).logsumexp(1) - math.log(n)
+            for chunk in z.split(chunk_size)
         ]
     )
-    log_p = -0.5 * (z**2).sum(1)  # as in log_q, less the same constant
-    own = -0.5 * ((z - mean) ** 2 * precision + logvar).sum(1)
-    centred = mean - mean.mean(0)
-    covariance = centred.T @ centred / n + torch.diag(logvar.exp().mean(0))
-    moments = 0.5 * (covariance.trace() + (mean.mean(0) ** 2).sum() - dimensions - covariance.logdet())
+    # Both as in log_q, without the constant that all three share.
+    log_p = -0.5 * (z**2).sum(1)
+    log_q_given_x = -0.5 * ((z - mean) ** 2 * precision + logvar).sum(1)
+    centered = mean - mean.mean(0)
+    covariance = centered.T @ centered / n + torch.diag(logvar.exp().mean(0))
+    moments_kl = 0.5 * (covariance.trace() + (mean.mean(0) ** 2).sum() - dimensions - covariance.logdet())
     return {
-        "mutual_information": (own - log_q).mean().item(),
+        "mutual_information": (log_q_given_x - log_q).mean().item(),
         "mutual_information_limit": math.log(n),
         "marginal_kl": (log_q - log_p).mean().item(),
-        "moments_kl": moments.item(),
+        "moments_kl": moments_kl.item(),
     }
 
 
 @torch.no_grad()
-def posterior_means(vae: VAE, x: Tensor) -> Tensor:
+def encode_means(vae: VAE, x: Tensor) -> Tensor:
+    """Encode images `(N, C, H, W)` to their posterior means `(N, latent_dim)` on the CPU."""
     device = next(vae.parameters()).device
-    return torch.cat([vae.encode(part.to(device)).mean.cpu() for part in x.split(1000)])
+    return torch.cat([vae.encode(batch.to(device)).mean.cpu() for batch in x.split(1000)])
 
 
 def probe_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> dict[str, float]:
-    """Test accuracy of 5 nearest neighbours, and of logistic regression, on posterior means."""
-    from sklearn.linear_model import LogisticRegression  # here, since it takes a second
+    """Return the test accuracy of 5 nearest neighbors and of logistic regression on posterior means `(N, D)`."""
+    from sklearn.linear_model import LogisticRegression  # imported here, since it takes a second
     from sklearn.neighbors import KNeighborsClassifier
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -62,7 +72,10 @@ def probe_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_label
         "knn_accuracy": KNeighborsClassifier(NEIGHBORS, algorithm="brute"),
         "linear_accuracy": make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)),
     }
-    pairs = [part.numpy() for part in (train, train_labels, test, test_labels)]
+    x_train, y_train, x_test, y_test = (tensor.numpy() for tensor in (train, train_labels, test, test_labels))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # scikit-learn's, about classes with few images and unfinished optimization
-        return {name: float(c.fit(*pairs[:2]).score(*pairs[2:])) for name, c in classifiers.items()}
+        warnings.simplefilter("ignore")  # scikit-learn warns of rare classes and of unfinished optimization
+        return {
+            name: float(classifier.fit(x_train, y_train).score(x_test, y_test))
+            for name, classifier in classifiers.items()
+        }

@@ -1,6 +1,6 @@
-"""A small classifier, whose last hidden layer says what two pictures have in common better than their pixels do.
+"""A small classifier whose last hidden layer compares images better than their pixels do.
 
-Inception's features, of photographs of 299 x 299 pixels, tell little of 28 x 28 digits.
+Inception's features are made for photographs of 299 x 299 pixels and tell little about 28 x 28 digits.
 """
 
 from pathlib import Path
@@ -15,15 +15,19 @@ from betavae.data.image_set import ImageSet
 from betavae.errors import UserError
 from betavae.storage.cache import load_or_compute
 
-FEATURE_DIM = 64  # of the features
+FEATURE_DIM = 64
 EPOCHS = 4
-MIN_IMAGES = 200  # images to learn from
+MIN_IMAGES = 200  # for training, and the batch size
 
 
 class Classifier(nn.Module):
-    """Images `(B, C, H, W)` in [0, 1] -> logits `(B, K)`. Convolutions and pooling down to 7 pixels, or less.
+    """A convolutional classifier of images `(B, C, H, W)` in [0, 1] with logits `(B, K)`.
 
-    `labels` `(K,)` are the distinct labels, any integers.
+    It pools down to at most 7 by 7 pixels.
+
+    Args:
+        image_shape: `(C, H, W)`.
+        labels: The K distinct labels, any integers.
     """
 
     labels: Tensor
@@ -47,54 +51,69 @@ class Classifier(nn.Module):
 
     @torch.no_grad()
     def features(self, x: Tensor) -> Tensor:
-        """`(B, WIDTH)`, not negative."""
-        return torch.cat([self.body(part) for part in x.split(500)])
+        """Return the non-negative features `(B, FEATURE_DIM)` of images."""
+        return torch.cat([self.body(batch) for batch in x.split(500)])
 
     @torch.no_grad()
     def classify(self, features: Tensor) -> Tensor:
-        """The likeliest label of each image, `(B,)`."""
+        """Return the likeliest label of each image `(B,)` from its features."""
         return self.labels[self.head(features).argmax(1)]
 
 
-def train(images: ImageSet, seed: int = 0, epochs: int = EPOCHS, batch: int = MIN_IMAGES) -> Classifier:
-    """A classifier of these images, shifted by up to two pixels each time. A minute on two cores for MNIST. Raises
-    UserError for fewer than `batch` of them."""
-    if len(images) < batch:
-        raise UserError(f"{len(images)} images are too few to learn from: {batch} are the least")
+def train_classifier(images: ImageSet, seed: int = 0, epochs: int = EPOCHS, batch_size: int = MIN_IMAGES) -> Classifier:
+    """Train a classifier on images that are shifted by up to two pixels (for MNIST a minute on two cores).
+
+    Raises:
+        UserError: For fewer than `batch_size` images.
+    """
+    if len(images) < batch_size:
+        raise UserError(f"{len(images)} images are too few to learn from: expected at least {batch_size}")
     shape = tuple(images.pixels.shape[1:])
-    labels, places = images.labels.unique(return_inverse=True)
+    labels, classes = images.labels.unique(return_inverse=True)
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Classifier(shape, labels)
         optimizer = torch.optim.Adam(model.parameters())
-        steps = epochs * (len(images) // batch)
+        steps = epochs * (len(images) // batch_size)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=max(2, steps))
         for _ in range(epochs):
             order = torch.randperm(len(images), generator=generator)
-            for index in order[: len(order) // batch * batch].split(batch):
-                x = images.pixels.index_select(0, index).float() / 255
+            for rows in order[: len(order) // batch_size * batch_size].split(batch_size):
+                x = images.pixels.index_select(0, rows).float() / 255
                 down, right = torch.randint(5, (2,), generator=generator).tolist()
                 x = F.pad(x, (2, 2, 2, 2))[:, :, down : down + shape[1], right : right + shape[2]]
                 optimizer.zero_grad()
-                F.cross_entropy(model(x), places[index]).backward()
+                F.cross_entropy(model(x), classes[rows]).backward()
                 optimizer.step()
                 schedule.step()
     return model.eval().requires_grad_(False)
 
 
-def load_or_train(path: Path, train_set: ImageSet, test_set: ImageSet) -> tuple[Classifier, float]:
-    """The classifier of `train_set`, kept in the file `path`, and its accuracy on `test_set`."""
-    shape, labels = tuple(train_set.pixels.shape[1:]), train_set.labels.unique()
+def load_or_train(path: Path, train_set: ImageSet, test_set: ImageSet) -> tuple[Classifier | None, float]:
+    """Load the classifier of `train_set` from the cache file `path`, or train it, and say which features there are.
 
-    def make() -> dict[str, Any]:
-        print(f"training the classifier whose features tell images apart, once, for {path} ...", flush=True)
-        model = train(train_set)
-        found = model.classify(model.features(test_set.tensor().float() / 255))
-        return {"state": model.state_dict(), "accuracy": (found == test_set.labels).float().mean().item()}
+    Returns:
+        The classifier in evaluation mode and its accuracy on `test_set`; None if `train_set` is too small or has not
+        one label per image of at least two classes.
+    """
+    shape, labels = tuple(train_set.pixels.shape[1:]), train_set.labels.unique()
+    if len(train_set) < MIN_IMAGES:
+        print(f"features are pixels: {len(train_set)} training images are too few to learn features from")
+        return None, 0.0
+    if train_set.labels.ndim > 1 or len(labels) < 2:
+        print("features are pixels: a classifier needs one label per image and at least two classes")
+        return None, 0.0
+
+    def compute() -> dict[str, Any]:
+        print(f"training the classifier that computes features, once, for {path} ...", flush=True)
+        model = train_classifier(train_set)
+        predicted = model.classify(model.features(test_set.tensor().float() / 255))
+        return {"state": model.state_dict(), "accuracy": (predicted == test_set.labels).float().mean().item()}
 
     data = [fingerprint(images, labels=True) for images in (train_set, test_set)]
-    made = load_or_compute(path, {"data": data, "shape": list(shape), "version": 2}, make)
+    cached = load_or_compute(path, {"data": data, "shape": list(shape), "version": 2}, compute)
     model = Classifier(shape, labels)
-    model.load_state_dict(made["state"])
-    return model.eval().requires_grad_(False), made["accuracy"]
+    model.load_state_dict(cached["state"])
+    print(f"features are those of a classifier with test accuracy {cached['accuracy']:.2%}, {path}")
+    return model.eval().requires_grad_(False), cached["accuracy"]

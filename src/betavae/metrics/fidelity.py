@@ -1,36 +1,42 @@
-"""How near generated images come to real ones: pure functions of features `(N, D)`, one row an image.
+"""Compare generated images with real ones: pure functions of features `(N, D)`, one row per image.
 
-All depend on the features, and the Fréchet distance and the four shares on how many images there are: compare numbers
-of the same features and the same N, and with the bounds that real images give.
+All results depend on the features. The Fréchet distance and the four shares also depend on the number of images.
+Compare results only for the same features and the same N, and beside the bounds that real images give.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from betavae.metrics.features import Classifier
+
+MAX_PIXEL_FEATURES = 1024  # a Fréchet distance takes the cube of it
+
 
 class Moments(NamedTuple):
+    """Mean and covariance of features, in double precision."""
+
     mean: Tensor  # (D,)
     covariance: Tensor  # (D, D)
 
 
-def moments(features: Tensor) -> Moments:
-    """In double precision."""
+def estimate_moments(features: Tensor) -> Moments:
+    """Estimate the mean and the covariance of features `(N, D)`."""
     features = features.double()
     return Moments(features.mean(0), torch.cov(features.T).view(features.shape[1], -1))
 
 
 def frechet_distance(one: Moments, two: Moments) -> float:
-    """The squared 2-Wasserstein distance |m_1 - m_2|^2 + tr(C_1 + C_2 - 2 (C_1 C_2)^(1/2)) of two normal distributions
-    (Dowson & Landau 1982), in squared units of the features; of Inception's features, the FID (Heusel et al. 2017).
+    """Return the squared 2-Wasserstein distance of two normal distributions (Dowson & Landau 1982).
 
-    Estimated moments make it too large, by a term in 1 / N.
+    It is |m_1 - m_2|^2 + tr(C_1 + C_2 - 2 (C_1 C_2)^(1/2)), in squared units of the features. With Inception's
+    features it is the FID (Heusel et al. 2017). Estimated moments make it too large, by a term in 1 / N.
     """
-    # tr (C_1 C_2)^(1/2) by symmetric matrices only: the root of C_1 on both sides of C_2 has the same eigenvalues.
+    # Only symmetric matrices: the root of C_1 on both sides of C_2 has the eigenvalues of C_1 C_2.
     values, vectors = torch.linalg.eigh(one.covariance)
     root = vectors * values.clamp(min=0).sqrt()
     overlap = torch.linalg.eigvalsh(root.T @ two.covariance @ root).clamp(min=0).sqrt().sum()
@@ -39,23 +45,25 @@ def frechet_distance(one: Moments, two: Moments) -> float:
 
 
 def kid(one: Tensor, two: Tensor) -> float:
-    """The squared maximum mean discrepancy under the kernel (a . b / D + 1)^3 (KID, Binkowski et al. 2018).
+    """Return the squared maximum mean discrepancy with the kernel (a . b / D + 1)^3 (KID, Binkowski et al. 2018).
 
-    Unbiased, so that it does not depend on N and is about 0, of either sign, for samples of one distribution.
+    It is unbiased: it does not depend on N, and is about 0, of either sign, for samples of one distribution.
     """
     one, two = one.double(), two.double()
 
     def kernel(a: Tensor, b: Tensor) -> Tensor:
         return (a @ b.T / a.shape[1] + 1) ** 3
 
-    def within(a: Tensor) -> Tensor:
+    def mean_within(a: Tensor) -> Tensor:
         pairs = kernel(a, a)
         return (pairs.sum() - pairs.trace()) / (len(a) * (len(a) - 1))
 
-    return (within(one) + within(two) - 2 * kernel(one, two).mean()).item()
+    return (mean_within(one) + mean_within(two) - 2 * kernel(one, two).mean()).item()
 
 
 class PRDC(NamedTuple):
+    """Precision, recall, density and coverage; density may exceed 1."""
+
     precision: float
     recall: float
     density: float
@@ -63,75 +71,135 @@ class PRDC(NamedTuple):
 
 
 def prdc(real: Tensor, fake: Tensor, k: int = 3, k_density: int = 5) -> PRDC:
-    """How the k-nearest-neighbour balls of two sets of images hold each other's points.
+    """Count the points of two sets of features that lie in each other's k-nearest-neighbor balls.
 
-    A ball around an image reaches its k-th nearest neighbour in its own set. Precision is the share of fakes in a ball
-    of any real, recall that of reals in a ball of any fake (Kynkäänniemi et al. 2019, k = 3); one far outlier's large
-    ball holds much, so both forgive it. Density is the number of reals' balls that a fake lies in over k, averaged (it
-    may exceed 1), coverage the share of reals with a fake in their ball (Naeem et al. 2020, k = 5).
+    The ball around an image reaches its k-th nearest neighbor in its own set.
+
+    - Precision is the share of fakes in a ball of any real, recall the share of reals in a ball of any fake
+      (Kynkäänniemi et al. 2019, k = 3). Both are forgiving, since the large ball of one outlier holds many points.
+    - Density is the mean number of reals' balls that a fake lies in, divided by k. Coverage is the share of reals with
+      a fake in their ball (Naeem et al. 2020, k = 5).
     """
 
     def distances(a: Tensor, b: Tensor) -> Tensor:
-        # By default from matrix products, which leave nothing of the distance of two features far from 0.
+        # The default, matrix products, loses the distance of two features far from 0.
         return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
 
-    def radius(points: Tensor, neighbours: int) -> Tensor:
-        return distances(points, points).kthvalue(neighbours + 1, dim=1).values  # the nearest is the point itself
+    def radius(points: Tensor, neighbors: int) -> Tensor:
+        return distances(points, points).kthvalue(neighbors + 1, dim=1).values  # the nearest is the point itself
 
     between = distances(real, fake)  # (N, M)
-    inside = between <= radius(real, k_density)[:, None]
+    is_inside = between <= radius(real, k_density)[:, None]
     return PRDC(
         precision=(between <= radius(real, k)[:, None]).any(0).float().mean().item(),
         recall=(between <= radius(fake, k)).any(1).float().mean().item(),
-        density=inside.float().sum(0).mean().item() / k_density,
-        coverage=inside.any(1).float().mean().item(),
+        density=is_inside.float().sum(0).mean().item() / k_density,
+        coverage=is_inside.any(1).float().mean().item(),
     )
 
 
-def nearest(points: Tensor, among: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
-    """Of each of `points` (N, D) the distances to the nearest k of `among` (M, D), and their places there: (N, k)."""
-    # Matrix products are several times as fast as differences, and in double precision know which are the nearest.
+def find_nearest(points: Tensor, among: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
+    """Find the k rows of `among` `(M, D)` nearest to each of `points` `(N, D)`: distances and row numbers, `(N, k)`."""
+    # Matrix products are several times as fast as differences, and in double precision they find the nearest.
     wide = among.double()
-    found = [torch.cdist(part.double(), wide).topk(k, largest=False).indices for part in points.split(1000)]
-    places = torch.cat(found)
-    return torch.linalg.vector_norm(points[:, None] - among[places], dim=2), places
+    chunks = [torch.cdist(chunk.double(), wide).topk(k, largest=False).indices for chunk in points.split(1000)]
+    rows = torch.cat(chunks)
+    return torch.linalg.vector_norm(points[:, None] - among[rows], dim=2), rows
 
 
-def label_tv_distance(found: Tensor, wanted: Tensor) -> float:
-    """The total variation distance between the frequencies of labels `(N,)` and `(M,)`: the share of images that would
-    have to change their label, in [0, 1]."""
-    _, places = torch.cat((found, wanted)).unique(return_inverse=True)
-    counts = [part.bincount(minlength=int(places.max()) + 1) for part in places.split([len(found), len(wanted)])]
-    return 0.5 * (counts[0] / len(found) - counts[1] / len(wanted)).abs().sum().item()
+def label_tv_distance(labels: Tensor, reference: Tensor) -> float:
+    """Return the total variation distance in [0, 1] between the label frequencies of `(N,)` and `(M,)` labels.
+
+    It is the share of images that would have to change their label.
+    """
+    _, classes = torch.cat((labels, reference)).unique(return_inverse=True)
+    sizes = [len(labels), len(reference)]
+    one, two = (part.bincount(minlength=int(classes.max()) + 1) / len(part) for part in classes.split(sizes))
+    return 0.5 * (one - two).abs().sum().item()
 
 
-def scores(real: Tensor, fake: Tensor, n: int) -> list[dict[str, float]]:
-    """Of each `n` of `fake` the Fréchet distance to all of `real` and the median distance to the nearest of them; and
-    the kernel distance and the shares beside `n` of `real`, others each time where there are enough."""
-    wanted, rows = moments(real), []
-    for number, part in enumerate(fake.split(n)):
-        some = real.roll(-n * number, 0)[:n]
+def compute_scores(real: Tensor, fake: Tensor, n: int) -> list[dict[str, float]]:
+    """Compute the scores of each `n` rows of `fake` features, one repeat each.
+
+    `fid` and `nearest`, the median distance to the nearest real image, compare with all of `real`. `kid` and the four
+    shares compare with `n` rows of `real`, different ones in each repeat as long as there are enough.
+    """
+    moments, rows = estimate_moments(real), []
+    for repeat, part in enumerate(fake.split(n)):
+        some = real.roll(-n * repeat, 0)[:n]
         rows.append(
             {
-                "fid": frechet_distance(wanted, moments(part)),
+                "fid": frechet_distance(moments, estimate_moments(part)),
                 "kid": kid(some, part),
                 **prdc(some, part)._asdict(),
-                "nearest": nearest(part, real)[0].median().item(),
+                "nearest": find_nearest(part, real)[0].median().item(),
             }
         )
     return rows
 
 
-def pixel_features(images: Tensor) -> Tensor:
-    """Images `(N, C, H, W)` as features: `(N, at most 1024)`, halved as often as it takes, since a Fréchet distance
-    takes the cube of that."""
-    while images[0].numel() > 1024 and max(images.shape[2:]) > 1:
+def extract_pixel_features(images: Tensor) -> Tensor:
+    """Flatten images `(N, C, H, W)`, halved until a row has at most `MAX_PIXEL_FEATURES` numbers."""
+    while images[0].numel() > MAX_PIXEL_FEATURES and max(images.shape[2:]) > 1:
         height, width = images.shape[2:]
         images = F.avg_pool2d(images, (min(2, height), min(2, width)), ceil_mode=True)
     return images.flatten(1)
 
 
-def mean_and_se(values: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
-    """The mean over repeats of each number, with its standard error."""
-    rows = {name: torch.tensor([value[name] for value in values], dtype=torch.float64) for name in values[0]}
-    return {name: {"mean": r.mean().item(), "se": r.std().item() / math.sqrt(len(r))} for name, r in rows.items()}
+def average_repeats(repeats: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Return the `mean` of each score over repeats, with its standard error `se`."""
+    columns = {name: torch.tensor([row[name] for row in repeats], dtype=torch.float64) for name in repeats[0]}
+    return {
+        name: {"mean": values.mean().item(), "se": values.std().item() / math.sqrt(len(values))}
+        for name, values in columns.items()
+    }
+
+
+class Reference:
+    """Real images that generated ones are compared with.
+
+    Args:
+        batches: Batches `(B, C, H, W)` in [0, 1], so that the images are never all in memory.
+        labels: Their labels `(N,)`, for the `imbalance` of the labels that the classifier predicts.
+        classifier: Computes the features; None takes pixels.
+    """
+
+    def __init__(self, batches: Iterable[Tensor], labels: Tensor, classifier: Classifier | None):
+        self.labels, self.classifier = labels, classifier
+        self.features, pixels = self.extract(batches)
+        self.pixel_moments = estimate_moments(pixels)
+
+    def extract(self, batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+        """Extract the features and the pixel features of images."""
+        extract_features = self.classifier.features if self.classifier else extract_pixel_features
+        pairs = [(extract_features(batch), extract_pixel_features(batch)) for batch in batches]
+        features, pixels = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+        return features, pixels
+
+    def score(self, batches: Iterable[Tensor], n: int) -> tuple[dict[str, dict[str, float]], Tensor]:
+        """Score generated images in repeats of `n` images.
+
+        Returns:
+            The `mean` and `se` over repeats of each score, and the features of the images.
+        """
+        features, pixels = self.extract(batches)
+        rows = compute_scores(self.features, features, n)
+        for row, part, pixel_part in zip(rows, features.split(n), pixels.split(n), strict=True):
+            row["pixel_fid"] = frechet_distance(self.pixel_moments, estimate_moments(pixel_part))
+            if self.classifier:
+                row["imbalance"] = label_tv_distance(self.classifier.classify(part), self.labels)
+        return average_repeats(rows), features
+
+
+def find_likely_copies(fake: Tensor, real: Tensor, count: int, neighbors: int = 7) -> tuple[Tensor, Tensor]:
+    """Find the fakes nearest to a real image, relative to that image's distance to its own nearest neighbor.
+
+    Copies of real images would be among them.
+
+    Returns:
+        The rows `(count,)` of `fake`, and the rows `(count, neighbors)` of their nearest in `real`.
+    """
+    distances, rows = find_nearest(fake, real, neighbors)
+    usual = find_nearest(real[rows[:, 0]], real, 2)[0][:, 1]
+    likeliest = (distances[:, 0] / usual).argsort()[:count]
+    return likeliest, rows[likeliest]

@@ -1,30 +1,37 @@
-"""How likely a trained VAE finds images: bounds on log p(x) by importance sampling, in nats per image.
+"""Bounds on the log-likelihood log p(x) of images by importance sampling, in nats per image.
 
-Everything is a pure function of tensors, and the same for any chunk size but for rounding.
+Results do not depend on the chunk size, except for rounding.
 """
 
 import math
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from betavae.metrics.aggregate_posterior import aggregate_posterior
+from betavae.metrics.aggregate_posterior import decompose_kl
 from betavae.models.precision import to_float64
 from betavae.models.vae import VAE, Posterior
 from betavae.objectives.elbo import ACTIVE_UNIT_THRESHOLD, gaussian_kl
 from betavae.objectives.importance_weighted import log_prior_over_posterior
+from betavae.storage.cache import to_bytes
+from betavae.storage.files import atomic_write_bytes, require_own_file
+from betavae.storage.torch_file import load_torch_file
 
 # Images that share a stream of random numbers. Each sample of a group takes a multiple of 16 of them, which is how many
-# torch draws at a time; so the stream is the same however many samples are drawn at once.
+# torch draws at a time, so the stream does not depend on the number of samples drawn at once.
 RNG_GROUP = 32
+SAVE_EVERY_SECONDS = 5
 
 
 class PerImageBounds(NamedTuple):
     """One row per image, in double precision on the CPU."""
 
-    distortion: Tensor  # (N,)
+    recon: Tensor  # (N,)
     kl: Tensor  # (N, latent_dim)
     nll: Tensor  # (N, number of bounds)
     mean: Tensor  # (N, latent_dim), of the posterior
@@ -32,6 +39,7 @@ class PerImageBounds(NamedTuple):
 
     @classmethod
     def concat(cls, parts: list["PerImageBounds"]) -> "PerImageBounds":
+        """Join the rows of consecutive images."""
         return cls(*(torch.cat(rows) for rows in zip(*parts, strict=True)))
 
 
@@ -39,17 +47,27 @@ class PerImageBounds(NamedTuple):
 def importance_bounds(
     vae: VAE, x: Tensor, ks: list[int], seed: int = 0, memory_mb: int = 16, start: int = 0
 ) -> Iterator[PerImageBounds]:
-    """-E log p(x|z), the KL, and the importance-weighted bounds on -log p(x) (Burda et al. 2016) for each of `ks`, of
-    one `GROUP` of images after the other from number `start` (a multiple of GROUP) on; `PerImage.together` joins them.
+    """Compute importance-weighted bounds on -log p(x) (Burda et al. 2016), one group of `RNG_GROUP` images at a time.
 
-    With S = max(ks) samples of each image's posterior, the bound for K is the mean over S // K disjoint groups of K of
-    them, not over one group. The expectation is the same, a small K has no more noise than a large one, and where each
-    K divides the next, the bounds tighten for every image, not just on average. Decoding takes about `memory_mb`.
+    With S = max(ks) posterior samples per image, the bound for K is the mean over all S // K disjoint groups of K
+    samples. Its expectation is that of one group. A small K has no more noise than a large one, and where each K
+    divides the next, the bounds tighten for every image, not only on average.
+
+    Args:
+        vae: A model in evaluation mode; its device is used.
+        x: Images `(N, C, H, W)`.
+        ks: Samples K of each bound.
+        seed: Seed of the posterior samples.
+        memory_mb: Approximate memory for decoding.
+        start: The first image, a multiple of `RNG_GROUP`.
+
+    Yields:
+        The bounds of each group; `PerImageBounds.concat` joins them.
     """
     device, samples = next(vae.parameters()).device, max(ks)
-    at_once = max(1, memory_mb * 2**20 // (4 * RNG_GROUP * decode_floats_per_image(vae)))
-    # glibc hands large blocks back to the system and fetches them anew, at half the time of a chunk here, until it has
-    # seen one of this size freed. It is never written to, so it takes no memory.
+    chunk_size = max(1, memory_mb * 2**20 // (4 * RNG_GROUP * count_decode_floats(vae)))
+    # glibc returns large blocks to the system and fetches them again, which takes half the time of a chunk, until it
+    # has seen one of this size freed. The block is never written to, so it takes no memory.
     torch.empty(31 * 2**18)
     for first in range(start, len(x), RNG_GROUP):
         images = x[first : first + RNG_GROUP].to(device)
@@ -57,8 +75,8 @@ def importance_bounds(
         generator = torch.Generator().manual_seed(seed + 1_000_003 * (first // RNG_GROUP))
         log_px_sum = to_float64(torch.zeros(len(images), device=device))
         log_weights = log_px_sum.new_empty(samples, len(images))
-        for chunk in log_weights.split(at_once):
-            # Drawn for a whole group, on the CPU: the same on every device and for any number of images.
+        for chunk in log_weights.split(chunk_size):
+            # Drawn for a whole group on the CPU: the same on every device and for any number of images.
             noise = torch.randn(len(chunk), RNG_GROUP, vae.latent_dim, generator=generator)[:, : len(images)]
             z = posterior.rsample(noise.to(images))
             log_px = vae.likelihood.log_prob(images, vae.decode_params(z))
@@ -69,8 +87,8 @@ def importance_bounds(
         yield PerImageBounds(*(row.cpu().double() for row in rows))
 
 
-def decode_floats_per_image(vae: VAE) -> int:
-    """How many numbers there are, at most, while one z is decoded and its log-probability taken."""
+def count_decode_floats(vae: VAE) -> int:
+    """Count the numbers that exist at most while one z is decoded and its log-probability computed."""
     sizes = [4 * vae.likelihood.params_per_channel * math.prod(vae.image_shape)]
     layers = [layer for layer in vae.decoder.modules() if not any(layer.children())]
     hooks = [layer.register_forward_hook(lambda _, __, output: sizes.append(output.numel())) for layer in layers]
@@ -80,19 +98,80 @@ def decode_floats_per_image(vae: VAE) -> int:
     return sum(sizes)
 
 
+def evaluate_resumable(
+    vae: VAE, x: Tensor, ks: list[int], seed: int, memory_mb: int, partial: Path, key: dict[str, Any]
+) -> PerImageBounds:
+    """Compute the `importance_bounds` of all images with a progress bar, and save finished groups every 5 seconds.
+
+    The file `partial` holds the finished groups, and `key` all that they depend on. A later call with the same key
+    resumes from the file; the caller deletes it.
+
+    Raises:
+        UserError: If `partial` exists and was not made by this project.
+    """
+    require_own_file(partial, "out")
+    parts = load_partial(partial, key)
+    if parts:
+        print(f"resuming after the {len(parts) * RNG_GROUP:,} images in {partial}")
+    groups = importance_bounds(vae, x, ks, seed, memory_mb, start=len(parts) * RNG_GROUP)
+    saved = time.monotonic() - SAVE_EVERY_SECONDS
+    for part in tqdm(groups, f"images / {RNG_GROUP}", -(-len(x) // RNG_GROUP), initial=len(parts), disable=None):
+        parts.append(part)
+        if time.monotonic() >= saved + SAVE_EVERY_SECONDS:
+            atomic_write_bytes(partial, to_bytes({"key": key, "parts": [tuple(part) for part in parts]}))
+            saved = time.monotonic()
+    return PerImageBounds.concat(parts)
+
+
+def load_partial(partial: Path, key: dict[str, Any]) -> list[PerImageBounds]:
+    """Load the groups that an interrupted evaluation with the same key has finished."""
+    try:
+        content = load_torch_file(partial)
+        return [PerImageBounds(*part) for part in content["parts"]] if content["key"] == key else []
+    except Exception:  # the file is missing or damaged
+        return []
+
+
 def standard_error(values: Tensor) -> float:
-    """Of the mean over images."""
+    """Return the standard error of the mean over images."""
     return values.std().item() / math.sqrt(len(values))
 
 
-def summary(per_image: PerImageBounds, ks: list[int]) -> dict[str, Any]:
-    """The means over images, each with its standard error, as evaluation.json has them."""
-    rate = per_image.kl.sum(1)
-    terms = {"neg_elbo": per_image.distortion + rate, "distortion": per_image.distortion, "rate": rate}
+def summarize(per_image: PerImageBounds, ks: list[int]) -> dict[str, Any]:
+    """Return the means over images with their standard errors, as in evaluation.json."""
+    kl = per_image.kl.sum(1)
+    terms = {"neg_elbo": per_image.recon + kl, "recon": per_image.recon, "kl": kl}
     terms |= {f"nll_{k}": per_image.nll[:, number] for number, k in enumerate(ks)}
-    active = per_image.mean.var(0, correction=0) > ACTIVE_UNIT_THRESHOLD
+    is_active = per_image.mean.var(0, correction=0) > ACTIVE_UNIT_THRESHOLD
     return {name: {"mean": values.mean().item(), "se": standard_error(values)} for name, values in terms.items()} | {
-        "active_units": int(active.sum()),
+        "active_units": int(is_active.sum()),
         "kl_per_dimension": per_image.kl.mean(0).tolist(),
-        "aggregate": aggregate_posterior(Posterior(per_image.mean, per_image.logvar)),
+        "aggregate": decompose_kl(Posterior(per_image.mean, per_image.logvar)),
     }
+
+
+def format_summary(result: dict[str, Any]) -> str:
+    """Format the content of evaluation.json for a terminal: each mean ± its standard error over images."""
+
+    def value(name: str) -> str:
+        return f"{result[name]['mean']:8.3f} ± {result[name]['se']:.3f}"
+
+    aggregate = result["aggregate"]
+    lines = [
+        f"neg. ELBO       {value('neg_elbo')}   ({result['k'][-1]:,} posterior samples)",
+        f"  recon         {value('recon')}",
+        f"  KL            {value('kl')}",
+        *(f"{'NLL' if not i else '   '} K={k:<9}{value(f'nll_{k}')}" for i, k in enumerate(result["k"])),
+        f"active units    {result['active_units']} of {len(result['kl_per_dimension'])}",
+        f"KL {aggregate['mutual_information'] + aggregate['marginal_kl']:.2f} = mutual information "
+        f"{aggregate['mutual_information']:.2f} (at most log {result['images']} = "
+        f"{aggregate['mutual_information_limit']:.2f})",
+        f"  + KL(aggregate posterior || prior) {aggregate['marginal_kl']:.2f}, at least {aggregate['moments_kl']:.2f} "
+        "by its mean and covariance",
+    ]
+    if "knn_accuracy" in result:
+        lines.append(
+            f"labels from posterior means: 5 nearest neighbors {result['knn_accuracy']:.2%}, linear "
+            f"{result['linear_accuracy']:.2%}"
+        )
+    return "\n".join([*lines, f"note  {result['note']}"])

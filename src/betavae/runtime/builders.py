@@ -10,27 +10,29 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from betavae.data.datamodule import ImageDataModule
-from betavae.errors import UserError
+from betavae.errors import UserError, first_line
 from betavae.module import VAEModule
-from betavae.objectives import OBJECTIVES, select_objective_kwargs
-from betavae.objectives.schedules import BETA_SCHEDULES
 from betavae.runtime import lightning_workarounds
-from betavae.runtime.callbacks import CALLBACKS
-from betavae.runtime.checkpoint import SafeCheckpointIO, first_line
+from betavae.runtime.callbacks import (
+    CALLBACKS,
+    EpochProgressBar,
+    EpochSummary,
+    ImageLogger,
+    LastValidationMetrics,
+)
 from betavae.runtime.compile import compile_loss
 from betavae.runtime.cuda_graph import CUDAGraphSteps
-from betavae.runtime.progress import EpochProgressBar, EpochSummary, ImageLogger, LastValidationMetrics
 from betavae.runtime.resume import (
     DivergenceGuard,
     ExactResume,
     GracefulStop,
     ResumableEarlyStopping,
     RunCheckpoint,
+    SafeCheckpointIO,
     SignalHandler,
 )
 from betavae.runtime.run_folder import RunFolder
 from betavae.runtime.settings import check_signature
-from betavae.runtime.validation import check_validation
 
 # Arguments of Lightning's Trainer that this project sets.
 RESERVED_TRAINER_ARGS = (
@@ -47,53 +49,6 @@ def build_data(settings: dict[str, Any]) -> ImageDataModule:
     return datamodule
 
 
-def build_module(settings: dict[str, Any], datamodule: ImageDataModule) -> VAEModule:
-    """Build the module from the settings of a run.
-
-    Raises:
-        UserError: If an argument is unknown or missing, or the model does not fit into memory.
-    """
-    objective = settings["objective"] | {"num_train_images": len(datamodule.splits["train"])}
-    schedule = settings["beta_schedule"]
-    own = select_objective_kwargs(objective)
-    check_signature("objective", OBJECTIVES[objective["name"]], own, "vae", "x", "noise", "beta")
-    own = {name: value for name, value in schedule.items() if name != "name"}
-    check_signature("beta_schedule", BETA_SCHEDULES[schedule["name"]], own, "step", "total_steps")
-    optimizer = dict(settings["optimizer"])
-    clips, precision = settings["trainer"]["gradient_clip_val"], settings["trainer"]["precision"]
-    if clips and "mixed" in precision and "fused" in optimizer:
-        optimizer["fused"] = False  # a fused optimizer unscales gradients after they have been clipped
-    try:
-        module = VAEModule(
-            model=settings["model"] | {"image_shape": datamodule.image_shape},
-            objective=objective,
-            optimizer=optimizer,
-            **{key: settings[key] for key in ("beta", "beta_schedule", "lr_schedule")},
-        )
-    except TypeError as error:  # an unknown setting of the network or likelihood
-        raise UserError(f"model: {error}") from error
-    except RuntimeError as error:
-        raise as_out_of_memory(error) from error
-    if settings["init"] == "data":
-        train = datamodule.splits["train"]
-        some = train.pixels.index_select(0, torch.arange(min(len(train), 60_000)))
-        try:
-            module.vae.init_from_mean_image(some.float().mean(0) / 255)
-        except ValueError as error:
-            raise UserError(str(error)) from error
-    return module
-
-
-def as_out_of_memory(error: Exception) -> Exception:
-    """Return a UserError for a model that does not fit into memory, else the error itself."""
-    text = first_line(error)
-    if any(words in text for words in ("can't allocate memory", "not enough memory", "out of memory", "overflow")):
-        return UserError(
-            "model: it does not fit into memory; reduce model.hidden_dims, model.latent_dim or data.batch_size"
-        )
-    return error
-
-
 def build_callbacks(
     settings: dict[str, Any], run: RunFolder, signals: SignalHandler, has_validation: bool
 ) -> list[Callback]:
@@ -103,7 +58,7 @@ def build_callbacks(
         ExactResume(),
         EpochSummary(),
         LastValidationMetrics(),
-        ImageLogger(wanted["figures_every"], run.path / "figures"),
+        ImageLogger(wanted["figures_every_n_epochs"], run.path / "figures"),
         GracefulStop(signals, run.last),
         RunCheckpoint(filename="last", save_on_train_epoch_end=True, **checkpoints),  # type: ignore[arg-type]
     ]
@@ -211,19 +166,3 @@ def check_cuda_graph(settings: dict[str, Any]) -> None:
 
 def gpu_available() -> bool:
     return torch.cuda.is_available() or torch.backends.mps.is_available()
-
-
-def build(
-    settings: dict[str, Any], run: RunFolder, signals: SignalHandler
-) -> tuple[ImageDataModule, VAEModule, L.Trainer]:
-    """Build all three, without loggers. Writes only to the data folder.
-
-    Raises:
-        UserError: For an invalid setting.
-    """
-    datamodule = build_data(settings["data"])
-    module = build_module(settings, datamodule)
-    callbacks = build_callbacks(settings, run, signals, len(datamodule.splits["validation"]) > 0)
-    trainer = build_trainer(settings, module, datamodule, callbacks)
-    check_validation(settings, datamodule.splits, module, trainer.world_size)
-    return datamodule, module, trainer

@@ -1,6 +1,204 @@
-"""Callbacks of one's own: write a Lightning callback here and name it in `CALLBACKS`; `callbacks.custom` in a config says
-which of them a run has, each with its arguments: `callbacks: {custom: {my_callback: {every: 2}}}`."""
+"""The callbacks of a run that log, draw and report, and the registry of custom callbacks."""
 
-from lightning.pytorch.callbacks import Callback
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+from torch import Tensor
+
+from betavae import plotting
+from betavae.models.vae import VAE
+from betavae.objectives.elbo import gaussian_kl
+from betavae.runtime.run_logger import run_loggers
+from betavae.runtime.terminal_log import warn_on_error
+
+log = logging.getLogger(__name__)
+# Custom callbacks by name. A config gives each its arguments: `callbacks: {custom: {my_callback: {every: 2}}}`.
 CALLBACKS: dict[str, type[Callback]] = {}
+MAX_EMBEDDED = 2000  # test images in the embedding projector
+BATCH_SIZE = 500  # of images that are encoded for a figure
+DISPLAY_NAMES = {"kl": "KL", "neg_elbo": "neg. ELBO"}
+
+
+class ImageLogger(Callback):
+    """Draw the model every `every` epochs (0: never), and once more when `finish` is called after the test.
+
+    The figures are reconstructions of fixed test images, samples from fixed z, a latent traversal, the KL per
+    dimension, for two dimensions the manifold, and after the test the embedding projector. After the test they are also
+    written to `folder`. A figure that fails is a warning.
+    """
+
+    def __init__(self, every: int, folder: Path):
+        self.every, self.folder = every, folder
+
+    def images(self, trainer: L.Trainer, vae: VAE, most: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield batches of the first `most` test images, with the device and dtype of the weights, and their labels."""
+        test = trainer.datamodule.splits["test"]  # type: ignore[attr-defined]
+        for index in torch.arange(min(most, len(test))).split(BATCH_SIZE):
+            x = test.pixels.index_select(0, index).float() / 255
+            yield x.to(next(vae.parameters())), test.labels[index]
+
+    def draw(self, trainer: L.Trainer, vae: VAE) -> tuple[dict[str, Tensor], Tensor]:
+        """Return figures `(C, H, W)` in [0, 1] by name, and the KL per latent dimension in nats."""
+        kl = torch.cat([gaussian_kl(vae.encode(x)) for x, _ in self.images(trainer, vae, 1000)]).mean(0).cpu()
+        x, _ = next(self.images(trainer, vae, 16))
+        z = torch.randn(64, vae.latent_dim, generator=torch.Generator().manual_seed(0)).to(x.device)
+        by_kl = kl.argsort(descending=True).tolist()[:10]
+        span = torch.linspace(-3, 3, 11, device=x.device)
+        rows = plotting.traverse(vae, vae.encode(x[:1]).mean[0], by_kl, span)
+        figures = {
+            "reconstructions": plotting.make_grid(plotting.stack_reconstructions(vae, x), 8),
+            "samples": plotting.make_grid(vae.decode(z), 8),
+            "traversal": plotting.make_grid(rows, len(span)),
+        }
+        if vae.latent_dim == 2:
+            figures["manifold"] = plotting.make_grid(plotting.decode_manifold(vae, 20), 20)
+        return figures, kl
+
+    @torch.no_grad()
+    def log_figures(self, trainer: L.Trainer, vae: VAE) -> dict[str, Tensor]:
+        """Draw the model and send the figures to every logger; return them, or nothing if drawing failed."""
+        figures: dict[str, Tensor] = {}
+        with evaluating(vae), warn_on_error("drawing figures of the model"):
+            figures, kl = self.draw(trainer, vae)
+        for logger in run_loggers(trainer) if figures else []:
+            with warn_on_error(f"sending figures to {type(logger).__name__}"):
+                for name, image in figures.items():
+                    logger.log_image_grid(name, image, trainer.global_step)
+                logger.log_figure("latent/kl_per_dimension", plotting.plot_kl(kl), trainer.global_step)
+        return figures
+
+    @torch.no_grad()
+    def log_embedding(self, trainer: L.Trainer, vae: VAE) -> None:
+        """Send the posterior means of test images to every logger."""
+        n = min(MAX_EMBEDDED, len(trainer.datamodule.splits["test"]))  # type: ignore[attr-defined]
+        side = plotting.MAX_SPRITE_SIDE // math.ceil(math.sqrt(n))
+        batches = [
+            (vae.encode(x).mean.cpu(), labels, plotting.make_tiles(x.float().cpu(), labels, side))
+            for x, labels in self.images(trainer, vae, n)
+        ]
+        means, labels, tiles = zip(*batches, strict=True)
+        for logger in run_loggers(trainer):
+            logger.log_embedding(torch.cat(means), torch.cat(labels).tolist(), torch.cat(tiles))
+
+    def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        epoch = trainer.current_epoch + 1
+        if self.every and epoch % self.every == 0 and epoch != trainer.max_epochs and trainer.is_global_zero:
+            self.log_figures(trainer, module.vae)  # type: ignore[arg-type]
+
+    def finish(self, trainer: L.Trainer, vae: VAE) -> None:
+        """Draw everything after the test metrics are on disk."""
+        with warn_on_error("drawing figures of the model"):
+            vae.to(trainer.strategy.root_device)  # Lightning has moved it to the CPU
+        figures = self.log_figures(trainer, vae)
+        with warn_on_error(f"writing figures to {self.folder}"):
+            for name, image in figures.items():
+                plotting.save_image(image, self.folder / f"{name}.png")
+        with evaluating(vae), warn_on_error("drawing the embedding projector"):
+            self.log_embedding(trainer, vae)
+
+
+@contextlib.contextmanager
+def evaluating(vae: VAE) -> Iterator[None]:
+    """Switch a model to evaluation mode, then restore the mode of each of its modules."""
+    modes = [(module, module.training) for module in vae.modules()]
+    vae.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def display_metrics(metrics: dict[str, Any], split: str) -> dict[str, float]:
+    """Return the loss, recon, kl and an objective's own terms that were last logged for a split."""
+    named = {name.removeprefix(f"{split}/"): float(value) for name, value in metrics.items() if name.startswith(split)}
+    return {name: value for name, value in named.items() if name != "neg_elbo"}
+
+
+class EpochProgressBar(TQDMProgressBar):
+    """A progress bar with one line per epoch."""
+
+    def __init__(self) -> None:
+        super().__init__(refresh_rate=20, leave=True)
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        metrics = {name: f"{value:.2f}" for name, value in display_metrics(trainer.callback_metrics, "train").items()}
+        if "val/neg_elbo" in trainer.callback_metrics:
+            metrics["val neg. ELBO"] = f"{trainer.callback_metrics['val/neg_elbo']:.2f}"
+        return metrics
+
+    def on_train_epoch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        if self.train_progress_bar.n == 0:  # Lightning opens a first bar, and would leave it behind empty
+            self.train_progress_bar.leave = False
+            self.train_progress_bar.close()
+        super().on_train_epoch_start(trainer, *args)
+
+    # Bars of validation and test would flash by for a tenth of a second each.
+    def init_validation_tqdm(self) -> Any:
+        return Tqdm(disable=True)
+
+    init_test_tqdm = init_validation_tqdm
+
+
+class LastValidationMetrics(Callback):
+    """The last validation metrics by name, also stored in each checkpoint."""
+
+    def __init__(self) -> None:
+        self.metrics: dict[str, float] = {}
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        named = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+        self.metrics = {name.removeprefix("val/"): value for name, value in named.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"metrics": self.metrics}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.metrics = dict(state["metrics"])
+
+
+class EpochSummary(Callback):
+    """One log line per epoch, and the seconds of the training over all its sessions."""
+
+    def __init__(self) -> None:
+        self.epochs: list[float] = []
+        self.before = 0.0  # seconds of earlier sessions, up to the checkpoint of the resume
+        self.began = time.perf_counter()  # no training starts if a run is resumed after its last epoch
+
+    @property
+    def seconds(self) -> float:
+        return self.before + time.perf_counter() - self.began
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.began = self.started = time.perf_counter()  # a resumed epoch has no `on_train_epoch_start`
+
+    def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.started = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        module.on_train_epoch_end()  # now, for the means of the whole epoch
+        line = f"epoch {trainer.current_epoch + 1:>3}/{trainer.max_epochs}"
+        for name, value in display_metrics(trainer.callback_metrics, "epoch").items():
+            line += f"  {DISPLAY_NAMES.get(name, name)} {value:.2f}"
+        if "val/neg_elbo" in trainer.callback_metrics:
+            line += f"  val neg. ELBO {trainer.callback_metrics['val/neg_elbo']:.2f}"
+        self.epochs.append(round(time.perf_counter() - self.started, 3))
+        log.info("%s  %.1f s", line, self.epochs[-1], extra={"epoch_line": True})
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.before, self.began = self.seconds, time.perf_counter()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epochs": self.epochs, "seconds": self.seconds}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.epochs, self.before = list(state["epochs"]), state["seconds"]

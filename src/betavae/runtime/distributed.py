@@ -1,18 +1,28 @@
-"""Several processes of one run: which of them speaks and writes, and how the others hear what it decided."""
+"""Ranks of the processes of one run, and broadcasts before Lightning has a process group."""
 
 import contextlib
 import functools
+import itertools
 import json
 import os
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from betavae.errors import UserError
+from betavae.errors import UserError, first_line
+
+if TYPE_CHECKING:
+    from lightning.fabric.plugins.environments import ClusterEnvironment
+    from torch.distributed import Store
+
+ONE_DEVICE_MESSAGE = (
+    "a sweep trains each job on one device: leave trainer.devices and trainer.num_nodes at 1 and run jobs side by side "
+    "(hydra/launcher=joblib), or start runs on several devices one by one without -m"
+)
 
 
 def rank() -> int:
-    """0 in the one process that speaks and writes for all; known before there is a Trainer."""
+    """Return the rank of this process, which is known before there is a Trainer."""
     for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
         if name in os.environ and (name != "SLURM_PROCID" or started_by_srun()):
             return int(os.environ[name]) or node_rank()
@@ -20,55 +30,60 @@ def rank() -> int:
 
 
 def node_rank() -> int:
+    """Return the rank of this node if a person started the run on each of several nodes, else 0."""
     return 0 if "RANK" in os.environ else int(os.environ.get("NODE_RANK", 0))
 
 
 def started_by_srun() -> bool:
-    """With several tasks; and not in an interactive allocation, where one types `python` oneself."""
-    typed = os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
-    return int(os.environ.get("SLURM_NTASKS", 1)) > 1 and not typed
+    """Return whether srun started this process as one of several tasks, and not an interactive shell."""
+    interactive = os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
+    return int(os.environ.get("SLURM_NTASKS", 1)) > 1 and not interactive
 
 
 def externally_launched() -> bool:
-    """Whether other processes of this run read the same command at this moment, as torchrun and srun start them, or a
-    person on each of several nodes. Those that Lightning starts come later, with what was decided in their command."""
-    by_others = "TORCHELASTIC_RUN_ID" in os.environ or started_by_srun()
-    return by_others or ("NODE_RANK" in os.environ and "LOCAL_RANK" not in os.environ)
+    """Return whether torchrun, srun or a person on several nodes started all processes of this run at once.
+
+    Lightning starts its processes later, with the decisions of the first one in their arguments.
+    """
+    by_launcher = "TORCHELASTIC_RUN_ID" in os.environ or started_by_srun()
+    return by_launcher or ("NODE_RANK" in os.environ and "LOCAL_RANK" not in os.environ)
 
 
 def started_by_lightning() -> bool:
+    """Return whether Lightning started this process."""
     return "LOCAL_RANK" in os.environ and not externally_launched()
 
 
 def broadcast_from_rank_zero(fn: Callable[[], Any]) -> Any:
-    """What `decide` gives, as JSON has it, or its UserError; where several processes ask, it is asked in rank zero."""
+    """Call a function in rank zero only, and return its JSON value, or raise its UserError, in every process."""
     if not externally_launched():
         return fn()
-    line, key = _store(), f"betavae/{next(_message_ids)}"
+    store, key = connect_store(), f"betavae/{next(message_ids)}"
     if rank():
-        answer, error = json.loads(line.get(key))
+        answer, error = json.loads(store.get(key))
         if error:
-            line.set(f"{key}/heard by {rank()}", "")
+            store.set(f"{key}/received by {rank()}", "")
             raise UserError(error)
         return answer
     try:
         answer = fn()
     except UserError as error:
-        line.set(key, json.dumps((None, str(error))))
-        # The store may be this process' own, and end with it while the others have yet to reach it.
-        # How many come is known of torchrun and srun, and not of nodes that persons start.
-        others = [f"{key}/heard by {other}" for other in range(1, _environment().world_size())]
-        with contextlib.suppress(RuntimeError):  # one that never comes
-            line.wait(others, timedelta(minutes=1))
+        store.set(key, json.dumps((None, str(error))))
+        # This process may host the store, so it waits until the others have read the error. The number of processes
+        # is known of torchrun and srun, and not of nodes that a person starts.
+        received = [f"{key}/received by {other}" for other in range(1, cluster_environment().world_size())]
+        with contextlib.suppress(RuntimeError):  # another process has not started within a minute
+            store.wait(received, timedelta(minutes=1))
         raise
-    line.set(key, json.dumps((answer, None)))
+    store.set(key, json.dumps((answer, None)))
     return answer
 
 
-_message_ids = iter(range(10**9))
+message_ids = itertools.count()
 
 
-def _environment() -> Any:
+def cluster_environment() -> "ClusterEnvironment":
+    """Return Lightning's view of the launcher."""
     from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 
     if TorchElasticEnvironment.detect():
@@ -77,11 +92,11 @@ def _environment() -> Any:
 
 
 @functools.cache
-def _store() -> Any:
-    """torch's store of keys and values that all processes reach: torchrun's, or one beside the run's own port."""
+def connect_store() -> "Store":
+    """Connect to torchrun's key-value store, or to one at the port above the run's own."""
     from torch.distributed import PrefixStore, TCPStore
 
-    environment = _environment()
+    environment = cluster_environment()
     host, port = environment.main_address, environment.main_port
     if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], TCPStore(host, port, is_master=False))
@@ -89,6 +104,6 @@ def _store() -> Any:
         return TCPStore(host, port + 1, is_master=rank() == 0, wait_for_workers=False)
     except RuntimeError as error:
         raise UserError(
-            f"MASTER_PORT={port}: the processes of this run meet at the port above it too, {port + 1}, which cannot be "
-            f"had on {host}; set another ({str(error).splitlines()[0]})"
+            f"MASTER_PORT={port} is invalid: expected a port with a free one above it, and {port + 1} is not available "
+            f"on {host} ({first_line(error)})"
         ) from error

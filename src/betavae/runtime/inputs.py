@@ -1,4 +1,4 @@
-"""Images that a person names, as a model sees them."""
+"""Resolve the images that a user names to the pixels that a model sees."""
 
 from pathlib import Path
 
@@ -11,47 +11,65 @@ from betavae.data.image_set import ImageSet
 from betavae.errors import UserError
 from betavae.runtime.checkpoint import TrainedRun
 
-BUILTIN_DATASETS = set(DATASETS) - set(USER_DATASETS)  # whose name alone says which images they are
+BUILTIN_DATASETS = set(DATASETS) - set(USER_DATASETS)
 SPLITS = ("test", "validation", "train")
 
 
 def is_dataset_name(where: str | list[str]) -> bool:
-    """Whether it is the name of a data set, and no file or folder is there by that name."""
+    """Return True for the name of a built-in data set, unless a file or folder has this name."""
     return isinstance(where, str) and where in BUILTIN_DATASETS and not Path(where).exists()
 
 
 def resolve_images(run: TrainedRun, where: str | list[str], data_root: str | None = None) -> LoadedImages:
-    """`test`, `validation` or `train` of the model's own data; the name of a data set, for its test images; a folder, a
-    file, or several: pictures, or FILE.npy or .npz. Pixels are uint8 of the model's shape, for a model of binarised
-    images 0 and 255; `notes` say what was done to them. Names are the files' where there are files, and the labels of
-    pictures in a folder are the names of its folders.
+    """Load images as the model `run` sees them.
 
-    Raises UserError if there are none.
+    Args:
+        run: The trained model.
+        where: "test", "validation" or "train" of the model's own data; the name of a data set, for its test images; a
+            folder, an image file or a list of these; or FILE.npy or FILE.npz.
+        data_root: The folder or file of the data set, if it was moved.
+
+    Returns:
+        uint8 images of the model's shape, 0 or 255 for a model of binarized images. Labels of images from folders are
+        the names of the folders.
+
+    Raises:
+        UserError: If there are no such images.
     """
     if where in SPLITS:
-        own = run.subset(str(where), data_root)
-        labels: list | None = own.labels.tolist()
-        if own.names:  # of a folder, whose labels nobody knows by their numbers
-            labels = [own.classes[label] for label in own.labels] if own.classes else None
-        return LoadedImages(own.tensor(), own.names or index_names(len(own)), labels, [])
+        return load_own_split(run, str(where), data_root)
     if is_dataset_name(where):
         images = DATASETS[str(where)](Path(data_root or "data"), "test")
-        found = from_dataset(images, run) if images else None
+        if images is None:
+            raise UserError(f"images={where} has no test images")
+        found = match_shape(str(where), images, run)
     else:
-        look = {key: run.data[key] for key in ("fit", "background") if key in run.data}
-        found = read_images(where, run.vae.image_shape, **look)
-    if found is None:
-        raise UserError(f"images={where}: it has no test images")
+        settings = {key: run.data[key] for key in ("fit", "background") if key in run.data}
+        found = read_images(where, run.vae.image_shape, **settings)
     if run.data.get("binarize", "none") == "none":
         return found
     pixels = (found.pixels > 127).to(torch.uint8) * 255
-    return found._replace(pixels=pixels, notes=[*found.notes, "binarised: above 127 is 1"])
+    return found._replace(pixels=pixels, notes=[*found.notes, "binarized: above 127 is 1"])
 
 
-def from_dataset(images: ImageSet, run: TrainedRun) -> LoadedImages:
-    if tuple(images.pixels.shape[1:]) != run.vae.image_shape:
+def load_own_split(run: TrainedRun, split: str, data_root: str | None) -> LoadedImages:
+    images = run.subset(split, data_root)
+    labels: list | None = images.labels.tolist()
+    if images.names:  # from a folder, whose labels users know only by name
+        labels = [images.classes[label] for label in images.labels] if images.classes else None
+    return LoadedImages(images.tensor(), images.names or index_names(len(images)), labels, [])
+
+
+def match_shape(name: str, images: ImageSet, run: TrainedRun) -> LoadedImages:
+    """Load the images of a data set.
+
+    Raises:
+        UserError: If the model expects another shape.
+    """
+    shape = tuple(images.pixels.shape[1:])
+    if shape != run.vae.image_shape:
         raise UserError(
-            f"its images are {tuple(images.pixels.shape[1:])}, and this model's {run.vae.image_shape}: name a folder "
-            "of pictures, which are resized"
+            f"images={name} is invalid: its images have shape {shape}, and the model expects {run.vae.image_shape}; "
+            "pass a folder of images, which are resized"
         )
     return LoadedImages(images.tensor(), index_names(len(images)), images.labels.tolist(), [])

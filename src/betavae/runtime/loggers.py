@@ -1,4 +1,4 @@
-"""Where curves, pictures and settings go. Nothing else knows which kind of logger a run has."""
+"""The loggers of a run by name, and those that write into the run folder."""
 
 import csv
 import importlib.util
@@ -23,7 +23,7 @@ STAMP_COLUMN = f"made by {STAMP}"
 
 
 class TensorBoard(RunLogger, TensorBoardLogger):
-    """TensorBoard's events straight in the run folder, and nothing else (no second copy of the settings)."""
+    """TensorBoard events in the run folder itself, without a copy of the settings."""
 
     def __init__(self, run: RunFolder, state: dict[str, Any] | None):
         purge_step = state["global_step"] + 1 if state else None
@@ -41,31 +41,31 @@ class TensorBoard(RunLogger, TensorBoardLogger):
         self.experiment.flush()
 
     def finalize(self, status: str) -> None:
-        self.save()  # not closed between fit and test, so that a run has one file of events
+        self.save()  # Lightning calls this between fit and test too, and a run has one file of events
 
     def resume_offsets(self) -> dict[str, int]:
-        """In bytes."""
+        """Return the bytes of each file of events."""
         self.save()
         return {path.name: path.stat().st_size for path in sorted(self.folder.glob("events.out.tfevents.*"))}
 
-    def log_image_grid(self, name: str, picture: Tensor, step: int) -> None:
-        enlarged = picture.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    def log_image_grid(self, name: str, image: Tensor, step: int) -> None:
+        enlarged = image.repeat_interleave(2, 1).repeat_interleave(2, 2)
         self.experiment.add_image(f"pictures/{name}", (enlarged * 255).round().to(torch.uint8).cpu(), step)
 
     def log_figure(self, name: str, figure: Any, step: int) -> None:
         self.experiment.add_figure(name, figure, step)
 
     def log_embedding(self, means: Tensor, labels: list[Any], tiles: Tensor) -> None:
-        # The projector shows nothing for fewer than three columns. The "step" names the folder of its files.
+        # The projector needs three columns. The "step" is the name of the folder of its files.
         means = torch.nn.functional.pad(means, (0, max(0, 3 - means.shape[1])))
         self.experiment.add_embedding(means, labels, tiles, global_step="projector", tag="posterior_means")
 
     def log_final_metrics(self, settings: dict[str, Any], metrics: dict[str, float]) -> None:
-        """The HPARAMS tab: flat names, written once, with the final test numbers."""
+        """Fill the HPARAMS tab with flat settings and the test metrics."""
         from torch.utils.tensorboard.summary import hparams
 
-        # Without torch's first summary, the list of columns, TensorBoard works the list out itself, over all runs, and
-        # puts the settings that differ first: in a sweep, what was swept.
+        # Without torch's first summary, the list of columns, TensorBoard derives the columns from all runs, and puts
+        # the settings that differ first.
         _, start, end = hparams(settings, metrics)
         writer = self.experiment._get_file_writer()
         writer.add_summary(start)
@@ -76,9 +76,11 @@ class TensorBoard(RunLogger, TensorBoardLogger):
 
 
 class CSVRunLogger(RunLogger):
-    """`curves.csv`, a row for each call, its first column the step; and `figures/NAME_STEP.png`. The settings are in
-    config.yaml beside it. (Lightning's CSVLogger deletes the file of a run that goes on, and writes it anew, in place,
-    with each new column: killed then, a run would lose it.)"""
+    """`curves.csv` with a row per call, whose first column is the step, and `figures/NAME_STEP.png`.
+
+    Lightning's CSVLogger deletes the file of a resumed run, and rewrites it in place for every new column, so that a
+    run that is killed could lose it.
+    """
 
     FILE = "curves.csv"
     name = version = ""  # type: ignore[assignment]
@@ -86,10 +88,10 @@ class CSVRunLogger(RunLogger):
     def __init__(self, run: RunFolder, state: dict[str, Any] | None):
         self.folder, self.path = run.path, run.path / self.FILE
         self.columns: list[str] = []
-        kept = self.read()[: (state.get("events", {}) if state else {}).get(self.FILE, 0)]
-        self.rows = len(kept)
-        if kept:
-            self.write(kept)
+        rows = self.read()[: (state.get("events", {}) if state else {}).get(self.FILE, 0)]
+        self.rows = len(rows)
+        if rows:
+            self.write(rows)
         elif is_own_output(self.path):
             self.columns = []
             self.path.unlink(missing_ok=True)
@@ -119,30 +121,30 @@ class CSVRunLogger(RunLogger):
         self.rows += 1
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """Lightning's; see config.yaml."""
+        """Do nothing: the settings are in config.yaml."""
 
     def resume_offsets(self) -> dict[str, int]:
-        """In rows."""
+        """Return the number of rows."""
         return {self.FILE: self.rows}
 
     def file(self, name: str, step: int) -> Path:
         return self.folder / "figures" / f"{name.replace('/', '_')}_{step:06d}.png"
 
-    def log_image_grid(self, name: str, picture: Tensor, step: int) -> None:
-        plotting.save_image(picture, self.file(name, step))
+    def log_image_grid(self, name: str, image: Tensor, step: int) -> None:
+        plotting.save_image(image, self.file(name, step))
 
     def log_figure(self, name: str, figure: Any, step: int) -> None:
         plotting.save_figure(figure, self.file(name, step))
 
 
-# Each is called with the run's folder, the state it goes on from, and its settings.
+# Each is called with the run folder, the checkpoint to resume from or None, and its settings.
 LOGGERS = {"tensorboard": TensorBoard, "csv": CSVRunLogger, "wandb": WeightsAndBiases, "mlflow": MLflow}
 
 
 def make_loggers(
     settings: dict[str, dict[str, Any]], run: RunFolder, state: dict[str, Any] | None
 ) -> dict[str, RunLogger]:
-    """A run's loggers by name. Raises UserError for one that cannot be."""
+    """Make the loggers of a run by name. Raise UserError for one whose package is missing or that fails to start."""
     for name in settings:
         if name in ("wandb", "mlflow") and importlib.util.find_spec(name) is None:
             raise UserError(f'logger={name} needs the package {name}: pip install -e ".[{name}]"')

@@ -1,4 +1,4 @@
-"""Loggers that keep their runs elsewhere, or will: Weights & Biases, MLflow. Each with a package of its own."""
+"""Loggers of services outside of the run folder: Weights & Biases and MLflow."""
 
 import contextlib
 import io
@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import MLFlowLogger, WandbLogger
 from torch import Tensor
 
 from betavae import plotting
-from betavae.errors import UserError
+from betavae.errors import UserError, first_line
 from betavae.runtime.run_folder import RunFolder
 from betavae.runtime.run_logger import RunLogger
 
@@ -22,14 +22,16 @@ log = logging.getLogger(__name__)
 
 
 class WeightsAndBiases(RunLogger, WandbLogger):
-    """A run of W&B under the name of the run folder, its files in there. A run that goes on has the same id, and counts
-    its rows on from the checkpoint: online W&B drops those that come again; offline each session has a folder of its
-    own, to be synced in their order."""
+    """A W&B run with the name of the run folder, which contains its files.
+
+    A resumed run has the same id, and counts its rows from the checkpoint: online, W&B drops repeated rows; offline,
+    each session has its own folder, to be synced in their order.
+    """
 
     def __init__(self, run: RunFolder, state: dict[str, Any] | None, project: str, entity: str | None, mode: str):
         import wandb
 
-        kept = run.read_metrics().get("loggers", {}).get("wandb")
+        known_id = run.read_metrics().get("loggers", {}).get("wandb")
         try:
             experiment = wandb.init(
                 project=project,
@@ -37,14 +39,14 @@ class WeightsAndBiases(RunLogger, WandbLogger):
                 mode=mode,  # type: ignore[arg-type]
                 dir=run.path,
                 name=run.path.name,
-                id=kept or secrets.token_hex(4),
+                id=known_id or secrets.token_hex(4),
                 resume="allow" if mode == "online" else None,
-                # Who is killed loses what is not in the file yet; W&B's own is 15 seconds (0.31).
+                # A killed process loses what is not in the file yet; the default is 15 seconds (0.31).
                 settings=wandb.Settings(silent=True, console="off", x_transaction_log_flush_interval=1.0),
             )
         except wandb.errors.Error as error:
             raise UserError(
-                f"logger.wandb: {str(error).splitlines()[0]} (or logger.wandb.mode=offline, and `wandb sync` later)"
+                f"logger.wandb: {first_line(error)} (or pass logger.wandb.mode=offline and run `wandb sync` later)"
             ) from error
         super().__init__(experiment=experiment)
         experiment.define_metric("*", step_metric="trainer/global_step")  # as Lightning does
@@ -53,8 +55,8 @@ class WeightsAndBiases(RunLogger, WandbLogger):
             self.view_command = experiment.url
             log.info("watch %s", self.view_command)
         else:
-            again = "--append " if kept else ""
-            self.view_command = f"wandb sync {again}{shlex.quote(str(Path(os.path.relpath(experiment.dir)).parent))}"
+            append = "--append " if known_id else ""
+            self.view_command = f"wandb sync {append}{shlex.quote(str(Path(os.path.relpath(experiment.dir)).parent))}"
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         # W&B's own "step" is the number of the row.
@@ -62,21 +64,21 @@ class WeightsAndBiases(RunLogger, WandbLogger):
         self.rows += 1
 
     def resume_offsets(self) -> dict[str, int]:
-        """In rows."""
+        """Return the number of rows."""
         return {"wandb": self.rows}
 
     def log_settings(self, settings: dict[str, Any]) -> None:
         self.log_hyperparams(settings)
 
-    def log_image_grid(self, name: str, picture: Tensor, step: int) -> None:
-        self.log_image(f"pictures/{name}", [plotting.to_pil(picture)], step)
+    def log_image_grid(self, name: str, image: Tensor, step: int) -> None:
+        self.log_image(f"pictures/{name}", [plotting.to_pil(image)], step)
 
     def log_figure(self, name: str, figure: Any, step: int) -> None:
         from PIL import Image
 
-        drawn = io.BytesIO()
-        figure.savefig(drawn, dpi=150)
-        self.log_image(name, [Image.open(drawn)], step)
+        png = io.BytesIO()
+        figure.savefig(png, dpi=150)
+        self.log_image(name, [Image.open(png)], step)
 
     def log_final_metrics(self, settings: dict[str, Any], metrics: dict[str, float]) -> None:
         self.experiment.summary.update(metrics)
@@ -86,33 +88,33 @@ class WeightsAndBiases(RunLogger, WandbLogger):
 
 
 class MLflow(RunLogger, MLFlowLogger):
-    """A run of MLflow under the name of the run folder; the pictures are its artifacts."""
+    """An MLflow run with the name of the run folder; the figures are its artifacts."""
 
     def __init__(self, run: RunFolder, state: dict[str, Any] | None, experiment: str, tracking_uri: str):
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # it would tell its makers of each run
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # it would report each run to its makers
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
 
         logging.getLogger("mlflow").setLevel(logging.WARNING)
-        kept = run.read_metrics().get("loggers", {}).get("mlflow")
+        known_id = run.read_metrics().get("loggers", {}).get("mlflow")
         try:
             client = MlflowClient(tracking_uri)
             if client.get_experiment_by_name(experiment) is None:
-                # Of a file: beside it, instead of in the working folder. A server knows a place of its own.
+                # Artifacts of a database file go beside it instead of into the working folder; a server decides itself.
                 local = tracking_uri.partition("sqlite:///")[2]
-                place = (Path(local).absolute().parent / "artifacts").as_uri() if local else None
-                with contextlib.suppress(MlflowException):  # another process has just made it
-                    client.create_experiment(experiment, place)
-            super().__init__(experiment, run.path.name, tracking_uri, run_id=kept)
-            there = self.experiment.get_run(self.run_id).data
-            self.last = {  # the step of each curve's end: MLflow would keep twice what comes again
+                location = (Path(local).absolute().parent / "artifacts").as_uri() if local else None
+                with contextlib.suppress(MlflowException):  # another process has just created it
+                    client.create_experiment(experiment, location)
+            super().__init__(experiment, run.path.name, tracking_uri, run_id=known_id)
+            logged = self.experiment.get_run(self.run_id).data
+            self.last = {  # the last step of each curve: MLflow would store repeated points twice
                 name: max(point.step for point in client.get_metric_history(self.run_id, name))
-                for name in there.metrics
+                for name in logged.metrics
             }
             client.update_run(self.run_id, "RUNNING")
         except MlflowException as error:
-            raise UserError(f"logger.mlflow.tracking_uri={tracking_uri}: {str(error).splitlines()[0]}") from error
-        self.settings, self.step = set(there.params), max(self.last.values(), default=0)
+            raise UserError(f"logger.mlflow.tracking_uri={tracking_uri}: {first_line(error)}") from error
+        self.settings, self.step = set(logged.params), max(self.last.values(), default=0)
         self.view_command = f"mlflow ui --backend-store-uri {shlex.quote(tracking_uri)}"
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -123,11 +125,11 @@ class MLflow(RunLogger, MLFlowLogger):
             super().log_metrics(new, self.step)
 
     def log_settings(self, settings: dict[str, Any]) -> None:
-        # MLflow takes none twice: those of a run that goes on stay as they were.
+        # MLflow rejects a second value, so a resumed run keeps its settings.
         self.log_hyperparams({name: value for name, value in settings.items() if name not in self.settings})
 
-    def log_image_grid(self, name: str, picture: Tensor, step: int) -> None:
-        self.experiment.log_image(self.run_id, plotting.to_pil(picture), f"pictures/{name}/{step:06d}.png")
+    def log_image_grid(self, name: str, image: Tensor, step: int) -> None:
+        self.experiment.log_image(self.run_id, plotting.to_pil(image), f"pictures/{name}/{step:06d}.png")
 
     def log_figure(self, name: str, figure: Any, step: int) -> None:
         self.experiment.log_figure(self.run_id, figure, f"{name}/{step:06d}.png")
@@ -136,7 +138,7 @@ class MLflow(RunLogger, MLFlowLogger):
         self.log_metrics(metrics, self.step)
 
     def finalize(self, status: str = "success") -> None:
-        """Lightning's, after training and again after the test; see `end`."""
+        """Do nothing: Lightning calls this after training and after the test, and `finish` ends the run."""
 
     def finish(self, status: str) -> None:
         word = {"finished": "FINISHED", "interrupted": "KILLED"}.get(status, "FAILED")

@@ -1,4 +1,4 @@
-"""A run folder: what is in it, whose it is, who works in it, and how it ended."""
+"""Run folders: their marker, lock, files and status."""
 
 import contextlib
 import errno
@@ -15,9 +15,9 @@ from filelock import FileLock, Timeout
 from betavae.errors import UserError
 from betavae.storage.files import TMP_PREFIX, TMP_SUFFIX, atomic_write_bytes, has_stamp
 
-MARKER_FILE = ".betavae"  # a file in every folder of ours, that says what it is
+MARKER_FILE = ".betavae"  # in every folder that this project makes, with its kind
 RUN, SWEEP, REPORT = (f"{kind} of betavae\n" for kind in ("a run", "a sweep", "a report"))
-# All that a run writes: what is cleared away is on this list, and nothing else ever is.
+# The files that a run writes. No others are ever deleted.
 OUTPUT_FILES = ("config.yaml", "overrides.yaml", "metrics.json", "train.log", "projector_config.pbtxt")
 OUTPUT_GLOBS = (
     *("checkpoints/best.ckpt", "checkpoints/last.ckpt", "evaluation.json", "evaluation.part", "fidelity.json"),
@@ -30,52 +30,58 @@ UNFINISHED = ("running", "interrupted")
 
 
 def read_marker(path: Path) -> str | None:
+    """Return the kind of a folder of this project, or None for any other folder."""
     try:
         return (path / MARKER_FILE).read_text()
     except (OSError, UnicodeDecodeError):
         return None
 
 
-def check_mark(path: Path, mark: str, key: str) -> bool:
-    """Return whether `path` is a folder with this mark already. Writes nothing.
+def check_claim(path: Path, kind: str, key: str) -> bool:
+    """Return whether a folder is already claimed, without writing anything.
 
-    Raises UserError if `put_mark` would.
+    Raises:
+        UserError: If `claim_folder` would raise it.
     """
     if not path.is_dir():
         if os.path.lexists(path):
-            raise UserError(f"{key}: {path} is a file; name a folder")
+            raise UserError(f"{key}: {path} is a file; pass a folder")
         return False
-    if (found := read_marker(path)) is not None and found != mark:
-        raise UserError(f"{key}: {path} is {found.strip()}, not {mark.strip()}; name another folder")
+    if (found := read_marker(path)) is not None and found != kind:
+        raise UserError(f"{key}: {path} is {found.strip()}, not {kind.strip()}; pass another folder")
     if found is not None:
         return True
     if others := sorted(item.name for item in path.iterdir()):
-        raise UserError(
-            f"{key}: {path} is not empty and not {mark.strip()} (it holds {others[0]}); name another folder"
-        )
+        raise UserError(f"{key}: {path} is not empty and not {kind.strip()} (it has {others[0]}); pass another folder")
     return False
 
 
-def claim_folder(path: Path, mark: str, key: str) -> bool:
-    """Make `path` a folder of ours. False if it was one already.
+def claim_folder(path: Path, kind: str, key: str) -> bool:
+    """Make a folder and its marker; return False if it has that marker already.
 
-    Raises UserError if anything else is there, or it cannot be made.
+    Args:
+        path: The folder, which may exist if it is empty.
+        kind: RUN, SWEEP or REPORT.
+        key: The setting that names the folder, for error messages.
+
+    Raises:
+        UserError: If the folder holds other files or is not writable.
     """
     try:
-        if check_mark(path, mark, key):
+        if check_claim(path, kind, key):
             return False
         path.mkdir(parents=True, exist_ok=True)
         with open(path / MARKER_FILE, "x") as file:
-            file.write(mark)
+            file.write(kind)
         return True
-    except FileExistsError:  # of two at once, the other was first
+    except FileExistsError:  # another process was first
         return False
     except OSError as error:
         raise UserError(f"{key}: cannot make {path} ({error.strerror})") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What a JSON file holds; nothing, if it is not there or harmed."""
+    """Read a JSON object; return an empty one if the file is missing or damaged."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError):
@@ -84,7 +90,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class RunFolder:
-    """The folder of one run; `path` as it is shown to people."""
+    """The folder of one run."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -98,13 +104,15 @@ class RunFolder:
         return self.path / "checkpoints" / "best.ckpt"
 
     def is_run(self) -> bool:
+        """Return whether betavae has made this folder for a run."""
         return read_marker(self.path) == RUN
 
     def read_metrics(self) -> dict[str, Any]:
-        """metrics.json, the one place that says how a run is or was."""
+        """Return the content of metrics.json, with the status and results of the run."""
         return read_json(self.path / "metrics.json")
 
     def write_record(self, record: dict[str, Any]) -> None:
+        """Write metrics.json. On a full disk, at least a status that is true is written before the error is raised."""
         path, text = self.path / "metrics.json", json.dumps(record, indent=2) + "\n"
         try:
             atomic_write_bytes(path, text.encode())
@@ -112,8 +120,7 @@ class RunFolder:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             if not full or not path.exists() or self.read_metrics().get("status") == record["status"]:
                 raise
-            # On a full disk: what fits into the blocks that the file has. A run must not seem to be running, and one
-            # whose numbers are lost is not finished.
+            # Write what fits into the blocks of the old file. A run whose results are lost is not finished.
             status = "failed" if record["status"] == "finished" else record["status"]
             short = json.dumps(
                 {
@@ -127,24 +134,25 @@ class RunFolder:
             raise
 
     def status(self) -> str:
-        """finished, failed, diverged, pruned, interrupted, running; or "" for a run that never began."""
+        """Return finished, failed, diverged, pruned, interrupted or running, or "" for a run that never began."""
         status = self.read_metrics().get("status", "")
         return "interrupted" if status == "running" and not self.is_locked() else status
 
     @contextlib.contextmanager
     def lock(self, wait: bool = False) -> Iterator[None]:
-        """Worked in by this process alone; the system lets go when it dies, however it dies.
+        """Lock the folder. The lock is released when the process exits, even if it is killed.
 
-        Raises UserError if another works here, unless it is to `wait` for its end.
+        Raises:
+            UserError: If another process holds the lock, unless `wait` is true.
         """
         try:
             with FileLock(self.path / ".lock", timeout=-1 if wait else 1):
                 yield
         except Timeout:
-            raise UserError(f"{self.path} is being worked in by another process; wait for its end") from None
+            raise UserError(f"{self.path} is in use by another process; wait for its end") from None
 
     def is_locked(self) -> bool:
-        """Looked at by a shared lock, which two that look at once can both have."""
+        """Return whether a process holds the lock. Tests with a shared lock, which several processes can hold."""
         try:
             import fcntl
         except ImportError:  # Windows
@@ -159,44 +167,44 @@ class RunFolder:
         return False
 
     def delete_outputs(self) -> None:
-        """Take away what a run wrote here, by name; what else lies here stays."""
+        """Delete the files that a run wrote, by name, and no others."""
         for name in OUTPUT_FILES:
             (self.path / name).unlink(missing_ok=True)
         for pattern in OUTPUT_GLOBS:
             for path in self.path.glob(pattern):
                 if path.is_file() and is_own_output(path):
                     path.unlink()
-        self.clear_parts()
+        self.delete_partial_files()
         for name in ("checkpoints", "figures", "projector/posterior_means", "projector"):
             with contextlib.suppress(OSError):
                 (self.path / name).rmdir()
 
-    def clear_parts(self) -> None:
-        """Half-written files of a process that was killed."""
+    def delete_partial_files(self) -> None:
+        """Delete the incomplete files of a process that was killed."""
         patterns = [f"{name}.*{TMP_SUFFIX}" for name in (*OUTPUT_FILES, "checkpoints/*.ckpt", "evaluation.part")]
         for pattern in (*patterns, f"{TMP_PREFIX}*", f"figures/{TMP_PREFIX}*"):
             for path in self.path.glob(pattern):
-                if not path.is_dir():  # as that of an export into this folder, which may be under way
+                if not path.is_dir():  # a folder may belong to an export that is running
                     path.unlink()
 
     def delete(self) -> None:
-        """Take back a run that could not even begin."""
+        """Delete a run that never began."""
         self.delete_outputs()
         for name in (".lock", MARKER_FILE):
             (self.path / name).unlink(missing_ok=True)
 
-    def drop_regenerated(self) -> None:
-        """Without what a run that goes on will make again whole."""
+    def delete_regenerated(self) -> None:
+        """Delete what a resumed run writes again."""
         embedding = self.path / "projector" / "posterior_means"
         for name in ("metadata.tsv", "sprite.png", "tensors.tsv"):
             (embedding / name).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # TensorBoard warns of a folder that exists
             embedding.rmdir()
-        self.clear_parts()
+        self.delete_partial_files()
 
 
 def is_own_output(path: Path) -> bool:
-    """Whether a file with one of our names in a run folder was made by us, as far as it can be told."""
+    """Return whether this project wrote a file that has the name of one of its outputs."""
     if path.name.startswith("events."):
         return re.fullmatch(r"events\.out\.tfevents\.\d+\..+\.\d+\.\d+", path.name) is not None
     stamped = (
@@ -208,6 +216,7 @@ def is_own_output(path: Path) -> bool:
 
 
 def git_commit() -> str | None:
+    """Return the commit of the sources, with "-dirty" if they have changed since, or None outside of a repository."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()

@@ -1,46 +1,50 @@
-"""What every logger of a run can do, whichever it is."""
+"""The interface that a run has to each of its loggers."""
 
 from abc import abstractmethod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 
 class RunLogger(Logger):
-    """What a run tells its loggers beside the scalars of `log_metrics`; not every one has a place for each.
+    """A logger of a run: more than the scalars of `log_metrics`, as far as its kind supports it.
 
-    Made once it is sure that the run can be, in the process that writes. `state` is the checkpoint that the run goes
-    on from; Lightning's `version` is what a logger is found by when it does, where its place is not the run folder.
+    It is made in the process of rank zero, with the checkpoint `state` that the run is resumed from. On resume, a
+    logger that writes outside of the run folder finds its run by Lightning's `version`.
     """
 
-    view_command: str | None = None  # the command that shows what it keeps
+    view_command: str | None = None  # the command that shows the logged data
 
     def log_settings(self, settings: dict[str, Any]) -> None:
-        """By flat names, before the first step."""
+        """Log settings by their flat names, before the first step."""
 
     @abstractmethod
-    def log_image_grid(self, name: str, picture: Tensor, step: int) -> None:
-        """`picture` `(C, H, W)` in [0, 1]."""
+    def log_image_grid(self, name: str, image: Tensor, step: int) -> None:
+        """Log an image `(C, H, W)` in [0, 1]."""
 
     @abstractmethod
-    def log_figure(self, name: str, figure: Any, step: int) -> None:
-        """A figure of matplotlib."""
+    def log_figure(self, name: str, figure: "Figure", step: int) -> None:
+        """Log a figure of matplotlib."""
 
     def log_embedding(self, means: Tensor, labels: list[Any], tiles: Tensor) -> None:
-        """Latent points `(N, latent_dim)`, each with a label and a square tile `(3, side, side)`."""
+        """Log latent points `(N, latent_dim)`, each with a label and a square image `(3, side, side)`."""
 
     def log_final_metrics(self, settings: dict[str, Any], metrics: dict[str, float]) -> None:
-        """The settings again, with the test numbers that metrics.json has."""
+        """Log the test metrics, with the settings again."""
 
     def resume_offsets(self) -> dict[str, int]:
-        """How far each of its files went, for a checkpoint: what comes later will come again."""
+        """Return the length of each file for a checkpoint, since a resume logs everything behind it again."""
         return {}
 
     def finish(self, status: str) -> None:
-        """`status` is that of metrics.json."""
+        """Close the logger at the end of a run with a status of metrics.json."""
 
 
 def run_loggers(trainer: L.Trainer) -> list[RunLogger]:
+    """Return the loggers of a trainer, without those of custom callbacks."""
     return [logger for logger in trainer.loggers if isinstance(logger, RunLogger)]

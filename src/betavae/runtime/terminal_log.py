@@ -1,4 +1,4 @@
-"""What the terminal and `train.log` show: our own lines, and nobody else's."""
+"""The log of a run, in the terminal and in `train.log`, without the notices of libraries."""
 
 import contextlib
 import logging
@@ -8,14 +8,15 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+from betavae.errors import first_line
 from betavae.runtime import distributed
 
 log = logging.getLogger(__name__)
-WARNED: set[str] = set()  # what this run has warned of
+WARNED: set[str] = set()  # warnings of this run
 
 
 def silence_libraries() -> None:
-    """No tips, device tables or notices about other libraries' insides."""
+    """Hide tips, device tables and notices about the internals of libraries."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logger = logging.getLogger(name)
         logger.handlers.clear()
@@ -23,24 +24,30 @@ def silence_libraries() -> None:
         logger.setLevel(logging.WARNING)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime is found"
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-    # Batches come from memory by an index: there is no worker to add.
+    # Batches are indexed in memory, so more workers would not help.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
     warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
     # Validation and test numbers are summed over the processes before they are logged.
     warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
     warnings.filterwarnings("ignore", message=".*all_gather is deprecated.*")
-    # With `overfit_batches` Lightning looks for a sampler that shuffles; ours needs none.
+    # With `overfit_batches` Lightning looks for a sampler that shuffles, and `BatchLoader` has none.
     warnings.filterwarnings("ignore", message=".*requested to overfit.*")
 
 
 def start_log(folder: Path, console_lines: bool, label: str) -> None:
-    """Everything to `train.log` with the time; lines behind `label` to the terminal, each epoch's only if asked."""
+    """Log to `train.log` and the terminal.
+
+    Args:
+        folder: The run folder.
+        console_lines: Whether the terminal shows a line per epoch.
+        label: The start of every line in the terminal.
+    """
     WARNED.clear()
     logging.raiseExceptions = False  # a full disk must not print a traceback for each line
     root = logging.getLogger()
     close_log()
-    if distributed.rank():  # one process of several speaks for all
+    if distributed.rank():  # only the first of several processes logs
         root.addHandler(logging.NullHandler())
         return
     file = logging.FileHandler(folder / "train.log", encoding="utf-8", errors="surrogateescape")
@@ -57,6 +64,7 @@ def start_log(folder: Path, console_lines: bool, label: str) -> None:
 
 
 def close_log() -> None:
+    """Close train.log, so that its folder can be deleted."""
     root = logging.getLogger()
     for handler in root.handlers[:]:
         root.removeHandler(handler)
@@ -65,12 +73,12 @@ def close_log() -> None:
 
 @contextlib.contextmanager
 def warn_on_error(what: str) -> Iterator[None]:
-    """Turn an error in what is only displayed into a warning, once a run; its traceback goes to `train.log`."""
+    """Turn an error of the body into one warning per run, with its traceback in `train.log`."""
     try:
         yield
     except Exception as error:
         log.debug("%s", "".join(traceback.format_exception(error)))
         if what not in WARNED:
             WARNED.add(what)
-            reason = (str(error).splitlines() or [""])[0]
-            log.warning("warning: %s failed (%s: %s); the run is not affected", what, type(error).__name__, reason)
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            log.warning("warning: %s failed (%s); the run is not affected", what, reason)

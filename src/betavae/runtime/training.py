@@ -1,4 +1,4 @@
-"""The one recipe that turns a composed config into a finished run folder."""
+"""From a composed config to a finished run folder."""
 
 import contextlib
 import copy
@@ -9,205 +9,290 @@ import platform
 import signal
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 
-from betavae.errors import DivergenceError, RunInterrupted, TrialPruned, UserError
+from betavae.data.datamodule import ImageDataModule
+from betavae.errors import DivergenceError, RunInterrupted, TrialPruned, UserError, first_line
 from betavae.models.precision import set_float32_precision
+from betavae.module import VAEModule
+from betavae.objectives import OBJECTIVES, select_objective_kwargs
+from betavae.objectives.schedules import BETA_SCHEDULES
 from betavae.runtime import loggers
-from betavae.runtime.builders import as_out_of_memory, build
-from betavae.runtime.checkpoint import first_line
-from betavae.runtime.command_line import argument
-from betavae.runtime.distributed import broadcast_from_rank_zero, rank, started_by_lightning
-from betavae.runtime.progress import DISPLAY_NAMES, EpochProgressBar, EpochSummary, ImageLogger, LastValidationMetrics
+from betavae.runtime.builders import build_callbacks, build_data, build_trainer
+from betavae.runtime.callbacks import DISPLAY_NAMES, EpochProgressBar, EpochSummary, ImageLogger, LastValidationMetrics
+from betavae.runtime.cli import argument
+from betavae.runtime.distributed import ONE_DEVICE_MESSAGE, broadcast_from_rank_zero, rank, started_by_lightning
+from betavae.runtime.hydra_config import is_multirun, to_plain
 from betavae.runtime.resume import SignalHandler, load_resumed_config
 from betavae.runtime.run_folder import RUN, RunFolder, claim_folder, git_commit
 from betavae.runtime.run_logger import run_loggers
-from betavae.runtime.settings import check_settings, has_words, to_plain
+from betavae.runtime.settings import accepts_text, check_settings, check_signature
 from betavae.runtime.terminal_log import close_log, silence_libraries, start_log, warn_on_error
-from betavae.runtime.validation import never_validates
+from betavae.runtime.validation import check_validation, never_validates
 from betavae.runtime.yaml_files import write_yaml
-from betavae.sweeps.jobs import ONE_DEVICE_MESSAGE, chooses_by_validation
-from betavae.sweeps.pruning import pruning_callbacks
 
 log = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "torchvision", "lightning", "hydra-core", "tensorboard")
+OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "overflow")  # torch's own words
 
 
-def train(cfg: DictConfig) -> float:
-    """Train and test as `cfg` says, in Hydra's run folder. Returns the test neg. ELBO in nats per image.
+def train(cfg: DictConfig, callbacks: Sequence[Callback] = (), needs_validation: bool = False) -> float:
+    """Train and test a model in Hydra's run folder.
 
-    Raises UserError for settings that cannot be, before anything is written.
+    Args:
+        cfg: The composed config.
+        callbacks: Callbacks beside those of the config.
+        needs_validation: Whether a run that never validates is rejected.
+
+    Returns:
+        The test neg. ELBO in nats per image.
+
+    Raises:
+        UserError: For invalid settings, before anything is written.
     """
-    hydra_cfg = HydraConfig.get()
-    sweep = hydra_cfg.mode == RunMode.MULTIRUN
-    overrides = list(hydra_cfg.overrides.task)
-    run = RunFolder(os.path.relpath(hydra_cfg.runtime.output_dir))
+    sweep, overrides = is_multirun(), list(HydraConfig.get().overrides.task)
+    folder = RunFolder(os.path.relpath(HydraConfig.get().runtime.output_dir))
     settings, state = to_plain(cfg), None
     resume = settings["resume"] is not None
     if resume:
-        # A job of a sweep goes on with the very settings it has.
-        settings, state = load_resumed_config(run, cfg, [] if sweep else overrides)
-        done = run.read_metrics()
+        # A job of a sweep resumes with exactly the settings it has.
+        settings, state = load_resumed_config(folder, cfg, [] if sweep else overrides)
+        done = folder.read_metrics()
         if done.get("status") == "finished" and done.get("displayed", True) and len(overrides) == 1:
-            log_to_terminal(
-                f"{run.path} is finished; to train it longer: {argument('resume', run.path)} trainer.max_epochs=N"
-            )
+            print(f"{folder.path} is finished; train longer by {argument('resume', folder.path)} trainer.max_epochs=N")
             return done["test"]["neg_elbo"]
     check_settings(settings)
     if state and settings["trainer"]["max_epochs"] <= state["epoch"]:
         raise UserError(
-            f"resume: trainer.max_epochs={settings['trainer']['max_epochs']} is past: it is in epoch "
-            f"{state['epoch'] + 1}"
+            f"trainer.max_epochs={settings['trainer']['max_epochs']} is invalid: expected more than the "
+            f"{state['epoch']} finished epochs of {folder.path}"
         )
-    with SignalHandler() as signals, claim_run_folder(run, new=not resume and not sweep, sweep=sweep):
-        return TrainingRun(settings, run, overrides, sweep, state, signals).run()
+    with SignalHandler() as signals, claim_run_folder(folder, new=not resume and not sweep, sweep=sweep):
+        run = TrainingRun(settings, folder, overrides, state, signals, sweep, callbacks, needs_validation)
+        return run.run()
 
 
 @contextlib.contextmanager
-def claim_run_folder(run: RunFolder, new: bool, sweep: bool) -> Iterator[None]:
-    """A run folder for this process, or (of several) for all of this run; a `new` one must hold no run yet. What could
-    not even begin is taken back."""
-    if sweep or (started_by_lightning() and rank()):  # the job, or the first process, has seen to it
+def claim_run_folder(folder: RunFolder, new: bool, sweep: bool) -> Iterator[None]:
+    """Lock a run folder for all processes of this run; remove it if the run ends before it began.
+
+    Args:
+        new: Whether the folder must not hold a run yet.
+        sweep: Whether the run is a job of a sweep, which has claimed the folder.
+    """
+    if sweep or (started_by_lightning() and rank()):  # another process or function has claimed it
         yield
         return
 
-    held = contextlib.ExitStack()
+    lock = contextlib.ExitStack()
 
     def claim() -> bool:
-        made = claim_folder(run.path, RUN, "hydra.run.dir")
-        # One that was killed before it wrote its settings has left the mark alone.
-        if new and not made and (run.path / "config.yaml").exists():
+        made = claim_folder(folder.path, RUN, "hydra.run.dir")
+        # A run that was killed before it wrote its settings has left only the marker.
+        if new and not made and (folder.path / "config.yaml").exists():
             raise UserError(
-                f"{run.path} already holds a run; go on with it by {argument('resume', run.path)}, or choose another "
+                f"{folder.path} already holds a run; resume it by {argument('resume', folder.path)}, or pass another "
                 "folder"
             )
-        held.enter_context(run.lock())
+        lock.enter_context(folder.lock())
         return made
 
     made = broadcast_from_rank_zero(claim)
     if rank():
         yield
         return
-    with held:
+    with lock:
         try:
             yield
         except UserError:
-            if made and not run.read_metrics():
+            if made and not folder.read_metrics():
                 close_log()
-                run.delete()
+                folder.delete()
             raise
 
 
+def module_arguments(settings: dict[str, Any], datamodule: ImageDataModule) -> dict[str, Any]:
+    """Return the arguments of `VAEModule` for the settings of a run. Raise UserError for invalid ones."""
+    objective = settings["objective"] | {"num_train_images": len(datamodule.splits["train"])}
+    schedule, optimizer = settings["beta_schedule"], dict(settings["optimizer"])
+    arguments = select_objective_kwargs(objective)
+    check_signature("objective", OBJECTIVES[objective["name"]], arguments, "vae", "x", "noise", "beta")
+    arguments = {name: value for name, value in schedule.items() if name != "name"}
+    check_signature("beta_schedule", BETA_SCHEDULES[schedule["name"]], arguments, "step", "total_steps")
+    clips, precision = settings["trainer"]["gradient_clip_val"], settings["trainer"]["precision"]
+    if clips and "mixed" in precision and "fused" in optimizer:
+        optimizer["fused"] = False  # a fused optimizer unscales gradients itself, after the clipping
+    return {
+        "model": settings["model"] | {"image_shape": datamodule.image_shape},
+        "objective": objective,
+        "optimizer": optimizer,
+        **{key: settings[key] for key in ("beta", "beta_schedule", "lr_schedule")},
+    }
+
+
+def as_user_error(error: BaseException) -> BaseException:
+    """Return a UserError for an error of memory or of Lightning's arguments, and any other error as it is."""
+    if isinstance(error, MisconfigurationException):
+        return UserError(f"trainer: {first_line(error).rstrip('.')}")
+    if isinstance(error, RuntimeError) and any(words in first_line(error) for words in OUT_OF_MEMORY):
+        return UserError(
+            "the model does not fit into memory; reduce model.hidden_dims, model.latent_dim or data.batch_size"
+        )
+    return error
+
+
+C = TypeVar("C", bound=Callback)
+
+
 class TrainingRun:
-    """One run from its settings to its last line. In each method one stage of it."""
+    """One run: its data, module and trainer, and the stages from its first step to its last line."""
 
     def __init__(
         self,
         settings: dict[str, Any],
-        run: RunFolder,
-        overrides: list[str],
-        sweep: bool,
-        state: dict[str, Any] | None,
-        signals: SignalHandler,
+        folder: RunFolder,
+        overrides: Sequence[str] = (),
+        state: dict[str, Any] | None = None,
+        signals: SignalHandler | None = None,
+        sweep: bool = False,
+        callbacks: Sequence[Callback] = (),
+        needs_validation: bool = False,
     ):
-        self.settings, self.folder, self.overrides, self.sweep = settings, run, overrides, sweep
-        self.state, self.signals = state, signals
-        self.record: dict[str, Any] = {}
+        """Build and check everything. Only the data folder is written to.
 
-    def run(self) -> float:
-        # The seed comes before anything is built, so that it decides the first weight too.
-        L.seed_everything(self.settings["seed"], verbose=False)
-        set_float32_precision(self.settings["trainer"]["matmul_precision"])
+        Args:
+            settings: Those of `TrainConfig`, checked.
+            folder: The run folder.
+            overrides: The arguments of the command.
+            state: The checkpoint to resume from.
+            signals: The handler of signals, if the process has one.
+            sweep: Whether the run is a job of a sweep.
+            callbacks: Callbacks beside those of the settings.
+            needs_validation: Whether a run that never validates is rejected.
+
+        Raises:
+            UserError: For settings that are invalid for these data or this machine.
+        """
+        self.settings, self.folder, self.overrides, self.sweep, self.state = settings, folder, overrides, sweep, state
+        self.signals = signals or SignalHandler()
+        self.record: dict[str, Any] = {}
+        # Before anything is built, so that the seed determines the first weight too.
+        L.seed_everything(settings["seed"], verbose=False)
+        set_float32_precision(settings["trainer"]["matmul_precision"])
         silence_libraries()
-        # A copy, since the user's own classes may change what they are given.
-        settings = copy.deepcopy(self.settings)
-        self.datamodule, self.module, self.trainer = build(settings, self.folder, self.signals)
-        if self.sweep and self.trainer.world_size > 1:
+        settings = copy.deepcopy(settings)  # a custom class may change its arguments
+        self.datamodule = build_data(settings["data"])
+        splits = self.datamodule.splits
+        try:
+            self.module = VAEModule(**module_arguments(settings, self.datamodule))
+        except TypeError as error:  # of the arguments of a network or a likelihood
+            raise UserError(f"model: {error}") from error
+        except RuntimeError as error:
+            raise as_user_error(error) from error
+        if settings["init"] == "data":
+            pixels = splits["train"].pixels.index_select(0, torch.arange(min(len(splits["train"]), 60_000)))
+            try:
+                self.module.vae.init_from_mean_image(pixels.float().mean(0) / 255)
+            except ValueError as error:
+                raise UserError(str(error)) from error
+        self.callbacks = [
+            *build_callbacks(settings, folder, self.signals, len(splits["validation"]) > 0),
+            *callbacks,
+        ]
+        self.trainer = build_trainer(settings, self.module, self.datamodule, self.callbacks)
+        check_validation(settings, splits, self.module, self.trainer.world_size)
+        if sweep and self.trainer.world_size > 1:
             raise UserError(ONE_DEVICE_MESSAGE)
-        search = self.sweep and chooses_by_validation(HydraConfig.get())
-        if search and (why := never_validates(self.settings, self.datamodule.splits)):
-            raise UserError(f"a search chooses by validation numbers, and this run never validates ({why})")
+        if needs_validation and (why := never_validates(settings, splits)):
+            raise UserError(f"a search needs validation metrics, and this run never validates ({why})")
         found = self.datamodule.fingerprints
-        known = self.state.get("fingerprints", {}) if self.state else found
+        known = state.get("fingerprints", {}) if state else found
         if changed := [split for split in found if found[split] != known.get(split)]:
             raise UserError(
                 f"resume: {self.datamodule.source.root}: the {', '.join(changed)} images have changed since this run "
                 "began; restore the data or pass a copy by data.root=PATH, or start a new run"
             )
-        self.trainer.callbacks += pruning_callbacks(HydraConfig.get(), self.settings["trainer"]["max_epochs"])  # type: ignore[attr-defined]
-        self.epoch_summary = next(c for c in self.trainer.callbacks if isinstance(c, EpochSummary))  # type: ignore[attr-defined]
+
+    def callback(self, kind: type[C]) -> C:
+        """Return the callback of a class."""
+        return next(callback for callback in self.callbacks if isinstance(callback, kind))
+
+    def run(self) -> float:
+        """Train, test and report; return the test neg. ELBO in nats per image."""
         try:
             if rank() == 0:
                 self.start()
             else:
-                self.trainer.loggers = [DummyLogger()]  # Lightning's own callbacks ask for one
-            self.fit()
+                self.trainer.loggers = [DummyLogger()]  # Lightning's own callbacks require one
+                start_log(self.folder.path, False, "")
+            last = str(self.folder.last) if self.state else None
+            self.trainer.fit(self.module, self.datamodule, ckpt_path=last)
+            self.record_fit()
             scalars = self.test()
             if rank() == 0:
                 self.finish(scalars)
         except BaseException as error:
-            ending = self.translate_error(as_out_of_memory(error) if isinstance(error, RuntimeError) else error)
+            ending = self.translate_error(as_user_error(error))
             if ending is error:
                 raise
             raise ending from error
         return scalars["neg_elbo"]
 
     def start(self) -> None:
-        """The files that say what is run, before its first step."""
-        if self.settings["resume"] is not None:
-            self.folder.drop_regenerated()
+        """Write the settings and the first record, and start the log and the loggers."""
+        settings, folder = self.settings, self.folder
+        if settings["resume"] is not None:
+            folder.delete_regenerated()
         bar = isinstance(self.trainer.progress_bar_callback, EpochProgressBar)
         side_by_side = self.sweep and not HydraConfig.get().launcher["_target_"].endswith(".BasicLauncher")
-        start_log(self.folder.path, not bar, f"{self.folder.path.name}  " if side_by_side else "")
-        if self.settings["resume"] is None:
-            write_yaml(self.folder.path / "overrides.yaml", self.overrides)
-        # Also on resume: a run that is stopped again goes on with what this command changed.
-        write_yaml(self.folder.path / "config.yaml", self.settings | {"resume": None})
-        kept = loggers.make_loggers(self.settings["logger"], self.folder, self.state)
-        self.trainer.loggers = list(kept.values())
-        for logger in kept.values():
-            logger.log_settings(flatten_hparams(self.settings))
+        start_log(folder.path, not bar, f"{folder.path.name}  " if side_by_side else "")
+        if settings["resume"] is None:
+            write_yaml(folder.path / "overrides.yaml", list(self.overrides))
+        # Also on resume: if the run is stopped again, the next resume keeps what this command changed.
+        write_yaml(folder.path / "config.yaml", settings | {"resume": None})
+        named = loggers.make_loggers(settings["logger"], folder, self.state)
+        self.trainer.loggers = list(named.values())
+        for logger in named.values():
+            logger.log_settings(flatten_hparams(settings))
         device = self.trainer.strategy.root_device
+        device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         self.record = {
             "status": "running",
             "pid": os.getpid(),
-            "seed": self.settings["seed"],
+            "seed": settings["seed"],
             "parameters": sum(p.numel() for p in self.module.parameters()),
             "git_commit": git_commit(),
-            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, "
-            + (torch.cuda.get_device_name(device) if device.type == "cuda" else device.type),
-            "versions": {p: version(p) for p in PACKAGES} | {"python": platform.python_version()},
+            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {device_name}",
+            "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
         }
-        if ids := {name: logger.version for name, logger in kept.items() if logger.version}:
+        if ids := {name: logger.version for name, logger in named.items() if logger.version}:
             self.record["loggers"] = ids
-        self.folder.write_record(self.record)
+        folder.write_record(self.record)
 
-    def fit(self) -> None:
-        if rank():
-            start_log(self.folder.path, False, "")
-        last = str(self.folder.last) if self.state else None
-        self.trainer.fit(self.module, self.datamodule, ckpt_path=last)
-        self.record |= {"epochs": self.trainer.current_epoch, "steps": self.trainer.global_step}
-        # Now, since Lightning winds callbacks back to the checkpoint that is tested.
+    def record_fit(self) -> None:
+        """Record steps and times now, since Lightning restores callbacks from the checkpoint that is tested."""
+        summary = self.callback(EpochSummary)
         self.record |= {
-            "epoch_seconds": list(self.epoch_summary.epochs),
-            "fit_seconds": round(self.epoch_summary.before, 2),
+            "epochs": self.trainer.current_epoch,
+            "steps": self.trainer.global_step,
+            "epoch_seconds": list(summary.epochs),
+            "fit_seconds": round(summary.before, 2),
         }
         self.fitted = time.perf_counter()
 
     def test(self) -> dict[str, float]:
-        """The test numbers of the best checkpoint, or the last where no images were kept for validation."""
+        """Return the test metrics of the best checkpoint, or of the last one if nothing was validated."""
         best = self.folder.best.exists() and len(self.datamodule.splits["validation"]) > 0
         best = self.trainer.strategy.broadcast(best)
         self.tested_checkpoint = self.folder.best if best else self.folder.last
@@ -215,60 +300,56 @@ class TrainingRun:
         metrics = {name: value.item() for name, value in self.trainer.callback_metrics.items()}
         test = {name.removeprefix("test/"): value for name, value in metrics.items() if name.startswith("test/")}
         if not all(math.isfinite(value) for value in test.values()):
-            raise DivergenceError(f"the test numbers of {self.tested_checkpoint} are not finite", {})
+            raise DivergenceError(f"the test metrics of {self.tested_checkpoint} are not finite", {})
         if self.module.vae.likelihood.is_discrete(self.settings["data"]["binarize"]):
             test["bits_per_dimension"] = test["neg_elbo"] / math.log(2) / math.prod(self.module.vae.image_shape)
         return {name: round(value, 4) for name, value in test.items()}
 
     def finish(self, scalars: dict[str, float]) -> None:
-        """Write the record; after it whatever is only displayed."""
+        """Write the record, then the figures, whose failure does not affect the run."""
         likelihood, binarize = self.module.vae.likelihood, self.settings["data"]["binarize"]
         record = self.record | {
             "status": "finished",
-            "displayed": False,  # killed before it is, the run is tested and displayed again by a resume
+            "displayed": False,  # a run that is killed before is tested and displayed by a resume
             "checkpoint": str(self.tested_checkpoint.relative_to(self.folder.path)),
             "test": scalars,
             "threads": torch.get_num_threads(),
             "seconds": round(self.record["fit_seconds"] + time.perf_counter() - self.fitted, 2),
         }
         if self.tested_checkpoint == self.folder.best:
-            # Of that very checkpoint: Lightning winds callbacks back to the one that is tested.
-            validation = next(c for c in self.trainer.callbacks if isinstance(c, LastValidationMetrics))  # type: ignore
-            record["validation"] = {name: round(value, 4) for name, value in validation.numbers.items()}
+            # Lightning has restored the callback from the tested checkpoint.
+            validation = self.callback(LastValidationMetrics).metrics
+            record["validation"] = {name: round(value, 4) for name, value in validation.items()}
         if not likelihood.is_discrete(binarize):
             record["note"] = likelihood.describe(binarize)
         self.folder.write_record(record)
         self.record = record
-        self.say(scalars)
+        self.log_test_metrics(scalars)
+        named = {f"test/{name}": value for name, value in scalars.items()}
         for logger in run_loggers(self.trainer):
-            with warn_on_error(f"sending test numbers to {type(logger).__name__}"):
-                logger.log_final_metrics(
-                    flatten_hparams(self.settings), {f"test/{name}": value for name, value in scalars.items()}
-                )
-        next(c for c in self.trainer.callbacks if isinstance(c, ImageLogger)).finish(self.trainer, self.module.vae)  # type: ignore
-        with warn_on_error("noting in metrics.json that all is drawn"):
+            with warn_on_error(f"sending test metrics to {type(logger).__name__}"):
+                logger.log_final_metrics(flatten_hparams(self.settings), named)
+        self.callback(ImageLogger).finish(self.trainer, self.module.vae)
+        with warn_on_error("writing to metrics.json that the figures are drawn"):
             self.folder.write_record(record | {"displayed": True})
         if not self.sweep:
-            log.info("      docs/numbers.md says what these numbers are")
+            log.info("      docs/numbers.md explains these numbers")
             log.info("run   %s", self.folder.path)
-            kept = [logger.view_command for logger in run_loggers(self.trainer) if logger.view_command]
-            following = [*kept, f"python scripts/sample.py {argument('ckpt', self.tested_checkpoint)}"]
-            log.info("next  %s", "\n      ".join(following))
+            commands = [logger.view_command for logger in run_loggers(self.trainer) if logger.view_command]
+            commands.append(f"python scripts/sample.py {argument('ckpt', self.tested_checkpoint)}")
+            log.info("next  %s", "\n      ".join(commands))
         self.end_loggers("finished")
 
-    def say(self, scalars: dict[str, float]) -> None:
+    def log_test_metrics(self, scalars: dict[str, float]) -> None:
         apart = ("active_units", "neg_elbo", "bits_per_dimension")
-        main = {name: scalars[name] for name in scalars if name not in apart}
-        terms = "  ".join(f"{DISPLAY_NAMES.get(name, name)} {value:.2f}" for name, value in main.items())
+        terms = [f"{DISPLAY_NAMES.get(name, name)} {scalars[name]:.2f}" for name in scalars if name not in apart]
         log.info(
             "test  %s  neg. ELBO %.2f nats per image (%d active units, %s, trained in %.0f s)",
-            *(
-                terms,
-                scalars["neg_elbo"],
-                scalars["active_units"],
-                self.tested_checkpoint.name,
-                self.record["fit_seconds"],
-            ),
+            "  ".join(terms),
+            scalars["neg_elbo"],
+            scalars["active_units"],
+            self.tested_checkpoint.name,
+            self.record["fit_seconds"],
         )
         if "bits_per_dimension" in scalars:
             log.info("      %.4f bits per dimension", scalars["bits_per_dimension"])
@@ -281,23 +362,21 @@ class TrainingRun:
                 logger.finish(status)
 
     def translate_error(self, error: BaseException) -> BaseException:
-        """What to raise for a run that did not come to its end, after its folder says why."""
-        if isinstance(error, MisconfigurationException):
-            error = UserError(f"trainer: {first_line(error).rstrip('.')}")
+        """Record why the run ended early, and return the exception to raise for it."""
         stopped = isinstance(error, KeyboardInterrupt | SystemExit)
         if rank() == 0 and self.record:
             self.record_failure(error, stopped)
         if not stopped:
             return error
-        asked = self.signals.received
-        if isinstance(error, SystemExit) and asked not in (None, signal.SIGINT, signal.SIGTERM):
-            return error  # of a launcher that has queued the job again
-        return RunInterrupted(128 + (asked or signal.SIGINT))
+        received = self.signals.received
+        if isinstance(error, SystemExit) and received not in (None, signal.SIGINT, signal.SIGTERM):
+            return error  # from a launcher that has queued the job again
+        return RunInterrupted(128 + (received or signal.SIGINT))
 
     def record_failure(self, error: BaseException, stopped: bool) -> None:
+        resume_command = f"  python train.py {argument('resume', self.folder.path)}"
         if self.record["status"] == "finished":
-            log.info("stopped while pictures were drawn, after the test; draw them with")
-            log.info("  python train.py %s", argument("resume", self.folder.path))
+            log.info("stopped after the test, while figures were drawn; draw them by\n%s", resume_command)
             self.end_loggers("finished")
             return
         named = {DivergenceError: "diverged", TrialPruned: "pruned"}
@@ -307,17 +386,16 @@ class TrainingRun:
         if status == "failed" and isinstance(error, UserError) and not steps and new:
             self.end_loggers(status)
             close_log()
-            self.folder.delete_outputs()  # nothing ever began
+            self.folder.delete_outputs()  # the run never took a step
             return
         self.record |= {"status": status, "epochs": self.trainer.current_epoch, "steps": steps}
         if status in ("failed", "diverged"):
             self.record |= {"error": f"{type(error).__name__}: {error}", "resumable": self.trainer.fit_loop.done}
             log.debug("%s", "".join(traceback.format_exception(error)))
-        with contextlib.suppress(OSError):  # of a full disk: the error that is under way says it
+        with contextlib.suppress(OSError):  # on a full disk, the error that is being raised says so
             self.folder.write_record(self.record)
         if stopped:
-            again = argument("resume", self.folder.path)
-            log.info("interrupted at step %d; go on with\n  python train.py %s", steps, again)
+            log.info("interrupted at step %d; resume by\n%s", steps, resume_command)
         elif status == "pruned":
             log.info("pruned  %s", error)
         elif self.folder.last.exists():
@@ -325,17 +403,12 @@ class TrainingRun:
         self.end_loggers(status)
 
 
-def log_to_terminal(line: str) -> None:
-    print(line)
-
-
 def flatten_hparams(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return settings for a table of hyper-parameters, each key's values of one type in all runs: null is left out."""
+    """Return settings for a table of hyper-parameters, with values of one type per column; null is left out."""
     values: dict[str, Any] = {"seed": settings["seed"], "beta": settings["beta"]}
     for group in ("model", "data", "objective", "beta_schedule", "optimizer", "lr_schedule", "trainer"):
         for key, value in settings[group].items():
+            number = isinstance(value, int | float) and not accepts_text(group, key)
             if value is not None:
-                values[f"{group}.{key}"] = (
-                    value if isinstance(value, int | float) and not has_words(group, key) else str(value)
-                )
+                values[f"{group}.{key}"] = value if number else str(value)
     return values

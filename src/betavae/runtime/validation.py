@@ -1,4 +1,4 @@
-"""Check before a run whether it will validate, and which validation numbers it will have. Torch is imported late."""
+"""Check before a run whether it will validate, and which validation metrics it will have. Torch is imported late."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -6,19 +6,19 @@ from typing import Any
 from betavae.errors import UserError
 from betavae.runtime.settings import suggest
 
-NUMBERS = ("loss", "recon", "kl", "neg_elbo", "active_units")  # of every validation; an objective may add its own
-UNASKED = {"monitor": "neg_elbo", "early_stopping_patience": None}  # callbacks.KEY of a run that needs no validation
+METRICS = ("loss", "recon", "kl", "neg_elbo", "active_units")  # of every validation; an objective may add terms
+DEFAULTS = {"monitor": "neg_elbo", "early_stopping_patience": None}  # callbacks.KEY that need no validation
 
 
-def limited(batches: int, key: str, limit: float) -> int:
-    """Return how many of `batches` Lightning takes: `limit` of them, or a share. Raises UserError for none."""
+def limit_batches(batches: int, key: str, limit: float) -> int:
+    """Return the number of batches that Lightning takes with a limit, a count or a share. Raise UserError for none."""
     count = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
     if batches and not count:
         raise UserError(f"trainer.{key}={limit} is invalid: expected a larger share, this is none of {batches} batches")
     return count
 
 
-def batches_of(settings: Mapping[str, Any], sets: Mapping[str, Any], processes: int) -> tuple[dict[str, int], int]:
+def count_batches(settings: Mapping[str, Any], sets: Mapping[str, Any], processes: int) -> tuple[dict[str, int], int]:
     """Return the batches that Lightning counts in an epoch of each split, and the optimizer steps of a training epoch.
 
     Raises UserError for limits that leave none, and for `val_check_interval` beyond the training batches.
@@ -31,7 +31,7 @@ def batches_of(settings: Mapping[str, Any], sets: Mapping[str, Any], processes: 
     for split, name in (("train", "train"), ("validation", "val"), ("test", "test")):
         overfits = trainer["overfit_batches"] and split != "test"
         key = "overfit_batches" if overfits else f"limit_{name}_batches"
-        found[split] = limited(found[split], key, trainer[key])
+        found[split] = limit_batches(found[split], key, trainer[key])
     interval = trainer["val_check_interval"]
     if isinstance(interval, int) and interval > found["train"] and found["validation"]:
         hint = f" (of {together} steps each, by trainer.steps_per_batch)" if together > 1 else ""
@@ -42,14 +42,20 @@ def batches_of(settings: Mapping[str, Any], sets: Mapping[str, Any], processes: 
 
 
 def never_validates(settings: Mapping[str, Any], sets: Mapping[str, Any] | None, processes: int = 1) -> str | None:
-    """Return why a run will not validate, or None. Without `sets`, the images by their split, only what needs none."""
+    """Return the reason why a run will not validate, or None.
+
+    Args:
+        settings: Those of `TrainConfig`.
+        sets: The images by split; without them, only the reasons that need none are checked.
+        processes: The number of processes of the run.
+    """
     trainer = settings["trainer"]
     every, epochs, most = (trainer[key] for key in ("check_val_every_n_epoch", "max_epochs", "max_steps"))
     if every > epochs:
         return f"trainer.check_val_every_n_epoch={every} is above trainer.max_epochs={epochs}"
     if sets is None:
         return None
-    batches, steps = batches_of(settings, sets, processes)
+    batches, steps = count_batches(settings, sets, processes)
     if not batches["validation"]:
         return "data.validation_size=0 leaves no validation images"
     # The batch that is followed by the first validation, and the steps before it.
@@ -63,14 +69,14 @@ def never_validates(settings: Mapping[str, Any], sets: Mapping[str, Any] | None,
 
 
 def check_validation(settings: Mapping[str, Any], sets: Mapping[str, Any], module: Any, processes: int) -> None:
-    """Raise UserError if a run is to choose by validation numbers that there will not be."""
+    """Raise UserError if settings of callbacks need validation metrics that a run will not have."""
     wanted = settings["callbacks"]
     why = never_validates(settings, sets, processes)
-    for key, unasked in UNASKED.items():
-        if why and wanted[key] != unasked:
+    for key, default in DEFAULTS.items():
+        if why and wanted[key] != default:
             raise UserError(f"callbacks.{key}={wanted[key]} is invalid: this run never validates ({why})")
     if not why:
-        check_names("callbacks.monitor", [wanted["monitor"]], NUMBERS, settings, lambda: (sets["validation"], module))
+        check_names("callbacks.monitor", [wanted["monitor"]], METRICS, settings, lambda: (sets["validation"], module))
 
 
 def check_names(
@@ -82,22 +88,22 @@ def check_names(
 ) -> None:
     """Raise UserError for a name that is neither `known` nor a term of the objective.
 
-    Terms are found with the validation images and the module that `build` returns. Custom callbacks may log other
-    numbers: with any, all names are accepted.
+    The terms are found with the validation images and the module that `build` returns. With custom callbacks, which may
+    log other metrics, all names are accepted.
     """
     if settings["callbacks"]["custom"] or set(names) <= set(known):
         return
-    known = list(dict.fromkeys((*known, *terms_of(*build()))))
+    known = list(dict.fromkeys((*known, *objective_terms(*build()))))
     for name in names:
         if name not in known:
             raise UserError(f"{key}={name} is invalid: expected one of {', '.join(known)}{suggest(name, known)}")
 
 
-def terms_of(images: Any, module: Any) -> list[str]:
-    """Return the names of the terms of a module's objective, by its value for two images."""
+def objective_terms(images: Any, module: Any) -> list[str]:
+    """Return the names of the terms of a module's objective, from its value for two images."""
     import torch
 
-    from betavae.runtime.progress import evaluating
+    from betavae.runtime.callbacks import evaluating
 
     x = images.pixels.index_select(0, torch.arange(min(2, len(images)))).float() / 255
     noise = torch.zeros(module.k, len(x), module.vae.latent_dim)

@@ -1,4 +1,4 @@
-"""YAML files of run and sweep folders, read as plain values: nothing in them is resolved, imported or executed."""
+"""YAML files of run and sweep folders: plain values, without interpolation or code."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from betavae.errors import UserError
+from betavae.errors import UserError, first_line
 from betavae.storage.files import atomic_write_bytes
 
 MAX_BYTES = 2**20
@@ -39,12 +39,12 @@ for side in (Loader, Dumper):  # 1e-3 is a number in YAML 1.2 and for Hydra, but
 
 
 def write_yaml(path: Path, values: Any) -> None:
-    """Write plain values to a YAML file that `read_yaml` reads back as they are."""
+    """Write plain values to a YAML file that `read_yaml` reads back unchanged."""
     atomic_write_bytes(path, yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True).encode())
 
 
 def read_yaml(path: Path, kind: type = dict) -> Any:
-    """Read a YAML file that holds a dict or a list of plain values. An interpolation stays the text that it is.
+    """Read a YAML file that holds a dict or a list of plain values. An interpolation stays a text.
 
     Raises:
         UserError: If the file cannot be read, is larger than MAX_BYTES, is not YAML, or holds another type.
@@ -59,7 +59,7 @@ def read_yaml(path: Path, kind: type = dict) -> Any:
             raise ValueError(f"it holds a {type(values).__name__}, not a {kind.__name__}")
         return values
     except Exception as error:  # PyYAML raises AttributeError and others too
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
             reason = f"{error.problem} in line {error.problem_mark.line + 1}"
         raise UserError(f"{path} is not a valid YAML file: {reason}") from error

@@ -1,0 +1,1 @@
+"""Files: atomic writes, an on-disk cache and a safe reader."""

@@ -1,4 +1,4 @@
-"""What takes a while to make from a checkpoint or a data set is made once, and kept in a file of ours."""
+"""On-disk cache for slow computations on a checkpoint or a data set."""
 
 import hashlib
 import io
@@ -14,30 +14,35 @@ from betavae.storage.files import STAMP, atomic_path, has_stamp
 from betavae.storage.torch_file import load_torch_file
 
 
-def load_or_compute(path: Path, asked: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `make()` gives, tensors and plain values; if `path` holds what it once gave for the same `asked`, that.
+def load_or_compute(path: Path, key: dict[str, Any], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Load the result of `compute` from the cache file `path`, or compute and save it.
 
-    A file of ours that is harmed, or was made for something else, is made anew. Anybody else's is left alone, and where
-    nothing can be kept that is said, and the answer is the same.
+    A file of this project that is damaged or has another key is replaced. Any other file is left alone. If the result
+    is not saved, the reason is printed.
+
+    Args:
+        path: The cache file.
+        key: All that the result depends on.
+        compute: Returns tensors and plain values.
     """
     if path.is_file() and has_stamp(path):
         try:
             content = load_torch_file(path)
-            if content["asked"] == asked:
-                return content["made"]
-        except Exception:  # harmed
+            if content["key"] == key:
+                return content["value"]
+        except Exception:  # the file is damaged
             pass
-    made = make()
+    value = compute()
     try:
-        with atomic_path(path, "not kept") as part:
-            part.write_bytes(to_bytes({"asked": asked, "made": made}))
+        with atomic_path(path, "not cached") as part:
+            part.write_bytes(to_bytes({"key": key, "value": value}))
     except UserError as error:
         print(error)
-    return made
+    return value
 
 
-def to_bytes(content: dict[str, Any]) -> bytes:
-    """As `torch.save` has it, with our stamp."""
+def to_bytes(content: Any) -> bytes:
+    """Serialize as `torch.save` does, with the stamp of this project."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     with zipfile.ZipFile(buffer, "a") as archive:
@@ -45,6 +50,6 @@ def to_bytes(content: dict[str, Any]) -> bytes:
     return buffer.getvalue()
 
 
-def file_hash(path: Path) -> str:
-    """Which file it is, whatever its name."""
+def hash_file(path: Path) -> str:
+    """Return 16 hex digits of the SHA-256 of a file's content."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and that are never somebody else's."""
+"""Atomic writes that never replace a file of somebody else."""
 
 import codecs
 import contextlib
@@ -15,16 +15,14 @@ from pathlib import Path
 
 from betavae.errors import UserError
 
-STAMP = "betavae"  # in every file that a script writes where its user says
-COMPRESSED_MAGIC = (
-    b"betavae images\r\n\x1a\n"  # starts compressed images; its line ends show a file transferred as text
-)
-TMP_SUFFIX = ".part"  # the end of the name of a file that is being written
-TMP_PREFIX = "betavae-part-"  # its start, where its end must be that of the whole file
+STAMP = "betavae"  # in every file that a script writes to a path from the user
+COMPRESSED_MAGIC = b"betavae images\r\n\x1a\n"  # its line ends reveal a file that was transferred as text
+TMP_SUFFIX = ".part"  # of a file that is being written
+TMP_PREFIX = "betavae-part-"  # of a file that is being written, where its suffix must be that of the whole file
 
 
 def atomic_write_bytes(path: Path, content: bytes) -> None:
-    """Written beside under a name of its own and renamed: whoever reads `path` never finds half a file."""
+    """Write a file under a temporary name beside `path` and rename it, so that no reader finds half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = None
     try:
@@ -44,31 +42,34 @@ def atomic_write_bytes(path: Path, content: bytes) -> None:
         raise
 
 
-def _umask() -> int:
-    mask = os.umask(0)  # there is no way to ask without setting
+def read_umask() -> int:
+    """Return the permission bits that new files lack."""
+    mask = os.umask(0)  # the only way to read it is to set it
     os.umask(mask)
     return mask
 
 
-UMASK = _umask()
+UMASK = read_umask()
 
 
 @contextlib.contextmanager
 def atomic_path(out: str | Path, key: str = "out") -> Iterator[Path]:
-    """A path to write to, with the ending of the path that a user named by the setting `key`, and beside it; it becomes
-    that path when the block ends, so that a process that is killed leaves no half of a file there.
+    """Yield a temporary path beside `out`, with its suffix, which is renamed to `out` when the block ends.
 
-    Raises UserError where something lies there that this project did not make, and for a failure in the block.
+    A process that is killed leaves no half-written file at `out`.
+
+    Raises:
+        UserError: If `out`, named by the setting `key`, is a file of somebody else, or the block fails to write.
     """
     path = Path(out).expanduser()
     require_own_file(path, key)
-    # Of its name only the ending, since a name may be as long as a name can be.
+    # The name is not part of it, since the name may have the greatest length that the file system allows.
     part = path.with_name(f"{TMP_PREFIX}{secrets.token_hex(4)}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield part
         os.replace(part, path)
-    except (OSError, ValueError, KeyError) as error:  # KeyError: an ending that Pillow does not know
+    except (OSError, ValueError, KeyError) as error:  # KeyError: a suffix that Pillow does not know
         raise UserError(f"{key}: cannot write {path} ({error})") from error
     finally:
         with contextlib.suppress(OSError):
@@ -76,13 +77,13 @@ def atomic_path(out: str | Path, key: str = "out") -> Iterator[Path]:
 
 
 def require_own_file(path: Path, key: str) -> None:
-    """Raises UserError where something lies that this project did not make."""
+    """Raise UserError if `path`, named by the setting `key`, exists and was not made by this project."""
     if os.path.lexists(path) and not has_stamp(path):
-        raise UserError(f"{key}: {path} is there already and was not made by betavae; delete it or name another")
+        raise UserError(f"{key}: {path} already exists and was not made by betavae; delete it or choose another path")
 
 
 def check_writable(out: str | Path, key: str = "out") -> None:
-    """Raises UserError where `writing` would, before hours of work. Makes no folder."""
+    """Raise the UserError of `atomic_path` before hours of work, without making a folder."""
     path = Path(out).expanduser()
     require_own_file(path, key)
     folder = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
@@ -95,23 +96,23 @@ def check_writable(out: str | Path, key: str = "out") -> None:
 
 @contextlib.contextmanager
 def atomic_dir(out: str | Path, key: str = "out") -> Iterator[Path]:
-    """Yield a temporary folder to write into; its content becomes that of `out` when the block ends without an error.
+    """Yield a temporary folder whose content becomes that of `out` when the block ends without an error.
 
-    An empty folder is filled in place, since it may be the working folder, a mount point or linked to.
+    An empty folder is filled in place, since it may be the working folder, a mount point or the target of a link.
 
     Raises:
         UserError: If `out`, named by the setting `key`, exists and is not an empty folder, or is not writable.
     """
     path = Path(out).expanduser()
-    taken = UserError(f"{key}: {path} is there already; delete it or name another folder")
-    there, part = path.is_dir(), None
+    taken = UserError(f"{key}: {path} already exists; delete it or choose another folder")
+    exists, part = path.is_dir(), None
     try:
-        if os.path.lexists(path) and (not there or any(path.iterdir())):
+        if os.path.lexists(path) and (not exists or any(path.iterdir())):
             raise taken
-        part = (path if there else path.absolute().parent) / f"{TMP_PREFIX}{secrets.token_hex(4)}"
+        part = (path if exists else path.absolute().parent) / f"{TMP_PREFIX}{secrets.token_hex(4)}"
         part.mkdir(parents=True)
         yield part
-        if there:
+        if exists:
             if list(path.iterdir()) != [part]:
                 raise taken
             for item in part.iterdir():
@@ -128,10 +129,11 @@ def atomic_dir(out: str | Path, key: str = "out") -> Iterator[Path]:
 
 
 def has_stamp(path: Path) -> bool:
-    """Tell whether a file bears the mark of this project.
+    """Return whether a file bears the stamp of this project.
 
-    It is the software of a PNG, JPEG, WebP or TIFF, the creator of a PDF or SVG, a zip file's comment (tensors), a JSON
-    file's key `made_by`, a Parquet file's metadata, a table's last column, the start of compressed images.
+    The stamp is the software of a PNG, JPEG, WebP or TIFF, the creator of a PDF or SVG, the comment of a zip file
+    (tensors), the key `made_by` of a JSON or Parquet file, the last column of a CSV file, or the magic bytes of
+    compressed images.
     """
     try:
         with open(path, "rb") as file:
@@ -143,7 +145,7 @@ def has_stamp(path: Path) -> bool:
 
             with Image.open(path, formats=("JPEG", "WEBP", "TIFF")) as image:
                 return image.getexif().get(ExifTags.Base.Software) == STAMP
-        if start.startswith(b"%PDF"):  # matplotlib's and Pillow's
+        if start.startswith(b"%PDF"):  # matplotlib and Pillow encode the name differently
             names = (STAMP.encode(), codecs.BOM_UTF16_BE + STAMP.encode("utf-16-be"))
             return any(b"/Creator (" + name + b")" in path.read_bytes() for name in names)
         if path.suffix.lower() == ".svg":
@@ -154,12 +156,12 @@ def has_stamp(path: Path) -> bool:
         if start.startswith(b"PK"):
             with zipfile.ZipFile(path) as archive:
                 return archive.comment == STAMP.encode()
-        if start.startswith(b"PAR1"):  # what is said of a Parquet file is at its end
+        if start.startswith(b"PAR1"):  # the metadata of a Parquet file are at its end
             end = path.read_bytes()[-(2**20) :]
             return b"made_by" in end and STAMP.encode() in end
         if path.suffix == ".csv":
             return f"made by {STAMP}".encode() in start.splitlines()[0]
         content = json.loads(path.read_text()) if path.suffix == ".json" else {}
         return content.get("made_by") == STAMP
-    except Exception:  # a file that cannot be read as one of this project is not one
+    except Exception:  # an unreadable file is not one of this project
         return False

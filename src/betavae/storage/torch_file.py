@@ -1,7 +1,7 @@
-"""Read untrusted files of `torch.save`, without running code and within the memory that their size allows.
+"""Read untrusted files of `torch.save` without running code, in memory proportional to their size.
 
-`torch.load(weights_only=True)` guarantees neither: before torch 2.10 a file can corrupt memory (CVE-2026-24747), and in
-any version a file of one kilobyte can allocate without limit, as `bytearray(n)` or as a tensor with a stride of 0.
+`torch.load(weights_only=True)` guarantees neither. Before torch 2.10 a file can corrupt memory (CVE-2026-24747). In any
+version a file of one kilobyte can allocate without limit, as `bytearray(n)` or as a tensor with a stride of 0.
 """
 
 import io
@@ -23,20 +23,21 @@ DTYPES = {
     **{"BFloat16Storage": torch.bfloat16, "ByteStorage": torch.uint8, "BoolStorage": torch.bool},
 }
 MAX_DIMS = 64
-MAX_REUSE = 10  # how many times a file's bytes may be used, as keys and tensors are that several places share
+MAX_REUSE = 10  # uses of each byte of a file; keys and tensors may be shared by several places
 
 
 def load_torch_file(path: Path) -> Any:
     """Load tensors (to the CPU) and plain values.
 
-    Raises some exception if the file is damaged, or holds anything else, or values of more than `MAX_REUSE` times its
-    size, as a tensor with a stride of 0 may be.
+    Raises:
+        Exception: Of any type, if the file is damaged, holds anything else, or holds values of more than `MAX_REUSE`
+            times its size, such as a tensor with a stride of 0.
     """
     size = path.stat().st_size
     with zipfile.ZipFile(path) as archive:
         if sum(part.file_size for part in archive.infolist()) > size:
             raise ValueError("it unpacks to more than its size")
-        # By name within the archive's only folder. `read` compares the checksum.
+        # The key is the name within the archive's only folder; `read` verifies the checksum.
         parts = {name.partition("/")[2]: bytearray(archive.read(name)) for name in archive.namelist()}
     if parts.get("byteorder", b"little").decode() != sys.byteorder:
         raise ValueError("it was written on a machine with another byte order")
@@ -46,7 +47,11 @@ def load_torch_file(path: Path) -> Any:
 
 
 class Unpickler(pickle.Unpickler):
-    """Unpickle plain values, and tensors whose bytes are in `parts`."""
+    """Unpickle plain values, and tensors whose bytes are in `parts`.
+
+    Args:
+        parts: The files of the archive by name; the pickle is `data.pkl`.
+    """
 
     def __init__(self, parts: dict[str, bytearray]):
         self.parts = parts
@@ -57,6 +62,7 @@ class Unpickler(pickle.Unpickler):
         super().__init__(io.BytesIO(parts["data.pkl"]))
 
     def find_class(self, module: str, name: str) -> Any:
+        """Return the replacement for one of the four kinds of classes that a file of tensors names."""
         if (module, name) == ("collections", "OrderedDict"):
             return lambda: OrderedDict()  # without arguments, since a few bytes of pickle could copy a long list
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
@@ -66,6 +72,7 @@ class Unpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it holds {module}.{name}, which is neither a tensor nor a plain value")
 
     def persistent_load(self, pid: Any) -> Tensor:
+        """Return the storage of a tensor, without copying its bytes."""
         _, dtype, key, _, count = pid
         data = self.parts[f"data/{key}"]
         storage = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
@@ -75,13 +82,18 @@ class Unpickler(pickle.Unpickler):
 
 
 def rebuild_tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
+    """Build a tensor as the function of this name in `torch._utils` does, with a limited number of dimensions."""
     if len(size) > MAX_DIMS:
         raise ValueError(f"a tensor has {len(size)} dimensions")
     return storage.as_strided(size, stride, offset)
 
 
 def check_size(value: Any, left: int) -> int:
-    """Subtract the size of `value` from `left` bytes, and return the rest. Raises ValueError if nothing is left."""
+    """Subtract the size of `value` from `left` bytes and return the rest.
+
+    Raises:
+        ValueError: If nothing is left.
+    """
     if isinstance(value, Tensor):
         left -= math.prod(value.shape) * value.element_size()
     elif isinstance(value, str | bytes | bytearray):

@@ -1,1 +1,1 @@
-"""Many runs: jobs that can be left alone, searches, reports."""
+"""Many runs: jobs of a sweep, searches, and reports of their results."""

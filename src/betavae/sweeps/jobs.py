@@ -1,126 +1,105 @@
-"""Sweeps: many jobs in one folder, that can be left alone, killed, started again and read afterwards. No torch here."""
+"""Jobs of a sweep, which may be left alone, killed and started again. Does not import torch."""
 
 import contextlib
-import itertools
-import logging
 import math
 import os
-import re
 import shlex
+import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
+from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, RangeSweep
-from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
-from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from betavae.errors import TrialPruned, UserError
 from betavae.runtime import distributed
-from betavae.runtime.command_line import argument
+from betavae.runtime.cli import argument, gc_paused
+from betavae.runtime.distributed import ONE_DEVICE_MESSAGE
+from betavae.runtime.hydra_config import to_plain
 from betavae.runtime.run_folder import MARKER_FILE, RUN, SWEEP, UNFINISHED, RunFolder, claim_folder
-from betavae.runtime.settings import to_plain
+from betavae.runtime.settings import flatten
 from betavae.runtime.yaml_files import read_yaml, write_yaml
-
-log = logging.getLogger(__name__)
+from betavae.sweeps.results import IGNORED_KEYS, RECORD_OBJECTIVES, Job, format_status_counts, read_jobs
 
 DONE_STATUSES = ("finished", "pruned")
-MAX_VALUES = 1_000_000  # settings of all jobs of a sweep
-ONE_DEVICE_MESSAGE = (
-    "a sweep trains each job on one device: leave trainer.devices and trainer.num_nodes at 1 and run jobs side by side "
-    "(hydra/launcher=joblib), or give up -m and start the runs on many devices one by one"
-)
-SEARCH_FILE = "search.json"  # in a search's folder: what it makes small
-RECORD_OBJECTIVES = ("seconds", "parameters")  # what a search can make small beside validation numbers
-# What cannot change a result, and so does not make two jobs different.
-IGNORED_KEYS = ("runs", "resume", "debug", "name", "callbacks.figures_every", "trainer.enable_progress_bar")
-
-
-STATUSES = ("finished", "failed", "diverged", "pruned", "interrupted", "running", "missing")
-
-
-class Job(NamedTuple):
-    """One job of a sweep, as its folder tells it."""
-
-    folder: Path
-    status: str  # one of STATUSES
-    overrides: dict[str, str]
-    record: dict[str, Any]  # metrics.json
-
-    @property
-    def test(self) -> dict[str, float]:
-        return self.record.get("test", {}) if self.status == "finished" else {}
+COLUMNS = ("job", "status", "neg. ELBO", "KL", "recon", "seconds")  # of the summary
 
 
 class SweepCallback(Callback):
-    """Hydra calls this as a sweep starts (`hydra.callbacks` in train.yaml). It keeps the folder for `print_jobs`."""
+    """Check and claim the folder of a sweep when it starts; `hydra.callbacks` in train.yaml names this class."""
 
     folder: Path | None = None
-    search = False
-    made: ClassVar[list[Path]] = []  # the folders above it that were not there, the innermost first
+    is_search = False
+    new_parents: ClassVar[list[Path]] = []  # the innermost first
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Start the sweep, or exit with an error; Hydra turns other exceptions of a callback into warnings."""
         try:
             self.start(config)
         except UserError as error:
-            # Hydra turns an Exception of a callback into a warning.
             raise SystemExit(f"error: {error}") from error
 
     def start(self, config: DictConfig) -> None:
+        """Claim the folder. Raise UserError for settings that no sweep allows."""
         trainer = config.trainer
-        if any(item.lstrip("+").startswith("resume=") for item in config.hydra.overrides.task):
-            raise UserError("resume goes with one run; go on with a sweep by hydra.sweep.dir=ITS_FOLDER")
-        several = trainer.num_nodes != 1 or (isinstance(trainer.devices, int) and trainer.devices not in (0, 1))
-        if several or distributed.externally_launched():
+        if any(word.lstrip("+").startswith("resume=") for word in config.hydra.overrides.task):
+            raise UserError("resume is for single runs; resume a sweep by hydra.sweep.dir=ITS_FOLDER")
+        many_devices = trainer.num_nodes != 1 or (isinstance(trainer.devices, int) and trainer.devices not in (0, 1))
+        if many_devices or distributed.externally_launched():
             raise UserError(ONE_DEVICE_MESSAGE)
-        search = is_search(config.hydra)
-        if chooses_by_validation(config.hydra) and config.data.validation_size == 0:
-            raise UserError(
-                "a search chooses by validation images, and data.validation_size=0 leaves none: give it a number"
-            )
+        if needs_validation(config.hydra) and config.data.validation_size == 0:
+            raise UserError("data.validation_size=0 is invalid: expected validation images, since a search needs them")
         folder = Path(config.hydra.sweep.dir)
-        SweepCallback.made = [parent for parent in folder.parents if not parent.exists()]
+        SweepCallback.new_parents = [parent for parent in folder.parents if not parent.exists()]
         claim_folder(folder, SWEEP, "hydra.sweep.dir")
-        SweepCallback.folder, SweepCallback.search = folder, search
+        SweepCallback.folder, SweepCallback.is_search = folder, is_search(config.hydra)
 
 
-def is_search(hydra_cfg: Any) -> bool:
-    """Whether a sweeper chooses the settings by the jobs' results."""
+def is_search(hydra_cfg: HydraConf) -> bool:
+    """Return whether the sweeper chooses settings by the results of earlier jobs."""
     return not hydra_cfg.sweeper["_target_"].endswith(".BasicSweeper")
 
 
-def chooses_by_validation(hydra_cfg: Any) -> bool:
-    """Return whether a sweeper chooses the settings by validation numbers of the jobs."""
-    return is_search(hydra_cfg) and not set(hydra_cfg.sweeper.get("objectives") or ["neg_elbo"]) <= set(
-        RECORD_OBJECTIVES
-    )
+def needs_validation(hydra_cfg: HydraConf) -> bool:
+    """Return whether the sweeper chooses settings by validation metrics."""
+    objectives = hydra_cfg.sweeper.get("objectives") or ["neg_elbo"]
+    return is_search(hydra_cfg) and not set(objectives) <= set(RECORD_OBJECTIVES)
 
 
-def run_job(task: Callable[[DictConfig], float], cfg: DictConfig) -> float:
-    """Run a job; in a sweep, in a folder that may hold an earlier try of it: finished and pruned jobs are kept,
-    interrupted ones, and those that failed after training, go on from their last checkpoint, other failed ones are
-    tried afresh. Returns the validation number that a run goes by, nan for a job without.
+def run_job(cfg: DictConfig) -> float:
+    """Run a job of a sweep, in a folder that may hold an earlier try of it.
 
-    Raises UserError if the folder is somebody else's, or holds a job of other settings.
+    - A finished or pruned job is kept.
+    - A job that was interrupted, or failed after its training, is resumed from its last checkpoint.
+    - Any other failed job starts again.
+
+    Returns:
+        The validation metric that the run monitors, or nan if the job has none.
+
+    Raises:
+        UserError: If the folder holds other files, or a job with other settings.
     """
     hydra_cfg = HydraConfig.get()
-    if hydra_cfg.mode != RunMode.MULTIRUN:
-        return task(cfg)
     run = RunFolder(os.path.relpath(hydra_cfg.runtime.output_dir))
     claim_folder(run.path, RUN, "hydra.sweep.dir")
     with run.lock(wait=True):
-        status = previous_status(run, cfg, list(hydra_cfg.overrides.task))
+        status = find_previous_status(run, cfg)
         if status in DONE_STATUSES:
-            print(f"{run.path.name} is {status} already")
-            return monitored_value(run, cfg)
+            print(f"{run.path.name} is already {status}")
+            return read_monitored_metric(run, cfg)
         cfg.resume = str(run.path) if status == "interrupted" else None
+        if cfg.resume is None:
+            run.delete_outputs()
+            write_yaml(run.path / "overrides.yaml", list(hydra_cfg.overrides.task))
         try:
-            task(cfg)
+            with gc_paused():  # here, so that finished jobs do not wait for torch
+                from betavae.runtime.training import train
+                from betavae.sweeps.pruning import make_pruning_callbacks
+            train(cfg, make_pruning_callbacks(hydra_cfg, cfg.trainer.max_epochs), needs_validation(hydra_cfg))
         except TrialPruned:
             return math.nan
         except Exception as error:
@@ -128,203 +107,134 @@ def run_job(task: Callable[[DictConfig], float], cfg: DictConfig) -> float:
             print(f"failed: {error} ({run.path / 'train.log'})")
             if cfg.debug:
                 traceback.print_exc()
-            return math.nan  # and not an error, for which Hydra would leave out the batches to come
-        return monitored_value(run, cfg)
+            return math.nan  # for an error, Hydra would skip the remaining batches of jobs
+        return read_monitored_metric(run, cfg)
 
 
-def monitored_value(run: RunFolder, cfg: DictConfig) -> float:
-    """On validation images: test images choose nothing."""
+def read_monitored_metric(run: RunFolder, cfg: DictConfig) -> float:
+    """Read the validation metric that a run monitors, since test images must not choose anything."""
     return run.read_metrics().get("validation", {}).get(cfg.callbacks.monitor, math.nan)
 
 
-def objective_values(record: dict[str, Any], objectives: Sequence[str]) -> list[float]:
-    """Return what a search makes small, of a finished job; nothing where one of them is missing: it never validated."""
-    known = record.get("validation", {}) | {name: record[name] for name in RECORD_OBJECTIVES if name in record}
-    return [float(known[name]) for name in objectives] if set(objectives) <= known.keys() else []
+def find_previous_status(run: RunFolder, cfg: DictConfig) -> str:
+    """Return how an earlier try of a job ended: "finished", "pruned", "interrupted" (to be resumed), or "".
 
-
-def previous_status(run: RunFolder, cfg: DictConfig, overrides: list[str]) -> str:
-    """What an earlier try left in a job's folder: "finished", "pruned", "interrupted" (to be resumed), or "", cleared
-    up."""
+    Raises:
+        UserError: If the earlier try had other settings.
+    """
     record = run.read_metrics()
     status = record.get("status", "")
-    # What was killed while it was drawn, failed after its training, could not be resumed, or has a damaged record has
-    # good weights.
-    undrawn = status == "finished" and not record.get("displayed", True)
-    goes_on = status in (*UNFINISHED, "") or undrawn or (status == "failed" and record.get("resumable", False))
-    goes_on = goes_on and run.last.exists()
-    if goes_on or status in DONE_STATUSES:
-        if difference := first_difference(run.path / "config.yaml", cfg):
-            key, then, now = difference
-            raise UserError(
-                f"{run.path} holds a job with {key}={then}, and this one {key}={now}: name another hydra.sweep.dir, "
-                "or delete that folder"
-            )
-        return "interrupted" if goes_on else status
-    run.delete_outputs()
-    write_yaml(run.path / "overrides.yaml", overrides)
-    return ""
+    # These have good weights: a job that was killed while it drew its figures, failed after its training, was not
+    # resumed successfully, or has a damaged record.
+    is_undrawn = status == "finished" and not record.get("displayed", True)
+    is_resumable = status in (*UNFINISHED, "") or (status == "failed" and record.get("resumable", False))
+    is_resumable = (is_resumable or is_undrawn) and run.last.exists()
+    if not is_resumable and status not in DONE_STATUSES:
+        return ""
+    if difference := find_first_difference(run.path / "config.yaml", cfg):
+        key, earlier, now = difference
+        raise UserError(
+            f"{run.path} holds a job with {key}={earlier}, and this job has {key}={now}; choose another "
+            "hydra.sweep.dir, or delete that folder"
+        )
+    return "interrupted" if is_resumable else status
 
 
-def first_difference(path: Path, cfg: DictConfig) -> tuple[str, Any, Any] | None:
-    """The first setting that differs between a config file and `cfg`, and its two values; what cannot change a result,
-    and settings that the file is too old to have, aside."""
-    then, now = flat_settings(read_yaml(path)), flat_settings(to_plain(cfg))
-    for key in sorted({*then, *now} - set(IGNORED_KEYS)):
-        newer = key not in then and key.startswith(("trainer.", "callbacks.", "objective."))
-        if not newer and not key.startswith("logger.") and then.get(key) != now.get(key):
-            return key, then.get(key), now.get(key)
+def find_first_difference(path: Path, cfg: DictConfig) -> tuple[str, Any, Any] | None:
+    """Find the first setting that differs between a config file and `cfg`: its key and both values.
+
+    Settings that do not change a result are ignored.
+    """
+    earlier, now = flatten(read_yaml(path)), flatten(to_plain(cfg))
+    for key in sorted({*earlier, *now} - set(IGNORED_KEYS)):
+        if not key.startswith("logger.") and earlier.get(key) != now.get(key):
+            return key, earlier.get(key), now.get(key)
     return None
 
 
-def flat_settings(values: Any, prefix: str = "", depth: float = math.inf) -> dict[str, Any]:
-    """Nested settings by their dotted keys, which join at most `depth` names."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        nested = isinstance(value, dict) and depth > 1
-        found |= flat_settings(value, f"{prefix}{key}.", depth - 1) if nested else {f"{prefix}{key}": value}
-    return found
-
-
 def mark_failed(run: RunFolder, error: Exception) -> None:
-    """Leave status and traceback in the folder of a job that failed before `train` could.
+    """Write the status and the traceback of a job that failed before `train` could write them.
 
-    A job that was to be resumed keeps its checkpoint: the next try resumes it.
+    A job that was to be resumed keeps its checkpoint, so that the next try resumes it.
     """
     record = run.read_metrics()
     if (status := record.get("status")) in ("failed", "diverged"):
         return
-    resumable = status in (*UNFINISHED, "finished")
-    run.write_record(record | {"status": "failed", "error": f"{type(error).__name__}: {error}", "resumable": resumable})
+    is_resumable = status in (*UNFINISHED, "finished")
+    message = f"{type(error).__name__}: {error}"
+    run.write_record(record | {"status": "failed", "error": message, "resumable": is_resumable})
     with open(run.path / "train.log", "a") as file:
         file.write("".join(traceback.format_exception(error)))
 
 
-def read_jobs(sweep: Path) -> list[Job]:
-    """The jobs in a sweep's folder, and those of its last command that have not begun."""
-    if not sweep.is_dir():
-        raise UserError(f"sweep: {sweep} is not a folder; name one like runs/sweeps/2026-01-31_12-00-00")
-    found = [read_job(path.parent) for path in sorted(sweep.glob("*/overrides.yaml"))]
-    found.sort(key=lambda job: [sort_key(value) for value in job.overrides.values()])
-    begun = [sorted(job.overrides.items()) for job in found]
-    for overrides in planned_jobs(sweep):
-        if sorted(overrides.items()) not in begun:
-            found.append(Job(sweep / "-", "missing", overrides, {}))
-    return found
-
-
-def read_job(folder: Path) -> Job:
-    run = RunFolder(folder)
-    overrides = parse_overrides(read_yaml(folder / "overrides.yaml", list))
-    return Job(folder, run.status() or "running", overrides, run.read_metrics())
-
-
-def planned_jobs(sweep: Path) -> list[dict[str, str]]:
-    """The settings of every job of the grid that was last started in this folder."""
-    path = sweep / "multirun.yaml"
-    if not path.exists():
-        return []
-    settings = flat_settings(read_yaml(path), depth=3)
-    params, task = settings.get("hydra.sweeper.params"), settings.get("hydra.overrides.task")
-    overrides = [f"{key}={value}" for key, value in (params if isinstance(params, dict) else {}).items()]
-    overrides += task if isinstance(task, list) else []
-    values: dict[str, list[str]] = {}
+@contextlib.contextmanager
+def sweep_summary() -> Iterator[None]:
+    """Print the summary of the sweep that runs in the body, if one does; exit with 1 if a job failed."""
     try:
-        for item in OverridesParser.create().parse_overrides(list(map(str, overrides))):
-            key, value = item.get_key_element(), item.value()
-            if isinstance(value, ChoiceSweep | RangeSweep):
-                value.shuffle = False  # which would list all numbers of a range
-            texts = item.sweep_string_iterator() if item.is_sweep_override() else [item.get_value_element_as_str()]
-            values[key] = [f"{key}={text}" for text in itertools.islice(texts, MAX_VALUES + 1)]
-            if math.prod(map(len, values.values())) * len(values) > MAX_VALUES:
-                raise UserError(f"{path} is too large: its jobs have more than {MAX_VALUES:,} settings")
-    except (HydraException, RecursionError):  # a glob, whose jobs only the config folder knows, or a damaged file
-        return []
-    return [parse_overrides(list(job)) for job in itertools.product(*values.values())]
+        yield
+    except BaseException as error:
+        print_summary(is_interrupted=isinstance(error, KeyboardInterrupt | SystemExit))
+        raise
+    if print_summary():
+        sys.exit(1)
 
 
-def parse_overrides(overrides: list[Any]) -> dict[str, str]:
-    return dict(str(item).lstrip("+").split("=", 1) for item in overrides if "=" in str(item))
+def print_summary(is_interrupted: bool = False) -> bool:
+    """Print a table of the sweep's jobs, the failed ones and the next commands; print nothing if no job started.
 
-
-def sort_key(text: str) -> tuple[float, str]:
-    """Numbers by value, before words."""
-    try:
-        return float(text), ""
-    except ValueError:
-        return math.inf, text
-
-
-def print_summary(interrupted: bool = False) -> bool:
-    """After a sweep: a table of its jobs and the names of those that failed. Returns whether any failed or is missing
-    (of a search: whether all did); nothing is printed where no job began."""
-    if SweepCallback.folder is None:
+    Returns:
+        Whether a job failed or is missing; for a search, whether no job finished.
+    """
+    folder = SweepCallback.folder
+    if folder is None:
         return False
-    jobs = read_jobs(SweepCallback.folder) if SweepCallback.folder.is_dir() else []
+    jobs = read_jobs(folder) if folder.is_dir() else []
     if all(job.status == "missing" for job in jobs):
-        remove_empty_sweep(SweepCallback.folder)
+        remove_empty_sweep(folder)
         return False
-    rows = [
-        (
-            job.folder.name if job.status != "missing" else " ".join(f"{k}={v}" for k, v in job.overrides.items()),
-            job.status,
-            *(f"{job.test[name]:.2f}" if job.test else "" for name in ("neg_elbo", "kl", "recon")),
-            f"{job.record['seconds']:.0f}" if job.test else "",
-        )
-        for job in jobs
-    ]
-    header = ("job", "status", "neg. ELBO", "rate", "distortion", "seconds")
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     print("\ntest, in nats per image:")
-    for row in (header, *rows):
-        cells = (cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
-        print("  ".join(cells).rstrip())
-    print(status_summary(jobs))
+    print_table([COLUMNS, *map(format_job, jobs)])
+    print(format_status_counts(jobs))
     for note in sorted({job.record["note"] for job in jobs if job.test and "note" in job.record}):
         print(f"note  {note}")
-    bad = [job for job in jobs if job.status in ("failed", "diverged")]
-    for job in bad:
+    failed = [job for job in jobs if job.status in ("failed", "diverged")]
+    for job in failed:
         print(f"failed: {job.record.get('error', '')} ({job.folder / 'train.log'})")
-    if bad or interrupted:
-        again = argument("hydra.sweep.dir", SweepCallback.folder)
-        print(f"the same command with {again} keeps what is finished and retries the rest")
-    print(f"sweep {SweepCallback.folder}")
-    print(f"next  python scripts/sweep_report.py {argument('sweep', SweepCallback.folder)}", flush=True)
-    if any(next(job.folder.glob("events.out.tfevents.*"), None) for job in jobs):  # another logger says it for each job
-        print(f"      tensorboard --logdir {shlex.quote(str(SweepCallback.folder))}", flush=True)
-    if SweepCallback.search:  # some settings may well fail
+    if failed or is_interrupted:
+        again = argument("hydra.sweep.dir", folder)
+        print(f"the same command with {again} keeps finished jobs and retries the others")
+    print(f"sweep {folder}")
+    print(f"next  python scripts/sweep_report.py {argument('sweep', folder)}", flush=True)
+    if any(next(job.folder.glob("events.out.tfevents.*"), None) for job in jobs):  # other loggers say it for each job
+        print(f"      tensorboard --logdir {shlex.quote(str(folder))}", flush=True)
+    if SweepCallback.is_search:  # some settings may fail
         return not any(job.status == "finished" for job in jobs)
-    return bool(bad) or any(job.status == "missing" for job in jobs)
+    return bool(failed) or any(job.status == "missing" for job in jobs)
 
 
-def status_summary(jobs: Sequence[Job]) -> str:
-    """`30 jobs: 14 finished, 16 pruned`"""
-    found = [job.status for job in jobs]
-    return f"{len(jobs)} jobs: " + ", ".join(
-        f"{found.count(status)} {status}" for status in STATUSES if status in found
-    )
+def format_job(job: Job) -> Sequence[str]:
+    """Format a job as a row with the `COLUMNS` of the summary."""
+    is_missing = job.status == "missing"
+    name = " ".join(f"{key}={value}" for key, value in job.overrides.items()) if is_missing else job.folder.name
+    if not job.test:
+        return (name, job.status, *[""] * (len(COLUMNS) - 2))
+    metrics = (f"{job.test[metric]:.2f}" for metric in ("neg_elbo", "kl", "recon"))
+    return (name, job.status, *metrics, f"{job.record['seconds']:.0f}")
+
+
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Print aligned rows; the first two columns hold text, the others numbers."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
+        print("  ".join(cells).rstrip())
 
 
 def remove_empty_sweep(sweep: Path) -> None:
-    """The folder of a sweep that was stopped by an error before any job."""
+    """Remove the folder of a sweep that was stopped by an error before any job."""
     if sweep.is_dir() and {path.name for path in sweep.iterdir()} <= {"multirun.yaml", MARKER_FILE}:
         for name in ("multirun.yaml", MARKER_FILE):
             (sweep / name).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # it holds something
-            for folder in (sweep, *SweepCallback.made):
+        with contextlib.suppress(OSError):  # a folder is not empty
+            for folder in (sweep, *SweepCallback.new_parents):
                 folder.rmdir()
-
-
-def describe_launcher_error(error: Exception) -> str | None:
-    """One sentence for an error of a launcher or a sweeper, or None."""
-    text = str(error)
-    if match := re.search(r"hydra/(launcher|sweeper)/(\w+)'|hydra_plugins\.hydra_(\w+?)_(?:launcher|sweeper)", text):
-        name = match[2] or match[3]
-        extra = {"joblib": "sweep", "submitit_slurm": "slurm", "submitit_local": "slurm", "submitit": "slurm"}.get(
-            name, name
-        )
-        if extra in ("sweep", "slurm", "ray"):
-            return f'{name} is not installed; it comes with `pip install -e ".[{extra}]"`'
-    if 'Could not detect "srun"' in text:
-        return "there is no Slurm here; hydra/launcher=joblib runs the jobs on this machine"
-    return None

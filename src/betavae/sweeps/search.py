@@ -1,7 +1,7 @@
-"""A search: Optuna proposes settings, Hydra's launcher runs them as jobs, and the study keeps what came of each. No
-torch here."""
+"""Search for settings: Optuna proposes them, Hydra's launcher runs the jobs, the study stores the results.
 
-# mypy: disable-error-code="valid-type"
+Does not import torch before a check needs it.
+"""
 
 import functools
 import json
@@ -10,77 +10,77 @@ import math
 import shlex
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from hydra.conf import HydraConf
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Transformer
 from hydra.core.utils import JobStatus
 from hydra.plugins.launcher import Launcher
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
+from pydantic import Field
 
-from betavae.errors import UserError
+from betavae.errors import UserError, first_line
+from betavae.runtime.hydra_config import to_plain
 from betavae.runtime.run_folder import RunFolder
-from betavae.runtime.settings import (
-    NonEmptyStr,
-    PositiveInt,
-    Seed,
-    Settings,
-    check_settings,
-    choice,
-    constrained,
-    to_plain,
-    validate,
-)
-from betavae.runtime.validation import NUMBERS, check_names, never_validates
+from betavae.runtime.settings import NonEmptyStr, PositiveInt, Seed, Settings, check_settings, flatten, validate
+from betavae.runtime.validation import METRICS, check_names, never_validates
 from betavae.storage.files import STAMP, atomic_path
-from betavae.sweeps.jobs import IGNORED_KEYS, RECORD_OBJECTIVES, SEARCH_FILE, flat_settings, objective_values
+from betavae.sweeps.results import IGNORED_KEYS, RECORD_OBJECTIVES, SEARCH_FILE, get_objectives
 
-STARTUP_TRIALS = 5  # trials that run to their end before others are measured by them
-PERCENTILES = {"quartile": 25.0, "median": 50.0}  # the percentage of the finished trials that a trial must be among
+if TYPE_CHECKING:
+    from optuna import Study, Trial
+    from optuna.distributions import BaseDistribution
+    from optuna.storages import BaseStorage
+
+    from betavae.data.datamodule import ImageDataModule
+
+STARTUP_TRIALS = 5  # trials that the pruner lets finish before it compares others with them
+PERCENTILES = {"quartile": 25.0, "median": 50.0}  # of the finished trials that a trial must be among
 
 
 class SearchSettings(Settings):
-    """`hydra.sweeper` of `sweep=optuna`."""
+    """The settings `hydra.sweeper` of `sweep=optuna`."""
 
     study_name: NonEmptyStr
     storage: NonEmptyStr
-    objectives: constrained(
-        list[NonEmptyStr], "a list of one or two names, such as [neg_elbo] or [recon,kl]", min_length=1, max_length=2
-    )
+    objectives: Annotated[list[NonEmptyStr], Field(min_length=1, max_length=2, examples=[["recon", "kl"]])]
     n_trials: PositiveInt
     n_jobs: PositiveInt
-    sampler: choice(lambda: ["tpe", "random"])
-    pruner: choice(lambda: [*PERCENTILES, "hyperband", "none"])
+    sampler: Literal["tpe", "random"]
+    pruner: Literal["quartile", "median", "hyperband", "none"]
     seed: Seed
-    params: constrained(dict[str, Any], "keys, each with what it may be, such as {beta: 'interval(0.5,4)'}")
+    params: Annotated[
+        dict[str, Any], Field(description="settings with their values, such as {beta: 'interval(0.5,4)'}")
+    ]
 
     @property
     def prunes(self) -> bool:
-        """Only a single number that is known after each epoch can say that a trial is hopeless."""
+        """Whether trials may be pruned, which takes a single objective that is known after each epoch."""
         return self.pruner != "none" and len(self.objectives) == 1 and self.objectives[0] not in RECORD_OBJECTIVES
 
 
-def search_settings(hydra_cfg: Any) -> SearchSettings:
-    """Of a search's Hydra config. Raises UserError for a setting that cannot be."""
+def parse_search_settings(hydra_cfg: HydraConf) -> SearchSettings:
+    """Return the settings of a search from Hydra's config."""
     values = {key: value for key, value in to_plain(hydra_cfg.sweeper).items() if key not in ("_target_", "trial")}
     return validate(SearchSettings, values, "hydra.sweeper.")
 
 
 def import_optuna() -> Any:
-    """Optuna, and quiet. Raises UserError if it is not installed."""
+    """Import Optuna and silence its log. Raise UserError if it is not installed."""
     try:
         import optuna
     except ImportError as error:
-        raise UserError('optuna is not installed; it comes with `pip install -e ".[optuna]"`') from error
+        raise UserError('optuna is not installed; install it by `pip install -e ".[optuna]"`') from error
     logging.getLogger("alembic").setLevel(logging.WARNING)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     return optuna
 
 
-def open_study(settings: SearchSettings, max_epochs: int) -> Any:
-    """The study, made where there is none. Raises UserError if it cannot be opened."""
+def open_study(settings: SearchSettings, max_epochs: int) -> "Study":
+    """Open the study of a search, or create it. Raise UserError if its storage cannot be used."""
     optuna = import_optuna()
     pruner = optuna.pruners.NopPruner()
     if settings.prunes and settings.pruner in PERCENTILES:
@@ -90,7 +90,7 @@ def open_study(settings: SearchSettings, max_epochs: int) -> Any:
     try:
         return optuna.create_study(
             study_name=settings.study_name,
-            storage=open_storage(optuna, settings.storage),
+            storage=open_storage(settings.storage),
             pruner=pruner,
             directions=["minimize"] * len(settings.objectives),
             load_if_exists=True,
@@ -98,166 +98,204 @@ def open_study(settings: SearchSettings, max_epochs: int) -> Any:
     except Exception as error:
         if "storage upgrade" in str(error):
             raise UserError(
-                f"the study in {settings.storage} is of an older Optuna; bring it up to date by `optuna storage "
-                f"upgrade --storage {shlex.quote(settings.storage)}`, or name another hydra.sweep.dir"
+                f"the study in {settings.storage} was made by an older Optuna; upgrade it by `optuna storage "
+                f"upgrade --storage {shlex.quote(settings.storage)}`, or choose another hydra.sweep.dir"
             ) from error
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"hydra.sweeper.storage={settings.storage} cannot be opened ({reason})") from error
+        raise UserError(
+            f"hydra.sweeper.storage={settings.storage} is not a storage of Optuna: {first_line(error)}"
+        ) from error
 
 
-def open_storage(optuna: Any, storage: str) -> Any:
-    """A database by its URL, or a journal by its path."""
+def open_storage(storage: str) -> "BaseStorage":
+    """Open a database by its URL, or a journal by its path."""
+    storages = import_optuna().storages
     if "://" not in storage:
-        return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(storage))
-    # Jobs side by side write to it: they wait for each other longer than SQLite's five seconds.
-    patience = {"connect_args": {"timeout": 60}} if storage.startswith("sqlite") else {}
-    return optuna.storages.RDBStorage(storage, engine_kwargs=patience)
+        return storages.JournalStorage(storages.journal.JournalFileBackend(storage))
+    # Jobs side by side wait for each other longer than SQLite's five seconds.
+    arguments = {"connect_args": {"timeout": 60}} if storage.startswith("sqlite") else {}
+    return storages.RDBStorage(storage, engine_kwargs=arguments)
 
 
-def search_space(arguments: list[str], loader: ConfigLoader) -> tuple[list[str], dict[str, Any]]:
-    """Of `key=value` arguments, the later over the earlier: those of every trial, and Optuna's distributions of the
-    keys that are searched. Raises UserError for one that Optuna cannot search, and if there is none."""
+def parse_search_space(arguments: list[str], loader: ConfigLoader) -> tuple[list[str], dict[str, "BaseDistribution"]]:
+    """Split `key=value` arguments, of which later ones win, into fixed and searched ones.
+
+    Returns:
+        The overrides that all trials share, and the distributions of the searched keys.
+
+    Raises:
+        UserError: If no key is searched, or Optuna has no such distribution.
+    """
     last = {item.get_key_element(): item for item in OverridesParser.create(loader).parse_overrides(arguments)}
-    searched = {key: distribution(item) for key, item in last.items() if item.is_sweep_override()}
+    searched = {key: make_distribution(item) for key, item in last.items() if item.is_sweep_override()}
     if not searched:
-        raise UserError("hydra.sweeper.params: nothing is searched; name a key, such as {beta: 'interval(0.5,4)'}")
+        raise UserError("hydra.sweeper.params: no setting is searched; pass one such as {beta: 'interval(0.5,4)'}")
     return [str(item.input_line) for key, item in last.items() if key not in searched], searched
 
 
-def distribution(override: Override) -> Any:
+def make_distribution(override: Override) -> "BaseDistribution":
+    """Convert Hydra's sweep syntax to a distribution of Optuna."""
     distributions = import_optuna().distributions
     value: Any = override.value()
     try:
         if override.is_interval_sweep():
-            whole = isinstance(value.start, int) and isinstance(value.end, int)
-            make = distributions.IntDistribution if whole else distributions.FloatDistribution
+            is_integer = isinstance(value.start, int) and isinstance(value.end, int)
+            make = distributions.IntDistribution if is_integer else distributions.FloatDistribution
             return make(value.start, value.end, log="log" in value.tags)
         values: list[Any] = list(override.sweep_iterator(transformer=Transformer.encode))
         if override.is_range_sweep():
-            whole = all(isinstance(one, int) for one in values)
-            make = distributions.IntDistribution if whole else distributions.FloatDistribution
+            is_integer = all(isinstance(number, int) for number in values)
+            make = distributions.IntDistribution if is_integer else distributions.FloatDistribution
             return make(min(values), max(values), step=abs(value.step))
         return distributions.CategoricalDistribution(values)
     except ValueError as error:
-        raise UserError(f"{override.input_line} cannot be searched ({error})") from error
+        raise UserError(
+            f"{override.input_line} is invalid: expected values that Optuna can search ({error})"
+        ) from error
 
 
-def check_objectives(first: DictConfig, objectives: list[str], searched: dict[str, Any]) -> None:
-    """Raise UserError if trials, of which one is `first`, will not have the numbers that are to be made small."""
+def check_objectives(first: DictConfig, objectives: list[str], searched: dict[str, "BaseDistribution"]) -> None:
+    """Raise UserError if the first trial will not have the objectives."""
     values: Any = {key: to_plain(first[key]) for key in first if key != "hydra"}
     try:
-        check_settings(OmegaConf.create(values))
-    except UserError:  # of some trials perhaps, and those fail
+        check_settings(values)
+    except UserError:  # only some trials may have the invalid setting, and those fail
         return
     groups = {key.lstrip("+").partition(".")[0] for key in searched}
 
     @functools.cache
-    def data() -> Any:
-        from betavae.runtime.builders import build_data  # late, since torch takes seconds
+    def load_data() -> "ImageDataModule":
+        from betavae.runtime.builders import build_data  # imported here, since torch takes seconds
 
         return build_data(values["data"])
 
-    def built() -> tuple[Any, Any]:
-        from betavae.runtime.builders import build_module
+    def build() -> tuple[Any, Any]:
+        from betavae.module import VAEModule
+        from betavae.runtime.training import module_arguments
 
-        return data().splits["validation"], build_module(values, data())
+        return load_data().splits["validation"], VAEModule(**module_arguments(values, load_data()))
 
-    known = set(objectives) <= set(RECORD_OBJECTIVES) or groups & {"data", "trainer"}
-    sets = data().splits if not known and values["trainer"]["max_steps"] > 0 else None
-    if not known and (why := never_validates(values, sets)):
-        raise UserError(f"a search chooses by validation numbers, and its trials never validate ({why})")
+    if not set(objectives) <= set(RECORD_OBJECTIVES) and not groups & {"data", "trainer"}:
+        splits = load_data().splits if values["trainer"]["max_steps"] > 0 else None
+        if reason := never_validates(values, splits):
+            raise UserError(f"a search needs validation metrics, and its trials never validate ({reason})")
     if not groups & {"objective", "callbacks"}:
-        if objectives == [values["callbacks"]["monitor"]]:  # the default, so what was typed is the monitor
-            check_names("callbacks.monitor", objectives, NUMBERS, values, built)
+        if objectives == [values["callbacks"]["monitor"]]:  # the default, so the user typed the monitor
+            check_names("callbacks.monitor", objectives, METRICS, values, build)
         else:
-            check_names("hydra.sweeper.objectives", objectives, [*NUMBERS, *RECORD_OBJECTIVES], values, built)
+            check_names("hydra.sweeper.objectives", objectives, [*METRICS, *RECORD_OBJECTIVES], values, build)
 
 
-def check_study(study: Any, config: DictConfig, settings: SearchSettings, searched: dict[str, Any]) -> None:
-    """Raises UserError if a study's trials had other settings than this search, what is searched aside."""
+def check_study(
+    study: "Study", config: DictConfig, settings: SearchSettings, searched: dict[str, "BaseDistribution"]
+) -> None:
+    """Raise UserError if earlier trials of a study had other fixed settings; note the settings of a new study."""
     values: Any = {key: to_plain(config[key]) for key in config if key != "hydra"}
-    keys = {key.lstrip("+") for key in searched}
-    now = {key: value for key, value in flat_settings(values).items() if key not in keys and key not in IGNORED_KEYS}
+    ignored = {key.lstrip("+") for key in searched} | set(IGNORED_KEYS)
+    now = {key: value for key, value in flatten(values).items() if key not in ignored}
     now["hydra.sweeper.objectives"] = settings.objectives
-    if (then := study.user_attrs.get("settings")) is None:
+    if (earlier := study.user_attrs.get("settings")) is None:
         study.set_user_attr("settings", now)
         study.set_metric_names(settings.objectives)
         return
-    for key in sorted(then.keys() & now.keys()):
-        if then[key] != now[key]:
+    for key in sorted(earlier.keys() & now.keys()):
+        if earlier[key] != now[key]:
             raise UserError(
-                f"the study in {config.hydra.sweep.dir} is of {key}={then[key]}, and this search of {key}={now[key]}; "
-                "name another hydra.sweep.dir"
+                f"the study in {config.hydra.sweep.dir} has {key}={earlier[key]}, and this search has "
+                f"{key}={now[key]}; choose another hydra.sweep.dir"
             )
 
 
-def search(typed: list[str], config: DictConfig, launcher: Launcher, loader: ConfigLoader) -> None:
-    """Run trials until `n_trials` have ended, those of earlier commands too; what was cut off then goes on first.
+def run_search(typed: list[str], config: DictConfig, launcher: Launcher, loader: ConfigLoader) -> None:
+    """Run trials until `n_trials` have ended, including those of earlier commands; interrupted trials come first.
 
-    Raises UserError for settings that cannot be, before anything is written.
+    Args:
+        typed: The overrides of the command line.
+        config: The config of the sweep.
+        launcher: Hydra's launcher of jobs.
+        loader: Hydra's loader of configs.
+
+    Raises:
+        UserError: For invalid settings, before anything is written.
     """
-    optuna = import_optuna()
-    settings = search_settings(config.hydra)
-    fixed, searched = search_space([f"{key}={value}" for key, value in settings.params.items()] + typed, loader)
-    some = {key: item.choices[0] if hasattr(item, "choices") else item.low for key, item in searched.items()}
-    first = loader.load_sweep_config(config, trial_overrides(fixed, some, 0))
+    settings = parse_search_settings(config.hydra)
+    fixed, searched = parse_search_space([f"{key}={value}" for key, value in settings.params.items()] + typed, loader)
+    distributions: dict[str, Any] = searched
+    sample = {key: item.choices[0] if hasattr(item, "choices") else item.low for key, item in distributions.items()}
+    first = loader.load_sweep_config(config, format_trial_overrides(fixed, sample, 0))
     check_objectives(first, settings.objectives, searched)
-    epochs = first.trainer.max_epochs
     if settings.pruner != "none" and not settings.prunes:
-        print(f"no trial is pruned: after an epoch, {' and '.join(settings.objectives)} cannot say which is hopeless")
+        print(f"no trial is pruned: {' and '.join(settings.objectives)} cannot be compared after an epoch")
     folder = Path(config.hydra.sweep.dir)
-    folder.mkdir(parents=True, exist_ok=True)  # SQLite makes a file, no folder
-    study = open_study(settings, epochs)
+    folder.mkdir(parents=True, exist_ok=True)  # SQLite does not make folders
+    study = open_study(settings, first.trainer.max_epochs)
     check_study(study, config, settings, searched)
-    trials = study.get_trials(deepcopy=False)
-    seed = (settings.seed + len(trials)) % 2**32  # or a search that goes on would propose its first trials again
-    sampler = optuna.samplers.TPESampler if settings.sampler == "tpe" else optuna.samplers.RandomSampler
-    study.sampler = sampler(seed=seed)
+    set_sampler(study, settings)
     with atomic_path(folder / SEARCH_FILE, "hydra.sweep.dir") as path:
         path.write_text(json.dumps({"made_by": STAMP, "objectives": settings.objectives}))
 
-    interrupted_trials = []
-    for trial in trials:
-        if trial.state == optuna.trial.TrialState.RUNNING:
-            if trial.params.keys() == searched.keys():
-                interrupted_trials.append(trial)
-            else:  # killed while it was drawn
-                study.tell(trial.number, state=optuna.trial.TrialState.FAIL, skip_if_finished=True)
-    ended = [trial for trial in trials if trial.state.is_finished() and trial.params.keys() == searched.keys()]
-    left, begun = settings.n_trials - len(ended), 0
-    while left > 0:
-        size = min(left, settings.n_jobs)
-        batch, interrupted_trials = interrupted_trials[:size], interrupted_trials[size:]
-        batch += [ask(study, searched, folder) for _ in range(size - len(batch))]
-        jobs = [trial_overrides(fixed, trial.params, trial.number) for trial in batch]
+    interrupted, remaining = find_interrupted_trials(study, searched, settings.n_trials)
+    job_number = 0
+    while remaining > 0:
+        size = min(remaining, settings.n_jobs)
+        batch, interrupted = interrupted[:size], interrupted[size:]
+        batch += [ask_trial(study, searched, folder) for _ in range(size - len(batch))]
+        jobs = [format_trial_overrides(fixed, trial.params, trial.number) for trial in batch]
         returned: Any
-        for trial, returned in zip(batch, launcher.launch(jobs, initial_job_idx=begun), strict=True):
+        for trial, returned in zip(batch, launcher.launch(jobs, initial_job_idx=job_number), strict=True):
             if returned.status != JobStatus.COMPLETED:
-                returned.return_value  # noqa: B018 - raises what no training could: the folder is somebody else's
-            tell(study, trial.number, RunFolder(returned.hydra_cfg.hydra.runtime.output_dir), settings.objectives)
-        left, begun = left - size, begun + size
+                returned.return_value  # noqa: B018 - raises the error of a job that could not use its folder
+            tell_result(
+                study, trial.number, RunFolder(returned.hydra_cfg.hydra.runtime.output_dir), settings.objectives
+            )
+        remaining, job_number = remaining - size, job_number + size
     print_best(study, settings.objectives)
 
 
-def trial_overrides(fixed: list[str], params: dict[str, Any], number: int) -> list[str]:
-    """The command line of a trial's job."""
+def set_sampler(study: "Study", settings: SearchSettings) -> None:
+    """Set the sampler of a study; its seed depends on the number of trials, or a resumed search would repeat them."""
+    samplers = import_optuna().samplers
+    seed = (settings.seed + len(study.get_trials(deepcopy=False))) % 2**32
+    study.sampler = (samplers.TPESampler if settings.sampler == "tpe" else samplers.RandomSampler)(seed=seed)
+
+
+def find_interrupted_trials(
+    study: "Study", searched: dict[str, "BaseDistribution"], n_trials: int
+) -> tuple[list[Any], int]:
+    """Return the interrupted trials of earlier commands, and how many trials remain until `n_trials` have ended."""
+    states = import_optuna().trial.TrialState
+    trials = study.get_trials(deepcopy=False)
+    interrupted = []
+    for trial in trials:
+        if trial.state == states.RUNNING:
+            if trial.params.keys() == searched.keys():
+                interrupted.append(trial)
+            else:  # killed while it was drawn
+                study.tell(trial.number, state=states.FAIL, skip_if_finished=True)
+    ended = [trial for trial in trials if trial.state.is_finished() and trial.params.keys() == searched.keys()]
+    return interrupted, n_trials - len(ended)
+
+
+def format_trial_overrides(fixed: list[str], params: dict[str, Any], number: int) -> list[str]:
+    """Format the command line of a trial's job."""
     return [*fixed, *(f"{key}={value}" for key, value in params.items()), f"hydra.sweeper.trial={number}"]
 
 
-def ask(study: Any, searched: dict[str, Any], folder: Path) -> Any:
+def ask_trial(study: "Study", searched: dict[str, "BaseDistribution"], folder: Path) -> "Trial":
+    """Ask the study for a trial. Raise UserError if it has searched other values of a setting."""
     try:
         return study.ask(searched)
     except ValueError as error:
         raise UserError(
-            f"the study in {folder} searched other values ({error}); choose another hydra.sweep.dir"
+            f"the study in {folder} has searched other values ({error}); choose another hydra.sweep.dir"
         ) from error
 
 
-def tell(study: Any, number: int, run: RunFolder, objectives: list[str]) -> None:
-    """What became of a trial, as its folder says."""
+def tell_result(study: "Study", number: int, run: RunFolder, objectives: list[str]) -> None:
+    """Tell the study the result of a trial from its folder."""
     record = run.read_metrics()
-    values = objective_values(record, objectives) if record.get("status") == "finished" else []
-    if record.get("status") == "finished" and not values:
+    is_finished = record.get("status") == "finished"
+    values = get_objectives(record, objectives) if is_finished else []
+    if is_finished and not values:
         print(f"trial {number} counts as failed: it ended before its first validation, so it has no {objectives}")
     states = import_optuna().trial.TrialState
     if values and all(map(math.isfinite, values)):
@@ -267,7 +305,8 @@ def tell(study: Any, number: int, run: RunFolder, objectives: list[str]) -> None
         study.tell(number, state=state, skip_if_finished=True)
 
 
-def print_best(study: Any, objectives: list[str]) -> None:
+def print_best(study: "Study", objectives: list[str]) -> None:
+    """Print the best trial, or with two objectives the Pareto front. Raise UserError if no trial has finished."""
     if not (best := study.best_trials):
         raise UserError("no trial of this search has finished, so there is no best one")
     for trial in best if len(objectives) > 1 else best[:1]:

@@ -1,3 +1,5 @@
+"""Tests of anomaly scores, detectors, their reports and scripts/detect.py."""
+
 import math
 import sys
 from pathlib import Path
@@ -13,30 +15,40 @@ from torchvision import datasets
 
 from betavae.applications.anomalies import detector, report
 from betavae.applications.anomalies import scores as scoring
-from betavae.applications.anomalies.detector import FAST_SCORES, SLOW_SCORES, Detector, false_alarm_rate, p_values
+from betavae.applications.anomalies.detector import (
+    FAST_SCORES,
+    SLOW_SCORES,
+    Detector,
+    compute_p_values,
+    false_alarm_rate,
+)
 from betavae.data.datasets.mnist import mnist
 from betavae.errors import UserError
 from betavae.models.likelihoods import LIKELIHOODS
 from betavae.models.vae import VAE
 from betavae.objectives import elbo
 from betavae.runtime import checkpoint
-from tests.commands import TINY, run
+from tests.commands import run
 from tests.conftest import DATA, MODEL, MODULE
+from tests.unit.applications.conftest import save_vae
 
 FASHION = Path("/tmp/fashion")
 
 
-def small_vae(likelihood="bernoulli", shape=(1, 6, 6), hidden=(16,)):
+def make_vae(likelihood="bernoulli", shape=(1, 6, 6), hidden=(16,)):
     torch.manual_seed(0)
     return VAE("mlp", list(hidden), 3, "relu", likelihood, shape).requires_grad_(False)
 
 
 @pytest.fixture
 def linear():
-    """A linear-Gaussian model with its exact posterior for an encoder, and p(x) in closed form."""
-    vae = small_vae("gaussian", (1, 2, 3), ()).double()
+    """A linear-Gaussian model whose encoder is the exact posterior, with p(x) in closed form."""
+    vae = make_vae("gaussian", (1, 2, 3), ()).double()
     q, _ = torch.linalg.qr(torch.randn(6, 3, dtype=torch.float64))
-    weight, bias = q * torch.tensor([0.5, 1.0, 2.0]), torch.rand(6).double()  # orthogonal: the posterior is diagonal
+    weight, bias = (
+        q * torch.tensor([0.5, 1.0, 2.0]),
+        torch.rand(6).double(),
+    )  # Orthogonal, so the posterior is diagonal.
     vae.likelihood.log_scale.fill_(math.log(0.3))
     vae.decoder[0].weight.copy_(weight)
     vae.decoder[0].bias.copy_(bias)
@@ -48,7 +60,7 @@ def linear():
     return vae, D.MultivariateNormal(bias, weight @ weight.T + 0.3**2 * torch.eye(6).double())
 
 
-def test_with_the_exact_posterior_both_bounds_are_minus_log_p_and_there_is_nothing_to_regret(linear):
+def test_exact_posterior_has_tight_bounds_and_no_regret(linear):
     vae, marginal = linear
     x = torch.rand(5, 1, 2, 3).double()
     exact = -marginal.log_prob(x.flatten(1))
@@ -58,7 +70,7 @@ def test_with_the_exact_posterior_both_bounds_are_minus_log_p_and_there_is_nothi
     assert scoring.likelihood_regret(vae, x).max() < 1e-9
 
 
-def test_regret_is_what_a_wrong_encoder_costs(linear):
+def test_regret_is_the_gap_of_a_wrong_encoder(linear):
     vae, marginal = linear
     vae.encoder[-1].bias.add_(torch.tensor([0.3, -0.2, 0.1, 0.5, 0.0, -0.5]))
     x = torch.rand(5, 1, 2, 3).double()
@@ -68,19 +80,14 @@ def test_regret_is_what_a_wrong_encoder_costs(linear):
     assert torch.equal(scoring.likelihood_regret(vae, x, steps=0), torch.zeros(5).double())
 
 
-def test_scores_of_one_image_do_not_depend_on_the_others(linear):
+def test_score_of_an_image_does_not_depend_on_the_others(linear):
     vae, x = linear[0], torch.rand(5, 1, 2, 3).double()
-    for score in (
-        scoring.neg_elbo,
-        scoring.nll,
-        scoring.likelihood_regret,
-        lambda v, x: scoring.statistics(v, x).sum(1),
-    ):
+    for score in (scoring.neg_elbo, scoring.nll, scoring.likelihood_regret, scoring.statistics):
         torch.testing.assert_close(score(vae, x)[3:4], score(vae, x[3:4]))
 
 
-def test_statistics_one_by_one():
-    vae, x = small_vae(), torch.rand(4, 1, 6, 6)
+def test_statistics_match_their_definitions():
+    vae, x = make_vae(), torch.rand(4, 1, 6, 6)
     mean, logvar = vae.encode(x)
     noise = scoring.antithetic_noise(vae, 4)
     torch.testing.assert_close(noise.square().mean(0), torch.ones(1, 3))
@@ -97,14 +104,14 @@ def test_statistics_one_by_one():
     torch.testing.assert_close(scoring.neg_elbo(vae, x), terms.recon + terms.kl.sum(1))
 
 
-def test_excess_is_zero_for_a_perfect_reconstruction_however_grey():
+def test_perfect_reconstruction_has_no_unexplained_nats():
     x = torch.linspace(0, 1, 50).view(2, 1, 5, 5)
     torch.testing.assert_close(scoring.unexplained_nats(x, x), torch.zeros(2), atol=1e-5, rtol=0)
     assert (scoring.unexplained_nats(x, (x + 0.1).clamp(max=1)) > 0.3).all()
     assert scoring.unexplained_nats(torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)).isfinite().all()
 
 
-def test_kernel_density_equals_scipy_also_far_away():
+def test_kernel_density_equals_scipy():
     values, at = torch.randn(200, 2).double() * torch.tensor([1.0, 50.0]), torch.randn(30, 2).double() * 3
     ours = scoring.kernel_density(values, at)
     for column in range(2):
@@ -131,8 +138,8 @@ def test_mixture_log_density_equals_scipy():
 
 
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
-def test_pixel_surprises_sum_to_the_distortion_and_stay_in_their_pixel(likelihood):
-    vae, x = small_vae(likelihood, (3, 4, 5)), torch.rand(2, 3, 4, 5)
+def test_pixel_surprise_sums_to_recon_and_stays_in_its_pixel(likelihood):
+    vae, x = make_vae(likelihood, (3, 4, 5)), torch.rand(2, 3, 4, 5)
     params = vae.decode_params(vae.encode(x).mean)
     surprise = scoring.pixel_surprise(vae, x)
     assert surprise.shape == (2, 4, 5)
@@ -141,70 +148,73 @@ def test_pixel_surprises_sum_to_the_distortion_and_stay_in_their_pixel(likelihoo
     torch.testing.assert_close(surprise[:, 1, 3], one[0])
 
 
-def test_p_values_by_their_definition():
+def test_p_values_match_their_definition():
     calibration, scores = torch.randint(0, 20, (50,)).double(), torch.randint(-1, 22, (30,)).double()
     by_hand = [(1 + sum(c >= s for c in calibration.tolist())) / 51 for s in scores.tolist()]
-    assert p_values(scores, calibration.sort().values).tolist() == by_hand
-    assert p_values(torch.tensor([torch.nan, torch.inf]).double(), calibration.sort().values).tolist() == [1 / 51] * 2
+    assert compute_p_values(scores, calibration.sort().values).tolist() == by_hand
+    assert (
+        compute_p_values(torch.tensor([torch.nan, torch.inf]).double(), calibration.sort().values).tolist()
+        == [1 / 51] * 2
+    )
 
 
 def test_p_values_of_exchangeable_scores_are_uniform():
     draws = torch.randn(20_000, 20, generator=torch.Generator().manual_seed(0)).double()
-    found = torch.cat([p_values(row[:1], row[1:].sort().values) for row in draws])
+    found = torch.cat([compute_p_values(row[:1], row[1:].sort().values) for row in draws])
     counts = (20 * found).round().long().bincount(minlength=21)[1:]
     assert stats.chisquare(counts.numpy()).pvalue > 1e-3  # 1/20, 2/20, ..., 1: alike
 
 
-@pytest.mark.parametrize(("alarm", "n", "fresh"), [(0.01, 99, None), (0.05, 250, None), (0.1, 30, 40)])
-def test_false_alarms_are_as_many_as_foretold(alarm, n, fresh):
-    foretold = false_alarm_rate(alarm, n, fresh)
-    assert foretold.mean <= alarm
-    rank = math.floor(round(alarm * (n + 1), 6))
-    exact = stats.beta(rank, n + 1 - rank) if fresh is None else stats.betabinom(fresh, rank, n + 1 - rank)
-    bounds = [exact.ppf(share) / (fresh or 1) for share in (0.025, 0.975)]
-    assert [foretold.low, foretold.high] == pytest.approx(bounds)
+@pytest.mark.parametrize(("alpha", "n", "new_images"), [(0.01, 99, None), (0.05, 250, None), (0.1, 30, 40)])
+def test_false_alarm_rate_is_as_predicted(alpha, n, new_images):
+    predicted = false_alarm_rate(alpha, n, new_images)
+    assert predicted.mean <= alpha
+    rank = math.floor(round(alpha * (n + 1), 6))
+    exact = stats.beta(rank, n + 1 - rank) if new_images is None else stats.betabinom(new_images, rank, n + 1 - rank)
+    bounds = [exact.ppf(share) / (new_images or 1) for share in (0.025, 0.975)]
+    assert [predicted.low, predicted.high] == pytest.approx(bounds)
     generator = torch.Generator().manual_seed(0)
     rates = []
     for _ in range(1000):
         calibration = torch.rand(n, generator=generator).double().sort().values
         # Scores are uniform: the rate is exactly what is above the lowest score that is flagged.
-        unseen = torch.linspace(0, 1, 20_001) if fresh is None else torch.rand(fresh, generator=generator)
-        rates.append((p_values(unseen.double(), calibration) <= alarm).double().mean().item())
-    assert np.mean(rates) == pytest.approx(foretold.mean, rel=0.08)
-    inside = np.mean([foretold.low - 1e-4 <= rate <= foretold.high + 1e-4 for rate in rates])
-    assert 0.93 < inside < (0.97 if fresh is None else 1)
+        unseen = torch.linspace(0, 1, 20_001) if new_images is None else torch.rand(new_images, generator=generator)
+        rates.append((compute_p_values(unseen.double(), calibration) <= alpha).double().mean().item())
+    assert np.mean(rates) == pytest.approx(predicted.mean, rel=0.08)
+    inside = np.mean([predicted.low - 1e-4 <= rate <= predicted.high + 1e-4 for rate in rates])
+    assert 0.93 < inside < (0.97 if new_images is None else 1)
 
 
-def test_alarms_that_cannot_be_are_refused():
+def test_invalid_alpha_is_rejected():
     assert false_alarm_rate(0.01, 99).mean == 0.01
-    with pytest.raises(UserError, match=r"alarm=0.01 needs at least 99 validation images, and there are 98"):
+    with pytest.raises(UserError, match=r"alpha=0.01 needs at least 99 validation images, and there are 98"):
         false_alarm_rate(0.01, 98)
-    for alarm in (0.0, 1.0, -1.0):
-        with pytest.raises(UserError, match="above 0 and below 1"):
-            false_alarm_rate(alarm, 100)
+    for alpha in (0.0, 1.0, -1.0):
+        with pytest.raises(UserError, match=f"alpha={alpha} is invalid: expected a number above 0 and below 1"):
+            false_alarm_rate(alpha, 100)
 
 
 def blobs(n, seed):
-    """Synthetic images: one bright blob somewhere near the middle, `(n, 1, 28, 28)` uint8."""
+    """Draw images of one bright blob near the middle, `(n, 1, 28, 28)` uint8."""
     generator = torch.Generator().manual_seed(seed)
-    centre = 14 + 3 * torch.randn(n, 2, 1, 1, generator=generator)
+    center = 14 + 3 * torch.randn(n, 2, 1, 1, generator=generator)
     grid = torch.arange(28.0)
-    squares = (grid[:, None] - centre[:, 0]) ** 2 + (grid - centre[:, 1]) ** 2
+    squares = (grid[:, None] - center[:, 0]) ** 2 + (grid - center[:, 1]) ** 2
     return (255 * torch.exp(-squares / 20)).byte().unsqueeze(1)
 
 
-def fashion(train):
+def load_fashion(train):
     return datasets.FashionMNIST(str(FASHION), train=train).data.unsqueeze(1)
 
 
 IMAGES = {
     "mnist": lambda root: (mnist(root, "train").pixels[::20], mnist(root, "test").pixels[::10]),
-    "fashion": lambda root: (fashion(True)[::20], fashion(False)[::10]),
+    "fashion": lambda root: (load_fashion(True)[::20], load_fashion(False)[::10]),
     "blobs": lambda root: (blobs(3000, 0), blobs(1000, 1)),
 }
 
 
-def fitted(x):
+def fit_detector(x):
     torch.manual_seed(0)
     vae = VAE("mlp", [64], 8, "relu", "bernoulli", (1, 28, 28))
     optimizer = torch.optim.Adam(vae.parameters(), 3e-3)
@@ -218,64 +228,62 @@ def fitted(x):
 
 @pytest.fixture(scope="module")
 def blob_detector():
-    return fitted(blobs(3000, 0))
+    return fit_detector(blobs(3000, 0))
 
 
 @pytest.mark.parametrize("name", IMAGES)
-def test_fresh_images_raise_as_many_false_alarms_as_foretold(name, data_root):
+def test_new_images_have_the_predicted_false_alarm_rate(name, data_root):
     if name == "fashion" and not (FASHION / "FashionMNIST").is_dir():
         pytest.skip(f"there is no FashionMNIST in {FASHION}")
-    # Shuffled together: the official test images are of other writers, so not quite exchangeable with training images.
+    # Shuffled, since the official test images have other writers and are not quite exchangeable with training images.
     pool = torch.cat(IMAGES[name](Path(data_root)))
     pool = pool[torch.randperm(len(pool), generator=torch.Generator().manual_seed(0))]
-    detector, fresh = fitted(pool[:3000]), pool[3000:]
+    detector, new_images = fit_detector(pool[:3000]), pool[3000:]
     for score in FAST_SCORES:
-        found = detector.p_values(fresh, score)
-        for alarm in (0.01, 0.1):
-            # One chance in 200 that any of these 24 counts is outside: 95 % of each would be too narrow for all.
-            rank = int(alarm * 1001)
-            low, high = stats.betabinom(len(fresh), rank, 1001 - rank).interval(1 - 0.005 / 24)
-            assert low <= int((found <= alarm).sum()) <= high, (score, alarm)
-    assert (detector.p_values(255 - fresh[:100]) <= 0.1).double().mean() > 0.7
+        found = detector.compute_p_values(new_images, score)
+        for alpha in (0.01, 0.1):
+            # The interval holds all of these 24 counts with a probability of 199 in 200.
+            rank = int(alpha * 1001)
+            low, high = stats.betabinom(len(new_images), rank, 1001 - rank).interval(1 - 0.005 / 24)
+            assert low <= int((found <= alpha).sum()) <= high, (score, alpha)
+    assert (detector.compute_p_values(255 - new_images[:100]) <= 0.1).double().mean() > 0.7
 
 
-def test_a_detector_is_tensors_and_numbers_that_come_back_the_same(blob_detector, tmp_path):
+def test_saved_detector_computes_the_same_numbers(blob_detector, tmp_path):
     torch.save(blob_detector.state, tmp_path / "detector.pt")
     again = Detector(blob_detector.vae, torch.load(tmp_path / "detector.pt", weights_only=True))
     x = blobs(40, 2)
-    here, there = (
-        blob_detector.scores(x, (*FAST_SCORES, *SLOW_SCORES)),
-        again.scores(x.float() / 255, (*FAST_SCORES, *SLOW_SCORES)),
-    )
-    assert list(here) == [*FAST_SCORES, *SLOW_SCORES]
-    for name in here:
-        assert here[name].shape == (40,)
-        torch.testing.assert_close(here[name], there[name])
-    assert torch.equal(blob_detector.p_values(x), again.p_values(x))
-    torch.testing.assert_close(blob_detector.heat_map(x), again.heat_map(x))
+    names = (*FAST_SCORES, *SLOW_SCORES)
+    before, after = blob_detector.compute_scores(x, names), again.compute_scores(x.float() / 255, names)
+    assert list(before) == list(names)
+    for name in names:
+        assert before[name].shape == (40,)
+        torch.testing.assert_close(before[name], after[name])
+    assert torch.equal(blob_detector.compute_p_values(x), again.compute_p_values(x))
+    torch.testing.assert_close(blob_detector.compute_heat_maps(x), again.compute_heat_maps(x))
 
 
-def test_of_many_training_images_evenly_spaced_ones_are_fitted_to(blob_detector, monkeypatch):
+def test_fit_takes_evenly_spaced_images_of_many(blob_detector, monkeypatch):
     x = blobs(1000, 4)
-    monkeypatch.setattr(detector, "FIT_IMAGES", 400)
+    monkeypatch.setattr(detector, "MAX_FIT_IMAGES", 400)
     found = Detector.fit(blob_detector.vae, x, blobs(100, 5)).state
     every_third = scoring.statistics(blob_detector.vae, x[::3].float() / 255)
     torch.testing.assert_close(found["kernels"], every_third)
-    torch.testing.assert_close(found["centre"], every_third.mean(0))
+    torch.testing.assert_close(found["center"], every_third.mean(0))
 
 
-def test_a_statistic_far_below_is_as_strange_as_one_far_above(blob_detector, monkeypatch):
+def test_low_statistic_is_as_anomalous_as_high(blob_detector, monkeypatch):
     kernels = torch.linspace(-1, 1, 501)[:, None].repeat(1, 8).double()
     detector = Detector(blob_detector.vae, blob_detector.state | {"kernels": kernels})
     rows = torch.zeros(3, 8).double()
     rows[0, 4], rows[1, 4] = -5, 5
     monkeypatch.setattr(scoring, "statistics", lambda vae, x: rows)
-    below, above, typical = detector.scores(blobs(3, 2), ("dose",))["dose"].tolist()
+    below, above, typical = detector.compute_scores(blobs(3, 2), ("dose",))["dose"].tolist()
     assert below == pytest.approx(above)
     assert below > typical + 100
 
 
-def test_the_combined_score_by_scipy(blob_detector):
+def test_combined_score_equals_scipy(blob_detector):
     state, x = blob_detector.state, torch.cat((blobs(20, 2), 255 - blobs(20, 3)))
     means, unexplained = scoring.latent_and_unexplained(blob_detector.vae, x.float() / 255, state["background"])
     assert state["background"] == 0
@@ -284,15 +292,15 @@ def test_the_combined_score_by_scipy(blob_detector):
     torch.testing.assert_close(unexplained, by_hand.double(), rtol=1e-4, atol=1e-4)
     latent = -scoring.mixture_log_density(state["mixture"], means / state["spread"])
     tails = [
-        -stats.norm.logsf(part.detach().numpy(), *centre_and_sd)
-        for part, centre_and_sd in zip((latent, unexplained), state["parts"].tolist(), strict=True)
+        -stats.norm.logsf(part.detach().numpy(), *moments)
+        for part, moments in zip((latent, unexplained), state["surprises"].tolist(), strict=True)
     ]
-    found = blob_detector.scores(x, ("combined",))["combined"]
+    found = blob_detector.compute_scores(x, ("combined",))["combined"]
     np.testing.assert_allclose(found, 1.5 * tails[0] + tails[1], rtol=1e-3)
 
 
-def test_the_heat_map_is_standardised_by_training_images_and_shows_the_place(blob_detector):
-    maps = blob_detector.heat_map(blobs(3000, 0)[:2000])
+def test_heat_map_is_standardized_and_localizes(blob_detector):
+    maps = blob_detector.compute_heat_maps(blobs(3000, 0)[:2000])
     sd = blob_detector.state["pixel_sd"]
     wide = sd > 0.1 * sd.square().mean().sqrt()
     assert wide.sum() > 100
@@ -301,41 +309,45 @@ def test_the_heat_map_is_standardised_by_training_images_and_shows_the_place(blo
     assert (maps.std(0) < 1 + 1e-3).all()
     marked = blobs(1, 5)
     marked[0, 0, 2:4, 3:5] = 255
-    assert blob_detector.heat_map(marked)[0, 2:4, 3:5].min() > 10
+    assert blob_detector.compute_heat_maps(marked)[0, 2:4, 3:5].min() > 10
 
 
-def test_every_flagged_image_is_shown_above_its_reconstruction_and_its_heat_map(blob_detector):
+def test_flagged_images_are_above_reconstruction_and_heat_map(blob_detector):
     from matplotlib import colormaps
 
     x = torch.cat((blobs(30, 2), 255 - blobs(9, 3)))
     result = report.score_images(blob_detector, x, "combined", 0.001)
     assert result.flagged.tolist() == [False] * 30 + [True] * 9
     strangest_first = 30 + result.scores["combined"][30:].argsort(descending=True)
-    picture = report.flagged_image_grid(blob_detector, x, result).permute(1, 2, 0).numpy()
+    picture = report.draw_flagged_images(blob_detector, x, result).permute(1, 2, 0).numpy()
     assert picture.shape == (6 * 30 + 2, 8 * 30 + 2, 3)
     for place, index in enumerate(strangest_first.tolist()):
         image = x[index : index + 1].float() / 255
-        heat = colormaps["coolwarm"]((blob_detector.heat_map(x[index : index + 1])[0].numpy() + 5) / 10)[..., :3]
+        heat = colormaps["coolwarm"]((blob_detector.compute_heat_maps(x[index : index + 1])[0].numpy() + 5) / 10)[
+            ..., :3
+        ]
         expected = [image.expand(-1, 3, -1, -1), blob_detector.vae.reconstruct(image).expand(-1, 3, -1, -1)]
         for row, tile in enumerate([*(part[0].permute(1, 2, 0).numpy() for part in expected), heat]):
             top, left = (place // 8 * 3 + row) * 30 + 2, place % 8 * 30 + 2
             np.testing.assert_allclose(picture[top : top + 28, left : left + 28], tile, atol=1e-4)
     none = result._replace(flagged=torch.zeros(39, dtype=torch.bool))
-    shown = report.flagged_image_grid(blob_detector, x, none).permute(1, 2, 0).numpy()
+    shown = report.draw_flagged_images(blob_detector, x, none).permute(1, 2, 0).numpy()
     np.testing.assert_allclose(shown, picture[:92])
 
 
-def test_wrong_requests_get_one_sentence(blob_detector):
-    with pytest.raises(UserError, match="score=dosis cannot be: it must be one of neg_elbo, dose"):
-        blob_detector.scores(blobs(2, 0), ("dosis",))
-    with pytest.raises(UserError, match="score=regret was not calibrated: it must be one of neg_elbo, dose"):
-        blob_detector.p_values(blobs(2, 0), "regret")
+def test_invalid_scores_and_no_images_are_rejected(blob_detector):
+    with pytest.raises(UserError, match="score=dosis is invalid: expected one of neg_elbo, dose"):
+        blob_detector.compute_scores(blobs(2, 0), ("dosis",))
+    with pytest.raises(
+        UserError, match=r"score=regret is invalid: expected one of neg_elbo, dose, dose_svm, combined$"
+    ):
+        blob_detector.compute_p_values(blobs(2, 0), "regret")
     with pytest.raises(UserError, match="no images"):
-        blob_detector.scores(blobs(2, 0)[:0])
+        blob_detector.compute_scores(blobs(2, 0)[:0])
 
 
 @pytest.mark.parametrize("binarize", ["none", "dynamic"])
-def test_a_detector_is_fitted_to_what_its_model_saw(tmp_path, data_root, binarize, monkeypatch):
+def test_detector_is_fitted_to_images_as_the_model_saw_them(tmp_path, data_root, binarize, monkeypatch):
     seen = {}
 
     def stub(vae, train, validation):
@@ -347,65 +359,60 @@ def test_a_detector_is_fitted_to_what_its_model_saw(tmp_path, data_root, binariz
     path.parent.mkdir()
     path.write_bytes(b"weights")
     run = checkpoint.TrainedRun(VAE(**MODEL), path, MODULE, DATA | {"root": data_root, "binarize": binarize})
-    report.detector(run)
+    report.load_or_fit_detector(run)
     levels = {name: len(part[:300].unique()) for name, part in seen.items()}
     assert len(seen["train"]) == 20_000 and (set(levels.values()) == {2}) == (binarize == "dynamic")
 
 
-def test_images_that_are_not_those_of_the_training_are_refused(tmp_path):
-    """One more image in an array, and almost all that would count as unseen were trained on."""
-    x = blobs(301, 0).numpy()
-    np.save(tmp_path / "x.npy", x[:300])
-    tiny = [*TINY, "data=arrays", "data.root=x.npy", "data.validation_size=100", "data.batch_size=20", "name=a"]
-    run(*tiny, "callbacks.figures_every=0", cwd=tmp_path)
-    np.save(tmp_path / "more.npy", x)
-    said = run("images=x.npy", "data_root=more.npy", cwd=tmp_path, script="scripts/detect.py", code=1)
-    assert said.startswith("error: more.npy: the validation images have changed since runs/")
+@pytest.fixture
+def ckpt(tmp_path, data_root):
+    vae = VAE("mlp", [16], 3, "relu", "bernoulli", [1, 28, 28])
+    return save_vae(tmp_path / "run.ckpt", vae, {"hidden_dims": [16], "latent_dim": 3}, {"root": data_root})
+
+
+def detect(tmp_path, *args, code=0):
+    def fit_fewer_images():
+        report.MAX_FIT_IMAGES = 1000
+
+    words = ("ckpt=run.ckpt", *args)
+    return run(*words, cwd=tmp_path, script="scripts/detect.py", prepare=fit_fewer_images, code=code)
+
+
+def test_command_checks_its_settings_before_it_writes(ckpt, tmp_path):
+    np.savez(tmp_path / "labeled.npz", images=blobs(60, 0).numpy(), labels=np.arange(60) % 2)
+    np.save(tmp_path / "x.npy", blobs(60, 0).numpy())
+    text = detect(tmp_path, "images=x.npy", "out=.", code=1)
+    assert "is not empty and not a report of betavae" in text
+    text = detect(tmp_path, "images=x.npy", "inliers=[0]", code=1)
+    assert "inliers=[0] is invalid: expected labels of some of the images, not of all (labels found: none)" in text
+    assert not list(tmp_path.glob("*.pt"))
+    text = detect(tmp_path, "images=x.npy", "alpha=0.0001", code=1)
+    assert "alpha=0.0001 needs at least 9999 validation images, and there are 5000" in text
     assert not (tmp_path / "anomalies").exists()
-    folder = max((tmp_path / "runs").iterdir())
-    before = (folder / "checkpoints" / "best.ckpt").read_bytes(), (folder / "metrics.json").read_text()
-    said = run(f"resume={folder}", "trainer.max_epochs=9", "data.root=more.npy", cwd=tmp_path, code=1)
-    assert said.startswith("error: resume: more.npy: the train, validation, test images have changed since this run")
-    assert before == ((folder / "checkpoints" / "best.ckpt").read_bytes(), (folder / "metrics.json").read_text())
-    # What cannot be is said before anything is written, too.
-    said = run("images=x.npy", "out=.", cwd=tmp_path, script="scripts/detect.py", code=1)
-    assert "is not empty and not a report of betavae" in said and not list(folder.glob("*.pt"))
-    text = run("images=x.npy", "alarm=0.001", cwd=tmp_path, script="scripts/detect.py", code=1)
-    assert "alarm=0.001 needs at least 999 validation images, and there are 100" in text
-    assert not (tmp_path / "anomalies").exists()
-    said = run("images=x.npy", "inliers=[0]", cwd=tmp_path, script="scripts/detect.py", code=1)
-    assert "some images must have these labels, and some others; labels here: none" in said
-    np.savez(tmp_path / "labelled.npz", images=x[:60], labels=np.arange(60) % 2)
-    text = run("images=labelled.npz", "inliers=[0]", cwd=tmp_path, script="scripts/detect.py")
-    assert "AUROC" in text and (tmp_path / "anomalies" / "roc.png").exists()
-    run("images=x.npy", cwd=tmp_path, script="scripts/detect.py")
+    text = detect(tmp_path, "images=labeled.npz", "inliers=[0]")
+    assert "AUROC" in text and "fitting" not in text and (tmp_path / "anomalies" / "roc.png").exists()
+    detect(tmp_path, "images=x.npy")
     assert {path.stem for path in (tmp_path / "anomalies").glob("*.png")} == {"histogram", "extremes", "where"}
 
 
-def test_another_sets_root_is_not_that_of_the_models_own_data(tmp_path, data_root):
-    """Or MNIST would be unpacked among the files of FashionMNIST, and the detector fitted anew each time."""
+def test_root_of_another_data_set_is_not_the_models_root(ckpt, tmp_path):
+    """Otherwise MNIST would be unpacked beside FashionMNIST, and the detector fitted again each time."""
     if not (FASHION / "FashionMNIST").is_dir():
-        pytest.skip(f"there is no FashionMNIST in {FASHION}")
+        pytest.skip(f"{FASHION} has no FashionMNIST")
     (tmp_path / "fashion").mkdir()
     (tmp_path / "fashion" / "FashionMNIST").symlink_to(FASHION / "FashionMNIST")
-    run(*TINY, f"data.root={data_root}", "callbacks.figures_every=0", cwd=tmp_path)
-
-    def fewer() -> None:
-        report.FIT_IMAGES = 1000
-
-    asked = ("images=fashion_mnist", "data_root=fashion")
-    text = run(*asked, cwd=tmp_path, script="scripts/detect.py", prepare=fewer)
+    text = detect(tmp_path, "images=fashion_mnist", "data_root=fashion")
     assert "of 10,000 images" in text and "fitting" in text
     assert [path.name for path in (tmp_path / "fashion").iterdir()] == ["FashionMNIST"]
-    assert "fitting" not in run("images=test", cwd=tmp_path, script="scripts/detect.py")
+    assert "fitting" not in detect(tmp_path, "images=test")
 
 
-def test_one_image_of_another_world_leaves_the_others_to_be_seen(blob_detector):
+def test_histogram_shows_all_images_despite_an_extreme_one(blob_detector):
     x = blobs(40, 2)
     result = report.score_images(blob_detector, x, "combined", 0.01)
     for strange in (1e6, torch.nan, -1e6):
         result.scores["combined"][0] = strange
-        axes = report.figures(blob_detector, x, result, None)["histogram"].axes[0]
+        axes = report.draw_histogram(blob_detector, result).axes[0]
         ordinary = blob_detector.state["calibration"]["combined"]
         low, high = axes.get_xlim()
         assert low < ordinary.min() and ordinary.max() < high < low + 2.5 * (ordinary.max() - ordinary.min())
@@ -414,16 +421,19 @@ def test_one_image_of_another_world_leaves_the_others_to_be_seen(blob_detector):
             assert (np.diff(x_) * (y[1:] + y[:-1]) / 2).sum() == pytest.approx(1)
 
 
-def test_names_that_are_no_text_and_images_that_cannot_be_learnt_from(blob_detector, tmp_path, monkeypatch):
-    x = blobs(2, 2)
-    result = report.score_images(blob_detector, x, "combined", 0.01)
-    report.write_table(result, ["a.png", "b\udcff.png"], None, [], tmp_path / "scores.csv")
-    assert "b\\udcff.png," in (tmp_path / "scores.csv").read_text()
+def test_table_escapes_names_that_are_not_utf8(blob_detector, tmp_path):
+    result = report.score_images(blob_detector, blobs(2, 2), "combined", 0.01)
+    report.write_table(result, ["a.png", "b\udcff.png"], None, [("c.png", "empty")], tmp_path / "scores.csv")
+    rows = (tmp_path / "scores.csv").read_text().splitlines()
+    assert rows[2].startswith("b\\udcff.png,,") and rows[3] == "c.png,,,,,,,not read: empty,"
+
+
+def test_fit_rejects_too_few_and_too_similar_images(blob_detector, monkeypatch):
     vae = blob_detector.vae
-    with pytest.raises(UserError, match=r"19 training images are too few .* 20 at least"):
+    with pytest.raises(UserError, match=r"19 training images are too few .* at least 20"):
         Detector.fit(vae, blobs(19, 0), blobs(30, 1))
-    with pytest.raises(UserError, match="the training images are too much alike"):
+    with pytest.raises(UserError, match="the training images are too similar"):
         Detector.fit(vae, blobs(1, 0).expand(50, -1, -1, -1), blobs(30, 1))
-    monkeypatch.setitem(sys.modules, "sklearn.mixture", None)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
     with pytest.raises(UserError, match=r'needs scikit-learn: pip install -e "\.\[evaluation\]"'):
         Detector.fit(vae, blobs(50, 0), blobs(30, 1))

@@ -490,7 +490,7 @@ def test_images_go_where_nothing_foreign_lies_or_nowhere(tmp_path):
     assert sorted(before) == [f"{i:02d}.png" for i in range(12)]
     write_images(images, None, out)  # ours may be replaced
     (out / "11.png").write_bytes(b"a photograph")
-    with refused("11.png is there already and was not made by betavae"):
+    with refused("11.png already exists and was not made by betavae"):
         write_images(255 - images, None, out)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before | {"11.png": b"a photograph"}
     long = "x" * 251 + ".png"  # as long as a name can be

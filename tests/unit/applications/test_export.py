@@ -188,7 +188,7 @@ def test_nothing_of_others_is_written_over(lone, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     for form in ("safetensors", "torchscript", "folder"):
-        with pytest.raises(UserError, match="full is there already; delete it or name another folder"):
+        with pytest.raises(UserError, match="full already exists; delete it or choose another folder"):
             command(lone, format=form, out=tmp_path / "full")
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.txt"]
     # Nor an export, which somebody may have made better, or put something beside.
@@ -196,14 +196,14 @@ def test_nothing_of_others_is_written_over(lone, tmp_path):
     command(lone, format="safetensors", out=tmp_path / "mine")
     (tmp_path / "mine" / "model.safetensors").write_bytes(b"quantised")
     for form in ("safetensors", "folder"):
-        with pytest.raises(UserError, match="mine is there already"):
+        with pytest.raises(UserError, match="mine already exists"):
             command(lone, format=form, out=tmp_path / "mine")
     assert (tmp_path / "mine" / "model.safetensors").read_bytes() == b"quantised"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "mine", "theirs"]
 
 
 def test_of_two_at_once_the_first_has_the_folder(tmp_path):
-    with pytest.raises(UserError, match="out is there already"), atomic_dir(tmp_path / "out") as one:
+    with pytest.raises(UserError, match="out already exists"), atomic_dir(tmp_path / "out") as one:
         (one / "a").write_text("1")
         with atomic_dir(tmp_path / "out") as two:
             (two / "b").write_text("2")
@@ -222,11 +222,11 @@ def test_an_empty_folder_is_filled_in_place(lone, tmp_path, out):
     assert sorted(path.name for path in cwd.iterdir()) == ["model.json", "model.safetensors"]
     assert "model.safetensors" in text
     again = run(f"ckpt={lone}", "format=safetensors", f"out={out}", cwd=place, script="scripts/export.py", code=1)
-    assert f"out: {out} is there already" in again
+    assert f"out: {out} already exists" in again
 
 
 def test_of_two_at_once_in_an_empty_folder_one_has_it(tmp_path):
-    with pytest.raises(UserError, match="is there already"), atomic_dir(tmp_path) as one:
+    with pytest.raises(UserError, match="already exists"), atomic_dir(tmp_path) as one:
         (one / "a").write_text("1")
         (tmp_path / "b").write_text("2")
     assert [path.name for path in tmp_path.iterdir()] == ["b"]

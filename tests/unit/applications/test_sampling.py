@@ -1,156 +1,165 @@
+"""Tests of the latent samplers and of scripts/sample.py."""
+
 import runpy
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from betavae.applications import sampling
-from betavae.applications.sampling import SAMPLERS, Mixture, load_or_fit_sampler, posterior_samples
+from betavae.applications.sampling import SAMPLERS, Mixture, load_or_fit_sampler, sample_posterior
 from betavae.errors import UserError
 from betavae.models.vae import VAE
 from betavae.runtime import checkpoint
-from betavae.storage.cache import file_hash
-from tests.conftest import DATA, MODEL, MODULE, REPO
+from betavae.storage.cache import hash_file
+from tests.conftest import REPO
+from tests.unit.applications.conftest import save_vae
 
 
 @pytest.fixture
 def vae():
-    return VAE(**MODEL | {"hidden_dims": [16], "latent_dim": 2}).requires_grad_(False)
+    return VAE("mlp", [16], 2, "relu", "bernoulli", [1, 28, 28]).requires_grad_(False)
 
 
-def drawn(latents, n=40_000):
-    return latents.sample(n, torch.Generator().manual_seed(1))
+def draw(sampler, n=40_000):
+    return sampler.sample(n, torch.Generator().manual_seed(1))
 
 
-def test_a_mixture_draws_from_its_components():
+def test_mixture_draws_from_its_components():
     turn = torch.tensor([[2.0, 0.0], [1.0, 0.5]])
     mixture = Mixture(torch.tensor([0.2, 0.8]), torch.tensor([[-50.0, 0.0], [50.0, 3.0]]), torch.stack((turn, turn.T)))
-    z = drawn(mixture)
+    z = draw(mixture)
     left = z[:, 0] < 0
     assert left.float().mean() == pytest.approx(0.2, abs=0.01)
     torch.testing.assert_close(z[left].mean(0), mixture.means[0], atol=0.08, rtol=0)
     torch.testing.assert_close(z[left].T.cov(), turn @ turn.T, atol=0.15, rtol=0)
     torch.testing.assert_close(z[~left].T.cov(), turn.T @ turn, atol=0.15, rtol=0)
-    assert torch.equal(z, drawn(mixture)) and not torch.equal(z, mixture.sample(len(z)))
+    assert torch.equal(z, draw(mixture)) and not torch.equal(z, mixture.sample(len(z)))
 
 
-def test_the_prior_is_the_prior():
-    z = drawn(SAMPLERS["prior"](torch.rand(7, 3) + 5))
+def test_prior_is_standard_normal_for_any_z():
+    z = draw(SAMPLERS["prior"](torch.rand(7, 3) + 5))
     torch.testing.assert_close(z.mean(0), torch.zeros(3), atol=0.02, rtol=0)
     torch.testing.assert_close(z.T.cov(), torch.eye(3), atol=0.03, rtol=0)
 
 
-def test_a_gaussian_has_the_moments_and_a_mixture_the_clumps_of_what_it_is_fitted_to():
-    clumps = torch.tensor([[6.0, 0.0], [-6.0, 0.0], [0.0, 6.0]])
-    z = (clumps[:, None] + torch.randn(3, 1000, 2) * torch.tensor([0.5, 0.1])).flatten(0, 1)
-    draws = drawn(SAMPLERS["gaussian"](z))
+def test_gaussian_matches_moments_and_mixture_matches_clusters():
+    clusters = torch.tensor([[6.0, 0.0], [-6.0, 0.0], [0.0, 6.0]])
+    z = (clusters[:, None] + torch.randn(3, 1000, 2) * torch.tensor([0.5, 0.1])).flatten(0, 1)
+    draws = draw(SAMPLERS["gaussian"](z))
     torch.testing.assert_close(draws.mean(0), z.mean(0), atol=0.1, rtol=0)
     torch.testing.assert_close(draws.T.cov(), z.T.cov(), atol=0.4, rtol=0)
-    assert (torch.cdist(draws, clumps).min(1).values > 3).float().mean() > 0.3  # it fills the middle
-    draws = drawn(SAMPLERS["mixture"](z))
-    distance, clump = torch.cdist(draws, clumps).min(1)
+    assert (torch.cdist(draws, clusters).min(1).values > 3).float().mean() > 0.3  # It fills the middle.
+    draws = draw(SAMPLERS["mixture"](z))
+    distance, cluster = torch.cdist(draws, clusters).min(1)
     assert (distance < 2.5).all()
-    assert torch.bincount(clump, minlength=3).div(len(draws)).tolist() == pytest.approx([1 / 3] * 3, abs=0.02)
-    torch.testing.assert_close((draws - clumps[clump]).std(0), torch.tensor([0.5, 0.1]), atol=0.02, rtol=0)
+    assert torch.bincount(cluster, minlength=3).div(len(draws)).tolist() == pytest.approx([1 / 3] * 3, abs=0.02)
+    torch.testing.assert_close((draws - clusters[cluster]).std(0), torch.tensor([0.5, 0.1]), atol=0.02, rtol=0)
 
 
-def test_knn_lies_between_neighbours(monkeypatch):
-    monkeypatch.setattr(sampling, "NEIGHBOURS", 1)
+def test_knn_is_uniform_between_neighbors(monkeypatch):
+    monkeypatch.setattr(sampling, "NUM_NEIGHBORS", 1)
     pairs = torch.tensor([[0.0, 0.0], [1.0, 2.0], [100.0, 0.0], [100.0, 4.0]])
-    z = drawn(SAMPLERS["knn"](pairs), 4000)
+    z = draw(SAMPLERS["knn"](pairs), 4000)
     near, far = z[z[:, 0] < 50], z[z[:, 0] > 50]
     torch.testing.assert_close(near[:, 1], 2 * near[:, 0])
     assert far[:, 0].eq(100).all() and len(far) == pytest.approx(2000, abs=150)
-    for along, top in ((near[:, 0], 1), (far[:, 1], 4)):  # uniform from end to end
+    for along, top in ((near[:, 0], 1), (far[:, 1], 4)):
         assert 0 <= along.min() < 0.01 * top and 0.99 * top < along.max() <= top
         assert along.mean() == pytest.approx(top / 2, abs=0.05 * top)
         assert along.std() == pytest.approx(top / 12**0.5, abs=0.02 * top)
 
 
-def test_posterior_samples_have_the_posteriors_mean_and_spread(vae):
+def test_posterior_samples_have_the_posterior_moments(vae):
     x = torch.rand(1, 1, 28, 28)
-    z = posterior_samples(vae, x.expand(3000, -1, -1, -1))
+    z = sample_posterior(vae, x.expand(3000, -1, -1, -1))
     posterior = vae.encode(x)
     torch.testing.assert_close(z.mean(0), posterior.mean[0], atol=0.08, rtol=0)
     torch.testing.assert_close(z.std(0), (0.5 * posterior.logvar[0]).exp(), atol=0.08, rtol=0)
 
 
+class FakeRun(SimpleNamespace):
+    """A run with the given training images, which counts how often they are loaded."""
+
+    loads = 0
+
+    def images(self, split, root, max_images):
+        self.loads += 1
+        return self.x, self.labels
+
+
 @pytest.fixture
-def lone(vae, tmp_path, data_root):
-    """A checkpoint alone in somebody's folder."""
-    path = tmp_path / "theirs" / "lone.ckpt"
-    model = MODEL | {"hidden_dims": [16], "latent_dim": 2}
-    content = {"betavae_format": checkpoint.FORMAT, "hyper_parameters": MODULE | {"model": model}}
-    content["state_dict"] = {f"vae.{key}": value for key, value in vae.state_dict().items()}
-    checkpoint.save_checkpoint(content | {"datamodule_hyper_parameters": DATA | {"root": data_root}}, path)
-    return path
-
-
-def test_it_is_fitted_once_and_to_the_images_of_the_digit(vae, lone):
+def run(vae, tmp_path):
+    path = tmp_path / "last.ckpt"
+    path.write_bytes(b"weights")
     x, labels = torch.rand(60, 1, 28, 28), torch.arange(60) % 3
     x[labels == 1] *= 0.1
-    asked = []
+    return FakeRun(vae=vae, path=path, folder=tmp_path, x=x, labels=labels)
 
-    def training():
-        asked.append(1)
-        return x, labels
 
-    def fit(sampler="gaussian", digit=None):
-        return load_or_fit_sampler(sampler, vae, training, lone, lone.parent, digit)
+def test_sampler_is_fitted_once_per_checkpoint_and_label(run):
+    first = load_or_fit_sampler("gaussian", run)
+    assert all(map(torch.equal, first, load_or_fit_sampler("gaussian", run))) and run.loads == 1
+    torch.testing.assert_close(first.means[0], sample_posterior(run.vae, run.x).mean(0))
+    one = load_or_fit_sampler("gaussian", run, label=1)
+    torch.testing.assert_close(one.means[0], sample_posterior(run.vae, run.x[run.labels == 1]).mean(0))
+    assert len(list(run.folder.glob("sampler_*.pt"))) == 2
+    run.path.write_bytes(b"other weights")
+    loads = run.loads
+    load_or_fit_sampler("gaussian", run)
+    assert run.loads == loads + 1
+    # The same images with other labels.
+    run.labels = (run.labels + 1) % 3
+    torch.testing.assert_close(load_or_fit_sampler("gaussian", run, label=2).means[0], one.means[0])
 
-    first = fit()
-    assert all(torch.equal(*pair) for pair in zip(first, fit(), strict=True)) and len(asked) == 1
-    torch.testing.assert_close(first.means[0], posterior_samples(vae, x).mean(0))
-    one = fit(digit=1)
-    torch.testing.assert_close(one.means[0], posterior_samples(vae, x[labels == 1]).mean(0))
-    assert len(asked) == 2 and len(list(lone.parent.glob("sampler_*.pt"))) == 2
-    # Another model under the same name: what is kept is not its own.
-    lone.write_bytes(lone.read_bytes() + b" ")
-    fit()
-    assert len(asked) == 3
-    # The same model and images, and other labels.
-    labels = (labels + 1) % 3
-    torch.testing.assert_close(fit(digit=2).means[0], one.means[0])
-    with pytest.raises(UserError, match="labels are 0 to 2"):
-        fit(digit=7)
-    with pytest.raises(UserError, match="the prior knows no labels"):
-        fit("prior", 1)
-    labels = labels[:, None].expand(-1, 2)
+
+def test_invalid_label_is_rejected(run):
+    with pytest.raises(UserError, match="label=7 is invalid: expected a label from 0 to 2"):
+        load_or_fit_sampler("gaussian", run, label=7)
+    with pytest.raises(UserError, match="expected null with sampler=prior"):
+        load_or_fit_sampler("prior", run, label=1)
+    run.labels = run.labels[:, None].expand(-1, 2)
     with pytest.raises(UserError, match="several factors"):
-        fit(digit=2)
+        load_or_fit_sampler("gaussian", run, label=2)
 
 
-@pytest.mark.parametrize("found", ["foreign", "harmed", "stale"])
-def test_what_lies_there_is_used_only_if_it_is_ours_and_whole(vae, lone, capsys, found):
-    path = lone.parent / f"sampler_gaussian_{file_hash(lone)}.pt"
-    x, labels = torch.rand(20, 1, 28, 28), torch.zeros(20)
-    wanted = load_or_fit_sampler("gaussian", vae, lambda: (x, labels), lone, lone.parent)
+def test_too_few_images_are_rejected(run):
+    run.x, run.labels = run.x[:6], run.labels[:6]
+    with pytest.raises(UserError, match="needs at least 7 training images for 2 latent dimensions, and there are 6"):
+        load_or_fit_sampler("gaussian", run)
+
+
+@pytest.mark.parametrize("found", ["foreign", "damaged", "stale"])
+def test_cached_sampler_is_used_only_if_own_and_intact(run, capsys, found):
+    path = run.folder / f"sampler_gaussian_{hash_file(run.path)}.pt"
+    wanted = load_or_fit_sampler("gaussian", run)
     whole = path.read_bytes()
     if found == "foreign":
         path.write_text("my thesis")
-    elif found == "harmed":
+    elif found == "damaged":
         path.write_bytes(whole[:200] + b"\0" * 300 + whole[500:])
-    else:  # ours, of another question
-        load_or_fit_sampler("knn", vae, lambda: (x, labels), lone, lone.parent)
-        path.write_bytes((lone.parent / f"sampler_knn_{file_hash(lone)}.pt").read_bytes())
-    again = load_or_fit_sampler("gaussian", vae, lambda: (x, labels), lone, lone.parent)
-    assert all(torch.equal(*pair) for pair in zip(again, wanted, strict=True))
+    else:
+        load_or_fit_sampler("knn", run)
+        path.write_bytes((run.folder / f"sampler_knn_{hash_file(run.path)}.pt").read_bytes())
+    assert all(map(torch.equal, load_or_fit_sampler("gaussian", run), wanted))
     if found == "foreign":
         assert path.read_text() == "my thesis" and "not made by betavae" in capsys.readouterr().out
     else:
-        assert len(torch.load(path, weights_only=True)["made"]["parts"]) == 3
+        assert path.read_bytes() == whole
 
 
-def test_the_command(lone, tmp_path):
-    theirs = {path.name: path.read_bytes() for path in lone.parent.iterdir()}
+def test_command_samples_a_label(vae, tmp_path, data_root):
+    path = save_vae(tmp_path / "lone" / "lone.ckpt", vae, {"hidden_dims": [16], "latent_dim": 2}, {"root": data_root})
+    before = path.read_bytes()
     command = runpy.run_path(str(REPO / "scripts" / "sample.py"))["main"].task
-    out = {"ckpt": str(lone), "n": 4, "out": f"{tmp_path}/a.png"}
-    command(out | {"sampler": "knn", "digit": 7, "save_tensor": True})
-    with pytest.raises(UserError, match="temperature=2 goes with sampler=prior"):
-        command(out | {"sampler": "knn", "temperature": 2.0})
-    run = checkpoint.load(lone)
+    settings = {"ckpt": str(path), "n": 4, "out": f"{tmp_path}/a.png", "sampler": "knn"}
+    command(settings | {"label": 7, "save_tensor": True})
+    with pytest.raises(UserError, match="temperature=2 is invalid"):
+        command(settings | {"temperature": 2.0})
+    run = checkpoint.load(path)
     x, labels = run.images("train")
-    latents = load_or_fit_sampler("knn", run.vae, lambda: (x[labels == 7], labels[labels == 7]), lone, tmp_path, 7)
-    wanted = run.vae.decode(latents.sample(4, torch.Generator().manual_seed(0)))
+    sampler = SAMPLERS["knn"](sample_posterior(run.vae, x[labels == 7]))
+    wanted = run.vae.decode(sampler.sample(4, torch.Generator().manual_seed(0)))
     torch.testing.assert_close(torch.load(tmp_path / "a.pt", weights_only=True), wanted)
-    assert {path.name for path in lone.parent.iterdir()} - set(theirs) == {f"sampler_knn_7_{file_hash(lone)}.pt"}
-    assert all((lone.parent / name).read_bytes() == content for name, content in theirs.items())
+    assert {item.name for item in path.parent.iterdir()} == {"lone.ckpt", f"sampler_knn_7_{hash_file(path)}.pt"}
+    assert path.read_bytes() == before

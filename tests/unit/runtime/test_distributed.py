@@ -1,4 +1,4 @@
-"""One run of several processes, whoever starts them: one folder, an exact resume, a mistake said once."""
+"""A run of several processes has one folder, resumes exactly, and reports an error once per process."""
 
 import contextlib
 import json
@@ -20,13 +20,18 @@ from tests.commands import ENVIRONMENT, REPO, Child, run, wait_for
 
 SETTINGS = [
     *("trainer=[smoke,ddp]", "trainer.accelerator=cpu", "trainer.max_epochs=4", "trainer.limit_train_batches=8"),
-    *("trainer.log_every_n_steps=3", "model.hidden_dims=[16]", "model.latent_dim=3", "callbacks.figures_every=0"),
+    *(
+        "trainer.log_every_n_steps=3",
+        "model.hidden_dims=[16]",
+        "model.latent_dim=3",
+        "callbacks.figures_every_n_epochs=0",
+    ),
     *("data.binarize=dynamic", "beta_schedule=linear"),
 ]
 
 
 def free_port() -> int:
-    """One with another free one above it, for the store that is beside the run's own port."""
+    """Return a free port with a free port above it, for the store of the run."""
     while True:
         with socket.socket() as probe, socket.socket() as above, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", 0))
@@ -47,8 +52,10 @@ def torchrun(cwd: Path, *args: str) -> subprocess.Popen:
     )
 
 
-def two(cwd: Path, *args: str, slurm: bool = False, prepare_second: Callable[[], object] | None = None) -> list[Child]:
-    """Two workers of torchrun, or tasks of a Slurm step, as far as the processes can tell."""
+def start_two(
+    cwd: Path, *args: str, slurm: bool = False, prepare_second: Callable[[], object] | None = None
+) -> list[Child]:
+    """Start two processes with the environment of workers of torchrun, or of tasks of a Slurm step."""
     port, started = str(free_port()), []
     shared = {"RUN_ID": "none", "USE_AGENT_STORE": "False", "RESTART_COUNT": "0"}
     variables = {f"TORCHELASTIC_{name}": value for name, value in shared.items()}
@@ -93,7 +100,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, data_root: str) -> tuple[Pat
     return cwd, text
 
 
-def test_torchrun_makes_one_run_in_one_folder(whole: tuple[Path, str]) -> None:
+def test_torchrun_makes_one_run_folder(whole: tuple[Path, str]) -> None:
     cwd, text = whole
     (folder,) = (cwd / "runs").iterdir()
     assert text.count("epoch   1/4") == 1 and text.count("test  loss") == 1
@@ -102,8 +109,8 @@ def test_torchrun_makes_one_run_in_one_folder(whole: tuple[Path, str]) -> None:
     assert state(folder)["random_state"].shape[0] == 2
 
 
-def go_on_and_compare(whole: tuple[Path, str], tmp_path: Path, exact: bool) -> None:
-    workers = two(tmp_path, "resume=run")
+def resume_and_compare(whole: tuple[Path, str], tmp_path: Path, exact: bool) -> None:
+    workers = start_two(tmp_path, "resume=run")
     assert [worker.wait() for worker in workers] == [0, 0], [worker.text for worker in workers]
     assert state(tmp_path / "run")["global_step"] == 32
     (expected,) = (whole[0] / "runs").iterdir()
@@ -111,7 +118,7 @@ def go_on_and_compare(whole: tuple[Path, str], tmp_path: Path, exact: bool) -> N
         assert_same(state(tmp_path / "run"), state(expected))
 
 
-def test_asked_to_stop_under_torchrun_and_gone_on_with(whole: tuple[Path, str], tmp_path: Path, data_root: str) -> None:
+def test_torchrun_is_stopped_by_a_signal_and_resumed(whole: tuple[Path, str], tmp_path: Path, data_root: str) -> None:
     slow = "trainer.limit_val_batches=1.0"  # so that there is time to ask
     process = torchrun(tmp_path, *SETTINGS, slow, f"data.root={data_root}", "hydra.run.dir=run")
     wait_for(tmp_path, "run/checkpoints/last.ckpt", process)
@@ -119,63 +126,63 @@ def test_asked_to_stop_under_torchrun_and_gone_on_with(whole: tuple[Path, str], 
     text = process.communicate(timeout=100)[0]
     assert text.count("python train.py resume=run") == 1
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["status"] == "interrupted"
-    go_on_and_compare(whole, tmp_path, exact=False)
+    resume_and_compare(whole, tmp_path, exact=False)
 
 
-def test_killed_and_gone_on_with(whole: tuple[Path, str], tmp_path: Path, data_root: str) -> None:
-    workers = two(tmp_path, *SETTINGS, f"data.root={data_root}", "hydra.run.dir=run")
+def test_killed_processes_resume_exactly(whole: tuple[Path, str], tmp_path: Path, data_root: str) -> None:
+    workers = start_two(tmp_path, *SETTINGS, f"data.root={data_root}", "hydra.run.dir=run")
     wait_for(tmp_path, "run/checkpoints/last.ckpt", workers[0])
     for worker in workers:
         worker.send(signal.SIGKILL)
     for worker in workers:
         worker.wait()
-    go_on_and_compare(whole, tmp_path, exact=True)
+    resume_and_compare(whole, tmp_path, exact=True)
 
 
 @pytest.mark.parametrize(("test", "validation"), [(101, 11), (1, 3)])
-def test_two_processes_evaluate_every_image_once(tmp_path: Path, test: int, validation: int) -> None:
-    """Neither their images nor their batches need be equally many; the weights stay as they are seeded."""
+def test_two_processes_evaluate_each_image_once(tmp_path: Path, test: int, validation: int) -> None:
+    """The processes have different numbers of images and batches, and the weights do not change."""
     np.save(tmp_path / "images.npy", np.random.default_rng(0).integers(0, 256, (150, 5, 5), dtype=np.uint8))
     images = ("data=arrays", "data.root=images.npy", f"data.test_size={test}", f"data.validation_size={validation}")
     frozen = ("optimizer=sgd", "optimizer.lr=1e-30", "data.batch_size=4", "data.eval_batch_size=10")
     limits = ("trainer.max_epochs=1", "trainer.limit_val_batches=1.0", "trainer.limit_test_batches=1.0")
     args = [*SETTINGS, *images, *frozen, *limits, "objective.k=2"]
     run(*args, "trainer.devices=1", "hydra.run.dir=one", cwd=tmp_path)
-    workers = two(tmp_path, *args, "hydra.run.dir=two")
+    workers = start_two(tmp_path, *args, "hydra.run.dir=two")
     assert [worker.wait() for worker in workers] == [0, 0], [worker.text for worker in workers]
     one, both = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
     for split in ("test", "validation"):
         assert both[split] == pytest.approx(one[split], rel=1e-5)
 
 
-def test_a_mistake_that_only_the_first_process_sees_ends_all(tmp_path: Path, data_root: str) -> None:
+def test_an_error_in_rank_zero_ends_all_processes(tmp_path: Path, data_root: str) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes").write_text("of the user")
-    late = lambda: time.sleep(3)  # noqa: E731 - the second comes when the first has long seen it
-    workers = two(tmp_path, *SETTINGS, f"data.root={data_root}", "hydra.run.dir=mine", prepare_second=late)
-    assert [worker.wait() for worker in workers] == [1, 1], "nobody is left waiting"
+    late = lambda: time.sleep(3)  # noqa: E731 - the second process starts after the error
+    workers = start_two(tmp_path, *SETTINGS, f"data.root={data_root}", "hydra.run.dir=mine", prepare_second=late)
+    assert [worker.wait() for worker in workers] == [1, 1], "a process is still waiting"
     assert workers[0].text.startswith("error: hydra.run.dir: mine is not empty and not a run of betavae")
     assert workers[1].text.startswith("[rank 1] error: ")
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes"]
 
 
-def test_srun_makes_one_run_in_one_folder(tmp_path: Path, data_root: str) -> None:
-    tasks = two(tmp_path, *SETTINGS, "trainer.max_epochs=1", f"data.root={data_root}", slurm=True)
+def test_srun_makes_one_run_folder(tmp_path: Path, data_root: str) -> None:
+    tasks = start_two(tmp_path, *SETTINGS, "trainer.max_epochs=1", f"data.root={data_root}", slurm=True)
     assert [task.wait() for task in tasks] == [0, 0], [task.text for task in tasks]
     (folder,) = (tmp_path / "runs").iterdir()
-    said = [line for line in tasks[1].text.splitlines() if not line.startswith("[Gloo] ")]  # torch 2.8's own
+    said = [line for line in tasks[1].text.splitlines() if not line.startswith("[Gloo] ")]  # torch 2.8 prints it
     assert "test  loss" in tasks[0].text and not said
     assert json.loads((folder / "metrics.json").read_text())["status"] == "finished"
 
 
-def test_a_sweep_under_torchrun_is_refused(tmp_path: Path) -> None:
-    for worker in two(tmp_path, "-m", "beta=1,2"):
+def test_a_sweep_under_torchrun_is_rejected(tmp_path: Path) -> None:
+    for worker in start_two(tmp_path, "-m", "beta=1,2"):
         assert worker.wait() == 1 and "error: a sweep trains each job on one device" in worker.text
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
-    ("variables", "rank", "side_by_side"),
+    ("variables", "rank", "external"),
     [
         ({}, 0, False),
         ({"RANK": "1", "LOCAL_RANK": "1", "TORCHELASTIC_RUN_ID": "none"}, 1, True),
@@ -189,21 +196,23 @@ def test_a_sweep_under_torchrun_is_refused(tmp_path: Path) -> None:
         ({"NODE_RANK": "1", "LOCAL_RANK": "0"}, 1, False),
     ],
 )
-def test_who_speaks(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], rank: int, side_by_side: bool) -> None:
+def test_rank_and_launcher_are_read_from_the_environment(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], rank: int, external: bool
+) -> None:
     for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_JOB_NAME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert distributed.rank() == rank and distributed.externally_launched() == side_by_side
+    assert distributed.rank() == rank and distributed.externally_launched() == external
 
 
-def test_a_port_that_is_taken_is_a_sentence(tmp_path: Path) -> None:
+def test_a_port_in_use_is_a_one_line_error(tmp_path: Path) -> None:
     port = free_port()
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", port + 1))
-        taken.install()
+        taken.listen()
         variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
         child = Child(*SETTINGS, "hydra.run.dir=run", cwd=tmp_path, environment=variables)
-        assert child.wait() == 1 and child.text.startswith(f"error: MASTER_PORT={port}: "), child.text
+        assert child.wait() == 1 and child.text.startswith(f"error: MASTER_PORT={port} is invalid: "), child.text
         assert child.text.count("\n") == 1 and not list(tmp_path.iterdir())

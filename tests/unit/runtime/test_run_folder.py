@@ -1,4 +1,4 @@
-"""Whose a folder is, what is cleared away in it, and what its record says."""
+"""Claiming, locking and clearing of run folders, and their records."""
 
 import errno
 import json
@@ -12,7 +12,7 @@ from betavae.runtime.run_folder import MARKER_FILE, RUN, SWEEP, RunFolder, claim
 from tests.commands import TINY, run
 
 
-def test_an_empty_folder_becomes_ours_and_a_full_one_never(tmp_path):
+def test_only_an_empty_or_own_folder_is_claimed(tmp_path):
     assert claim_folder(tmp_path / "new", RUN, "k") and read_marker(tmp_path / "new") == RUN
     assert not claim_folder(tmp_path / "new", RUN, "k")
     with pytest.raises(UserError, match=r"k: .*new is a run of betavae, not a sweep of betavae"):
@@ -26,7 +26,7 @@ def test_an_empty_folder_becomes_ours_and_a_full_one_never(tmp_path):
         claim_folder(tmp_path / "file", RUN, "k")
 
 
-def test_a_folder_that_holds_a_run_is_no_sweep(tmp_path):
+def test_a_folder_with_other_files_is_not_claimed(tmp_path):
     (tmp_path / "thesis.tex").touch()
     claim_folder(tmp_path / "foo", RUN, "k")
     (tmp_path / "foo" / "config.yaml").touch()
@@ -34,7 +34,7 @@ def test_a_folder_that_holds_a_run_is_no_sweep(tmp_path):
         claim_folder(tmp_path, SWEEP, "k")
 
 
-def test_only_what_is_ours_is_cleared_away(tmp_path):
+def test_only_own_files_are_deleted(tmp_path):
     claim_folder(tmp_path, RUN, "k")
     ours = ["config.yaml", "train.log", "checkpoints/last.ckpt", "events.out.tfevents.1795527689.vm.4552.0"]
     ours += ["projector/posterior_means/tensors.tsv", "checkpoints/last.ckpt.abc.part"]
@@ -45,7 +45,7 @@ def test_only_what_is_ours_is_cleared_away(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("{}")
     folder = RunFolder(tmp_path)
-    folder.drop_regenerated()
+    folder.delete_regenerated()
     TensorBoard(folder, None)
     CSVRunLogger(folder, None)
     assert not list(tmp_path.glob("events.*.0"))
@@ -56,43 +56,43 @@ def test_only_what_is_ours_is_cleared_away(tmp_path):
 
 
 @pytest.mark.parametrize(("status", "left"), [("finished", "failed"), ("interrupted", "interrupted")])
-def test_on_a_full_disk_a_run_is_neither_running_nor_finished(tmp_path, monkeypatch, status, left):
+def test_a_full_disk_leaves_a_true_status(tmp_path, monkeypatch, status, left):
     folder = RunFolder(tmp_path)
     folder.write_record({"status": "running", "seed": 1})
 
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(run_folder, "write_whole", full)
+    monkeypatch.setattr(run_folder, "atomic_write_bytes", full)
     with pytest.raises(OSError, match="No space"):
         folder.write_record({"status": status, "test": {"loss": 1.0}})
     assert folder.read_metrics()["status"] == left
 
 
-def test_half_a_record_is_none(tmp_path):
+def test_a_damaged_record_is_empty(tmp_path):
     (tmp_path / "metrics.json").write_text('{"status": "fini')
     assert RunFolder(tmp_path).read_metrics() == {} and RunFolder(tmp_path).status() == ""
 
 
-def test_looking_takes_nothing(tmp_path):
+def test_reading_the_status_takes_no_lock(tmp_path):
     folder = RunFolder(tmp_path)
     folder.write_record({"status": "running"})
     assert folder.status() == "interrupted"
     with folder.lock():
         assert folder.is_locked() and folder.is_locked() and folder.status() == "running"
-        with pytest.raises(UserError, match="being worked in by another process"), RunFolder(tmp_path).lock():
+        with pytest.raises(UserError, match="in use by another process"), RunFolder(tmp_path).lock():
             pass
     assert not folder.is_locked()
 
 
-def test_times_are_of_the_whole_run_and_not_of_its_best_checkpoint(tmp_path, data_root):
+def test_recorded_times_are_those_of_the_whole_run(tmp_path, data_root):
     run(*TINY, f"data.root={data_root}", "hydra.run.dir=run", cwd=tmp_path)
     record = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert record["epochs"] == 4 and len(record["epoch_seconds"]) == 4
     assert record["seconds"] >= record["fit_seconds"] >= sum(record["epoch_seconds"]) > 0
 
 
-def test_a_named_folder_that_was_there_stays(tmp_path):
+def test_a_failed_command_keeps_an_existing_folder(tmp_path):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
     run("resume=one", cwd=tmp_path, code=1)
@@ -101,10 +101,10 @@ def test_a_named_folder_that_was_there_stays(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
 
 
-def test_a_foreign_part_of_an_evaluation_is_left_alone(tmp_path, data_root):
+def test_evaluate_keeps_a_foreign_partial_file(tmp_path, data_root):
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "evaluation.part").write_text("mine")
     run(*TINY, f"data.root={data_root}", "hydra.run.dir=run", cwd=tmp_path)
-    words = ["ckpt=run", "folder=d", "k=1", "first=40", "probes=false"]
+    words = ["ckpt=run", "out=d", "k=1", "max_images=40", "probes=false"]
     text = run(*words, cwd=tmp_path, script="scripts/evaluate.py", code=1)
-    assert "evaluation.part is there" in text and (tmp_path / "d" / "evaluation.part").read_text() == "mine"
+    assert "evaluation.part already exists" in text and (tmp_path / "d" / "evaluation.part").read_text() == "mine"

@@ -1,4 +1,4 @@
-"""What goes by validation numbers is rejected, before anything is written, where there will be none."""
+"""Settings that need validation metrics are rejected before a run that will have none."""
 
 import json
 
@@ -6,15 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from betavae.runtime.builders import build_data, build_module
-from betavae.runtime.settings import to_plain
-from betavae.runtime.validation import NUMBERS, terms_of
+from betavae.module import VAEModule
+from betavae.runtime.builders import build_data
+from betavae.runtime.hydra_config import to_plain
+from betavae.runtime.training import module_arguments
+from betavae.runtime.validation import METRICS, objective_terms
 from tests.commands import TINY, run
 from tests.unit.runtime.test_configs import composed
 
 # 40 images to train on: 10 batches.
 SMALL = [*TINY, "data=arrays", "data.root=images.npy", "data.test_size=9", "data.validation_size=11"]
-SMALL += ["data.batch_size=4", "callbacks.figures_every=0", "trainer.limit_train_batches=1.0"]
+SMALL += ["data.batch_size=4", "callbacks.figures_every_n_epochs=0", "trainer.limit_train_batches=1.0"]
 SMALL += ["trainer.limit_val_batches=1.0", "trainer.limit_test_batches=1.0", "hydra.run.dir=run"]
 
 
@@ -34,8 +36,8 @@ def images(tmp_path):
         (["trainer.steps_per_batch=2", "trainer.accumulate_grad_batches=2"], 5),
     ],
 )
-def test_the_first_validation_is_known_before(tmp_path, settings, first):
-    """With the `first` number of steps that reach it a run validates; with one less it does not."""
+def test_the_first_validation_is_predicted(tmp_path, settings, first):
+    """A run with `first` steps validates; with one step less it is rejected."""
     asked = "callbacks.early_stopping_patience=9"
     text = run(*SMALL, *settings, asked, f"trainer.max_steps={first - 1}", cwd=tmp_path, code=1)
     said = f"trainer.max_steps={first - 1} ends it before the first validation, which {first} steps would reach"
@@ -48,7 +50,7 @@ def test_the_first_validation_is_known_before(tmp_path, settings, first):
         assert record["steps"] == steps and ("validation" in record) == (steps == first)
 
 
-def test_a_share_of_the_batches_to_overfit_limits_no_test(tmp_path):
+def test_overfit_batches_does_not_limit_the_test(tmp_path):
     overfit = ["trainer.overfit_batches=0.5", "data.validation_size=0", "data.eval_batch_size=9"]  # one test batch
     run(*SMALL, *overfit, "trainer.max_epochs=1", cwd=tmp_path)
 
@@ -76,13 +78,13 @@ def test_a_share_of_the_batches_to_overfit_limits_no_test(tmp_path):
         ("objective=beta_tcvae callbacks.monitor=total", "mutual_information, total_correlation, dimension_wise_kl"),
     ],
 )
-def test_what_would_be_in_vain_is_one_sentence(tmp_path, settings, said):
+def test_settings_without_effect_are_one_line_errors(tmp_path, settings, said):
     text = run(*SMALL, *settings.split(), cwd=tmp_path, code=1)
     assert text.startswith("error: ") and text.count("\n") == 1 and said in text
     assert [path.name for path in tmp_path.iterdir()] == ["images.npy"]
 
 
-def test_an_objectives_own_terms_are_known_and_looking_changes_nothing(tmp_path, monkeypatch):
+def test_objective_terms_are_known_and_change_no_weights(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = [
         "objective=beta_tcvae",
@@ -93,7 +95,8 @@ def test_an_objectives_own_terms_are_known_and_looking_changes_nothing(tmp_path,
     ]
     settings = to_plain(composed(*words, "data.batch_size=4"))
     datamodule = build_data(settings["data"])
-    assert set(terms_of(datamodule.splits["validation"], build_module(settings, datamodule))) >= set(NUMBERS[:-1])
+    module = VAEModule(**module_arguments(settings, datamodule))
+    assert set(objective_terms(datamodule.splits["validation"], module)) >= set(METRICS[:-1])
     states = []
     for monitor in ("neg_elbo", "total_correlation"):
         where = f"hydra.run.dir={monitor}"

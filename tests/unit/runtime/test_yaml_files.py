@@ -1,4 +1,4 @@
-"""Settings written to a run folder are read back as they were, and nothing that a YAML file says is executed."""
+"""Settings of a run folder are read back unchanged, and nothing in a YAML file is executed."""
 
 import functools
 
@@ -8,14 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from betavae.errors import UserError
+from betavae.runtime.hydra_config import to_plain
 from betavae.runtime.resume import load_resumed_config
 from betavae.runtime.run_folder import RUN, RunFolder, claim_folder
-from betavae.runtime.settings import to_plain
 from betavae.runtime.yaml_files import MAX_BYTES, read_yaml, write_yaml
 from tests.commands import REPO
 
 EXPERIMENTS = sorted(path.stem for path in (REPO / "configs" / "experiment").glob("*.yaml"))
-# Words that YAML may take for numbers, dates, booleans, interpolations or markup; any text.
+# Texts that YAML may read as numbers, dates, booleans, interpolations or markup.
 WORDS = ["1e3", "1_0", "010", "0x10", "1:30", "2020-01-01", "yes", "null", "~", "=", "<<", "${seed}", "${", "\\${x}"]
 TEXT = (
     st.sampled_from([*WORDS, "${oc.env:HOME}", "'", '"', "#", "a: b", "- a", "!!int 1", "&a", "*a", "\n", " ", "\x85"])
@@ -46,9 +46,7 @@ def types(value):
     extra=st.dictionaries(st.text("abc", min_size=4), VALUES, max_size=3),
     callback=st.dictionaries(st.text("abc", min_size=1), VALUES, max_size=3),
 )
-def test_the_settings_of_every_run_are_read_back_as_they_were(
-    tmp_path_factory, experiment, name, root, extra, callback
-):
+def test_settings_are_read_back_unchanged(tmp_path_factory, experiment, name, root, extra, callback):
     folder = RunFolder(tmp_path_factory.mktemp("run"))
     claim_folder(folder.path, RUN, "key")
     written = to_plain(composed(experiment)) | {"name": name}
@@ -77,7 +75,7 @@ def test_the_settings_of_every_run_are_read_back_as_they_were(
         "#" * (MAX_BYTES + 1),
     ],
 )
-def test_a_file_that_is_damaged_or_hostile_is_rejected(tmp_path, text):
+def test_a_damaged_or_hostile_file_is_rejected(tmp_path, text):
     (tmp_path / "x.yaml").write_text(text)
     with pytest.raises(UserError, match=r"x\.yaml is not a valid YAML file: .") as caught:
         read_yaml(tmp_path / "x.yaml")

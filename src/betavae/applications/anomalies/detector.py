@@ -1,13 +1,15 @@
-"""Images that are not of a trained VAE's kind: how sure one may be of that, and where in an image it is strange.
+"""Detect images unlike the training images of a VAE, with a known false-alarm rate.
 
-`Detector` fits what the scores of `anomaly_scores.py` need to training images, and turns scores into p-values by images
-that neither the VAE nor the scores were fitted to. Needs scikit-learn to fit, torch alone to use what was fitted.
+`Detector.fit` fits the densities that the scores of `scores.py` need to training images, and calibrates p-values on
+validation images that neither the VAE nor the scores were fitted to. Fitting needs scikit-learn; a fitted detector
+needs only torch.
 """
 
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from importlib.util import find_spec
+from typing import NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -16,215 +18,290 @@ from betavae.applications.anomalies import scores as scoring
 from betavae.errors import UserError
 from betavae.models.vae import VAE
 
-SKLEARN_MISSING = 'telling images apart needs scikit-learn: pip install -e ".[evaluation]"'
 DEFAULT_SCORE = "combined"
 FAST_SCORES = ("neg_elbo", "dose", "dose_svm", "combined")  # thousands of images per second on a CPU
 SLOW_SCORES = ("nll", "regret")
-FIT_IMAGES = 20_000  # of the training images, at most: evenly spaced ones
-KDE_POINTS = 2_000  # of each kernel density, at most
-SVM_IMAGES = 5_000
-COMPONENTS = 50  # of the Gaussian mixture, where each has 200 images or more
-LATENT_WEIGHT = 1.5  # of the latent surprise in the combined score
-LEAST_IMAGES = 20  # to fit anything to
-BATCH = 500  # images at once, of which eight draws are decoded; fewer of larger images
+MIN_FIT_IMAGES = 20
+MAX_FIT_IMAGES = 20_000
+MAX_KDE_POINTS = 2_000
+MAX_SVM_IMAGES = 5_000
+MAX_COMPONENTS = 50
+MIN_IMAGES_PER_COMPONENT = 200
+LATENT_WEIGHT = 1.5  # weight of the latent surprise in the combined score
+BATCH_SIZE = 500  # images decoded at once with eight samples each; fewer if they are large
 BATCH_PIXELS = 2**20
 
 
+class DetectorState(TypedDict):
+    """Everything a detector has fitted, as tensors and numbers for `torch.save`."""
+
+    kernels: Tensor  # (M, 8), statistics of training images
+    center: Tensor  # (8,), their mean
+    scale: Tensor  # (8,), their standard deviation
+    svm: scoring.OneClassSVM  # of the standardized statistics
+    background: float  # most frequent gray level
+    spread: Tensor  # (latent_dim,), standard deviation of the posterior means
+    mixture: scoring.GaussianMixture  # of the posterior means over `spread`
+    surprises: Tensor  # (2, 2), mean and standard deviation of the latent surprise and of the unexplained nats
+    pixel_mean: Tensor  # (H, W), of `pixel_surprise`
+    pixel_sd: Tensor  # (H, W)
+    calibration: dict[str, Tensor]  # sorted scores of the validation images
+
+
 class Detector(NamedTuple):
-    """A VAE and what was fitted for it. `state` holds tensors and numbers alone, for `torch.save`, and
-    `Detector(vae, load_torch_file(path))` is the same detector again."""
+    """A VAE with the state fitted for it."""
 
     vae: VAE
-    state: dict[str, Any]
+    state: DetectorState
 
     @classmethod
     @torch.no_grad()
     def fit(cls, vae: VAE, train: Tensor, validation: Tensor, names: Sequence[str] = FAST_SCORES) -> "Detector":
-        """Fit densities to `train`, and calibrate the scores `names` by `validation`.
+        """Fit the densities to training images and calibrate the scores on validation images.
 
-        Images are `(N, C, H, W)`, uint8 or floats in [0, 1]. `validation` must be of the same kind as `train`, and the
-        VAE must not have seen them: else it flags more than it says. Needs scikit-learn. Raises UserError if it is not
-        installed, or if there are fewer than 20 training images, or all are alike.
+        Args:
+            vae: The trained VAE.
+            train: `(N, C, H, W)`, uint8 or floats in [0, 1].
+            validation: Images of the same distribution that the VAE was not trained on. If it was trained on them, the
+                false-alarm rate is higher than stated.
+            names: The scores to calibrate.
+
+        Raises:
+            UserError: If scikit-learn is missing, or the training images are too few or too similar.
         """
-        try:
-            from sklearn.mixture import GaussianMixture  # here, since it takes a second
-            from sklearn.svm import OneClassSVM
-        except ModuleNotFoundError:
-            raise UserError(SKLEARN_MISSING) from None
-        if len(train) < LEAST_IMAGES:
+        check_scikit_learn()
+        if len(train) < MIN_FIT_IMAGES:
             raise UserError(
-                f"{len(train)} training images are too few to learn from what is ordinary: {LEAST_IMAGES} at least"
+                f"{len(train)} training images are too few for anomaly detection; expected at least {MIN_FIT_IMAGES}"
             )
-        index = torch.arange(0, len(train), max(1, -(-len(train) // FIT_IMAGES)))
-        train = train.index_select(0, index)
-        counts = torch.zeros(256, dtype=torch.long)
-        for x in batches(vae, train):
-            counts += (255 * x).round().byte().cpu().flatten().bincount(minlength=256)
-        background = float(counts.argmax()) / 255
-        parts = []
-        surprise, squares = torch.zeros(2, *train.shape[2:], dtype=torch.double)
-        for x in batches(vae, train):
-            parts.append((scoring.statistics(vae, x), *scoring.latent_and_unexplained(vae, x, background)))
-            surprises = scoring.pixel_surprise(vae, x).double().cpu()
-            surprise += surprises.sum(0)
-            squares += surprises.square().sum(0)
-        values, means, unexplained = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
-        surprise /= len(train)
-        centre, scale = values.mean(0), values.std(0).clamp(min=1e-9)
-        rows = (values - centre) / scale
-        svm = OneClassSVM(nu=0.1, gamma="scale").fit(rows[:: -(-len(rows) // SVM_IMAGES)].numpy())
-        components = max(1, min(COMPONENTS, len(means) // 200))
-        found = GaussianMixture(components, init_params="k-means++", max_iter=20, tol=0, reg_covar=0.1, random_state=0)
+        step = max(1, math.ceil(len(train) / MAX_FIT_IMAGES))
+        train = train.index_select(0, torch.arange(0, len(train), step))
+        background = find_background(vae, train)
+        values = torch.cat([scoring.statistics(vae, x).cpu() for x in iter_batches(vae, train)])
+        latents = [scoring.latent_and_unexplained(vae, x, background) for x in iter_batches(vae, train)]
+        means, unexplained = (torch.cat(part).cpu() for part in zip(*latents, strict=True))
+        center, scale = values.mean(0), values.std(0).clamp(min=1e-9)
         spread = means.std(0).clamp(min=1e-9)
-        alike = UserError(
-            "the training images are too much alike, or the encoder takes them all to one place: nothing can be told "
-            "from them"
-        )
-        if float(spread.max()) < 1e-6:  # rounding
-            raise alike
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that the fit did not converge: twenty steps are meant
-            try:
-                found.fit((means / spread).float().numpy())
-            except ValueError as error:
-                raise alike from error
-        mixture = {"weights": found.weights_, "means": found.means_, "roots": found.precisions_cholesky_}
-        state: dict[str, Any] = {
-            "kernels": values[:: -(-len(values) // KDE_POINTS)].clone(),
-            "centre": centre,
+        mixture = fit_mixture(means, spread)
+        latent = -scoring.mixture_log_density(mixture, means / spread)
+        moments = [[part.mean(), part.std().clamp(min=1e-9)] for part in (latent, unexplained)]
+        pixel_mean, pixel_sd = fit_pixel_surprise(vae, train)
+        state: DetectorState = {
+            "kernels": values[:: math.ceil(len(values) / MAX_KDE_POINTS)].clone(),
+            "center": center,
             "scale": scale,
-            "svm": {
-                "vectors": torch.from_numpy(svm.support_vectors_),
-                "weights": torch.from_numpy(svm.dual_coef_[0]),
-                "offset": float(svm.intercept_[0]),
-                "gamma": float(svm._gamma),  # scikit-learn has no public name for what gamma="scale" came to
-            },
+            "svm": fit_svm((values - center) / scale),
             "background": background,
             "spread": spread,
-            "mixture": {name: torch.from_numpy(part).double() for name, part in mixture.items()},
-            "pixel_mean": surprise,
-            "pixel_sd": (squares - len(train) * surprise.square()).clamp(min=0).div(len(train) - 1).sqrt(),
+            "mixture": mixture,
+            "surprises": torch.tensor(moments).double(),
+            "pixel_mean": pixel_mean,
+            "pixel_sd": pixel_sd,
+            "calibration": {},
         }
-        latent = -scoring.mixture_log_density(state["mixture"], means / spread)
-        state["parts"] = torch.tensor(
-            [[part.mean(), part.std().clamp(min=1e-9)] for part in (latent, unexplained)]
-        ).double()
-        scores = cls(vae, state).scores(validation, names)
-        return cls(vae, state | {"calibration": {name: score.sort().values for name, score in scores.items()}})
+        detector = cls(vae, state)
+        state["calibration"] = {
+            name: score.sort().values for name, score in detector.compute_scores(validation, names).items()
+        }
+        return detector
 
-    def scores(self, x: Tensor, names: Sequence[str] = FAST_SCORES) -> dict[str, Tensor]:
-        """Each score of `names` (of QUICK and SLOW) for the images `x` `(N, C, H, W)`: `(N,)` in double precision.
+    def compute_scores(self, x: Tensor, names: Sequence[str] = FAST_SCORES) -> dict[str, Tensor]:
+        """Compute scores of images.
 
-        neg_elbo, nll, regret: see the functions of these names.
-        dose: minus the sum of the log-densities of `statistics` (DoSE-KDE, Morningstar et al. 2021): a statistic far
-            below those of training images is as strange as one far above.
-        dose_svm: the distance outside a one-class SVM of the same statistics, standardised (DoSE-SVM, there).
-        combined: see `combined`.
+        - neg_elbo, nll, regret: `scores.neg_elbo`, `scores.nll`, `scores.likelihood_regret`.
+        - dose: minus the sum of the log-densities of the `statistics` (DoSE-KDE, Morningstar et al. 2021). A statistic
+          far below those of training images is as anomalous as one far above.
+        - dose_svm: the distance to a one-class SVM of the same statistics, standardized (DoSE-SVM, same paper).
+        - combined: see `score_combined`.
+
+        Args:
+            x: `(N, C, H, W)`, uint8 or floats in [0, 1].
+            names: Names in `FAST_SCORES` and `SLOW_SCORES`.
+
+        Returns:
+            Each score by its name, `(N,)` in double precision.
         """
-        if unknown := set(names) - {*FAST_SCORES, *SLOW_SCORES}:
-            raise UserError(
-                f"score={sorted(unknown)[0]} cannot be: it must be one of {', '.join((*FAST_SCORES, *SLOW_SCORES))}"
-            )
         functions: dict[str, Callable[[Tensor], Tensor]] = {
             "neg_elbo": lambda x: scoring.neg_elbo(self.vae, x),
             "nll": lambda x: scoring.nll(self.vae, x),
             "regret": lambda x: scoring.likelihood_regret(self.vae, x),
-            "dose": self.dose,
-            "dose_svm": self.dose_svm,
-            "combined": self.combined,
+            "dose": self.score_dose,
+            "dose_svm": self.score_dose_svm,
+            "combined": self.score_combined,
         }
+        if unknown := [name for name in names if name not in functions]:
+            known = ", ".join((*FAST_SCORES, *SLOW_SCORES))
+            raise UserError(f"score={unknown[0]} is invalid: expected one of {known}")
         with torch.no_grad():
-            parts = [[functions[name](part).double().cpu() for name in names] for part in batches(self.vae, x)]
+            parts = [[functions[name](part).double().cpu() for name in names] for part in iter_batches(self.vae, x)]
         return {name: torch.cat(score) for name, score in zip(names, zip(*parts, strict=True), strict=True)}
 
-    def dose(self, x: Tensor) -> Tensor:
+    def score_dose(self, x: Tensor) -> Tensor:
+        """Score by density of states with kernel density estimates."""
         return -scoring.kernel_density(self.state["kernels"], scoring.statistics(self.vae, x).cpu()).sum(1)
 
-    def dose_svm(self, x: Tensor) -> Tensor:
-        rows = (scoring.statistics(self.vae, x).cpu() - self.state["centre"]) / self.state["scale"]
+    def score_dose_svm(self, x: Tensor) -> Tensor:
+        """Score by density of states with a one-class SVM."""
+        rows = (scoring.statistics(self.vae, x).cpu() - self.state["center"]) / self.state["scale"]
         return -scoring.svm_decision(self.state["svm"], rows)
 
-    def combined(self, x: Tensor) -> Tensor:
-        """Two surprises: the posterior mean's, under a Gaussian mixture of those of training images (as DAGMM has it,
-        Zong et al. 2018), and the `excess` per ink. Each is standardised by training images, and the logs of their
-        upper normal tails added: Fisher's combination, with weights (Good 1955)."""
-        means, unexplained = (
-            part.cpu() for part in scoring.latent_and_unexplained(self.vae, x, self.state["background"])
-        )
-        latent = -scoring.mixture_log_density(self.state["mixture"], means / self.state["spread"])
-        centre, scale = self.state["parts"].T
-        tails = -torch.special.log_ndtr(-(torch.stack((latent, unexplained), 1) - centre) / scale)
+    def score_combined(self, x: Tensor) -> Tensor:
+        """Combine two surprises by the weighted sum of the logs of their upper normal tails.
+
+        The first is that of the posterior mean under a Gaussian mixture of the training images' means (as in DAGMM,
+        Zong et al. 2018), the second is `unexplained_nats` per unit of ink. Both are standardized by training images.
+        The sum is Fisher's combination with weights (Good 1955).
+        """
+        means, unexplained = scoring.latent_and_unexplained(self.vae, x, self.state["background"])
+        latent = -scoring.mixture_log_density(self.state["mixture"], means.cpu() / self.state["spread"])
+        center, scale = self.state["surprises"].T
+        tails = -torch.special.log_ndtr(-(torch.stack((latent, unexplained.cpu()), 1) - center) / scale)
         return LATENT_WEIGHT * tails[:, 0] + tails[:, 1]
 
-    def p_values(self, x: Tensor, name: str = DEFAULT_SCORE) -> Tensor:
-        """`(N,)`: (1 + the number of calibration images at least as strange) / (1 + their number).
+    def compute_p_values(self, x: Tensor, name: str = DEFAULT_SCORE) -> Tensor:
+        """Compute conformal p-values of images, `(N,)`.
 
-        Conformal: an image of the training kind has a p-value of at most a with a probability of at most a (Vovk et al.
-        2005). How far one calibration set may be from that, `false_alarm_rate` says.
+        The p-value of an image from the training distribution is at most a with probability at most a (Vovk et al.
+        2005), on average over calibration sets; `false_alarm_rate` has the variation between calibration sets.
         """
-        calibration = self.state["calibration"].get(name)
-        if calibration is None:
-            raise UserError(
-                f"score={name} was not calibrated: it must be one of {', '.join(self.state['calibration'])}"
-            )
-        return p_values(self.scores(x, (name,))[name], calibration)
+        self.check_calibrated(name)
+        return compute_p_values(self.compute_scores(x, (name,))[name], self.state["calibration"][name])
 
-    def heat_map(self, x: Tensor) -> Tensor:
-        """`(N, H, W)`: `pixel_surprise` in standard deviations from the training images' mean of that pixel.
+    def check_calibrated(self, name: str) -> None:
+        """Raise UserError if a score was not calibrated."""
+        if name not in self.state["calibration"]:
+            raise UserError(f"score={name} is invalid: expected one of {', '.join(self.state['calibration'])}")
 
-        A pixel's standard deviation counts as at least a tenth of the root mean square over pixels: at the border,
-        where all training images are alike, any ink would else be infinitely strange.
+    def compute_heat_maps(self, x: Tensor) -> Tensor:
+        """Compute the standardized surprise of each pixel, `(N, H, W)`.
+
+        It is `pixel_surprise` in standard deviations from the training images' mean at that pixel. A standard deviation
+        counts as at least a tenth of the root mean square over pixels. Without that floor, any ink near the border,
+        where all training images are equal, would have an infinite value.
         """
         mean, sd = self.state["pixel_mean"], self.state["pixel_sd"]
         floor = 0.1 * sd.square().mean().sqrt()
         with torch.no_grad():
-            maps = torch.cat([scoring.pixel_surprise(self.vae, part).double().cpu() for part in batches(self.vae, x)])
-        return (maps - mean) / sd.clamp(min=floor)
+            maps = [scoring.pixel_surprise(self.vae, part).double().cpu() for part in iter_batches(self.vae, x)]
+        return (torch.cat(maps) - mean) / sd.clamp(min=floor)
 
 
-def p_values(scores: Tensor, calibration: Tensor) -> Tensor:
-    """Conformal p-values of `scores` `(N,)` by the sorted `calibration` `(n,)`. A NaN is as strange as can be."""
+def check_scikit_learn() -> None:
+    """Raise UserError if scikit-learn, which brings SciPy, is not installed."""
+    if find_spec("sklearn") is None:
+        raise UserError('anomaly detection needs scikit-learn: pip install -e ".[evaluation]"')
+
+
+def find_background(vae: VAE, images: Tensor) -> float:
+    """Find the most frequent gray level, in [0, 1]."""
+    counts = torch.zeros(256, dtype=torch.long)
+    for x in iter_batches(vae, images):
+        counts += (255 * x).round().byte().cpu().flatten().bincount(minlength=256)
+    return float(counts.argmax()) / 255
+
+
+def fit_svm(rows: Tensor) -> scoring.OneClassSVM:
+    """Fit a one-class SVM to up to `MAX_SVM_IMAGES` of the rows."""
+    from sklearn.svm import OneClassSVM  # Imported here because it takes a second.
+
+    svm = OneClassSVM(nu=0.1, gamma="scale").fit(rows[:: math.ceil(len(rows) / MAX_SVM_IMAGES)].numpy())
+    return {
+        "vectors": torch.from_numpy(svm.support_vectors_),
+        "weights": torch.from_numpy(svm.dual_coef_[0]),
+        "offset": float(svm.intercept_[0]),
+        "gamma": float(svm._gamma),  # scikit-learn has no public name for the value of gamma="scale".
+    }
+
+
+def fit_mixture(means: Tensor, spread: Tensor) -> scoring.GaussianMixture:
+    """Fit a Gaussian mixture to posterior means `(N, latent_dim)` over their standard deviations."""
+    from sklearn.mixture import GaussianMixture  # Imported here because it takes a second.
+
+    too_similar = UserError(
+        "the training images are too similar for anomaly detection, or the encoder maps all of them to one point"
+    )
+    if float(spread.max()) < 1e-6:  # Such differences are rounding errors.
+        raise too_similar
+    components = max(1, min(MAX_COMPONENTS, len(means) // MIN_IMAGES_PER_COMPONENT))
+    mixture = GaussianMixture(components, init_params="k-means++", max_iter=20, tol=0, reg_covar=0.1, random_state=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # It warns that twenty steps did not converge, which is intended.
+        try:
+            mixture.fit((means / spread).float().numpy())
+        except ValueError as error:
+            raise too_similar from error
+    return {
+        "weights": torch.from_numpy(mixture.weights_).double(),
+        "means": torch.from_numpy(mixture.means_).double(),
+        "roots": torch.from_numpy(mixture.precisions_cholesky_).double(),
+    }
+
+
+def fit_pixel_surprise(vae: VAE, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the mean and standard deviation of `pixel_surprise` over images, `(H, W)` each."""
+    total, squares = torch.zeros(2, *images.shape[2:], dtype=torch.double)
+    for x in iter_batches(vae, images):
+        surprises = scoring.pixel_surprise(vae, x).double().cpu()
+        total += surprises.sum(0)
+        squares += surprises.square().sum(0)
+    mean = total / len(images)
+    return mean, (squares - len(images) * mean.square()).clamp(min=0).div(len(images) - 1).sqrt()
+
+
+def compute_p_values(scores: Tensor, calibration: Tensor) -> Tensor:
+    """Compute conformal p-values, (1 + number of calibration scores at least as high) / (1 + their number).
+
+    Args:
+        scores: `(N,)`; a NaN counts as the highest score.
+        calibration: Sorted scores `(n,)`.
+
+    Returns:
+        p-values `(N,)`.
+    """
     below = torch.searchsorted(calibration, scores.contiguous())
     return (1 + len(calibration) - below).double() / (1 + len(calibration))
 
 
-class FalseAlarms(NamedTuple):
-    """The share of unseen images of the training kind whose p-value is at most the alarm."""
+class FalseAlarmRate(NamedTuple):
+    """The share of unseen images of the training distribution that are flagged."""
 
     mean: float  # over calibration sets
-    low: float  # 2.5 and 97.5 % of them, by the luck of one calibration set, and of `fresh` images if there are any
-    high: float
+    low: float  # 2.5 % quantile, from the sampling error of the calibration set (and of the new images, if given)
+    high: float  # 97.5 % quantile
 
 
-def false_alarm_rate(alpha: float, calibration: int, fresh: int | None = None) -> FalseAlarms:
-    """The false-alarm rate given one set of `calibration` images is Beta(l, n + 1 - l)-distributed, with
-    l = floor(alarm (n + 1)) (Vovk 2012), and the count among `fresh` images beta-binomially.
+def false_alarm_rate(alpha: float, calibration: int, new_images: int | None = None) -> FalseAlarmRate:
+    """Predict the false-alarm rate of images with a p-value of at most `alpha`.
 
-    Raises UserError if so small an alarm needs more calibration images, or SciPy is not there.
+    Given n calibration images it has the distribution Beta(l, n + 1 - l) with l = floor(alpha (n + 1)) (Vovk 2012), and
+    the number of false alarms among `new_images` is beta-binomial.
+
+    Raises:
+        UserError: If `alpha` is not between 0 and 1, or too small for so few calibration images.
     """
-    try:
-        from scipy import stats
-    except ModuleNotFoundError:
-        raise UserError(SKLEARN_MISSING) from None
-    rank = math.floor(alpha * (calibration + 1) * (1 + 1e-12))  # 0.01 * 100 is less than 1 by its rounding
+    check_scikit_learn()
+    from scipy import stats
+
     if not 0 < alpha < 1:
-        raise UserError(f"alarm={alpha} cannot be: it must be above 0 and below 1")
+        raise UserError(f"alpha={alpha} is invalid: expected a number above 0 and below 1")
+    rank = math.floor(alpha * (calibration + 1) * (1 + 1e-12))  # 0.01 * 100 is rounded to less than 1.
     if rank < 1:
         needed = math.ceil(1 / alpha) - 1
-        raise UserError(f"alarm={alpha} needs at least {needed} validation images, and there are {calibration}")
-    rate = stats.beta(rank, calibration + 1 - rank)
-    if fresh is None:
-        low, high = rate.interval(0.95)
+        raise UserError(f"alpha={alpha} needs at least {needed} validation images, and there are {calibration}")
+    if new_images is None:
+        low, high = stats.beta(rank, calibration + 1 - rank).interval(0.95)
     else:
-        low, high = (count / fresh for count in stats.betabinom(fresh, rank, calibration + 1 - rank).interval(0.95))
-    return FalseAlarms(rank / (calibration + 1), float(low), float(high))
+        counts = stats.betabinom(new_images, rank, calibration + 1 - rank).interval(0.95)
+        low, high = (count / new_images for count in counts)
+    return FalseAlarmRate(rank / (calibration + 1), float(low), float(high))
 
 
-def batches(vae: VAE, images: Tensor) -> Iterator[Tensor]:
-    """Images `(N, C, H, W)`, uint8 or floats in [0, 1], as batches of floats on the VAE's device."""
+def iter_batches(vae: VAE, images: Tensor) -> Iterator[Tensor]:
+    """Iterate over images `(N, C, H, W)`, uint8 or floats in [0, 1], as batches of floats on the VAE's device."""
     if not len(images):
-        raise UserError("there are no images to look at")
+        raise UserError("there are no images to score")
     weight = next(vae.parameters())
-    for index in torch.arange(len(images)).split(max(1, min(BATCH, BATCH_PIXELS // images[0].numel()))):
-        part = images.index_select(0, index)
-        yield part.to(weight) / 255 if part.dtype == torch.uint8 else part.to(weight)
+    batch_size = max(1, min(BATCH_SIZE, BATCH_PIXELS // images[0].numel()))
+    for index in torch.arange(len(images)).split(batch_size):
+        batch = images.index_select(0, index)
+        yield batch.to(weight) / 255 if batch.dtype == torch.uint8 else batch.to(weight)

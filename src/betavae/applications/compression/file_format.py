@@ -160,7 +160,7 @@ def output_paths(names: list[str] | None, count: int, out: Path) -> list[Path]:
     """
     if out.suffix == ".npy":
         if os.path.lexists(out):
-            raise UserError(f"out: {out} is there already; delete it or name another")
+            raise UserError(f"out: {out} already exists; delete it or choose another")
         files = [out]
     else:
         files = [out / name for name in png_filenames(names or index_names(count), out)]

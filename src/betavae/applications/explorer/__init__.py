@@ -1,4 +1,4 @@
-"""A page to explore the latent spaces of trained models in a browser, see docs/explorer.md.
+"""Explore the latent spaces of trained models on a web page; see docs/explorer.md.
 
-`explored.py` computes, `picture.py` reads what its user uploads, `server.py` answers the page (`page.*`).
+`queries.py` computes what the page shows, `uploads.py` reads the user's pictures, `server.py` serves `page/`.
 """

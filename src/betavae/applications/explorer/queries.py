@@ -1,16 +1,17 @@
-"""What the page asks of trained models, as plain functions.
+"""Computations behind the page, as plain functions.
 
-Latent vectors have the model's own order of dimensions; `state` says which dimension has the largest KL.
+Latent vectors are in the model's own order of dimensions; `build_page_state` has the order by KL.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from betavae.applications.trained_run import TrainedRun
 from betavae.data.file_listing import as_text
 from betavae.data.image_set import ImageSet
 from betavae.errors import UserError
@@ -18,29 +19,28 @@ from betavae.metrics.likelihood import importance_bounds
 from betavae.models.vae import VAE, Posterior
 from betavae.objectives.elbo import gaussian_kl
 
-MAX_MAP_IMAGES = 10_000  # test images on the map; of a larger test set the first
-REFERENCE_IMAGES = 500  # test images that an image's neg. ELBO is compared with
-ELBO_SAMPLES = 32  # of an image's posterior, for its neg. ELBO
+MAX_MODELS = 8
+MAX_MAP_IMAGES = 10_000
+REFERENCE_IMAGES = 500  # test images with which the neg. ELBO of an image is compared
+ELBO_SAMPLES = 32
 SEED = 0
-MOST_RUNS = 8  # side by side
-CHUNK = 1000  # images that are encoded at once
-# Settings of the data that do not change the test images.
-IRRELEVANT = ("root", "cache", "batch_size", "eval_batch_size", "seed", "validation_size")
+BATCH_SIZE = 1000
+# Data settings that do not change the test images.
+IRRELEVANT_SETTINGS = ("root", "cache", "batch_size", "eval_batch_size", "seed", "validation_size")
 
-
-PValue = Callable[[Tensor], Tensor]
+PValueFunction = Callable[[Tensor], Tensor]  # images (N, C, H, W) -> p-values (N,)
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A run, and what is known beforehand of the test images under it."""
+    """A run, with its posteriors of the test images."""
 
     name: str
-    run: Any  # as `betavae.load` gives it
+    run: TrainedRun
     means: Tensor  # (N, latent_dim), of the posteriors
-    kl: Tensor  # (latent_dim,) in nats, the mean over the images
-    reference: Tensor  # (R,) in nats: neg. ELBO of some of the images, ascending
-    p_value: PValue | None  # of images (N, C, H, W) being of the training kind, (N,)
+    kl: Tensor  # (latent_dim,) nats, mean over the test images
+    reference: Tensor  # (R,) nats, sorted neg. ELBO of some test images
+    compute_p_values: PValueFunction | None
 
     @property
     def vae(self) -> VAE:
@@ -49,28 +49,28 @@ class LoadedModel:
 
 @dataclass(frozen=True)
 class Explorer:
-    """Runs side by side and the test images, bytes as the models see them, which they share."""
+    """Models side by side, and the test images they share."""
 
-    runs: list[LoadedModel]
+    models: list[LoadedModel]
     images: ImageSet
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """(C, H, W)"""
+    def image_shape(self) -> tuple[int, int, int]:
+        """The shape (C, H, W)."""
         return tuple(self.images.pixels.shape[1:])
 
 
-class Map(NamedTuple):
-    """The plane of a 2-D map: a latent z lies at (z - centre) @ axes."""
+class LatentMap(NamedTuple):
+    """A plane through latent space, on which z is at (z - center) @ axes."""
 
     points: Tensor  # (N, 2), of the test images
-    centre: Tensor  # (latent_dim,)
+    center: Tensor  # (latent_dim,)
     axes: Tensor  # (latent_dim, 2)
-    share: list[float]  # of the variance of all posterior means that each axis has
+    share: list[float]  # of the variance of the posterior means, per axis
 
 
 class Score(NamedTuple):
-    """What the page says of an image under a model."""
+    """A number that the page shows for an image under a model."""
 
     name: str
     value: float
@@ -79,78 +79,90 @@ class Score(NamedTuple):
 
 
 def load_models(
-    runs: Sequence[Any], root: str | None = None, p_values: Sequence[PValue | None] | None = None
+    runs: Sequence[TrainedRun], root: str | None = None, p_values: Sequence[PValueFunction | None] | None = None
 ) -> Explorer:
-    """Runs, as `betavae.load` gives them, and the first test images of their data, in `root` (None: where they were
-    in training); `p_values`, where a run has one, tell how ordinary an image is.
+    """Encode the test images of runs with the same data.
 
-    Raises UserError for too many runs, for runs of different data, and for a model whose numbers are not finite.
+    Args:
+        runs: Runs as `betavae.load` returns them.
+        root: The folder of the data; None for the folder used in training.
+        p_values: For each run, the p-values of an anomaly detector if it has one.
+
+    Raises:
+        UserError: If there are too many runs, their data differ, or an output is not finite.
     """
-    if len(runs) > MOST_RUNS:
-        raise UserError(f"ckpt: {len(runs)} runs are too many to show side by side; name {MOST_RUNS} of them at most")
+    if len(runs) > MAX_MODELS:
+        raise UserError(f"ckpt: {len(runs)} runs are too many to show side by side; name at most {MAX_MODELS}")
     images = runs[0].split("test", root)
     images = images.select(torch.arange(min(MAX_MAP_IMAGES, len(images))))
+    first = identify_test_images(runs[0])
     for run in runs[1:]:
-        if test_images(run) != test_images(runs[0]):
+        if identify_test_images(run) != first:
             raise UserError(
-                f"ckpt: {runs[0].path} and {run.path} were trained on different data ({test_images(runs[0])}, "
-                f"{test_images(run)}); side by side, runs must be of the same"
+                f"ckpt: {runs[0].path} and {run.path} were trained on different data ({first}, "
+                f"{identify_test_images(run)}); name runs trained on the same data"
             )
-    each = zip(run_labels(runs), runs, p_values or [None] * len(runs), strict=True)
-    return Explorer([load_model(name, run, images, p_value) for name, run, p_value in each], images)
+    columns = zip(label_runs(runs), runs, p_values or [None] * len(runs), strict=True)
+    return Explorer([load_model(name, run, images, function) for name, run, function in columns], images)
 
 
-def test_images(run: Any) -> dict[str, Any]:
-    """Identify the test images of a run, as its model sees them."""
-    settings = {key: value for key, value in run.data.items() if key not in IRRELEVANT}
+def identify_test_images(run: TrainedRun) -> dict[str, Any]:
+    """Collect what determines the test images of a run, as its model sees them."""
+    settings = {key: value for key, value in run.data.items() if key not in IRRELEVANT_SETTINGS}
     return settings | {"fingerprint": run.fingerprints.get("test")}
 
 
 @torch.no_grad()
-def load_model(name: str, run: Any, images: ImageSet, p_value: PValue | None = None) -> LoadedModel:
-    chunks = [run.vae.encode(pixels_at(images, part)) for part in torch.arange(len(images)).split(CHUNK)]
-    posterior = Posterior(*(torch.cat(rows) for rows in zip(*chunks, strict=True)))
+def load_model(name: str, run: TrainedRun, images: ImageSet, p_values: PValueFunction | None = None) -> LoadedModel:
+    """Encode the test images with the model of a run."""
+    batches = [run.vae.encode(select_pixels(images, index)) for index in torch.arange(len(images)).split(BATCH_SIZE)]
+    posterior = Posterior(*(torch.cat(rows) for rows in zip(*batches, strict=True)))
     if not all(part.isfinite().all() for part in posterior):
-        raise UserError(f"ckpt: {run.path} gives numbers that are not finite, so there is nothing to explore")
-    # From all over: a test set may be sorted.
-    some = pixels_at(images, torch.linspace(0, len(images) - 1, min(REFERENCE_IMAGES, len(images))).round().long())
-    reference = torch.cat(
-        [part.distortion + part.kl.sum(1) for part in importance_bounds(run.vae, some, [ELBO_SAMPLES])]
-    )
-    return LoadedModel(name, run, posterior.mean, gaussian_kl(posterior).mean(0), reference.sort().values, p_value)
+        raise UserError(f"ckpt: {run.path} has outputs that are not finite; name another checkpoint")
+    # Evenly spaced, since a test set may be sorted.
+    index = torch.linspace(0, len(images) - 1, min(REFERENCE_IMAGES, len(images))).round().long()
+    groups = importance_bounds(run.vae, select_pixels(images, index), [ELBO_SAMPLES])
+    reference = torch.cat([group.recon + group.kl.sum(1) for group in groups])
+    return LoadedModel(name, run, posterior.mean, gaussian_kl(posterior).mean(0), reference.sort().values, p_values)
 
 
-def pixels_at(images: ImageSet, index: Tensor) -> Tensor:
-    """`(B, C, H, W)` in [0, 1]"""
+def select_pixels(images: ImageSet, index: Tensor) -> Tensor:
+    """Select images as floats in [0, 1]: `(B, C, H, W)`."""
     return images.pixels.index_select(0, index).float() / 255
 
 
-def run_labels(runs: Sequence[Any]) -> list[str]:
-    """What to call each run: the settings in which they differ; where these do not tell, its folder."""
-    flat = [dict(flattened(run.settings)) for run in runs]
-    differ = [
-        key for key in dict.fromkeys(key for one in flat for key in one) if len({str(f.get(key)) for f in flat}) > 1
+def label_runs(runs: Sequence[TrainedRun]) -> list[str]:
+    """Label each run by the settings in which runs differ, and by its folder where these are equal."""
+    flat = [dict(flatten(run.settings)) for run in runs]
+    keys = dict.fromkeys(key for settings in flat for key in settings)
+    differing = [key for key in keys if len({str(settings.get(key)) for settings in flat}) > 1]
+    labels = [
+        ", ".join(f"{key.rpartition('.')[2]}={settings[key]}" for key in differing if key in settings)
+        for settings in flat
     ]
-    labels = [", ".join(f"{key.rpartition('.')[2]}={one[key]}" for key in differ if key in one) for one in flat]
     return [
         label if label and labels.count(label) == 1 else as_text(f"{label} {run.folder.resolve().name}".strip())
         for label, run in zip(labels, runs, strict=True)
     ]
 
 
-def flattened(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    pairs = []
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Iterate over nested settings with dotted keys."""
     for key, value in settings.items():
-        pairs += flattened(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
-    return pairs
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
-def page_state(explorer: Explorer) -> dict[str, Any]:
-    """What the page must know to be drawn; plain values. `reach` is how far from 0 the posterior means of the test
-    images get in each dimension."""
-    labels, run = explorer.images.labels, explorer.runs[0].run
+def build_page_state(explorer: Explorer) -> dict[str, Any]:
+    """Collect what the page needs to be drawn, as plain values.
+
+    `reach` is the largest distance from 0 of the test images' posterior means in each dimension.
+    """
+    labels, run = explorer.images.labels, explorer.models[0].run
     return {
-        "shape": list(explorer.shape),
+        "shape": list(explorer.image_shape),
         "data": run.data["name"],
         "images": len(explorer.images),
         "labels": (labels[:, None] if labels.ndim == 1 else labels).T.tolist(),
@@ -158,73 +170,79 @@ def page_state(explorer: Explorer) -> dict[str, Any]:
         "note": run.vae.likelihood.describe(run.data["binarize"]),
         "runs": [
             {
-                "name": each.name,
-                "path": as_text(str(each.run.path)),
-                "beta": each.run.settings["beta"],
-                "kl": each.kl.tolist(),
-                "order": each.kl.argsort(descending=True, stable=True).tolist(),
-                "reach": each.means.abs().amax(0).tolist(),
+                "name": model.name,
+                "path": as_text(str(model.run.path)),
+                "beta": model.run.settings["beta"],
+                "kl": model.kl.tolist(),
+                "order": sort_by_kl(model).tolist(),
+                "reach": model.means.abs().amax(0).tolist(),
             }
-            for each in explorer.runs
+            for model in explorer.models
         ],
     }
 
 
-@torch.no_grad()
-def decode(explored: LoadedModel, z: Tensor) -> Tensor:
-    """`(B, latent_dim)` -> means of p(x|z), `(B, C, H, W)` in [0, 1]."""
-    return explored.vae.decode(z).clamp(0, 1)
+def sort_by_kl(model: LoadedModel) -> Tensor:
+    """Sort the latent dimensions by descending KL."""
+    return model.kl.argsort(descending=True, stable=True)
 
 
 @torch.no_grad()
-def encode(explored: LoadedModel, x: Tensor) -> tuple[Tensor, list[Score]]:
-    """The posterior mean `(latent_dim,)` of an image `(C, H, W)` in [0, 1], and its scores."""
-    (per_image,) = importance_bounds(explored.vae, x[None], [ELBO_SAMPLES], SEED)
-    distortion, rate = per_image.distortion.item(), per_image.kl.sum().item()
+def decode_latents(model: LoadedModel, z: Tensor) -> Tensor:
+    """Decode `(B, latent_dim)` to means of p(x|z), `(B, C, H, W)` in [0, 1]."""
+    return model.vae.decode(z).clamp(0, 1)
+
+
+@torch.no_grad()
+def encode_image(model: LoadedModel, x: Tensor) -> tuple[Tensor, list[Score]]:
+    """Compute the posterior mean `(latent_dim,)` and the scores of an image `(C, H, W)` in [0, 1]."""
+    (bounds,) = importance_bounds(model.vae, x[None], [ELBO_SAMPLES], SEED)
+    recon, kl = bounds.recon.item(), bounds.kl.sum().item()
+    percentile = compute_percentile(model.reference, recon + kl)
     scores = [
-        Score("neg. ELBO", distortion + rate, "nats", f"distortion + rate, by {ELBO_SAMPLES} posterior samples"),
-        Score("distortion", distortion, "nats", "-E log p(x|z)"),
-        Score("rate", rate, "nats", "KL(q(z|x) || N(0, I))"),
-        Score(
-            "anomaly",
-            percentile(explored, distortion + rate),
-            "%",
-            f"so many of {len(explored.reference):,} test images have a lower neg. ELBO",
-        ),
+        Score("neg. ELBO", recon + kl, "nats", f"recon + KL, from {ELBO_SAMPLES} posterior samples"),
+        Score("recon", recon, "nats", "-E log p(x|z)"),
+        Score("KL", kl, "nats", "KL(q(z|x) || N(0, I))"),
+        Score("anomaly", percentile, "%", f"share of {len(model.reference):,} test images with a lower neg. ELBO"),
     ]
-    if explored.p_value:
-        meaning = "the anomaly score's: so many ordinary images are at least as strange (docs/anomalies.md)"
-        scores.append(Score("p-value", 100 * explored.p_value(x[None]).item(), "%", meaning))
-    return explored.vae.encode(x[None]).mean[0], scores
+    if model.compute_p_values:
+        meaning = "share of ordinary images at least as anomalous, by the anomaly detector (docs/anomalies.md)"
+        scores.append(Score("p-value", 100 * model.compute_p_values(x[None]).item(), "%", meaning))
+    return model.vae.encode(x[None]).mean[0], scores
 
 
-def percentile(explored: LoadedModel, neg_elbo: float) -> float:
-    """How many of the reference images, in per cent, have a lower neg. ELBO; those of the same value count half."""
-    reference = explored.reference
-    below, upto = ((reference < neg_elbo).sum() + (reference <= neg_elbo).sum()).item() / 2, len(reference)
-    return math.nan if math.isnan(neg_elbo) else 100 * below / upto
+def compute_percentile(reference: Tensor, value: float) -> float:
+    """Compute the share of reference values below `value` in percent; equal ones count half."""
+    if math.isnan(value):
+        return math.nan
+    below = ((reference < value).sum() + (reference <= value).sum()).item() / 2
+    return 100 * below / len(reference)
 
 
-def latent_map(explored: LoadedModel, axes: Literal["pca", "largest"]) -> Map:
-    """Where the test images' posterior means lie: along their first two principal components, or by the two dimensions
-    with the largest KL."""
-    means = explored.means
+def compute_map(model: LoadedModel, axes: Literal["pca", "largest"]) -> LatentMap:
+    """Project the test images' posterior means onto a plane.
+
+    Args:
+        model: The model with its posterior means.
+        axes: "pca" for the first two principal components, "largest" for the two dimensions with the largest KL.
+    """
+    means = model.means
     dimensions = means.shape[1]
     covariance = means.double().T.cov().view(dimensions, dimensions)
-    total, centre = covariance.trace(), means.mean(0)
     if axes == "pca":
-        chosen = torch.linalg.eigh(covariance).eigenvectors.flip(1)[:, :2]
-        # An eigenvector's sign is arbitrary: its largest entry shall be positive.
-        chosen = chosen * chosen.gather(0, chosen.abs().argmax(0, keepdim=True)).sign()
+        center = means.mean(0)
+        plane = torch.linalg.eigh(covariance).eigenvectors.flip(1)[:, :2]
+        # The sign of an eigenvector is arbitrary, so its largest entry is made positive.
+        plane = plane * plane.gather(0, plane.abs().argmax(0, keepdim=True)).sign()
     else:
-        chosen = torch.eye(dimensions).double()[:, explored.kl.argsort(descending=True, stable=True)[:2]]
-        centre = torch.zeros(dimensions)
-    chosen = torch.nn.functional.pad(chosen, (0, 2 - chosen.shape[1])).float()  # one dimension has no second axis
-    points = (means - centre) @ chosen
-    return Map(points, centre, chosen, (points.double().var(0) / total).tolist())
+        center = torch.zeros(dimensions)
+        plane = torch.eye(dimensions).double()[:, sort_by_kl(model)[:2]]
+    plane = torch.nn.functional.pad(plane, (0, 2 - plane.shape[1])).float()  # A 1-D latent space has no second axis.
+    points = (means - center) @ plane
+    return LatentMap(points, center, plane, (points.double().var(0) / covariance.trace()).tolist())
 
 
-def latent_path(explored: LoadedModel, start: Tensor, end: Tensor, steps: int) -> Tensor:
-    """Decoded means on the line from one latent `(latent_dim,)` to another: `(steps, C, H, W)`."""
+def decode_path(model: LoadedModel, start: Tensor, end: Tensor, steps: int) -> Tensor:
+    """Decode the line between two latents `(latent_dim,)`: `(steps, C, H, W)`."""
     weight = torch.linspace(0, 1, steps)[:, None]
-    return decode(explored, (1 - weight) * start + weight * end)
+    return decode_latents(model, (1 - weight) * start + weight * end)

@@ -1,203 +1,50 @@
-"""A folder of pictures, decoded once into one file that is mapped into memory."""
+"""A folder of image files, decoded once into a cache that is mapped into memory."""
 
 import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
-from betavae.data.datasets.arrays import tensor_from_mmap
+from betavae.data.array_io import tensor_from_mmap
 from betavae.data.file_listing import (
     SPLIT_FOLDERS,
     SUFFIXES,
     as_text,
     label_from_path,
+    list_image_files,
     natural_sort_key,
-    picture_files,
     split_folders,
 )
-from betavae.data.holdout import DEFAULT_HOLDOUT, holdout_indices
-from betavae.data.image_io import NOT_UTF8, UnreadablePicture, iter_images, skipped_message, validate_fit
+from betavae.data.holdout import DEFAULT_HOLDOUT, hold_out_by_name
+from betavae.data.image_io import ReadLog, describe_skipped, iter_images
 from betavae.data.image_set import ImageSet
 from betavae.errors import UserError
-from betavae.storage.files import STAMP
 
-CACHE_FORMAT = 2  # of what is kept, and of how pictures are read: with another number all are read anew
+CACHE_FORMAT = 3  # of the files, and of the conversion of images: increase it to decode all images again
+CACHE_FILES = {"index.json", "pixels.npy"}
 SPLITS = ("train", "validation", "test")
-CACHE_MANIFEST = (
-    "made_of.json"  # the mark of a folder that is kept: what it was made of, but for the pictures' own state
-)
-FILES = {"index.json", "pixels.npy", CACHE_MANIFEST}
 
 
-def detect_splits(root: Path, names: Sequence[str], say: bool) -> dict[str, str]:
-    """The first-level folders that are splits, and which; {} where there are none, or they are classes.
+class Source(NamedTuple):
+    """An image file: its split, its name below the folder, and its label."""
 
-    A single one beside other folders is a class, which is said if asked to. Raises UserError if it is not clear."""
-    splits = split_folders(names)
-    if not splits:
-        folders = sorted({label_from_path(name) for name in names} - {"."}, key=natural_sort_key)
-        named = [folder for folder in folders if folder.lower() in SPLIT_FOLDERS]
-        others = [folder for folder in folders if folder not in named]
-        beside = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
-        if len(named) > 1:
-            raise UserError(
-                f"data.root={root} has pictures in {' and '.join(named)}, as a set that comes in splits, but also in "
-                f"{beside}: are these classes? Move them into the splits or away, or call no two classes as splits are"
-            )
-        if named and say:
-            print(
-                f"{root}: {named[0]} is taken for a class, as {beside}; splits are folders train, val and test alone",
-                file=sys.stderr,
-            )
-        return {}
-    for folder in sorted(entry.name for entry in root.iterdir() if entry.is_dir()):
-        if folder.lower() in SPLIT_FOLDERS and folder not in splits:
-            raise UserError(
-                f"data.root={root} has no pictures in {folder} ({', '.join(SUFFIXES)}), or only links to those of "
-                "another split"
-            )
-    for split in SPLITS:
-        same = [folder for folder in splits if splits[folder] == split]
-        if len(same) > 1:
-            raise UserError(f"data.root={root} has a folder {' and one '.join(same)}; it can have one of them")
-    if "train" not in splits.values():
-        raise UserError(f"data.root={root} has a folder {' and '.join(splits)}, but none that is called train")
-    return splits
+    split: str
+    name: str
+    label: str
 
 
-def assign_splits(folders: dict[str, str], names: Sequence[str], test_size: float | None) -> list[tuple[str, str, str]]:
-    """`(split, name, label)` of all pictures, split by split and there in natural order.
-
-    Where there is no folder `test`, `holdout_indices` says which of the training pictures are for testing.
-    """
-    listed = [("train", name, label_from_path(name)) for name in sorted(names, key=natural_sort_key)]
-    if folders:  # pictures beside them are in none
-        first = [(label_from_path(name), name) for _, name, _ in listed]
-        listed = [
-            (folders[folder], name, label_from_path(name.partition("/")[2]))
-            for folder, name in first
-            if folder in folders
-        ]
-    if test_size is not None:
-        train = [name for split, name, _ in listed if split == "train"]
-        test = {train[i] for i in holdout_indices(train, test_size, "data.test_size")}
-        listed = [("test" if name in test else split, name, label) for split, name, label in listed]
-    return sorted(listed, key=lambda picture: SPLITS.index(picture[0]))
-
-
-def decode_to_cache(
-    root: Path, listed: list[tuple[str, str, str]], shape: Sequence[int], fit: str, background: str, to: Path
-) -> None:
-    """Write `to/pixels.npy`, the pictures that can be read in the order they are `listed` in, and `to/index.json`, all
-    else that is known of them, and say what was done to them. Raises UserError if a split would be empty."""
-    header = {"descr": "|u1", "fortran_order": False}
-    kept, skipped = [], []
-    counts: Counter[str] = Counter()
-    notes: Counter[str] = Counter()
-    with open(to / "pixels.npy", "wb") as out:
-        np.lib.format.write_array_header_1_0(out, header | {"shape": (len(listed), *shape)})
-        results = iter_images([root / name for _, name, _ in listed], shape, fit, background)
-        for (split, name, label), result in zip(listed, results, strict=True):
-            text = as_text(name)
-            if isinstance(result, UnreadablePicture):
-                skipped.append((text, str(result)))
-            else:
-                out.write(result[0].numpy().tobytes())
-                kept.append((text, as_text(label)))
-                counts[split] += 1
-                notes.update(result[1] + [NOT_UTF8] * (text != name))
-        # NumPy leaves room in a header for any number of rows.
-        out.seek(0)
-        np.lib.format.write_array_header_1_0(out, header | {"shape": (len(kept), *shape)})
-        out.flush()
-        os.fsync(out.fileno())
-    for split in {split for split, _, _ in listed}:
-        if not counts[split]:
-            raise UserError(f"data.root={root} has no picture for {split} that can be read: {skipped_message(skipped)}")
-    for note, count in notes.items():
-        print(f"{count:,} of {len(kept):,} pictures in {root}: {note}", file=sys.stderr)
-    classes = sorted({label for _, label in kept}, key=natural_sort_key)
-    number = {label: i for i, label in enumerate(classes)}
-    index = {
-        "counts": counts,
-        "names": [name for name, _ in kept],
-        "labels": [number[label] for _, label in kept],
-        "classes": None if classes == ["."] else classes,
-        "skipped": skipped,
-    }
-    (to / "index.json").write_text(json.dumps(index))
-
-
-def build_cache(
-    kept: Path,
-    root: Path,
-    listed: list[tuple[str, str, str]],
-    shape: Sequence[int],
-    fit: str,
-    background: str,
-    made_of: dict[str, Any],
-) -> None:
-    """Make the folder `kept`, whole or not at all, by one process at a time, and remove those it takes the place of."""
-    part = kept.with_name(f"{kept.name}.part")
-    try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(kept.with_name(f"{cache_prefix(kept)}.lock"))
-        try:
-            held = lock.acquire(timeout=0)
-        except Timeout:
-            print(f"another process reads the pictures in {root}; waiting for it", file=sys.stderr)
-            held = lock.acquire()
-        with held:
-            if kept.is_dir():
-                return
-            shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
-            part.mkdir()
-            try:
-                (part / CACHE_MANIFEST).write_text(json.dumps(made_of))
-                decode_to_cache(root, listed, shape, fit, background, part)
-                part.rename(kept)
-            finally:
-                shutil.rmtree(part, ignore_errors=True)
-            remove_stale_caches(kept, made_of)
-    except OSError as error:
-        raise UserError(f"data.cache={kept.parent}: {part} cannot be written ({error.strerror})") from error
-
-
-def cache_prefix(kept: Path) -> str:
-    """What the names of all folders begin with that are kept of one folder of pictures in one size."""
-    return kept.name.rpartition("-")[0]
-
-
-def remove_stale_caches(kept: Path, made_of: dict[str, Any]) -> None:
-    """Remove what this function's callers kept, or left half made, of the same folder as it was, by the same settings.
-
-    A process that has mapped such a file goes on reading it.
-    """
-    for old in list(kept.parent.iterdir()):
-        if old == kept or cache_prefix(old) != cache_prefix(kept):
-            continue
-        with contextlib.suppress(OSError, ValueError):  # without our mark
-            if json.loads((old / CACHE_MANIFEST).read_text()) != made_of or not set(os.listdir(old)) <= FILES:
-                continue
-            # Under a name that is never read, since it may be killed half-way.
-            part = old if old.suffix == ".part" else old.rename(old.with_name(f"{old.name}.part"))
-            for name in sorted(FILES, key=CACHE_MANIFEST.__eq__):  # the mark last
-                (part / name).unlink(missing_ok=True)
-            part.rmdir()
-            print(f"removed {old}, of the pictures as they were before", file=sys.stderr)
-
-
-def folder(
+def load_image_folder(
     root: Path,
     split: str,
     image_size: int | Sequence[int],
@@ -207,51 +54,215 @@ def folder(
     test_size: float | None = None,
     cache: str = "data",
 ) -> ImageSet | None:
-    """All pictures below `root`, as `read_picture` reads them, `image_size` pixels high and wide (or `[H, W]`).
+    """Load a split of all images below a folder, each as `read_image` reads it.
 
-    Labels are the first-level folders' numbers in natural order, "." being the pictures beside them; without folders
-    all are 0. Where there are first-level folders `train`, `val` (or `valid`, `validation`), `test` and no others, they
-    are the splits, the labels one level below; else `test_size` (a share or a count; None: a tenth) is for testing, as
-    `holdout_indices` chooses.
+    First-level folders are labels, numbered in natural order; "." is that of images beside them. If there are
+    first-level folders `train`, `val` (or `valid`, `validation`) and `test` and no others, they are the splits, and the
+    folders below them labels. Unreadable images are skipped with a warning.
 
-    The pixels are kept in a folder in `cache`, which is named after all they were made from: settings, and names,
-    sizes and times of the files. It may be deleted at any time, and is made anew; then those are removed that were made
-    by the same settings when the pictures were others. Pictures that cannot be read are left out, with a warning.
-    Raises UserError if there are none.
+    Args:
+        root: The folder.
+        split: "train", "validation" or "test".
+        image_size: The height and width in pixels, or `[H, W]`.
+        channels: 1 or 3.
+        fit: "crop" or "pad".
+        background: The color behind transparent parts and around padded images.
+        test_size: The images to hold out for testing if there is no folder `test`, a count or (below 1) a share. None
+            holds out a tenth.
+        cache: The folder of the decoded images. They may be deleted, and are decoded again if the files have changed.
+
+    Returns:
+        The images, or None for a split without any.
+
+    Raises:
+        UserError: If a setting is invalid, or there are no images.
     """
-    root, at = Path(root).expanduser(), Path(cache).expanduser()
+    root, caches = Path(root).expanduser(), Path(cache).expanduser()
     shape = [channels, image_size, image_size] if isinstance(image_size, int) else [channels, *image_size]
-    validate_fit(shape, fit, background)
-    if at.resolve().is_relative_to(root.resolve()):
-        raise UserError(
-            f"data.cache={cache} cannot be: it lies in the pictures' own folder, data.root={root}; name another for "
-            "one of them"
-        )
+    if caches.resolve().is_relative_to(root.resolve()):
+        raise UserError(f"data.cache={cache} is invalid: expected a folder outside data.root={root}")
     if not root.is_dir():
-        raise UserError(f"data.root={root} cannot be: there is no such folder of pictures")
-    files = picture_files(root)
+        raise UserError(f"data.root={root} is not a folder")
+    files = list_image_files(root)
     if not files:
-        raise UserError(f"data.root={root} has no pictures ({', '.join(SUFFIXES)})")
-    names = [file[0] for file in files]
-    folders = detect_splits(root, names, split == "train")
+        raise UserError(f"data.root={root} has no images ({', '.join(SUFFIXES)})")
+    names = [file.name for file in files]
+    folders = detect_splits(root, names, warn=split == "train")
     if "test" not in folders.values():
         test_size = DEFAULT_HOLDOUT if test_size is None else test_size
     elif test_size is not None:
         raise UserError(f"data.test_size={test_size} is invalid: expected null ({root} has its own test images)")
-    made_of = {"made_by": STAMP, "settings": [str(root.resolve()), shape, fit, background, test_size]}
-    recipe = json.dumps([CACHE_FORMAT, made_of["settings"], folders, files])
-    digest = hashlib.sha256(recipe.encode()).hexdigest()[:16]
-    kept = at / f"{root.resolve().name}-{'x'.join(map(str, shape))}-{digest}"
-    if not kept.is_dir():
-        build_cache(kept, root, assign_splits(folders, names, test_size), shape, fit, background, made_of)
+    settings = hash_json([str(root.resolve()), shape, fit, background, test_size])
+    name = f"{root.resolve().name}-{'x'.join(map(str, shape))}-{settings}"
+    path = caches / f"{name}-{hash_json([CACHE_FORMAT, folders, files])}"
+    if not path.is_dir():
+        build_cache(path, root, assign_splits(folders, names, test_size), shape, fit, background)
+    return read_cache(path, root, split)
+
+
+def hash_json(content: object) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+def detect_splits(root: Path, names: Sequence[str], warn: bool) -> dict[str, str]:
+    """Map each first-level folder to its split, or return {} if there are none, or they are classes.
+
+    Raises:
+        UserError: If folders could be either, or a split is empty, missing or there twice.
+    """
+    splits = split_folders(names)
+    if not splits:
+        warn_of_classes(root, names, warn)
+        return {}
+    for folder in sorted(entry.name for entry in root.iterdir() if entry.is_dir()):
+        if folder.lower() in SPLIT_FOLDERS and folder not in splits:
+            raise UserError(
+                f"data.root={root} has no images in {folder} ({', '.join(SUFFIXES)}), or only links to those of "
+                "another split"
+            )
+    for split in SPLITS:
+        same = [folder for folder in splits if splits[folder] == split]
+        if len(same) > 1:
+            raise UserError(f"data.root={root} has the folders {' and '.join(same)} for one split; merge them")
+    if "train" not in splits.values():
+        raise UserError(f"data.root={root} has a folder {' and '.join(splits)}, but no folder train")
+    return splits
+
+
+def warn_of_classes(root: Path, names: Sequence[str], warn: bool) -> None:
+    """Warn of a class that has the name of a split, and reject two of them."""
+    folders = sorted({label_from_path(name) for name in names} - {"."}, key=natural_sort_key)
+    named = [folder for folder in folders if folder.lower() in SPLIT_FOLDERS]
+    others = [folder for folder in folders if folder not in named]
+    beside = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
+    if len(named) > 1:
+        raise UserError(
+            f"data.root={root} has images in {' and '.join(named)}, as splits, and in {beside}, as classes; move the "
+            "classes into the splits, or rename the folders of splits"
+        )
+    if named and warn:
+        print(
+            f"{root}: {named[0]} is a class, like {beside}; splits have only the folders train, val and test",
+            file=sys.stderr,
+        )
+
+
+def assign_splits(folders: dict[str, str], names: Sequence[str], test_size: float | None) -> list[Source]:
+    """Assign each image to a split, by its folder or by `test_size`, and sort by split and in natural order."""
+    sources = []
+    for name in sorted(names, key=natural_sort_key):
+        if not folders:
+            sources.append(Source("train", name, label_from_path(name)))
+        elif split := folders.get(label_from_path(name)):  # images beside the folders are in no split
+            sources.append(Source(split, name, label_from_path(name.partition("/")[2])))
+    if test_size is not None:
+        train = [source.name for source in sources if source.split == "train"]
+        test = {train[i] for i in hold_out_by_name(train, test_size, "data.test_size")}
+        sources = [source._replace(split="test") if source.name in test else source for source in sources]
+    return sorted(sources, key=lambda source: SPLITS.index(source.split))
+
+
+def build_cache(
+    path: Path, root: Path, sources: Sequence[Source], shape: Sequence[int], fit: str, background: str
+) -> None:
+    """Decode images into the folder `path`, in one process at a time, and remove the caches that it replaces."""
+    part = path.with_name(f"{path.name}.part")
     try:
-        index = json.loads((kept / "index.json").read_text())
-        pixels = tensor_from_mmap(np.load(kept / "pixels.npy", mmap_mode="r"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path.with_name(f"{cache_prefix(path)}.lock"))
+        try:
+            held = lock.acquire(timeout=0)
+        except Timeout:
+            print(f"waiting for another process that reads the images in {root}", file=sys.stderr)
+            held = lock.acquire()
+        with held:
+            if path.is_dir():
+                return
+            shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
+            part.mkdir()
+            try:
+                decode_to_cache(part, root, sources, shape, fit, background)
+                part.rename(path)
+            finally:
+                shutil.rmtree(part, ignore_errors=True)
+            remove_stale_caches(path)
+    except OSError as error:
+        raise UserError(f"data.cache={path.parent}: cannot write {part} ({error.strerror})") from error
+
+
+def decode_to_cache(
+    path: Path, root: Path, sources: Sequence[Source], shape: Sequence[int], fit: str, background: str
+) -> None:
+    """Write the readable images to `pixels.npy`, in order, and their names and labels to `index.json`.
+
+    Raises:
+        UserError: If a split would be empty.
+    """
+    header = {"descr": "|u1", "fortran_order": False}
+    log, kept = ReadLog(), []
+    with open(path / "pixels.npy", "wb") as out:
+        np.lib.format.write_array_header_1_0(out, header | {"shape": (len(sources), *shape)})
+        names = [source.name for source in sources]
+        results = iter_images([root / name for name in names], shape, fit, background)
+        for i, pixels in log.skip_unreadable(names, results):
+            out.write(pixels.numpy().tobytes())
+            kept.append(sources[i])
+        # The header is written again with the number of readable images; NumPy pads it to the same length.
+        out.seek(0)
+        np.lib.format.write_array_header_1_0(out, header | {"shape": (len(kept), *shape)})
+        out.flush()
+        os.fsync(out.fileno())
+    counts = Counter(source.split for source in kept)
+    for split in {source.split for source in sources}:
+        if not counts[split]:
+            raise UserError(f"data.root={root} has no readable {split} images: {describe_skipped(log.skipped)}")
+    for note, count in log.notes.items():
+        print(f"{count:,} of {len(kept):,} images in {root}: {note}", file=sys.stderr)
+    labels = [as_text(source.label) for source in kept]
+    classes = sorted(set(labels), key=natural_sort_key)
+    numbers = {label: number for number, label in enumerate(classes)}
+    index = {
+        "counts": counts,
+        "names": [as_text(source.name) for source in kept],
+        "labels": [numbers[label] for label in labels],
+        "classes": None if classes == ["."] else classes,
+        "skipped": log.skipped,
+    }
+    (path / "index.json").write_text(json.dumps(index))
+
+
+def cache_prefix(path: Path) -> str:
+    """Return the part of a cache's name that is the same for all states of its images."""
+    return path.name.rpartition("-")[0]
+
+
+def remove_stale_caches(path: Path) -> None:
+    """Remove the caches of the same folder and settings from before the images changed.
+
+    A process that has mapped such a cache can still read it.
+    """
+    name = re.compile(re.escape(cache_prefix(path)) + r"-[0-9a-f]{16}(\.part)?")
+    for stale in list(path.parent.iterdir()):
+        if stale == path or not name.fullmatch(stale.name):
+            continue
+        with contextlib.suppress(OSError):
+            if set(os.listdir(stale)) <= CACHE_FILES:
+                # A cache is renamed before it is removed, so that no process reads a half of it.
+                part = stale if stale.suffix == ".part" else stale.rename(stale.with_name(f"{stale.name}.part"))
+                shutil.rmtree(part)
+                print(f"removed {stale}, the cache from before the images changed", file=sys.stderr)
+
+
+def read_cache(path: Path, root: Path, split: str) -> ImageSet | None:
+    """Map the images of a split; return None if there are none."""
+    try:
+        index = json.loads((path / "index.json").read_text())
+        pixels = tensor_from_mmap(np.load(path / "pixels.npy", mmap_mode="r"))
         labels = torch.tensor(index["labels"])
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{kept} is damaged; delete it, and it is made anew from {root}") from error
+        raise UserError(f"{path} is damaged; delete it, and it is made again from {root}") from error
     if index["skipped"] and split == "train":
-        print(f"of the pictures in {root}, {skipped_message(index['skipped'])}", file=sys.stderr)
+        print(f"images in {root}: {describe_skipped(index['skipped'])}", file=sys.stderr)
     start = sum(index["counts"].get(before, 0) for before in SPLITS[: SPLITS.index(split)])
     rows = slice(start, start + index["counts"].get(split, 0))
     if rows.stop == start:

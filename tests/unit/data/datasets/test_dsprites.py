@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from betavae.data.datasets.dsprites import FILE, dsprites
+from betavae.data.datasets.dsprites import FILE, load_dsprites
 from betavae.data.datasets.sprites import split_indices
 from betavae.errors import UserError
 
@@ -14,7 +14,7 @@ class Trap:
 
 @pytest.fixture(scope="module")
 def arrays():
-    """A file as the published one, of smaller images and fewer of them."""
+    """The arrays of the published file, with fewer and smaller images."""
     random = np.random.RandomState(0)
     return {
         "imgs": random.randint(2, size=(21_000, 8, 16)).astype(np.uint8),
@@ -28,17 +28,17 @@ def write(folder, arrays):
     return folder
 
 
-def test_images_and_factors_are_those_of_the_file(tmp_path, arrays):
+def test_images_and_factors_are_read_from_the_file(tmp_path, arrays):
     write(tmp_path, arrays)
     images = torch.from_numpy(arrays["imgs"])[:, None] * 255
     labels = torch.from_numpy(arrays["latents_classes"])[:, 1:]
-    train = dsprites(tmp_path, "train")
+    train = load_dsprites(tmp_path, "train")
     assert train.pixels.shape == images.shape and len(train.pixels) == 21_000
     index = torch.tensor([20_999, 0, 5, 5, 8191, 8192])
     for pixels in (train.pixels, train.pixels.to("cpu")):
         assert torch.equal(pixels.index_select(0, index), images[index])
     assert train.labels.dtype == torch.int64 and torch.equal(train.labels, labels)
-    test = dsprites(tmp_path, "test")
+    test = load_dsprites(tmp_path, "test")
     rows = split_indices("test", 21_000)
     assert torch.equal(test.pixels.index_select(0, torch.arange(10_000)), images[rows])
     assert torch.equal(test.labels, labels[rows])
@@ -58,14 +58,14 @@ def test_images_and_factors_are_those_of_the_file(tmp_path, arrays):
         {"latents_classes": np.array([Trap()], dtype=object)},
     ],
 )
-def test_another_array_in_the_file(tmp_path, arrays, wrong):
+def test_other_arrays_are_rejected(tmp_path, arrays, wrong):
     with pytest.raises(UserError, match="is not dSprites' file"):
-        dsprites(write(tmp_path, arrays | wrong), "train")
+        load_dsprites(write(tmp_path, arrays | wrong), "train")
 
 
-def test_another_file_a_damaged_one_and_none(tmp_path, arrays):
-    with pytest.raises(UserError, match="is not there"):
-        dsprites(tmp_path, "train")
+def test_missing_damaged_and_other_files_are_rejected(tmp_path, arrays):
+    with pytest.raises(UserError, match="is missing; download it"):
+        load_dsprites(tmp_path, "train")
     path = write(tmp_path, arrays) / FILE
     content = path.read_bytes()
     damaged = bytearray(content)
@@ -73,7 +73,7 @@ def test_another_file_a_damaged_one_and_none(tmp_path, arrays):
     for wrong in (b"", b"not a zip", content[:-1000], bytes(damaged)):
         path.write_bytes(wrong)
         with pytest.raises(UserError, match="is not dSprites' file"):
-            dsprites(tmp_path, "train")
+            load_dsprites(tmp_path, "train")
     np.savez(path, imgs=arrays["imgs"])
     with pytest.raises(UserError, match="is not dSprites' file"):
-        dsprites(tmp_path, "train")
+        load_dsprites(tmp_path, "train")

@@ -1,66 +1,66 @@
-// What the parts of the page share: the state, questions to the server, pictures on canvases.
+// Shared by the modules of the page: state, requests to the server, images on canvases.
 export const $ = (id) => document.getElementById(id);
 
-// `state` is the server's. A latent is in a model's own order of dimensions; `z` has one for each run. `lead` is the run
-// whose values the sliders and the map show, `ends` are those of the path.
+// `state` is from the server. `z` has one latent per run, in that model's own order of dimensions. The sliders and the
+// map show the run number `lead`. `ends` are the ends of the path.
 export const page = { state: null, z: [], lead: 0, ends: { start: null, end: null } };
 
-export async function ask(url, body, kind = "application/json") {
+export async function request(url, body, kind = "application/json") {
   const json = kind === "application/json";
-  const answer = await fetch(url, body === undefined ? {} : {
+  const response = await fetch(url, body === undefined ? {} : {
     method: "POST", headers: { "Content-Type": kind }, body: json ? JSON.stringify(body) : body,
   });
-  const content = await answer.json().catch(() => ({ error: answer.statusText }));
-  if (!answer.ok) throw new Error(content.error);
+  const content = await response.json().catch(() => ({ error: response.statusText }));
+  if (!response.ok) throw new Error(content.error);
   return content;
 }
 
-export function say(text) {
+export function showMessage(text) {
   $("message").textContent = text;
   $("message").hidden = !text;
 }
 
-// Of several wishes that come while one is answered, only the last is worth an answer.
-export function latest(work) {
-  let wish = null, busy = false;
-  return async (...wanted) => {
-    wish = wanted;
+// Wrap a function so that calls during a running one are dropped, except the last.
+export function runLatest(work) {
+  let pending = null, busy = false;
+  return async (...args) => {
+    pending = args;
     if (busy) return;
     busy = true;
-    while (wish) {
-      const now = wish;
-      wish = null;
+    while (pending) {
+      const now = pending;
+      pending = null;
       try {
         await work(...now);
-        say("");
+        showMessage("");
       } catch (error) {
-        say(error instanceof TypeError ? "The server does not answer: is it still running?" : error.message);
+        showMessage(error instanceof TypeError ? "The server does not respond; check that it is running." : error.message);
       }
     }
     busy = false;
   };
 }
 
-function pixels(text) {
+function decodePixels(text) {
   const [channels, height, width] = page.state.shape, bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
-  const picture = new ImageData(width, height);
+  const image = new ImageData(width, height);
   for (let i = 0; i < width * height; i++) {
-    for (let c = 0; c < 3; c++) picture.data[4 * i + c] = bytes[channels * i + (channels === 3 ? c : 0)];
-    picture.data[4 * i + 3] = 255;
+    for (let c = 0; c < 3; c++) image.data[4 * i + c] = bytes[channels * i + (channels === 3 ? c : 0)];
+    image.data[4 * i + 3] = 255;
   }
-  return picture;
+  return image;
 }
 
 export function draw(canvas, text, column = 0) {
-  canvas.getContext("2d").putImageData(pixels(text), column * page.state.shape[2], 0);
+  canvas.getContext("2d").putImageData(decodePixels(text), column * page.state.shape[2], 0);
 }
 
-export function sized(canvas, columns = 1) {
+export function setSize(canvas, columns = 1) {
   [canvas.width, canvas.height] = [columns * page.state.shape[2], page.state.shape[1]];
   return canvas;
 }
 
-export function make(tag, properties = {}, ...children) {
+export function create(tag, properties = {}, ...children) {
   const element = Object.assign(document.createElement(tag), properties);
   element.append(...children);
   return element;

@@ -1,30 +1,30 @@
-// The map of the test images: points on one canvas, the marks that move on another above it.
-import { $, ask, latest, make, page } from "./common.js";
+// The map of the test images: points on one canvas, and moving marks on another above it.
+import { $, create, page, request, runLatest } from "./common.js";
 
-const COLOURS = ["#4e79c4", "#f28e2b", "#43a047", "#e15759", "#a173d1", "#a9744f", "#e377c2", "#8c8f96", "#b5b02c", "#2bb3c0"];
-let map = null, alone = null; // `alone`: the one label that is shown, if not all are
+const COLORS = ["#4e79c4", "#f28e2b", "#43a047", "#e15759", "#a173d1", "#a9744f", "#e377c2", "#8c8f96", "#b5b02c", "#2bb3c0"];
+let map = null, onlyLabel = null; // `onlyLabel` is null while all labels are shown
 
-const factor = () => page.state.labels[$("factor").selectedIndex];
+const getFactor = () => page.state.labels[$("factor").selectedIndex];
 
-// The colour of each label, by its rank: a label may be any integer.
-function colours(values) {
+// Colors are by the rank of a label, since a label may be any integer.
+function chooseColors(values) {
   const labels = [...new Set(values)].sort((a, b) => a - b), most = labels.length - 1;
-  const shade = (rank) => most < COLOURS.length ? COLOURS[rank] : `hsl(${260 - 220 * rank / most} 65% 55%)`;
+  const shade = (rank) => most < COLORS.length ? COLORS[rank] : `hsl(${260 - 220 * rank / most} 65% 55%)`;
   return new Map(labels.map((label, rank) => [label, shade(rank)]));
 }
 
 function project(latent) {
-  return [0, 1].map((axis) => latent.reduce((sum, value, d) => sum + (value - map.centre[d]) * map.axes[d][axis], 0));
+  return [0, 1].map((axis) => latent.reduce((sum, value, d) => sum + (value - map.center[d]) * map.axes[d][axis], 0));
 }
 
 function toScreen([x, y]) {
   return [map.scale * (x - map.middle[0]) + map.width / 2, map.height / 2 - map.scale * (y - map.middle[1])];
 }
 
-export const loadMap = latest(async () => {
+export const loadMap = runLatest(async () => {
   const axes = $("axes").value;
   const run = page.lead, { order } = page.state.runs[run];
-  map = { run, ...await ask(`api/map?run=${run}&axes=${axes}`) };
+  map = { run, ...await request(`api/map?run=${run}&axes=${axes}`) };
   const names = axes === "pca" ? ["1st", "2nd"] : order.slice(0, 2).map((d) => `z${d}`);
   const shares = names.map((name, axis) => `${name} ${Math.round(100 * map.share[axis])} %`);
   $("share").textContent = `Variance of the posterior means: ${shares.join(", ")}`;
@@ -42,22 +42,22 @@ export function drawMap() {
   });
   map.middle = sides.map(([low, high]) => (low + high) / 2);
   map.scale = 0.95 * Math.min(...sides.map(([low, high], axis) => [map.width, map.height][axis] / (high - low || 1)));
-  const context = back.getContext("2d"), values = factor(), colour = colours(values);
+  const context = back.getContext("2d"), values = getFactor(), colors = chooseColors(values);
   context.scale(ratio, ratio);
   context.globalAlpha = 0.75;
   map.points.forEach((point, index) => {
-    if (alone !== null && values[index] !== alone) return;
+    if (onlyLabel !== null && values[index] !== onlyLabel) return;
     const [x, y] = toScreen(point);
-    context.fillStyle = colour.get(values[index]);
+    context.fillStyle = colors.get(values[index]);
     context.fillRect(x - 1.25, y - 1.25, 2.5, 2.5);
   });
   const words = $("axes").selectedOptions[0].textContent;
-  back.setAttribute("aria-label", `Map of ${page.state.images} test images by ${words}; a click or a number chooses one`);
+  back.setAttribute("aria-label", `Map of ${page.state.images} test images by ${words}; choose one by a click or its number`);
   drawMarks();
 }
 
 export function drawMarks() {
-  if (map?.run !== page.lead || !map.scale) return; // that of another run is still shown
+  if (map?.run !== page.lead || !map.scale) return; // the map of another run is still shown
   const context = $("map").children[1].getContext("2d"), ratio = devicePixelRatio || 1;
   const style = getComputedStyle(document.body), { start, end } = page.ends;
   context.setTransform(ratio, 0, 0, ratio, 0, 0);
@@ -88,12 +88,12 @@ export function drawMarks() {
   mark(page.z[page.lead], "");
 }
 
-/** The number of the test image nearest to a click, null where none is shown. */
-export function nearest(event) {
+/** Find the number of the test image nearest to a click; null if none is shown. */
+export function findNearest(event) {
   if (!map) return null;
   let best = null, distance = Infinity;
   map.points.forEach((point, index) => {
-    if (alone !== null && factor()[index] !== alone) return;
+    if (onlyLabel !== null && getFactor()[index] !== onlyLabel) return;
     const [x, y] = toScreen(point), d = Math.hypot(x - event.offsetX, y - event.offsetY);
     if (d < distance) [best, distance] = [index, d];
   });
@@ -101,14 +101,14 @@ export function nearest(event) {
 }
 
 export function makeLegend() {
-  alone = null;
-  $("legend").replaceChildren(...[...colours(factor())].map(([value, colour]) => {
-    const dot = make("i");
-    dot.style.background = colour;
-    const button = make("button", { type: "button", ariaPressed: "false" }, dot, page.state.classes?.[value] ?? `${value}`);
+  onlyLabel = null;
+  $("legend").replaceChildren(...[...chooseColors(getFactor())].map(([value, color]) => {
+    const dot = create("i");
+    dot.style.background = color;
+    const button = create("button", { type: "button", ariaPressed: "false" }, dot, page.state.classes?.[value] ?? `${value}`);
     button.addEventListener("click", () => {
-      alone = alone === value ? null : value;
-      for (const each of $("legend").children) each.ariaPressed = String(each === button && alone !== null);
+      onlyLabel = onlyLabel === value ? null : value;
+      for (const each of $("legend").children) each.ariaPressed = String(each === button && onlyLabel !== null);
       drawMap();
     });
     return button;

@@ -1,26 +1,26 @@
 // The page: sliders, pictures, the chosen image, the path.
-import { $, ask, draw, latest, make, page, say, sized } from "./common.js";
+import { $, create, draw, page, request, runLatest, setSize, showMessage } from "./common.js";
 import { makeDrawing } from "./drawing.js";
-import { drawMap, drawMarks, loadMap, makeLegend, nearest } from "./map.js";
+import { drawMap, drawMarks, findNearest, loadMap, makeLegend } from "./map.js";
 
-const FRAMES = 11, SHOWN = 12; // pictures of a path, sliders before "show all"
-const canvases = [], scores = []; // one for each run
-let chosen = null; // what the latents are of, null once nothing in particular
+const FRAMES = 11, MAX_SLIDERS = 12; // images on a path; sliders before "show all"
+const canvases = [], scores = []; // one per run
+let chosen = null; // name of the encoded image, null once the latents have changed
 
-// ---- latents and what they decode to
+// ---- latents and decoded images
 
-const decode = latest(async (asked) => {
-  const { pictures } = await ask("api/decode", { z: page.z });
-  pictures.forEach((text, run) => draw(canvases[run], text));
-  document.body.dataset.answered = performance.now() - asked;
-  $("answer").textContent = `last answer in ${Math.round(document.body.dataset.answered)} ms`;
+const decode = runLatest(async (start) => {
+  const { images } = await request("api/decode", { z: page.z });
+  images.forEach((text, run) => draw(canvases[run], text));
+  document.body.dataset.answered = performance.now() - start;
+  $("answer").textContent = `last response in ${Math.round(document.body.dataset.answered)} ms`;
 });
 
-function moved() {
+function update() {
   decode(performance.now());
   const { order } = page.state.runs[page.lead];
   document.querySelectorAll(".slider").forEach((slider, rank) => {
-    slider.hidden = rank >= order.length || (rank >= SHOWN && !$("all").hidden);
+    slider.hidden = rank >= order.length || (rank >= MAX_SLIDERS && !$("all").hidden);
     if (slider.hidden) return;
     const [range, output] = slider.querySelectorAll("input, output"), value = page.z[page.lead][order[rank]];
     range.max = Math.max(range.max, Math.ceil(Math.abs(value)));
@@ -31,18 +31,18 @@ function moved() {
   drawMarks();
 }
 
-/** Sets, in each run, the dimension of this rank by KL. */
-function set(rank, value) {
+/** Set the dimension of this rank by KL in each run. */
+function setDimension(rank, value) {
   page.state.runs.forEach(({ order }, run) => { if (rank < order.length) page.z[run][order[rank]] = value; });
 }
 
 function setAll(value, caption) {
-  document.querySelectorAll(".slider").forEach((_, rank) => set(rank, value()));
-  forget(caption);
-  moved();
+  document.querySelectorAll(".slider").forEach((_, rank) => setDimension(rank, value()));
+  clearChosen(caption);
+  update();
 }
 
-function normal() {
+function drawNormal() {
   return Math.sqrt(-2 * Math.log(1 - Math.random())) * Math.cos(2 * Math.PI * Math.random());
 }
 
@@ -50,12 +50,12 @@ function makeSliders() {
   const { runs } = page.state, most = Math.max(...runs.map(({ order }) => order.length));
   for (let rank = 0; rank < most; rank++) {
     const reach = Math.max(3, ...runs.map((run) => Math.ceil(run.reach[run.order[rank]] || 0)));
-    const range = make("input", { type: "range", min: -reach, max: reach, step: 0.01, id: `slider${rank}` });
-    range.addEventListener("input", () => { set(rank, Number(range.value)); moved(); });
-    const name = make("span", {}, make("meter", { max: 1, ariaHidden: "true" }), "");
-    $("sliders").append(make("label", { className: "slider" }, name, range, make("output", { htmlFor: range.id })));
+    const range = create("input", { type: "range", min: -reach, max: reach, step: 0.01, id: `slider${rank}` });
+    range.addEventListener("input", () => { setDimension(rank, Number(range.value)); update(); });
+    const name = create("span", {}, create("meter", { max: 1, ariaHidden: "true" }), "");
+    $("sliders").append(create("label", { className: "slider" }, name, range, create("output", { htmlFor: range.id })));
   }
-  $("all").hidden = most <= SHOWN;
+  $("all").hidden = most <= MAX_SLIDERS;
   $("all").textContent = `Show all ${most}`;
 }
 
@@ -72,7 +72,7 @@ function nameSliders() {
 
 // ---- the chosen image
 
-function forget(caption) {
+function clearChosen(caption) {
   chosen = null;
   $("chosen").textContent = caption;
   const canvas = $("input").querySelector("canvas");
@@ -80,44 +80,44 @@ function forget(caption) {
   scores.forEach((list) => list.replaceChildren());
 }
 
-function choose({ image, runs }, what, caption) {
-  chosen = what;
+function choose({ image, runs }, name, caption) {
+  chosen = name;
   $("chosen").textContent = caption;
   draw($("input").querySelector("canvas"), image);
   $("meanings").textContent = runs[0].scores.map(({ name, meaning }) => `${name}: ${meaning}`).join("; ") + ".";
   runs.forEach(({ mean, scores: rows }, run) => {
     page.z[run] = mean;
     scores[run].replaceChildren(...rows.flatMap(({ name, value, unit, meaning }) => [
-      make("dt", { textContent: name, title: meaning }),
-      make("dd", { textContent: value === null ? "not finite" : `${value.toFixed(1)} ${unit}`, title: meaning }),
+      create("dt", { textContent: name, title: meaning }),
+      create("dd", { textContent: value === null ? "not finite" : `${value.toFixed(1)} ${unit}`, title: meaning }),
     ]));
   });
-  moved();
+  update();
 }
 
-const chooseTest = latest(async (index) => {
-  const answer = await ask("api/image", { index }), values = page.state.labels.map((factor) => factor[index]);
+const chooseTestImage = runLatest(async (index) => {
+  const response = await request("api/image", { index }), values = page.state.labels.map((factor) => factor[index]);
   $("index").value = index;
   const label = page.state.classes?.[values[0]] ?? values.join(", ");
-  choose(answer, `test image ${index}`, `Test image ${index}, label ${label}`);
+  choose(response, `test image ${index}`, `Test image ${index}, label ${label}`);
 });
 
-const choosePicture = latest(async (blob, caption, query) => {
-  choose(await ask(`api/picture?${query}`, blob, "application/octet-stream"), `your ${caption}`, `Your ${caption}`);
+const choosePicture = runLatest(async (blob, caption, query) => {
+  choose(await request(`api/upload?${query}`, blob, "application/octet-stream"), `your ${caption}`, `Your ${caption}`);
 });
 
 // ---- the path
 
-const drawPath = latest(async () => {
+const drawPath = runLatest(async () => {
   const { start, end } = page.ends;
-  const { pictures } = await ask("api/path", { start: start.z, end: end.z, steps: FRAMES });
+  const { images } = await request("api/path", { start: start.z, end: end.z, steps: FRAMES });
   document.querySelectorAll("#strips canvas").forEach((canvas, run) => {
-    pictures[run].forEach((text, column) => draw(canvas, text, column));
+    images[run].forEach((text, column) => draw(canvas, text, column));
   });
 });
 
 function setEnd(which) {
-  page.ends[which] = { z: page.z.map((latent) => [...latent]), name: chosen ?? "a point of your own" };
+  page.ends[which] = { z: page.z.map((latent) => [...latent]), name: chosen ?? "a custom point" };
   const { start, end } = page.ends;
   if (!start || !end) return;
   $("ends").textContent = `from ${start.name} to ${end.name}`;
@@ -126,45 +126,45 @@ function setEnd(which) {
   drawMarks();
 }
 
-function goAlong(share) {
+function moveAlongPath(share) {
   const { start, end } = page.ends;
   if (!start || !end) return;
   $("along").value = share;
   page.z = start.z.map((from, run) => from.map((value, d) => (1 - share) * value + share * end.z[run][d]));
-  moved();
+  update();
 }
 
-// ---- the beginning
+// ---- start
 
 function makeRuns() {
-  const canvas = sized($("input").querySelector("canvas")), several = page.state.runs.length > 1;
+  const canvas = setSize($("input").querySelector("canvas")), several = page.state.runs.length > 1;
   for (const run of page.state.runs) {
-    canvases.push(sized(make("canvas", { role: "img", ariaLabel: `decoded by ${run.name}` })));
-    scores.push(make("dl"));
+    canvases.push(setSize(create("canvas", { role: "img", ariaLabel: `decoded by ${run.name}` })));
+    scores.push(create("dl"));
     const nats = run.kl.reduce((a, b) => a + b, 0).toFixed(1);
     const beta = run.name.includes("beta=") ? "" : `β ${run.beta} · `;
     const words = `${beta}${run.order.length} dimensions · KL ${nats} nats`;
-    $("pictures").append(make("figure", { className: "card", title: run.path }, canvases.at(-1),
-      make("figcaption", {}, make("b", { textContent: run.name }), make("small", { textContent: words }), scores.at(-1))));
-    $("lead").append(make("option", { textContent: run.name }));
-    const strip = sized(make("canvas", { role: "img", ariaLabel: `path, decoded by ${run.name}` }), FRAMES);
+    $("pictures").append(create("figure", { className: "card", title: run.path }, canvases.at(-1),
+      create("figcaption", {}, create("b", { textContent: run.name }), create("small", { textContent: words }), scores.at(-1))));
+    $("lead").append(create("option", { textContent: run.name }));
+    const strip = setSize(create("canvas", { role: "img", ariaLabel: `path, decoded by ${run.name}` }), FRAMES);
     strip.addEventListener("click", (event) => {
-      goAlong(Math.min(Math.floor(FRAMES * event.offsetX / strip.clientWidth), FRAMES - 1) / (FRAMES - 1));
+      moveAlongPath(Math.min(Math.floor(FRAMES * event.offsetX / strip.clientWidth), FRAMES - 1) / (FRAMES - 1));
     });
-    $("strips").append(make("figure", {}, strip, ...(several ? [make("figcaption", { textContent: run.name })] : [])));
+    $("strips").append(create("figure", {}, strip, ...(several ? [create("figcaption", { textContent: run.name })] : [])));
   }
   canvas.style.aspectRatio = `${canvas.width} / ${canvas.height}`;
   $("lead-label").hidden = $("several").hidden = !several;
 }
 
-async function begin() {
-  const state = page.state = await ask("api/state");
+async function start() {
+  const state = page.state = await request("api/state");
   page.z = state.runs.map(({ order }) => order.map(() => 0));
   $("about").textContent = `${state.data}, ${state.images.toLocaleString("en")} test images, ` +
     (state.runs.length > 1 ? `${state.runs.length} runs side by side` : state.runs[0].path);
   $("note").textContent = `Numbers are in nats per image: ${state.note}.`;
   $("index").max = state.images - 1;
-  state.labels.forEach((_, number) => $("factor").append(make("option", { textContent: `factor ${number + 1}` })));
+  state.labels.forEach((_, number) => $("factor").append(create("option", { textContent: `factor ${number + 1}` })));
   $("factor-label").hidden = state.labels.length < 2;
   makeRuns();
   makeSliders();
@@ -173,33 +173,33 @@ async function begin() {
   makeDrawing(choosePicture, () => setAll(() => 0, "none: the prior's mean"));
 
   const on = (id, event, act) => $(id).addEventListener(event, act);
-  on("lead", "change", () => { page.lead = $("lead").selectedIndex; nameSliders(); moved(); loadMap(); });
-  on("sample", "click", () => setAll(normal, "none: a sample of the prior"));
+  on("lead", "change", () => { page.lead = $("lead").selectedIndex; nameSliders(); update(); loadMap(); });
+  on("sample", "click", () => setAll(drawNormal, "none: a sample of the prior"));
   on("zero", "click", () => setAll(() => 0, "none: the prior's mean"));
-  on("all", "click", () => { $("all").hidden = true; moved(); });
+  on("all", "click", () => { $("all").hidden = true; update(); });
   on("axes", "change", loadMap);
   on("factor", "change", () => { makeLegend(); drawMap(); });
   $("map").firstElementChild.addEventListener("click", (event) => {
-    const index = nearest(event);
-    if (index !== null) chooseTest(index);
+    const index = findNearest(event);
+    if (index !== null) chooseTestImage(index);
   });
-  on("index", "change", () => chooseTest(Number($("index").value)));
-  on("any", "click", () => chooseTest(Math.floor(state.images * Math.random())));
+  on("index", "change", () => chooseTestImage(Number($("index").value)));
+  on("any", "click", () => chooseTestImage(Math.floor(state.images * Math.random())));
   on("start", "click", () => setEnd("start"));
   on("end", "click", () => setEnd("end"));
-  on("along", "input", () => goAlong(Number($("along").value)));
+  on("along", "input", () => moveAlongPath(Number($("along").value)));
   new ResizeObserver(drawMap).observe($("map"));
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawMarks);
 
   await loadMap();
-  // Begin with something to see: a path from the first test image to the second.
+  // Start with a path from the first test image to the second.
   if (state.images > 1) {
-    await chooseTest(1);
+    await chooseTestImage(1);
     setEnd("end");
   }
-  await chooseTest(0);
+  await chooseTestImage(0);
   setEnd("start");
   document.body.dataset.ready = "yes";
 }
 
-begin().catch((error) => say(error.message));
+start().catch((error) => showMessage(error.message));

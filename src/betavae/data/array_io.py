@@ -1,0 +1,121 @@
+"""Read images and labels from NumPy files. Nothing is ever unpickled."""
+
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from betavae.errors import UserError
+
+
+class ArrayFile:
+    """The arrays of FILE.npz by their names, each read when asked for, or of FILE.npy as `images`, mapped into memory.
+
+    Raises:
+        UserError: If the file does not exist or is not a NumPy file.
+    """
+
+    arrays: Mapping[str, np.ndarray]
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            content = np.load(path, mmap_mode="r", allow_pickle=False)
+            if not isinstance(content, np.ndarray):
+                check_compression(content.zip)
+        except FileNotFoundError as error:
+            raise UserError(f"{path} does not exist") from error
+        except Exception as error:  # ValueError, EOFError, BadZipFile, OSError, ...
+            raise UserError(f"{path} is not a complete NumPy file of plain arrays: {error}") from error
+        self.arrays = {"images": content} if isinstance(content, np.ndarray) else content
+
+    def read(self, key: str) -> np.ndarray:
+        """Read an array.
+
+        Raises:
+            UserError: If the file has no such array, or the array is damaged.
+        """
+        if key not in self.arrays:
+            raise UserError(f"{self.path} has no array {key} (it has {', '.join(self.arrays) or 'none'})")
+        try:
+            return self.arrays[key]
+        except Exception as error:  # a pickled object, a damaged archive
+            raise UserError(f"{self.path}: {key} is not a plain array: {error}") from error
+
+    def read_pixels(self, key: str | None = None) -> Tensor:
+        """Read images in one of the layouts (N, H, W), (N, H, W, C) and (N, C, H, W), with C 1 or 3.
+
+        An array of either of the last two layouts is taken as (N, C, H, W).
+
+        Args:
+            key: The name of the array. None takes `images`, or else the only array beside `labels`.
+
+        Returns:
+            (N, C, H, W), uint8.
+
+        Raises:
+            UserError: If there is no such array. For another type, the message says how to convert it.
+        """
+        if key is None:
+            candidates = [name for name in self.arrays if name != "labels"]
+            if "images" not in self.arrays and len(candidates) != 1:
+                found = ", ".join(self.arrays) or "no arrays"
+                raise UserError(f"{self.path} holds {found}: expected one array of images; name it images")
+            key = "images" if "images" in self.arrays else candidates[0]
+        array = self.read(key)
+        if array.dtype != np.uint8:
+            scale = " * 255" if array.dtype.kind in "fb" else " / 257" if array.dtype == np.uint16 else ""
+            found = "floats in [0, 1]" if array.dtype.kind == "f" else str(array.dtype)
+            raise UserError(
+                f"{self.path}: {key} holds {found}: expected bytes (uint8, 0 to 255); convert it once with "
+                f"`pixels = ({key}{scale}).round().clip(0, 255).astype('uint8')`"
+            )
+        if array.ndim == 3:
+            array = array[:, None]
+        elif array.ndim == 4 and array.shape[1] not in (1, 3) and array.shape[3] in (1, 3):
+            array = array.transpose(0, 3, 1, 2)
+        if array.ndim != 4 or array.shape[1] not in (1, 3) or not array.size:
+            raise UserError(
+                f"{self.path}: {key} has shape {tuple(array.shape)}: expected (N, H, W), (N, H, W, C) or (N, C, H, W) "
+                "with C 1 or 3"
+            )
+        return tensor_from_mmap(array)
+
+    def read_labels(self, key: str, n: int) -> Tensor:
+        """Read the labels of `n` images as int64, (N,) or (N, F) for F factors; zeros if the file has none.
+
+        Raises:
+            UserError: If they have another type or shape.
+        """
+        if key not in self.arrays:
+            return torch.zeros(n, dtype=torch.int64)
+        labels = self.read(key)
+        if labels.dtype.kind not in "iub" or labels.ndim not in (1, 2) or len(labels) != n:
+            raise UserError(
+                f"{self.path}: {key} is {labels.dtype} {tuple(labels.shape)}: expected integers, ({n},) or ({n}, F)"
+            )
+        integers = torch.from_numpy(labels.astype(np.int64))
+        return integers[:, 0] if integers.shape[1:] == (1,) else integers
+
+
+def check_compression(archive: zipfile.ZipFile) -> None:
+    """Reject compression methods that NumPy does not write, since their compression ratio has no limit.
+
+    Raises:
+        ValueError: For a member of another method.
+    """
+    for member in archive.infolist():
+        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ValueError(f"{member.filename} is compressed by a method that NumPy does not write")
+
+
+def tensor_from_mmap(array: np.ndarray) -> Tensor:
+    """Wrap an array as a tensor that shares its memory, which may be mapped read-only."""
+    # Copy-on-write would avoid torch's warning, but Linux then refuses to map a file that is larger than memory.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(array)

@@ -1,0 +1,216 @@
+"""Hydra's part of train.py: the config folder, the names of run folders, and one-line errors."""
+
+import contextlib
+import hashlib
+import os
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from betavae.errors import UserError, first_line
+from betavae.runtime import distributed
+from betavae.runtime.cli import argument, describe_error, report_errors
+from betavae.runtime.settings import flatten, suggest
+
+# Beside the sources; if the package is installed elsewhere, beside the script that runs or its folder.
+CONFIG_ROOTS = (Path(__file__).parents[3], *Path(sys.argv[0]).resolve().parents[:2])
+CONFIGS = next((root / "configs" for root in CONFIG_ROOTS if (root / "configs/train.yaml").is_file()), Path("configs"))
+LAUNCHER_EXTRAS = {"joblib": "sweep", "submitit": "slurm", "ray": "ray"}  # the optional dependencies of each
+
+
+def to_plain(cfg: Any) -> Any:
+    """Return a config's values as plain Python. Raise UserError for a value that is `???`."""
+    if OmegaConf.is_config(cfg):
+        if missing := sorted(OmegaConf.missing_keys(cfg)):
+            raise UserError(f"{missing[0]}=??? is invalid: expected a value")
+        return OmegaConf.to_container(cfg, resolve=True)
+    return cfg
+
+
+def safe_name(text: Any) -> str:
+    """Convert a text to a short folder name that needs no quotes in a shell, a URL or a Hydra override."""
+    name = re.sub(r"[^A-Za-z0-9.,_-]+", "_", re.sub(r"[\[\]{}'\"]", "", str(text))).strip("_.")
+    return name[:200]  # file systems allow 255 bytes
+
+
+def job_name(overrides: str) -> str:
+    """Name the folder of a sweep's job; different overrides have different names, even if case is ignored."""
+    name = safe_name(overrides)
+    # If only "=" was replaced, each value follows the last "_", and the name is unique.
+    plain = re.fullmatch(r"[a-z0-9._]+=[a-z0-9.-]+(,[a-z0-9._]+=[a-z0-9.-]+)*", overrides)
+    if plain and name == overrides.replace("=", "_"):
+        return name
+    digest = hashlib.sha1(overrides.encode(errors="surrogateescape")).hexdigest()[:8]
+    return f"{name[:191].rstrip(',_')}_{digest}".lstrip("_") if overrides else "job"
+
+
+class RunFolderResolver:
+    """Choose and make the run folder of this process. Hydra resolves its name several times."""
+
+    def __init__(self) -> None:
+        self.resolved: dict[tuple[str | None, str], str] = {}
+        self.new_parents: list[Path] = []  # the innermost first
+        self.preexisting = {Path.cwd()}
+
+    def note_named_folders(self, arguments: list[str]) -> None:
+        """Note which folders of a command line exist before Hydra makes the named folder and its parents."""
+        pairs = [word.partition("=")[::2] for word in arguments]
+        named = [Path(value.strip("'\"")) for key, value in pairs if key in ("resume", "hydra.run.dir")]
+        self.new_parents = [parent for path in named for parent in path.parents if not parent.exists()]
+        self.preexisting = {Path.cwd(), *(path.resolve() for path in named if path.is_dir())}
+
+    def __call__(self, resume: str | None, wanted: str) -> str:
+        """Return `resume`, or a new folder `wanted`, made here, with a number behind it if the name is taken."""
+        if resume is not None:
+            if not Path(resume).is_dir():
+                found = "a file; pass its run folder" if Path(resume).exists() else "not a run folder: no such folder"
+                raise UserError(f"resume: {resume} is {found}")
+            return resume
+        if (resume, wanted) not in self.resolved:
+            self.resolved[resume, wanted] = distributed.broadcast_from_rank_zero(lambda: self.make(Path(wanted)))
+        return self.resolved[resume, wanted]
+
+    def make(self, wanted: Path) -> str:
+        parent = wanted.parent
+        try:
+            self.new_parents.extend(path for path in (parent, *parent.parents) if not path.exists())
+            parent.mkdir(parents=True, exist_ok=True)
+            for number in range(1, 10**6):
+                path = wanted if number == 1 else Path(f"{wanted}_{number}")
+                with contextlib.suppress(FileExistsError):
+                    path.mkdir()
+                    return str(path)
+        except OSError as error:
+            raise UserError(f"runs: cannot make a folder in {parent} ({error.strerror})") from error
+        raise UserError(f"runs: {wanted} and its numbers are all taken")
+
+    def remove_empty(self) -> None:
+        """Remove the run folder and its new parents if they are empty."""
+        for folder in (Path(HydraConfig.get().runtime.output_dir), *self.new_parents):
+            if folder.resolve() not in self.preexisting:
+                with contextlib.suppress(OSError):  # it is not empty
+                    folder.rmdir()
+
+
+run_dir = RunFolderResolver()
+OmegaConf.register_new_resolver("run_dir", run_dir)
+OmegaConf.register_new_resolver("job_name", job_name)
+OmegaConf.register_new_resolver("safe_name", safe_name)
+
+
+class JobOutcome:
+    """How far the only job of this process has come."""
+
+    composed = False
+    error: Exception | None = None
+
+
+@contextlib.contextmanager
+def hydra_command() -> Iterator[None]:
+    """Run a `hydra.main` function in the body, with one-line errors instead of Hydra's own."""
+    # A shell leaves the ~ of `key=~/file` as it is, and Hydra does not parse it.
+    sys.argv[1:] = [re.sub("^([^=]+=)~(?=/)", lambda m: m[1] + os.path.expanduser("~"), arg) for arg in sys.argv[1:]]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them
+    # The Slurm preset is complete, and has the name of the plugin's own preset on purpose.
+    warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/submitit_slurm' is validated")
+    run_dir.note_named_folders(sys.argv[1:])
+    with report_errors(lambda error: describe_config_error(error, not JobOutcome.composed, all_keys())):
+        yield
+        if JobOutcome.error:
+            raise JobOutcome.error
+
+
+@contextlib.contextmanager
+def hydra_job() -> Iterator[None]:
+    """Keep an error of the body from Hydra, which would print around it; `hydra_command` raises it."""
+    JobOutcome.composed = True
+    try:
+        yield
+    except Exception as error:
+        if is_multirun():
+            raise
+        run_dir.remove_empty()
+        JobOutcome.error = error
+
+
+def is_multirun() -> bool:
+    """Return whether this job is one of a sweep."""
+    return HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def describe_config_error(error: Exception, composing: bool, keys: list[str]) -> str | None:
+    """Describe an error in one sentence, or return None for a bug of this project.
+
+    Args:
+        composing: Whether Hydra is composing the config, where no code of this project can fail.
+        keys: The known settings.
+    """
+    if sentence := describe_error(error) or describe_launcher_error(str(error)):
+        return sentence
+    if isinstance(error, OverrideParseException):
+        return f"{error.override} is not key=value; put quotes around values with special characters"
+    if not composing and not isinstance(error, (HydraException, OmegaConfBaseException)):
+        return None
+    cause: BaseException | None = error
+    messages = []
+    while cause is not None:
+        if isinstance(cause, UserError):
+            return str(cause)
+        messages.append(str(cause))
+        cause = cause.__cause__ or cause.__context__
+    text = "\n".join(messages)
+    if match := re.search(r"Could not override '([^']+)'", text):
+        return describe_unknown_key(match[1], keys)
+    if match := re.search(r"Could not delete from config\. The value of '([^']+)' is ", text):
+        return f"~{match[1]}=... deletes {match[1]} only if that is its value; `~{match[1]}` deletes any value"
+    if match := re.search(r"Ambiguous value for argument '([^']+)'", text):
+        key, value = match[1].split("=", 1)
+        return f"{match[1]} has a comma: pass -m for a sweep, or quote one value twice: {argument(key, value)}"
+    if match := re.search(r"(?:In '[^']+': )?Could not find '([^'/]+)/([^']+)'", text):
+        options = sorted(path.stem for path in (CONFIGS / match[1]).glob("*.yaml"))
+        return f"{match[1]}={match[2]} is invalid: expected one of {', '.join(options)}"
+    return first_line(error)
+
+
+def describe_unknown_key(key: str, keys: list[str]) -> str:
+    """Describe a key that the config of this run does not have."""
+    if key not in keys:
+        return f"{key} is not a setting{suggest(key, keys, '; `--help` and `--cfg job` show all settings')}"
+    group, _, name = key.partition(".")
+    files = sorted((CONFIGS / group).glob("*.yaml"))
+    if options := [f"{group}={path.stem}" for path in files if name in OmegaConf.load(path)]:
+        return f"{key} is a setting of {' and '.join(options)}, and this run has another {group}"
+    return f"{key} is a setting of some runs that this one does not have; add it by +{key}=..."
+
+
+def describe_launcher_error(text: str) -> str | None:
+    """Describe an error of a launcher or a sweeper in one sentence, or return None."""
+    if match := re.search(r"hydra/(launcher|sweeper)/(\w+)'|hydra_plugins\.hydra_(\w+?)_(?:launcher|sweeper)", text):
+        name = match[2] or match[3]
+        if extra := LAUNCHER_EXTRAS.get(name.split("_")[0]):
+            return f'{name} is not installed; install it by `pip install -e ".[{extra}]"`'
+    if 'Could not detect "srun"' in text:
+        return "hydra/launcher needs Slurm, which is not here; hydra/launcher=joblib runs the jobs on this machine"
+    return None
+
+
+def all_keys() -> list[str]:
+    """List the dotted keys of `configs/train.yaml` and of every option of its groups."""
+    keys = [path.name for path in CONFIGS.iterdir() if path.is_dir()]
+    for path in (CONFIGS / "train.yaml", *CONFIGS.glob("*/*.yaml")):
+        content: Any = OmegaConf.to_container(OmegaConf.load(path))
+        own = {key: value for key, value in content.items() if key not in ("defaults", "hydra")}
+        is_global = path.parent == CONFIGS or "@package _global_" in path.read_text()
+        for key in flatten(own if is_global else {path.parent.name: own}):
+            parts = key.split(".")
+            keys += [".".join(parts[:number]) for number in range(1, len(parts) + 1)]
+    return list(dict.fromkeys(keys))

@@ -1,0 +1,103 @@
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from betavae.data.array_io import ArrayFile
+from betavae.errors import UserError
+
+COLOR = np.random.default_rng(0).integers(0, 256, (40, 5, 7, 3), dtype=np.uint8)
+GRAY = COLOR[..., 0]
+NCHW = torch.from_numpy(COLOR).permute(0, 3, 1, 2)
+
+
+def save(path, content):
+    """Save an array as .npy, or named arrays as .npz."""
+    np.savez(path, **content) if isinstance(content, dict) else np.save(path, content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("array", "expected"),
+    [
+        (GRAY, NCHW[:, :1]),
+        (COLOR, NCHW),
+        (COLOR[..., :1], NCHW[:, :1]),
+        (np.ascontiguousarray(COLOR.transpose(0, 3, 1, 2)), NCHW),
+        (NCHW[:, :1].numpy(), NCHW[:, :1]),
+        (COLOR[:, :1], torch.from_numpy(COLOR[:, :1])),  # (N, 1, 7, 3) is taken as (N, C, H, W)
+        (COLOR[:, :3], torch.from_numpy(COLOR[:, :3])),  # (N, 3, 7, 3) too
+    ],
+)
+@pytest.mark.parametrize("suffix", ["npy", "npz"])
+def test_all_layouts_are_read_as_nchw(tmp_path, array, expected, suffix):
+    path = save(tmp_path / f"a.{suffix}", array if suffix == "npy" else {"photos": array, "labels": np.arange(40)})
+    pixels = ArrayFile(path).read_pixels()
+    assert pixels.dtype == torch.uint8 and torch.equal(pixels, expected)
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        (np.arange(3)[:, None], [0, 1, 2]),
+        (np.array([True, False, True]), [1, 0, 1]),
+        (np.array([9, 2**40, -1]), [9, 2**40, -1]),
+        (np.arange(6).reshape(3, 2), [[0, 1], [2, 3], [4, 5]]),
+    ],
+)
+def test_labels_are_integers_or_factors(tmp_path, labels, expected):
+    file = ArrayFile(save(tmp_path / "a.npz", {"images": GRAY[:3], "labels": labels}))
+    found = file.read_labels("labels", 3)
+    assert found.dtype == torch.int64 and found.tolist() == expected
+    assert file.read_labels("y_train", 3).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.npy", GRAY / 255, r"floats in \[0, 1\].*\(images \* 255\)\.round\(\).*astype\('uint8'\)"),
+        ("a.npy", GRAY.astype(np.int64), r"int64.*\(images\)\.round\(\)"),
+        ("a.npy", GRAY * np.uint16(257), r"uint16.*\(images / 257\)\.round\(\)"),
+        ("a.npy", GRAY > 9, r"bool.*\* 255"),
+        ("a.npy", GRAY[0], r"images has shape \(5, 7\): expected \(N, H, W\)"),
+        ("a.npy", np.zeros((9, 8, 8, 4), np.uint8), r"\(9, 8, 8, 4\).*C 1 or 3"),
+        ("a.npy", np.zeros((0, 8, 8), np.uint8), r"\(0, 1, 8, 8\)"),
+        ("a.npy", np.array([{}]), "is not a complete NumPy file"),
+        ("a.npz", {"a": GRAY, "b": GRAY}, "holds a, b: expected one array of images"),
+        ("a.npz", {}, "holds no arrays"),
+        ("a.npz", {"images": np.array([{}])}, "images is not a plain array"),
+        ("a.npz", {"images": GRAY, "labels": np.arange(3)}, r"labels is int64 \(3,\): expected integers, \(40,\)"),
+        ("a.npz", {"images": GRAY, "labels": np.arange(40) / 2}, "float64 .*: expected integers"),
+        ("a.npz", {"images": GRAY, "labels": np.array(["cat"] * 40)}, "expected integers"),
+    ],
+)
+def test_other_arrays_are_rejected_with_a_reason(tmp_path, name, content, message):
+    path = save(tmp_path / name, content)
+    with pytest.raises(UserError, match=rf"{name}.*{message}"):
+        file = ArrayFile(path)
+        file.read_labels("labels", len(file.read_pixels()))
+
+
+def test_the_conversion_in_the_error_message_is_right(tmp_path):
+    with pytest.raises(UserError) as error:
+        ArrayFile(save(tmp_path / "a.npy", GRAY / 255)).read_pixels()
+    converted = {}
+    exec(re.search("`(.*)`", str(error.value))[1], {"images": GRAY / 255}, converted)
+    assert np.array_equal(converted["pixels"], GRAY) and converted["pixels"].dtype == np.uint8
+
+
+@pytest.mark.parametrize("length", [0, 40, 500])
+@pytest.mark.parametrize("suffix", ["npy", "npz"])
+def test_truncated_files_are_rejected(tmp_path, length, suffix):
+    path = save(tmp_path / f"a.{suffix}", GRAY if suffix == "npy" else {"images": GRAY})
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(UserError, match=f"{path} is not a complete NumPy file"):
+        ArrayFile(path)
+
+
+def test_missing_files_and_arrays_are_named(tmp_path):
+    with pytest.raises(UserError, match=r"none.npy does not exist"):
+        ArrayFile(tmp_path / "none.npy")
+    with pytest.raises(UserError, match=r"a.npz has no array names \(it has a, b\)"):
+        ArrayFile(save(tmp_path / "a.npz", {"a": GRAY, "b": GRAY})).read("names")
