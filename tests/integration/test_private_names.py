@@ -241,7 +241,7 @@ def test_torch_runs_functions_uncompiled_beyond_its_recompile_limit(graphs, limi
 def test_nothing_else_of_others_is_used():
     """Attributes with an underscore of anything but this project's own objects, in all of its code."""
     used = set()
-    for path in [*(REPO / "src").rglob("*.py"), *(REPO / "scripts").glob("*.py"), REPO / "train.py"]:
+    for path in [*(REPO / "src").rglob("*.py"), *(REPO / "scripts").rglob("*.py"), REPO / "train.py"]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
                 own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
