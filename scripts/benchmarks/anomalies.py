@@ -27,7 +27,7 @@ from betavae.applications.anomalies.detector import (
     compute_p_values,
     false_alarm_rate,
 )
-from betavae.data import DATASETS
+from betavae.data.source import DataSource
 from betavae.models.vae import VAE
 from betavae.objectives import elbo
 from betavae.optim import MuonAdam
@@ -115,8 +115,9 @@ class Benchmark:
         self.out = Path(settings.out)
         self.images = {}
         for name in ("mnist", "fashion_mnist"):
-            sets = [DATASETS[name](Path(settings.data_root), split) for split in ("train", "test")]
-            self.images[name] = [(images.pixels, images.labels) for images in sets if images is not None]
+            source = DataSource(name, settings.data_root, 0, "none")
+            sets = [source.load_split(split) for split in ("train", "test")]
+            self.images[name] = [(images.pixels, images.labels) for images in sets]
         self.order = torch.randperm(60_000, generator=torch.Generator().manual_seed(0))
         self.auroc: Table = defaultdict(lambda: defaultdict(list))
         self.flagged: Table = defaultdict(lambda: defaultdict(list))

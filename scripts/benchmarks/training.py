@@ -139,8 +139,8 @@ def run_bare(data_root: str, epochs: int) -> Record:
     """Train this project's network with its objective and batches in a plain loop, as the default preset does."""
     import torch
 
-    from betavae.data import DATASETS
     from betavae.data.loader import BatchLoader
+    from betavae.data.source import DataSource
     from betavae.models.vae import VAE
     from betavae.objectives import elbo
 
@@ -148,11 +148,10 @@ def run_bare(data_root: str, epochs: int) -> Record:
     torch.set_float32_matmul_precision("medium")
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    images = DATASETS["mnist"](Path(data_root), "train")
-    assert images is not None
+    images = DataSource("mnist", data_root, 0, "none").load_split("train").to(device)
     vae = VAE("mlp", [HIDDEN_DIM], LATENT_DIM, "relu", "bernoulli", [1, 28, 28]).to(device)
     optimizer = torch.optim.Adam(vae.parameters(), lr=1e-3, fused=True)
-    images, seconds = images.to(device), []
+    seconds = []
     for epoch in range(epochs):
         started = time.perf_counter()
         total = torch.zeros((), device=device)
@@ -307,11 +306,11 @@ def main(settings: Settings) -> None:
     import torch
     from tqdm import tqdm
 
-    from betavae.data import DATASETS
+    from betavae.data.source import DataSource
     from betavae.storage.files import STAMP, atomic_path
 
-    for split in ("train", "test"):
-        DATASETS["mnist"](Path(settings.data_root), split)  # unpacks the files, which the reference reads
+    for split in ("train", "test"):  # unpacks the files, which the reference reads
+        DataSource("mnist", settings.data_root, 0, "none").load_split(split)
     cuda = torch.cuda.is_available()
     presets = settings.presets or (CUDA_PRESETS if cuda else CPU_PRESETS)
     quality = settings.quality if settings.quality is not None else not cuda

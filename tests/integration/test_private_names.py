@@ -223,7 +223,7 @@ def test_torch_stops_compiling_at_its_recompile_limit(graphs, limit, compiled):
 def test_no_other_private_names_are_used():
     """Attributes with an underscore, except on self and cls, in all code of this project."""
     used = set()
-    for path in [*(REPO / "src").rglob("*.py"), *(REPO / "scripts").glob("*.py"), REPO / "train.py"]:
+    for path in [*(REPO / "src").rglob("*.py"), *(REPO / "scripts").rglob("*.py"), REPO / "train.py"]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
                 own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")

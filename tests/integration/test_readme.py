@@ -1,4 +1,4 @@
-"""The README and its pages tell the truth: their commands run, in their order, and additions work as they say."""
+"""The README and its pages are correct: their commands and their code run as they are written."""
 
 import re
 import shlex
@@ -13,86 +13,83 @@ BLOCK = re.compile(r"(?:`([\w/.]+)`:\n\n)?```(\w+)\n(.*?)```", re.DOTALL)
 
 
 def commands(text: str) -> list[str]:
-    """Every `python train.py ...`, in the text or in a block of shell lines."""
+    """Return every `python train.py ...` and `python scripts/...` in the text and in its shell blocks."""
     shell = "\n".join(code for _, kind, code in BLOCK.findall(text) if kind == "bash")
     inline = "\n".join(re.findall(r"`([^`\n]+)`", BLOCK.sub("", text)))
-    found = re.findall(r"^python (?:train|scripts/\w+)\.py[^#&\n]*", f"{inline}\n{shell}", re.MULTILINE)
+    found = re.findall(r"^python (?:train|scripts/[\w/]+)\.py[^#&\n]*", f"{inline}\n{shell}", re.MULTILINE)
     return [command.strip() for command in found]
 
 
-# Those that need a folder of one's own, a launcher (test_sweeps.py), or a hand (test_explorer.py) are not for here.
-ELSEWHERE = ("RUN_FOLDER", "PICTURES", "hydra/launcher", "sweep=optuna", "trainer=ddp", "schema.py", "explore.py")
-# Pages that are followed as a story in test_pages.py, and those of the tests of their name, test_fidelity.py for
-# generation.md.
-STORIES = ("extending.md", "pictures.md", "anomalies.md", "compression.md", "generation.md", "export.md", "explorer.md")
-STORIES += ("disentanglement.md",)
+# These need your own images, a launcher (test_sweeps.py), a browser (test_explorer_page.py) or several devices.
+EXCLUDED = ("RUN_FOLDER", "IMAGE_FOLDER", "hydra/launcher", "sweep=optuna", "trainer=ddp", "schema.py", "explore.py")
+# Pages whose commands run in test_pages.py or in the tests of their application.
+OTHER_PAGES = ("extending.md", "images.md", "anomalies.md", "compression.md", "generation.md", "export.md")
+OTHER_PAGES += ("explorer.md", "disentanglement.md")
 COMMANDS = [
     command
     for name, text in PAGES.items()
-    if name not in STORIES
+    if name not in OTHER_PAGES
     for command in commands(text)
-    if not any(word in command for word in ELSEWHERE)
+    if not any(word in command for word in EXCLUDED)
 ]
 COMMANDS = list(dict.fromkeys(COMMANDS))
+SMALL = {
+    "scripts/benchmarks/training.py": ["rounds=1", "epochs=1", "quality=false", "presets=[default]"],
+    "scripts/benchmarks/data.py": ["n=6000", "steps=1"],
+    "scripts/disentanglement.py": ["max_images=600"],
+    "scripts/evaluate.py": ["max_images=40", "k=20", "probes=false"],
+}
 
 
 def small(command: str) -> tuple[str, list[str]]:
-    """The script and the arguments of a command as it stands, with training cut to a few steps."""
+    """Return the script and the arguments of a command, with settings that make it fast."""
     script, *words = shlex.split(command.removeprefix("python "))
     if script == "train.py" and not {"--help", "--cfg"} & set(words):
         words += ["trainer.max_epochs=1", f"trainer.limit_train_batches={10 if 'step_counter' in command else 2}"]
         words += ["trainer.limit_val_batches=1", "trainer.limit_test_batches=1", "trainer.log_every_n_steps=1"]
-        words += ["trainer.compile=false", "callbacks.figures_every_n_epochs=0"]  # test_optimizers.py compiles a step
-        words += ["trainer.steps_per_batch=1"] * ("burda" in command)  # or it is ten times as many steps
-        # Two values of each sweep show what more would.
+        words += ["trainer.compile=false", "callbacks.figures_every_n_epochs=0"]
+        words += ["trainer.steps_per_batch=1"] * ("burda" in command)  # a Lightning batch would be ten steps
+        # Two values of each swept setting are enough.
         words = [re.sub(r"^([\w.]+=[^,\[]+,[^,]+),.*", r"\1", word) for word in words]
-    if script == "scripts/benchmark.py":
-        words += ["rounds=1", "epochs=1", "quality=false", "presets=[default]"]
-    if script == "scripts/benchmark_data.py":
-        words += ["n=6000", "steps=1"]
-    if script == "scripts/disentanglement.py":
-        words += ["max_images=600"]
-    if script == "scripts/evaluate.py":
-        words += ["max_images=40", "k=20", "probes=false"]
-    return script, words
+    return script, words + SMALL.get(script, [])
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, data_root):
+def folder(tmp_path_factory, data_root):
     """A working folder with one finished run."""
-    folder = tmp_path_factory.mktemp("place")
+    folder = tmp_path_factory.mktemp("folder")
     (folder / "data").symlink_to(data_root)
     run(*small("python train.py")[1], cwd=folder)
     return folder
 
 
-def test_the_first_commands_are_there():
+def test_readme_has_the_first_commands():
     blocks = "".join(code for _, kind, code in BLOCK.findall(README) if kind == "bash")
     assert "pip install -e . && python train.py" in blocks and 'pip install -e ".[dev]" && pytest' in blocks
     assert len(COMMANDS) > 20
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_command(place, command):
+def test_command_runs(folder, command):
     for name in ("wandb", "mlflow"):
         if f"logger={name}" in command:
             pytest.importorskip(name)
     script, words = small(command)
-    output = run(*words, cwd=place, script=script)
+    output = run(*words, cwd=folder, script=script)
     assert "Warning" not in output and "Traceback" not in output
-    picture = re.search(r"(?:in|and) (\S+\.png)", output)
-    assert picture or script in ("train.py", "scripts/results.py", "scripts/sweep_report.py")
-    assert not picture or (place / picture[1]).stat().st_size > 1000
+    pictures = [path for name in re.findall(r"\S+\.png\b", output) if (path := folder / name).exists()]
+    assert pictures or script in ("train.py", "scripts/results.py", "scripts/sweep_report.py")
+    assert all(path.stat().st_size > 1000 for path in pictures)
 
 
 @pytest.mark.parametrize("page", ["README.md", "settings.md"])
-def test_the_python_lines(place, page, monkeypatch):
-    folder = max((place / "runs").glob("*_mlp_*"))
-    monkeypatch.chdir(place)
+def test_python_code_runs(folder, page, monkeypatch):
+    run_folder = max((folder / "runs").glob("*_mlp_*"))
+    monkeypatch.chdir(folder)
     for _, kind, code in BLOCK.findall(PAGES[page]):
         if kind == "python":
             names: dict = {}
-            exec(code.replace("runs/RUN_FOLDER", str(folder)), names)
+            exec(code.replace("runs/RUN_FOLDER", str(run_folder)), names)
             images = names["images"]
             assert images.shape == (64, 1, 28, 28) and 0 <= images.min() <= images.max() <= 1
             if "posterior" in names:
@@ -100,29 +97,29 @@ def test_the_python_lines(place, page, monkeypatch):
                 assert mean.shape == logvar.shape == (8, names["run"].vae.latent_dim)
 
 
-def test_every_addition_works_as_written(new_clone):
+@pytest.mark.slow
+def test_every_addition_of_extending_works(new_clone):
     clone = new_clone()
-    typed = []
-    for file, kind, text in BLOCK.findall(PAGES["extending.md"]):
-        if kind == "bash":
-            typed += commands(f"```bash\n{text}```")
-        else:
+    blocks = BLOCK.findall(PAGES["extending.md"])
+    for file, kind, text in blocks:
+        if kind != "bash":
             with open(clone.folder / file, "a") as target:
                 target.write(("\n\n" if kind == "python" else "") + text)
-    assert len(typed) == PAGES["extending.md"].count("```bash") > 5
-    for command in typed:
+    found = [command for _, kind, text in blocks if kind == "bash" for command in commands(f"```bash\n{text}```")]
+    assert len(found) == PAGES["extending.md"].count("```bash") > 5
+    for command in found:
         script, words = small(command)
         output = clone.run(script, *words)
         assert "neg. ELBO" in output and "Warning" not in output, output
         if "sparse" in command:
-            assert re.search(r"epoch +1/1 .* price \d", output) and re.search(r"test .* price \d", output)
+            assert re.search(r"epoch +1/1 .* penalty \d", output) and re.search(r"test .* penalty \d", output)
         if "step_counter" in command:
             assert "step 10\n" in output
         folder = re.search(r"^run +(\S+)$", output, re.MULTILINE)[1]
         assert "epoch   2/2" in clone.run(script, f"resume={folder}", "trainer.max_epochs=2")
 
 
-def test_the_versions_are_those_of_the_package():
+def test_readme_has_the_versions_of_the_package():
     project = (REPO / "pyproject.toml").read_text()
     first, end, torch, lightning = (
         re.search(pattern, project)[1]  # type: ignore[index]
@@ -133,4 +130,18 @@ def test_the_versions_are_those_of_the_package():
             r'"lightning>=([\d.]+),',
         )
     )
-    assert f"Python 3.{first} to 3.{int(end) - 1}, PyTorch from {torch} and Lightning from {lightning}:" in README
+    versions = f"Python 3.{first} to 3.{int(end) - 1}, PyTorch from {torch} and Lightning from {lightning}."
+    assert versions in " ".join(README.split())
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_files_and_headings(page):
+    here = REPO if page == "README.md" else REPO / "docs"
+    text = BLOCK.sub("", PAGES[page])
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", text):
+        path, _, anchor = target.partition("#")
+        linked = here / path if path else here / page
+        assert linked.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", linked.read_text(), re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings], target

@@ -18,7 +18,7 @@ from tests.commands import REPO, load_script
 
 CONFIGS = REPO / "configs"
 GROUPS = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.glob("*/*.yaml"))
-SCRIPTS = sorted(path.stem for path in (REPO / "scripts").glob("*.py"))
+SCRIPTS = sorted(str(p.relative_to(REPO / "scripts").with_suffix("")) for p in (REPO / "scripts").rglob("*.py"))
 
 
 def composed(*overrides):
