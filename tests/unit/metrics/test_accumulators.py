@@ -1,5 +1,7 @@
 """Sums over images, on devices that the test machine lacks (by torch's fake tensors)."""
 
+import multiprocessing
+
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
@@ -7,7 +9,7 @@ from torch._subclasses import FakeTensorMode
 from betavae.metrics.accumulators import BatchSums, Totals
 
 
-def test_batch_sums_resume_on_the_device_of_the_module():
+def resume_on_a_fake_gpu():
     saved = BatchSums()
     saved.add({"loss": torch.ones(()), "kl": torch.ones(())}, 5)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -16,6 +18,14 @@ def test_batch_sums_resume_on_the_device_of_the_module():
         resumed.add({name: torch.ones((), device=cuda) for name in ("loss", "kl")}, 5)
         names, rows = resumed.rows(lambda rows: rows)
         assert names == ["loss", "kl"] and rows.shape == (2, 3)
+
+
+def test_batch_sums_resume_on_the_device_of_the_module():
+    # A fake GPU makes autograd start threads, after which no process forked from this one could train.
+    process = multiprocessing.get_context("fork").Process(target=resume_on_a_fake_gpu)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
 
 
 def test_batch_sums_give_rows_and_the_mean_of_the_last_batches():
