@@ -1,28 +1,29 @@
-"""Images into a file that gives them back bit for bit: `python scripts/compress.py images=PATH|test out=FILE.bvae`.
+"""Compress images losslessly into one file: `python scripts/compress.py images=PATH|test out=FILE.bvae [ckpt=PATH]`.
 
-Bits-back coding by a model whose likelihood is a probability of what the images are; see docs/compression.md.
+The codec is bits-back coding with a model whose likelihood is discrete; see docs/compression.md.
 """
 
 from pathlib import Path
 
 from pydantic import Field
 
+from betavae.errors import UserError
 from betavae.runtime.cli import DataSettings, argument, gc_paused, script_command
 from betavae.runtime.settings import ImageSpec, PathStr, PositiveInt
 
 
 class Settings(DataSettings):
-    images: ImageSpec = Field("test", title="pictures (folder, file, list); .npy, .npz; test, train, ...; a data set")
-    out: PathStr = Field("images.bvae", title="the file")
-    verify: bool = Field(True, title="decode what was written, and compare, before success is claimed")
-    report: bool = Field(True, title="what other compressors make of the same images, and a picture of it")
-    lanes: PositiveInt = Field(256, title="images side by side; more are faster, and take more memory")
+    images: ImageSpec = Field("test", title="images: a folder, file or list; .npy, .npz; test, train, ...; a data set")
+    out: PathStr = Field("images.bvae", title="the compressed file")
+    verify: bool = Field(True, title="decompress the file and compare the images before it replaces `out`")
+    report: bool = Field(True, title="compare with other codecs, in a table and a figure")
+    lanes: PositiveInt = Field(256, title="images side by side; more are faster and take more memory")
 
 
-def among(picture: Path, images: str | list[str]) -> bool:
-    """Whether it is one of the images, or in one of their folders, whose picture it would be the next time."""
-    places = [Path(entry).expanduser().resolve() for entry in ([images] if isinstance(images, str) else images)]
-    return any(place in (picture.resolve(), *picture.resolve().parents) for place in places)
+def is_among(figure: Path, images: str | list[str]) -> bool:
+    """Tell whether a figure would replace one of the images, or be in one of their folders."""
+    sources = [Path(image).expanduser().resolve() for image in ([images] if isinstance(images, str) else images)]
+    return any(source in (figure.resolve(), *figure.resolve().parents) for source in sources)
 
 
 @script_command(Settings)
@@ -32,62 +33,60 @@ def main(settings: Settings) -> None:
         from tqdm import tqdm
 
         from betavae import plotting
+        from betavae.applications.compression import report
         from betavae.applications.compression.codec import compress, decompress
         from betavae.applications.compression.file_format import read_file, write_file
-        from betavae.applications.compression.report import PICTURES, baseline_sizes, neg_elbo_bits
         from betavae.data.file_listing import index_names, png_filenames
-        from betavae.errors import UserError
         from betavae.runtime import checkpoint
         from betavae.runtime.inputs import resolve_images
         from betavae.storage.files import atomic_path, check_writable
 
     out = Path(settings.out)
+    figure = out.with_suffix(".png")
     check_writable(out)
-    picture = out.with_suffix(".png")
-    if settings.report and out == picture:
-        raise UserError(f"out: a picture of the table would be {picture} too; name FILE.bvae")
     if settings.report:
-        check_writable(picture)
+        if out == figure:
+            raise UserError(f"out={out} is invalid: expected FILE.bvae, since the figure of the report is {figure}")
+        check_writable(figure)
     run = checkpoint.load(settings.ckpt, settings.runs)
-    found = resolve_images(run, settings.images, settings.data_root)
-    n, size = len(found.pixels), found.pixels.numel()
-    png_filenames(found.names, "the folder that they will come back to")
-    names = None if found.names == index_names(n) else found.names
-    if settings.report and names and among(picture, settings.images):
-        raise UserError(
-            f"out: the table's picture, {picture}, would lie among the images: name a file elsewhere, or report=false"
-        )
+    images = resolve_images(run, settings.images, settings.data_root)
+    n = len(images.pixels)
+    png_filenames(images.names, "the folder of decompressed images")
+    names = None if images.names == index_names(n) else images.names
+    if settings.report and names and is_among(figure, settings.images):
+        raise UserError(f"out: the figure, {figure}, would be among the images; name a file elsewhere, or report=false")
     with tqdm(total=n, desc="compressing", unit=" images", disable=None) as bar:
-        compressed = compress(run.vae, found.pixels, settings.lanes, names, bar.update)
-    # What lies at `out` stays there until what replaces it is known to give its images back.
+        compressed = compress(run.vae, images.pixels, settings.lanes, names, bar.update)
+    # An existing file is replaced only after verification.
     with atomic_path(out) as path:
         write_file(path, compressed)
         if settings.verify:
             with tqdm(total=n, desc="verifying", unit=" images", disable=None) as bar:
-                again = decompress(run.vae, read_file(path), bar.update)
-            if not torch.equal(again, found.pixels):
-                raise UserError(f"{out} would not give the images back, so it was not written")
-    for note in found.notes:
-        print(note)
-    rows: dict[str, tuple[float | None, float]] = {
-        "this file": (None, 8 * out.stat().st_size / size),
-        "without its initial bits": (None, (8 * out.stat().st_size - compressed.initial_bits) / size),
-        "neg. ELBO": (None, neg_elbo_bits(run.vae, found.pixels)),
+                decompressed = decompress(run.vae, read_file(path), bar.update)
+            if not torch.equal(decompressed, images.pixels):
+                raise UserError(f"{out} was not written, because decompression did not return the same images")
+    size, dimensions = out.stat().st_size, images.pixels.numel()
+    rows: dict[str, report.Bits] = {
+        "this file": (None, 8 * size / dimensions),
+        "without its initial bits": (None, (8 * size - compressed.initial_bits) / dimensions),
+        "neg. ELBO": (None, report.compute_neg_elbo_bits(run.vae, images.pixels)),
     }
-    remark = f"PNG and WebP, each alone: by the first {PICTURES:,} images" if settings.report and n > PICTURES else ""
+    for note in images.notes:
+        print(note)
+    if images.notes:
+        print("the file has the images as changed by these steps, not the original files")
     if settings.report:
-        rows |= baseline_sizes(found.pixels)
-        plotting.save_figure(plotting.plot_bits(rows, remark), picture)
-    print(f"{'bits per pixel and channel':28}{'each alone':>12}{'all in one':>12}")
-    for name, (alone, together) in rows.items():
-        print(f"{name:28}{'' if alone is None else format(alone, '.4f'):>12}{together:12.4f}")
-    if remark:
-        print(remark)
-    print(f"{n:,} images in {out}, {out.stat().st_size:,} bytes{', decoded and compared' if settings.verify else ''}")
-    if found.notes:
-        print("what comes back, bit for bit, is these images as the lines above have changed them, not their files")
-    if settings.report:
-        print(f"a picture of this table in {picture}")
+        rows |= report.compute_baseline_bits(images.pixels)
+        limit = report.MAX_SINGLE_IMAGES
+        remark = f"PNG and WebP, each alone: from the first {limit:,} images" if n > limit else ""
+        plotting.save_figure(plotting.plot_bits(rows, remark), figure)
+        print(f"{report.format_table(rows)}\n{remark}".rstrip())
+        print(f"figure saved to {figure}")
+    else:
+        print(report.format_table(rows))
+    bits = f"{size:,} bytes, {8 * size / dimensions:.4f} bits per dimension"
+    verified = ", decompressed and compared" if settings.verify else ""
+    print(f"{n:,} images compressed to {out}: {bits}{verified}")
     print(f"next  python scripts/decompress.py {argument('file', out)} out=FOLDER {argument('ckpt', run.path)}")
 
 

@@ -1,4 +1,4 @@
-"""The images of a compressed file, bit for bit: `python scripts/decompress.py file=FILE.bvae out=FOLDER|FILE.npy`."""
+"""Decompress a file of images, bit for bit: `python scripts/decompress.py file=FILE.bvae out=FOLDER|FILE.npy`."""
 
 from pathlib import Path
 
@@ -9,8 +9,8 @@ from betavae.runtime.settings import PathStr
 
 
 class Settings(ModelSettings):
-    file: PathStr = Field("images.bvae", title="what compress.py wrote; ckpt must be the checkpoint that it used")
-    out: PathStr = Field("decompressed", title="a folder, for a PNG of each by its name; or FILE.npy")
+    file: PathStr = Field("images.bvae", title="a file of compress.py; ckpt must be the checkpoint that compressed it")
+    out: PathStr = Field("decompressed", title="folder for one PNG per image; or FILE.npy")
 
 
 @script_command(Settings)
@@ -23,13 +23,16 @@ def main(settings: Settings) -> None:
         from betavae.runtime import checkpoint
 
     run = checkpoint.load(settings.ckpt, settings.runs)
-    compressed, out = read_file(Path(settings.file)), Path(settings.out)
+    file, out = Path(settings.file), Path(settings.out)
+    compressed = read_file(file)
     check_model(run.vae, compressed)
     output_paths(compressed.names, compressed.count, out)
     with tqdm(total=compressed.count, desc="decompressing", unit=" images", disable=None) as bar:
         images = decompress(run.vae, compressed, bar.update)
     write_images(images, compressed.names, out)
-    print(f"{len(images):,} images, as they were, in {settings.out}")
+    file_bytes = file.stat().st_size
+    size = f"{file_bytes:,} bytes, {8 * file_bytes / images.numel():.4f} bits per dimension"
+    print(f"{len(images):,} images decompressed from {file} ({size}), checksum correct, saved to {out}")
 
 
 if __name__ == "__main__":

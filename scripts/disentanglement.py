@@ -1,4 +1,4 @@
-"""Score whether each latent dimension follows one factor: `python scripts/disentanglement.py [ckpt=PATH]`."""
+"""Compute disentanglement scores of a model: `python scripts/disentanglement.py [ckpt=PATH]`."""
 
 from pathlib import Path
 from typing import Literal

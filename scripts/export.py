@@ -1,67 +1,76 @@
-"""A trained VAE for others: `python scripts/export.py [ckpt=PATH format=onnx out=export]`."""
+"""Export a trained VAE for other programs and people: `python scripts/export.py [ckpt=PATH format=onnx out=export]`."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from betavae.runtime.cli import ModelSettings, SeedSettings, gc_paused, script_command
 from betavae.runtime.settings import PathStr
 
+if TYPE_CHECKING:
+    from betavae.runtime.checkpoint import TrainedRun
+
 
 class Settings(ModelSettings, SeedSettings):
     format: Literal["onnx", "torchscript", "pt2", "safetensors", "folder"] = Field(
-        "onnx", title="onnx, torchscript, pt2, safetensors; folder: for betavae.load"
+        "onnx", title="onnx, torchscript, pt2: graphs; safetensors: weights; folder: a model for betavae.load"
     )
-    out: PathStr = Field("export", title="a folder")
+    out: PathStr = Field("export", title="new folder for the files")
 
 
 @script_command(Settings)
 def main(settings: Settings) -> None:
     with gc_paused():
-        import torch
-
-        from betavae import plotting
-        from betavae.applications import export
-        from betavae.data.file_listing import as_text
+        from betavae.applications.export import export_graphs, export_weights
         from betavae.runtime import checkpoint
-        from betavae.runtime.run_folder import read_json
-        from betavae.storage.cache import hash_file
-        from betavae.storage.files import atomic_dir
 
     run = checkpoint.load(settings.ckpt, settings.runs)
-    out = Path(settings.out)
-    result: dict[str, Any]
+    out, model = Path(settings.out), run.settings["model"]
     if settings.format == "folder":
-        # Where data lie, and what is kept of them, is of this machine alone.
-        data = {key: value for key, value in run.data.items() if key not in ("root", "cache")}
-        name = as_text(run.folder.resolve().name if run.path.parent.name == "checkpoints" else run.path.stem)
-        state = {f"vae.{key}": value for key, value in run.vae.state_dict().items()}
-        content = {"betavae_format": checkpoint.FORMAT, "hyper_parameters": run.settings, "state_dict": state}
-        if data:
-            content |= {"datamodule_hyper_parameters": data | {"root": "data"}, "fingerprints": run.fingerprints}
-        found = {name: read_json(run.folder / f"{name}.json") for name in ("metrics", "evaluation", "fidelity")}
-        own = str(run.path.relative_to(run.folder))
-        # Of this checkpoint, and not of one that had its name before.
-        mine = {"checkpoint": own, "sha256": hash_file(run.path)}
-        numbers = {k: v for k, v in found.items() if all(v.get(key, value) == value for key, value in mine.items())}
-        images = run.vae.sample(64, 1.0, torch.Generator().manual_seed(settings.seed))
-        with atomic_dir(out) as folder:
-            checkpoint.save_checkpoint(content, folder / "checkpoints" / "best.ckpt")
-            (folder / "README.md").write_text(export.model_card(name, run.settings, data, numbers))
-            plotting.save_image(plotting.make_grid(images, 8), folder / "samples.png")
-            theirs = checkpoint.load(folder).vae.state_dict()
-            if not all(torch.equal(theirs[key], value) for key, value in run.vae.state_dict().items()):
-                raise RuntimeError(f"{out} does not hold the model that was written to it")
-        print(f"{out}/ is a model of its own, with a card in {out / 'README.md'}: betavae.load({str(out)!r})")
+        export_folder(run, out, settings.seed)
+        print(f"the model and its card, README.md, saved to {out}/; load it by betavae.load({str(out)!r})")
     elif settings.format == "safetensors":
-        result = export.export_weights(run.vae, run.settings["model"], out)
-        print(f"{len(result['tensors'])} tensors in {out / result['file']}, what they are in {out / 'model.json'}")
+        result = export_weights(run.vae, model, out)
+        print(f"{len(result['tensors'])} tensors saved to {out / result['file']}, described in {out / 'model.json'}")
     else:
-        result = export.export_graphs(run.vae, run.settings["model"], settings.format, out)
+        result = export_graphs(run.vae, model, settings.format, out)
         for name, graph in result["graphs"].items():
             print(f"{out / graph['file']}  differs from torch by at most {result['difference'][name]:.1e}")
-        print(f"shapes, ranges and units in {out / 'model.json'}")
+        print(f"shapes, ranges and units are in {out / 'model.json'}")
+
+
+def export_folder(run: "TrainedRun", out: Path, seed: int) -> None:
+    """Write a checkpoint without the paths of this machine, samples, and a model card to a new folder."""
+    import torch
+
+    from betavae import plotting
+    from betavae.applications.export import format_model_card
+    from betavae.data.file_listing import as_text
+    from betavae.runtime import checkpoint
+    from betavae.runtime.run_folder import read_json
+    from betavae.storage.cache import hash_file
+    from betavae.storage.files import atomic_dir
+
+    weights = run.vae.state_dict()
+    content = {"betavae_format": checkpoint.FORMAT, "hyper_parameters": run.settings}
+    content["state_dict"] = {f"vae.{key}": value for key, value in weights.items()}
+    data = {key: value for key, value in run.data.items() if key not in ("root", "cache")}
+    if data:
+        content |= {"datamodule_hyper_parameters": data | {"root": "data"}, "fingerprints": run.fingerprints}
+    results = {name: read_json(run.folder / f"{name}.json") for name in ("metrics", "evaluation", "fidelity")}
+    # Results of another checkpoint, or of an earlier file with this name, are left out.
+    source = {"checkpoint": str(run.path.relative_to(run.folder)), "sha256": hash_file(run.path)}
+    results = {k: v for k, v in results.items() if all(v.get(key, value) == value for key, value in source.items())}
+    name = as_text(run.folder.resolve().name if run.path.parent.name == "checkpoints" else run.path.stem)
+    images = run.vae.sample(64, 1.0, torch.Generator().manual_seed(seed))
+    with atomic_dir(out) as folder:
+        checkpoint.save_checkpoint(content, folder / "checkpoints" / "best.ckpt")
+        (folder / "README.md").write_text(format_model_card(name, run.settings, data, results))
+        plotting.save_image(plotting.make_grid(images, 8), folder / "samples.png")
+        saved = checkpoint.load(folder).vae.state_dict()
+        if not all(torch.equal(saved[key], value) for key, value in weights.items()):
+            raise RuntimeError(f"{out} does not contain the weights that were written to it")
 
 
 if __name__ == "__main__":

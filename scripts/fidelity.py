@@ -1,4 +1,4 @@
-"""Compare generated images with real ones: `python scripts/fidelity.py [ckpt=PATH sampler=mixture n=2000]`."""
+"""Compare generated images with real ones: `python scripts/fidelity.py [ckpt=PATH sampler=knn]`."""
 
 import json
 from pathlib import Path

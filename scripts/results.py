@@ -1,4 +1,4 @@
-"""Print a Markdown table of all evaluated runs, averaged over seeds: `python scripts/results.py [runs=runs]`."""
+"""Print a table of evaluated runs, averaged over seeds: `python scripts/results.py [runs=runs]`."""
 
 import shlex
 from pathlib import Path

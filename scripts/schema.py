@@ -1,4 +1,4 @@
-"""Write a JSON schema of all settings for editors: `python scripts/schema.py [out=configs/schema.json]`.
+"""Write a JSON schema of all settings for editors: `python scripts/schema.py [out=PATH]`.
 
 A YAML file whose first line is `# yaml-language-server: $schema=../schema.json#/$defs/Model` is completed and checked
 while you type. For an experiment, the line ends in `schema.json`.

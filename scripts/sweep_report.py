@@ -1,4 +1,4 @@
-"""Write tables and figures of a sweep: `python scripts/sweep_report.py [sweep=PATH over=[A,B] metric=kl]`."""
+"""Write tables and figures of a sweep: `python scripts/sweep_report.py [sweep=PATH metric=kl]`."""
 
 from pathlib import Path
 from typing import Annotated

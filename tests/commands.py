@@ -8,6 +8,7 @@ import atexit
 import contextlib
 import gc
 import importlib.util
+import json
 import os
 import runpy
 import signal
@@ -201,6 +202,11 @@ def fresh(*args: str, cwd: Path, code: int = 0, **environment: str) -> str:
     text = process.communicate(timeout=300)[0]
     assert process.returncode == code, f"{args} exited with {process.returncode}:\n{text}"
     return text
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Return the metrics.json of a run folder."""
+    return json.loads((folder / "metrics.json").read_text())
 
 
 def wait_for(folder: Path, pattern: str, process: Any, count: int = 1) -> None:

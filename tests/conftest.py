@@ -12,15 +12,23 @@ from tests.commands import REPO, run
 
 @pytest.fixture(scope="session")
 def data_root(tmp_path_factory):
-    """A data folder that is unpacked once for all tests."""
+    """A data folder with MNIST, unpacked once for all tests."""
     folder = tmp_path_factory.mktemp("data")
     for split in ("train", "test"):
         load_mnist(folder, split)
     return str(folder)
 
 
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory, data_root):
+    """A working folder outside of the repository, with the data folder in it."""
+    folder = tmp_path_factory.mktemp("workdir")
+    (folder / "data").symlink_to(data_root)
+    return folder
+
+
 class Clone:
-    """A copy of the project in a folder of its own, whose code may be changed, and where commands are run."""
+    """A copy of the project whose code a test may change."""
 
     def __init__(self, folder: Path, data: str):
         self.folder = folder
@@ -35,7 +43,7 @@ class Clone:
         os.symlink(data, folder / "data")
 
     def run(self, script: str, *args: str, **how: Any) -> str:
-        """What `python SCRIPT ARGS` prints."""
+        """Run `python SCRIPT ARGS` in the copy and return its output."""
         return run(*args, cwd=self.folder, script=script, sources=self.folder, **how)
 
 

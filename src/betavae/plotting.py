@@ -1,4 +1,4 @@
-"""Pictures of a VAE: grids as tensors in [0, 1], and Matplotlib figures. Values are clamped, never auto-contrasted."""
+"""Pictures of a VAE: grids as tensors in [0, 1], and Matplotlib figures; values are clamped."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,11 +22,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
 
 
 def make_grid(images: Tensor, columns: int) -> Tensor:
-    """Arrange images `(N, C, H, W)` in a grid with black lines of two pixels.
-
-    Returns:
-        A picture `(C, rows * (H + 2) + 2, columns * (W + 2) + 2)`.
-    """
+    """Arrange images `(N, C, H, W)` in a picture `(C, rows * (H + 2) + 2, columns * (W + 2) + 2)`."""
     n, c, h, w = images.shape
     rows = -(-n // columns)
     tiles = images.new_zeros(rows * columns, c, h + 2, w + 2)
@@ -38,12 +34,7 @@ def make_grid(images: Tensor, columns: int) -> Tensor:
 def stack_reconstructions(vae: VAE, x: Tensor) -> Tensor:
     """Alternate rows of originals and of their reconstructions, for a grid of at most 8 columns.
 
-    Args:
-        vae: The model.
-        x: Images `(N, C, H, W)`; black images fill the last row.
-
-    Returns:
-        `(2 * rows * columns, C, H, W)` with `columns = min(8, N)`.
+    Black images fill the last row: `(N, C, H, W)` -> `(2 * rows * columns, C, H, W)`.
     """
     pairs = torch.stack((x, vae.reconstruct(x)))
     columns = min(8, len(x))
@@ -61,16 +52,9 @@ def interpolate(vae: VAE, start: Tensor, end: Tensor, steps: int) -> Tensor:
 
 @torch.no_grad()
 def traverse(vae: VAE, z: Tensor, dimensions: Sequence[int], values: Tensor) -> Tensor:
-    """Decode one row of images per dimension, in which only that dimension changes.
+    """Decode a row of images per dimension, in which only that dimension of `z` `(latent_dim,)` changes.
 
-    Args:
-        vae: The model.
-        z: The point `(latent_dim,)` that the other dimensions keep.
-        dimensions: The D dimensions of the rows.
-        values: The values `(V,)` of each row.
-
-    Returns:
-        `(D * V, C, H, W)`.
+    Its values are `values` `(V,)`. Returns `(D * V, C, H, W)`.
     """
     grid_z = z.repeat(len(dimensions), len(values), 1)
     for row, dimension in enumerate(dimensions):
@@ -80,7 +64,7 @@ def traverse(vae: VAE, z: Tensor, dimensions: Sequence[int], values: Tensor) -> 
 
 @torch.no_grad()
 def decode_manifold(vae: VAE, size: int) -> Tensor:
-    """Decode a 2-D latent space at `size` by `size` quantiles of the prior (Kingma & Welling 2014, figure 4).
+    """Decode a 2-D latent space at `size` by `size` quantiles of the prior (Kingma & Welling 2014).
 
     Raises:
         UserError: If the latent space is not two-dimensional.
@@ -124,14 +108,7 @@ def plot_kl(kl: Tensor) -> "Figure":
 
 
 def plot_traversal(rows: Tensor, values: Tensor, dimensions: Sequence[int], kl: Tensor) -> "Figure":
-    """Plot the images of `traverse`, with the KL of each row's dimension.
-
-    Args:
-        rows: `(D * V, C, H, W)`.
-        values: `(V,)`.
-        dimensions: The D dimensions of the rows.
-        kl: The KL of every latent dimension in nats, `(latent_dim,)`.
-    """
+    """Plot the rows of `traverse`, each with its dimension and that dimension's `kl` `(latent_dim,)` in nats."""
     figure = create_figure(0.45 * len(values) + 1.2, 0.45 * len(dimensions) + 0.6)
     axes = figure.add_subplot()
     draw_image(axes, make_grid(rows, len(values)))
@@ -147,14 +124,7 @@ def plot_traversal(rows: Tensor, values: Tensor, dimensions: Sequence[int], kl: 
 def plot_bounds(
     ks: Sequence[int], bounds: Sequence[dict[str, float]], kl: Sequence[float], active_units: int
 ) -> "Figure":
-    """Plot importance-weighted bounds over their number of samples, beside the KL per dimension.
-
-    Args:
-        ks: Importance samples of each bound.
-        bounds: `mean` and `se` of each bound in nats.
-        kl: KL per latent dimension in nats.
-        active_units: The number of active units.
-    """
+    """Plot importance-weighted bounds (`mean` ± `se`, nats) over their samples, beside the KL per dimension."""
     figure = create_figure(9, 3)
     left, right = figure.subplots(1, 2)
     left.errorbar(ks, [b["mean"] for b in bounds], [b["se"] for b in bounds], marker="o", capsize=3)
@@ -187,10 +157,9 @@ def plot_bits(rows: dict[str, tuple[float | None, float]], note: str) -> "Figure
 
 
 def tint_by_label(x: Tensor, labels: Tensor) -> Tensor:
-    """Draw gray images as strokes on white in the color of their (first) label; color images stay as they are.
+    """Draw gray images as strokes on white in the color of their (first) label: `(N, 3, H, W)`.
 
-    Returns:
-        `(N, 3, H, W)`.
+    Color images stay as they are.
     """
     import matplotlib
 
@@ -202,12 +171,10 @@ def tint_by_label(x: Tensor, labels: Tensor) -> Tensor:
 
 
 def make_tiles(x: Tensor, labels: Tensor, max_side: int) -> Tensor:
-    """Tint images by their labels and center them on white square tiles, shrunk to at most `max_side` pixels.
+    """Center images, tinted by their labels, on white square tiles: `(N, 3, side, side)`.
 
-    TensorBoard's sprite of tiles that are not square fails or is unreadable (torch 2.14).
-
-    Returns:
-        `(N, 3, side, side)`.
+    Larger images are shrunk to a side of `max_side` pixels. TensorBoard's sprite of tiles that are not square fails or
+    is unreadable (torch 2.14).
     """
     drawn, (height, width) = tint_by_label(x, labels), x.shape[-2:]
     side = min(max_side, max(height, width))
@@ -258,11 +225,7 @@ def make_exif() -> "Image.Exif":
 
 
 def check_suffix(out: str | Path, suffixes: Sequence[str]) -> None:
-    """Reject a file format that has no place for the stamp of this project, which allows replacing the file later.
-
-    Raises:
-        UserError: For any other suffix than `suffixes`.
-    """
+    """Raise UserError for a file format without a place for the stamp of this project."""
     if Path(out).suffix.lower() not in suffixes:
         raise UserError(f"out={out} is invalid: expected a name that ends in {', '.join(suffixes)}")
 

@@ -1,4 +1,4 @@
-"""The sweeper `Search`, in the package where Hydra looks for plugins; `betavae.sweeps.search` does the work."""
+"""The sweeper `Search`, in the package where Hydra looks for plugins."""
 
 from typing import Any
 
@@ -15,14 +15,12 @@ class Search(Sweeper):
         """Ignore the settings, which are also in the config."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Keep what the search needs."""
         launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
         self.context = config, launcher, hydra_context.config_loader
 
     def sweep(self, arguments: list[str]) -> None:
-        """Run the search."""
         from betavae.sweeps.search import run_search  # imported here, since every command imports this file
 
         run_search(arguments, *self.context)

@@ -1,8 +1,8 @@
-"""Fuzz whole commands: `python -m tests.integration.fuzz_commands seconds=3600 seed=0 out=DIR [case=17]`.
+"""Fuzz complete commands: `python -m tests.integration.fuzz_commands seconds=3600 seed=0 out=DIR [case=17]`.
 
 A case is a random session of one user in a temporary folder: data, trainings, interruptions, sweeps and scripts. After
-each command the session checks what the project promises of every command. A new kind of fault is reduced to the
-commands and words that it needs and written to `out` as a shell script with the output below it.
+each command the session checks the guarantees of every command. A new kind of fault is reduced to the commands and
+words that it needs, and written to `out` as a shell script with its output.
 """
 
 import contextlib
@@ -42,8 +42,8 @@ FOREIGN = re.compile(
     r"|Error executing job|HYDRA_FULL_ERROR",
     re.MULTILINE,
 )
-# In a sentence for a user, these come from a bug or from another library's insides.
-INSIDES = re.compile(
+# In an error for the user, these come from a bug or the internals of a library.
+INTERNALS = re.compile(
     r"NoneType|has no attribute|<class|<function|0x[0-9a-f]{6}|unsupported operand|out of range|\bTensor\b|torch\.Size"
     r"|unexpected keyword|positional argument|must be str, not|not subscriptable|not iterable|size mismatch|MagicMock"
 )
@@ -72,7 +72,7 @@ class Step:
 
 
 class Fault(Exception):
-    """A broken promise: `kind` names it without what differs from case to case."""
+    """A broken guarantee; `kind` names it without the details of its case."""
 
     def __init__(self, kind: str, steps: list[Step], output: str):
         super().__init__(kind)
@@ -109,7 +109,7 @@ def listing(root: Path) -> dict[str, str]:
 
 
 class Session:
-    """A user's folder, the steps taken in it and the files that are the user's own."""
+    """The folder of a user, the steps taken in it and the user's own files."""
 
     def __init__(self, root: Path, data: Path, tell: bool = False):
         self.root, self.cwd, self.tell = root, root / "home" / "work", tell
@@ -121,7 +121,7 @@ class Session:
         self.own: dict[str, str] = {}
         self.seconds = 0.0  # of the last command
         self.accepted = 0
-        self.rejected: list[str] = []  # the sentences
+        self.rejected: list[str] = []  # the errors
 
     def python(self, code: str) -> None:
         """Make or check files."""
@@ -149,7 +149,7 @@ class Session:
             print(f"{step.shell()}\n  {code}  {self.seconds:.1f} s  {(text.strip().splitlines() or [''])[-1]}")
         self.accepted += code == 0
         self.rejected += [normalized(line) for line in re.findall(r"^error: .*$", text, re.MULTILINE)]
-        kind = self.broken(step, code, text, before)
+        kind = self.find_broken_guarantee(step, code, text, before)
         if kind:
             raise Fault(kind, self.steps, f"exit status {code}\n{text}")
         return code, text
@@ -192,8 +192,8 @@ class Session:
         os.close(theirs)
         return code, shown.decode().replace("\r\n", "\n").replace("\r", "\n")
 
-    def broken(self, step: Step, code: int, text: str, before: dict[str, str]) -> str | None:
-        """The kind of the first promise that a command has broken."""
+    def find_broken_guarantee(self, step: Step, code: int, text: str, before: dict[str, str]) -> str | None:
+        """Return the first guarantee that a command has broken, or None."""
         script, sweep = Path(step.script).name, "-m" in step.words
         stopped = step.stop is not None and code in (-step.stop[0], 130, 143)
         errors = re.findall(r"^error: (.*)$", text, re.MULTILINE)
@@ -205,7 +205,7 @@ class Session:
         if found := FOREIGN.search(text):
             line = next(line for line in text.splitlines() if found[0].strip() in line)
             line = re.sub(r"^.*?(?=[A-Z]\w*Warning)", "", line)
-            return f"{script}: not our line: {normalized(line)}"
+            return f"{script}: foreign line: {normalized(line)}"
         if found := re.search(r"^warning: (?!.*was not made by betavae)(.*)$", text, re.MULTILINE):
             return f"{script}: a warning: {normalized(found[1])}"
         if code in (-signal.SIGKILL, -signal.SIGXCPU) and not step.stop:
@@ -215,9 +215,9 @@ class Session:
         if code == 0 and errors:
             return f"{script}: exit status 0 with an error"
         if code == 1 and len(errors) != 1 and not (sweep and re.search(r"^failed: |missing", text, re.MULTILINE)):
-            return f"{script}: exit status 1 with {len(errors)} sentences: {normalized(text[-100:])}"
-        if errors and (len(errors[0]) > 500 or INSIDES.search(errors[0])):
-            return f"{script}: not a sentence for a user: {normalized(errors[0])}"
+            return f"{script}: exit status 1 with {len(errors)} errors: {normalized(text[-100:])}"
+        if errors and (len(errors[0]) > 500 or INTERNALS.search(errors[0])):
+            return f"{script}: internals in an error: {normalized(errors[0])}"
         for name, value in self.own.items():
             if after.get(name) != value:
                 what = "removed" if name not in after else "changed"
@@ -239,15 +239,15 @@ class Session:
                 if "NaN" in json.dumps(content) or "Infinity" in json.dumps(content):
                     return f"{script}: {Path(name).name} holds a number that is not finite"
                 error = content.get("error", "")
-                if error and not error.startswith(("UserError", "Diverged")):
+                if error and not error.startswith(("UserError", "DivergenceError")):
                     return f"{script}: a job failed with {normalized(error)}"
         if script == "train.py" and code == 0 and not sweep:
-            return self.untrue(text)
+            return self.find_contradiction(text)
         return None
 
-    def untrue(self, text: str) -> str | None:
-        """What a finished training says or keeps that does not agree."""
-        if "is finished; to train it longer" in text or not re.search(r"^run   ", text, re.MULTILINE):
+    def find_contradiction(self, text: str) -> str | None:
+        """Return a contradiction between the output and the files of a finished training, or None."""
+        if "is finished; train longer by" in text or not re.search(r"^run   ", text, re.MULTILINE):
             return None if re.search(r"finished|Usage", text) else f"train.py: says nothing: {normalized(text[-100:])}"
         folder = self.cwd / re.search(r"^run   (.*)$", text, re.MULTILINE)[1]  # type: ignore[index]
         record = json.loads((folder / "metrics.json").read_text())
@@ -270,7 +270,7 @@ class Session:
 
 
 def quoted(value: str) -> str:
-    """A value as Hydra reads it."""
+    """Quote a value for Hydra."""
     return (
         value
         if re.fullmatch(r"[\w./-]+", value, re.ASCII)
@@ -298,7 +298,7 @@ def equal(a: object, b: object) -> bool:
     return a == b
 
 
-# Values for any key, of which most are wrong for most keys.
+# Values for any key; most are invalid for most keys.
 VALUES = [
     *("0", "1", "-1", "2", "3", "7", "0.5", "-0.5", "1e-3", "1e400", "nan", "inf", "-inf", "true", "false", "null"),
     *("''", "[]", "[1]", "[0]", "[3,2]", "[[1]]", "{}", "{a: 1}", "abc", "'a b'", "mlp", "conv", "adam", "SGD"),
@@ -592,7 +592,7 @@ def script_keys(name: str) -> list[str]:
 
 
 def script_words(rng: random.Random, name: str, data: str, run: str) -> list[str]:
-    """Arguments of a script for the model in the folder `run` that was trained on `data`."""
+    """Draw arguments of a script for the model in the folder `run` that was trained on `data`."""
     keys = script_keys(name)
     values = dict(SCRIPTS[name])
     if "images" in values and not values["images"]:
@@ -619,7 +619,7 @@ def script_words(rng: random.Random, name: str, data: str, run: str) -> list[str
 
 
 def canary(session: Session) -> None:
-    """Files of the user, which no command may change, some with names that commands write."""
+    """Write files of the user, which no command may change, some with names that commands write."""
     session.python(
         "from pathlib import Path\nimport numpy as np\nfrom PIL import Image\n"
         "for place in ('../../canary', '.'):\n"
@@ -631,7 +631,7 @@ def canary(session: Session) -> None:
 
 
 def play(rng: random.Random, session: Session) -> None:
-    """One random session."""
+    """Play a random session."""
     from betavae.runtime.hydra_config import all_keys
 
     keys = [key for key in all_keys() if not key.startswith(NOT_HERE)]

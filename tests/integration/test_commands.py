@@ -17,14 +17,6 @@ from tests.commands import TINY, Child, run
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory, data_root):
-    """A working folder outside of the repository."""
-    folder = tmp_path_factory.mktemp("workdir")
-    (folder / "data").symlink_to(data_root)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def smoke(workdir):
     """The folder and the output of a finished smoke run with two latent dimensions."""
     output = run("trainer=smoke", "model.latent_dim=2", "callbacks.figures_every_n_epochs=1", "seed=0", cwd=workdir)

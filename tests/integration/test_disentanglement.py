@@ -11,6 +11,7 @@ from tests.commands import run
 from tests.integration.test_readme import PAGES, commands, small
 
 
+@pytest.mark.slow
 def test_a_report_measures_only_jobs_without_scores(tmp_path, monkeypatch):
     sweep, small = tmp_path / "sweep", ["data=sprites", "data.image_size=32", "data.root=none"]
     run(

@@ -1,6 +1,5 @@
-"""What is only displayed never fails a run, and comes after the numbers."""
+"""Figures and loggers come after the test metrics, and their failure does not fail a run."""
 
-import json
 import os
 import re
 import signal
@@ -16,7 +15,7 @@ from betavae import plotting
 from betavae.module import VAEModule
 from betavae.runtime.loggers import TensorBoard
 from betavae.runtime.training import TrainingRun
-from tests.commands import TINY, Child, run
+from tests.commands import TINY, Child, read_record, run
 
 SMALL = [*TINY, "data=arrays", "data.root=images.npy", "data.test_size=9", "data.validation_size=10"]
 SMALL += ["data.batch_size=10", "callbacks.figures_every_n_epochs=2", "hydra.run.dir=run"]
@@ -24,10 +23,6 @@ SMALL += ["data.batch_size=10", "callbacks.figures_every_n_epochs=2", "hydra.run
 
 def images(folder: Path, *shape: int) -> None:
     np.save(folder / "images.npy", np.random.default_rng(0).integers(0, 256, (60, *shape), dtype=np.uint8))
-
-
-def record(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "metrics.json").read_text())
 
 
 @pytest.mark.parametrize(
@@ -40,11 +35,11 @@ def record(folder: Path) -> dict[str, Any]:
         ((2, 1500), ["data.test_size=40"], 585),  # 7 in a row
     ],
 )
-def test_every_shape_and_precision_is_drawn(tmp_path, shape, settings, tile):
+def test_figures_of_every_shape_and_precision(tmp_path, shape, settings, tile):
     images(tmp_path, *shape)
     text = run(*SMALL, *settings, cwd=tmp_path)
     assert "warning" not in text.lower(), text
-    assert record(tmp_path / "run")["status"] == "finished"
+    assert read_record(tmp_path / "run")["status"] == "finished"
     names = {"samples", "reconstructions", "traversal"} | ({"manifold"} if "model.latent_dim=2" in settings else set())
     assert {path.stem for path in (tmp_path / "run" / "figures").iterdir()} == names
     sprite = Image.open(tmp_path / "run" / "projector" / "posterior_means" / "sprite.png")
@@ -53,27 +48,27 @@ def test_every_shape_and_precision_is_drawn(tmp_path, shape, settings, tile):
     assert sizes == [str(tile)] * 2
 
 
-def no_matplotlib() -> None:
+def break_matplotlib() -> None:
     for name in [name for name in sys.modules if name.startswith("matplotlib")]:
         del sys.modules[name]
     sys.modules["matplotlib"] = None  # type: ignore[assignment]
 
 
-def no_memory() -> None:
+def break_memory() -> None:
     def traversal(*args: Any) -> Any:
         raise RuntimeError("CUDA out of memory\nmore")
 
     plotting.traverse = traversal
 
 
-def no_network() -> None:
+def break_network() -> None:
     def fail(*args: Any) -> None:
         raise ConnectionError("no route to host")
 
     TensorBoard.log_image_grid = TensorBoard.log_final_metrics = TensorBoard.finish = fail  # type: ignore[method-assign]
 
 
-def no_folder() -> None:
+def break_folder() -> None:
     def start(*args: Any) -> None:
         real(*args)
         Path("run/figures").write_text("a file of that name")
@@ -84,16 +79,16 @@ def no_folder() -> None:
 @pytest.mark.parametrize(
     ("broken", "said"),
     [
-        (no_matplotlib, ["sending pictures to TensorBoard", "drawing the embedding projector"]),
-        (no_memory, ["drawing pictures of the model failed (RuntimeError: CUDA out of memory)"]),
+        (break_matplotlib, ["sending figures to TensorBoard", "drawing the embedding projector"]),
+        (break_memory, ["drawing figures of the model failed (RuntimeError: CUDA out of memory)"]),
         (
-            no_network,
-            ["sending pictures to TensorBoard failed (ConnectionError: no route to host)", "test numbers", "closing"],
+            break_network,
+            ["sending figures to TensorBoard failed (ConnectionError: no route to host)", "test metrics", "closing"],
         ),
-        (no_folder, ["writing pictures to run/figures failed"]),
+        (break_folder, ["writing figures to run/figures failed"]),
     ],
 )
-def test_a_failure_is_one_warning(tmp_path, broken, said):
+def test_a_failed_figure_is_one_warning(tmp_path, broken, said):
     images(tmp_path, 6, 6)
     text = run(*SMALL, cwd=tmp_path, prepare=broken)
     warnings = [line for line in text.splitlines() if "warning" in line]
@@ -102,13 +97,13 @@ def test_a_failure_is_one_warning(tmp_path, broken, said):
         assert line.startswith("warning: ") and words in line and line.endswith("the run is not affected")
     assert "Traceback" not in text and "next  " in text
     assert "Traceback" in (tmp_path / "run" / "train.log").read_text()
-    found = record(tmp_path / "run")
+    found = read_record(tmp_path / "run")
     assert found["status"] == "finished" and found["test"]["neg_elbo"] > 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_the_numbers_come_before_the_pictures(tmp_path, number):
-    """Stopped while the last pictures are drawn; then drawn by the line that goes on, in a sweep by its command."""
+def test_metrics_are_saved_before_figures(tmp_path, number):
+    """A run that is stopped while the last figures are drawn is drawn by a resume, and a job by its sweep."""
     images(tmp_path, 6, 6)
 
     def die() -> None:
@@ -124,14 +119,14 @@ def test_the_numbers_come_before_the_pictures(tmp_path, number):
     for name, (command, again) in commands.items():
         child = Child(*command, cwd=tmp_path, prepare=die)
         assert child.wait() == (130 if number == signal.SIGINT else -number), child.text
-        assert name == "sweep" or number == signal.SIGKILL or child.text.endswith("train.py 'resume=a run'\n")
+        assert name == "sweep" or number == signal.SIGKILL or child.text.endswith("train.py 'resume=\"a run\"'\n")
         (folder,) = (path.parent for path in (tmp_path / name).rglob("metrics.json"))
-        stopped = record(folder)
+        stopped = read_record(folder)
         assert stopped["status"] == "finished" and not (folder / "projector").exists()
         assert "epoch " not in run(*again, cwd=tmp_path) and (folder / "projector").exists()
-        assert record(folder)["test"] == stopped["test"]
+        assert read_record(folder)["test"] == stopped["test"]
         drawn = (folder / "figures" / "samples.png").stat().st_mtime_ns
-        assert "is finished" in run(*again, cwd=tmp_path)
+        assert "finished" in run(*again, cwd=tmp_path)
         assert (folder / "figures" / "samples.png").stat().st_mtime_ns == drawn
         tests.append(stopped["test"])
     assert tests[0] == tests[1]
@@ -145,8 +140,8 @@ def fails_at(hook: str) -> Any:
 
 
 @pytest.mark.parametrize("hook", ["on_fit_end", "test_step"])
-def test_a_retry_keeps_what_was_trained(tmp_path, hook):
-    """A job of a sweep that failed after its training is tested by the same command, and not trained again."""
+def test_a_job_that_failed_after_training_is_not_retrained(tmp_path, hook):
+    """The same command tests the job."""
     images(tmp_path, 6, 6)
     command = ["-m", *SMALL[:-1], "beta=2", "hydra.sweep.dir=sweep"]
     text = run(*command, cwd=tmp_path, prepare=fails_at(hook), code=1)
@@ -154,14 +149,13 @@ def test_a_retry_keeps_what_was_trained(tmp_path, hook):
     (folder,) = (path.parent for path in (tmp_path / "sweep").glob("*/metrics.json"))
     trained = (folder / "checkpoints" / "last.ckpt").stat()
     assert "epoch " not in run(*command, cwd=tmp_path)
-    assert record(folder)["status"] == "finished"
+    assert read_record(folder)["status"] == "finished"
     kept = (folder / "checkpoints" / "last.ckpt").stat()
     assert (kept.st_ino, kept.st_mtime_ns) == (trained.st_ino, trained.st_mtime_ns)
 
 
 @pytest.mark.parametrize("where", ["training", "drawing"])
-def test_a_retry_that_cannot_begin_keeps_the_checkpoint(tmp_path, where):
-    """Data that are away for a while cost no training."""
+def test_a_retry_without_its_data_keeps_the_checkpoint(tmp_path, where):
     images(tmp_path, 6, 6)
     command = ["-m", *SMALL[:-1], "beta=2", "hydra.sweep.dir=sweep"]
 
@@ -184,7 +178,7 @@ def test_a_retry_that_cannot_begin_keeps_the_checkpoint(tmp_path, where):
     assert "epoch   1/4" not in text and ("epoch " in text) == (where == "training")
 
 
-def test_a_retry_of_a_job_with_a_damaged_record_keeps_the_checkpoint(tmp_path):
+def test_a_job_with_a_damaged_record_is_not_retrained(tmp_path):
     images(tmp_path, 6, 6)
     command = ["-m", *SMALL[:-1], "beta=2", "hydra.sweep.dir=sweep"]
     run(*command, cwd=tmp_path)
@@ -194,10 +188,10 @@ def test_a_retry_of_a_job_with_a_damaged_record_keeps_the_checkpoint(tmp_path):
     assert "epoch " not in run(*command, cwd=tmp_path)
     kept = (folder / "checkpoints" / "last.ckpt").stat()
     assert (kept.st_ino, kept.st_mtime_ns) == (trained.st_ino, trained.st_mtime_ns)
-    assert record(folder)["status"] == "finished"
+    assert read_record(folder)["status"] == "finished"
 
 
-def test_a_retry_of_a_job_that_failed_in_training_begins_again(tmp_path):
+def test_a_job_that_failed_in_training_starts_again(tmp_path):
     images(tmp_path, 6, 6)
     command = ["-m", *SMALL[:-1], "beta=2", "hydra.sweep.dir=sweep"]
 

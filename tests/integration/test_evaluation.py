@@ -11,6 +11,7 @@ from tests.commands import TINY, Child, run, wait_for
 EVALUATE = "scripts/evaluate.py"
 
 
+@pytest.mark.slow
 def test_runs_of_two_seeds_are_evaluated_and_averaged(tmp_path, data_root):
     def train(*args):
         # Ten steps of 1,024 images, and no compilation, which takes a minute.

@@ -52,7 +52,7 @@ def test_samplers_of_a_lone_checkpoint_are_scored(tmp_path, data_root):
 
 @pytest.fixture
 def score_few(tmp_path):
-    """Return a function that scores an untrained model of 120 training images; it returns the result and the output."""
+    """Return a function that scores an untrained model; it returns the result and the output."""
     images = bars(160)
     np.savez(tmp_path / "bars.npz", images=images.pixels.numpy(), labels=images.labels.numpy())
     source = {"name": "arrays", "root": str(tmp_path / "bars.npz"), "validation_size": 0.1, "test_size": 40}

@@ -1,4 +1,4 @@
-"""Properties that hold for any input, and command lines that nobody thought of."""
+"""Properties for random inputs, and random command lines."""
 
 import os
 import random
@@ -19,7 +19,8 @@ from betavae.models.likelihoods import LIKELIHOODS
 from betavae.models.networks import ACTIVATIONS, NETWORKS
 from betavae.models.vae import VAE
 from betavae.objectives import elbo
-from betavae.objectives.schedules import BETA_SCHEDULES, LR_DECAYS, lr_factor
+from betavae.objectives.schedules import BETA_SCHEDULES
+from betavae.optim import LR_DECAYS, lr_factor
 from betavae.runtime.hydra_config import CONFIGS, all_keys, describe_config_error, to_plain
 from betavae.runtime.run_folder import RunFolder
 from betavae.runtime.settings import TrainConfig, check_settings, dotted_keys
@@ -42,7 +43,7 @@ quick = settings(max_examples=40, deadline=None, derandomize=True)
     free_bits=st.floats(0, 3),
     scale=st.floats(0, 8),
 )
-def test_the_objective(likelihood, network, activation, latent, k, batch, size, beta, free_bits, scale):
+def test_elbo_terms_for_random_models(likelihood, network, activation, latent, k, batch, size, beta, free_bits, scale):
     torch.manual_seed(0)
     vae = VAE(network, [3, 4], latent, activation, likelihood, (1, size, size)).double()
     for parameter in vae.parameters():
@@ -54,11 +55,11 @@ def test_the_objective(likelihood, network, activation, latent, k, batch, size, 
     torch.testing.assert_close(terms.loss, terms.recon.mean() + beta * terms.kl.sum(1).mean())
     terms.loss.backward()
     assert all(p.grad.isfinite().all() for p in vae.parameters())
-    # Free bits only ever add, and at most the floor of every dimension.
+    # Free bits add to the loss at most the floor of every dimension.
     floored = elbo(vae, x, noise, beta, free_bits).loss - terms.loss
     rounding = 1e-9 + 1e-6 * terms.loss.abs()
     assert -rounding <= floored <= beta * latent * free_bits + rounding
-    # The mean over posterior samples is the mean of what each gives alone.
+    # The mean over posterior samples is the mean of single samples.
     alone = torch.stack([elbo(vae, x, noise[[i]], beta).loss for i in range(k)]).mean()
     torch.testing.assert_close(terms.loss, alone)
 
@@ -72,7 +73,7 @@ def test_the_objective(likelihood, network, activation, latent, k, batch, size, 
     ramp=st.floats(0, 1, exclude_min=True),
     decay=st.sampled_from(sorted(LR_DECAYS)),
 )
-def test_the_schedules(step, total, warmup, cycles, ramp, decay):
+def test_schedules_stay_in_range_and_end_at_one(step, total, warmup, cycles, ramp, decay):
     if total == float("inf"):
         return
     for name, arguments in {
@@ -82,7 +83,7 @@ def test_the_schedules(step, total, warmup, cycles, ramp, decay):
     }.items():
         factor = BETA_SCHEDULES[name]
         assert 0 <= factor(step, total, **arguments) <= 1
-        assert factor(total, total, **arguments) == 1  # every schedule ends at the beta that was asked for
+        assert factor(total, total, **arguments) == 1  # every schedule ends at beta
     linear = BETA_SCHEDULES["linear"]
     assert linear(step, total, warmup=warmup) <= linear(step + 1, total, warmup=warmup)
     assert 0 <= lr_factor(step, total, decay, warmup) <= 1
@@ -101,7 +102,7 @@ def test_the_schedules(step, total, warmup, cycles, ramp, decay):
     processes=st.integers(1, 4),
     stop=st.integers(0, 60),
 )
-def test_the_batches(n, batch_size, epoch, seed, processes, stop):
+def test_batches_cover_each_image_once_and_resume(n, batch_size, epoch, seed, processes, stop):
     images = ImageSet(torch.zeros(n, 1, 2, 2, dtype=torch.uint8), torch.arange(n))
 
     def shared(rank, *training):
@@ -114,14 +115,14 @@ def test_the_batches(n, batch_size, epoch, seed, processes, stop):
         batches = shared(rank, lambda: epoch, seed)
         shard = [y.tolist() for _, y in batches]
         assert len(shard) == len(batches)
-        # Stopped after any batch and gone on with by another loader, the images are the same.
+        # Another loader that resumes after any batch yields the same images.
         first = iter(batches := shared(rank, lambda: epoch, seed))
         before = [y.tolist() for _, (_, y) in zip(range(stop), first, strict=False)]
         after = shared(rank, lambda: epoch, seed)
         after.load_state_dict(dict(batches.state_dict()))
         assert before + [y.tolist() for _, y in after] == shard
         seen += [i for batch in shard for i in batch]
-    # Each image at most once; the same number in each process, so fewer than one image each is left out.
+    # Each image at most once; every process has the same number, so fewer images than processes are left out.
     assert len(set(seen)) == len(seen) == n - n % processes
     evaluated = [i for rank in range(processes) for _, y in shared(rank) for i in y.tolist()]
     assert sorted(evaluated) == list(range(n))
@@ -141,7 +142,7 @@ def tiny(root: Path, split: str) -> ImageSet | None:
     binarize=st.sampled_from(["none", "threshold", "dynamic"]),
     seeds=st.tuples(st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1)),
 )
-def test_the_splits(validation, binarize, seeds):
+def test_splits_are_disjoint_and_independent_of_the_seed(validation, binarize, seeds):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(data.DATASETS, "mnist", tiny)
         modules = [ImageDataModule("mnist", "nowhere", validation, 1, 10, binarize, seed) for seed in seeds]
@@ -158,11 +159,11 @@ def test_the_splits(validation, binarize, seeds):
         assert torch.equal(images.pixels, sets[name].pixels) and torch.equal(images.labels, sets[name].labels)
     if binarize == "none":
         pixels = torch.cat((sets["train"].pixels, sets["validation"].pixels))[:, 0, 0, 0]
-        assert pixels.sort().values.tolist() == list(range(60))  # nothing twice, nothing lost
+        assert pixels.sort().values.tolist() == list(range(60))  # no image twice, none lost
     else:
         for name in ("validation", "test"):
             assert set(sets[name].pixels.unique().tolist()) <= {0, 255}
-        x, _ = next(iter(modules[0].train_dataloader()))  # drawn afresh for each batch, or the same each time
+        x, _ = next(iter(modules[0].train_dataloader()))  # a new draw for each batch, or always the same
         assert set(x.unique().tolist()) <= {0, 1}
 
 
@@ -191,13 +192,14 @@ def command_line(rng: random.Random, keys: list[str]) -> list[str]:
     return line
 
 
-def test_command_lines_that_nobody_thought_of(monkeypatch, tmp_path):
-    """Each composes and builds, or is refused in one sentence. BETAVAE_FUZZ=2000 for more."""
+@pytest.mark.slow
+def test_random_command_lines_build_or_are_rejected(monkeypatch, tmp_path):
+    """BETAVAE_FUZZ=2000 tests more of them."""
     monkeypatch.setitem(data.DATASETS, "mnist", tiny)
     monkeypatch.chdir(tmp_path)
     rng, known = random.Random(0), all_keys()
     keys = sorted({*dotted_keys(TrainConfig), *known} - {"resume"})
-    built = refused = 0
+    built = rejected = 0
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         for number in range(int(os.environ.get("BETAVAE_FUZZ", 150))):
             line = command_line(rng, keys)
@@ -213,12 +215,13 @@ def test_command_lines_that_nobody_thought_of(monkeypatch, tmp_path):
                 sentence = describe_config_error(error, composing, known)
                 assert sentence and "\n" not in sentence, (number, line)
                 assert isinstance(error, UserError) or len(sentence) < 500
-                refused += 1
-    assert built > 10 and refused > 10
+                rejected += 1
+    assert built > 10 and rejected > 10
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [1, 3, 5, 16, 17])
-def test_sessions_of_whole_commands(tmp_path, data_root, number):
-    """What `python -m tests.integration.fuzz_commands` runs for hours."""
+def test_random_sessions_of_complete_commands(tmp_path, data_root, number):
+    """`python -m tests.integration.fuzz_commands` runs these for hours."""
     play(random.Random(f"test-{number}"), Session(tmp_path, Path(data_root)))

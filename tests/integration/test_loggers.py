@@ -1,4 +1,4 @@
-"""Every logger has what TensorBoard has, to the last digit, also of a run that was killed and went on."""
+"""Every logger has the values of TensorBoard, also after a run was killed and resumed."""
 
 import csv
 import importlib.util
@@ -28,25 +28,23 @@ DRAWN = ("reconstructions", "samples", "traversal")
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, data_root):
-    """A working folder with the run `whole`, and `resumed`, which was killed in its third epoch."""
-    folder = tmp_path_factory.mktemp("place")
-    for name in HEAVY:  # imported once, for all children
+def runs(workdir):
+    """The working folder with the run `whole`, and `resumed`, which was killed in its third epoch."""
+    for name in HEAVY:  # import them once for all child processes
         importlib.import_module(name)
     if "mlflow" in HEAVY:
-        importlib.import_module("mlflow").MlflowClient(f"sqlite:///{folder}/other.db")
-    (folder / "data").symlink_to(data_root)
+        importlib.import_module("mlflow").MlflowClient(f"sqlite:///{workdir}/other.db")
     args = (*TINY, "callbacks.figures_every_n_epochs=2", ALL)
-    text = run(*args, "hydra.run.dir=whole", cwd=folder)
-    child = Child(*args, "hydra.run.dir=resumed", cwd=folder, prepare=die_at(23))
+    text = run(*args, "hydra.run.dir=whole", cwd=workdir)
+    child = Child(*args, "hydra.run.dir=resumed", cwd=workdir, prepare=die_at(23))
     assert child.wait() == -signal.SIGKILL, child.text
-    first = json.loads((folder / "resumed" / "metrics.json").read_text())
-    again = run("resume=resumed", cwd=folder)
-    return SimpleNamespace(folder=folder, text=text, first=first, again=again)
+    first = json.loads((workdir / "resumed" / "metrics.json").read_text())
+    again = run("resume=resumed", cwd=workdir)
+    return SimpleNamespace(folder=workdir, text=text, first=first, again=again)
 
 
 def die_at(step):
-    """Once what was logged by then is in W&B's file, which is written each second."""
+    """Kill the run at a step, after W&B has written the earlier steps to its file."""
 
     def written() -> list[Any]:
         return [record for part in Path("resumed").glob("wandb/offline-run-*/*.wandb") for record in records(part)]
@@ -67,7 +65,7 @@ def die_at(step):
 
 
 def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """TensorBoard's, which keeps single precision."""
+    """Read the curves of TensorBoard, in single precision."""
     board = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     return {tag: [(event.step, event.value) for event in board.Scalars(tag)] for tag in board.Tags()["scalars"]}
 
@@ -84,16 +82,16 @@ def table(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 @pytest.mark.parametrize("name", ["whole", "resumed"])
-def test_the_rows_of_the_csv_are_tensorboards_points(place, name):
-    expected = curves(place.folder / name)
-    assert table(place.folder / name) == expected
+def test_csv_rows_equal_the_points_of_tensorboard(runs, name):
+    expected = curves(runs.folder / name)
+    assert table(runs.folder / name) == expected
     assert [step for step, _ in expected["train/loss"]] == [3, 6, 8, 11, 14, 16, 19, 22, 24, 27, 30, 32]
     assert [step for step, _ in expected["val/neg_elbo"]] == [8, 16, 24, 32]
     assert len(expected["test/kl"]) == 1
 
 
-def test_the_pictures_beside_the_csv(place):
-    figures = place.folder / "whole" / "figures"
+def test_the_csv_logger_writes_figures(runs):
+    figures = runs.folder / "whole" / "figures"
     names = {f"{name}_{step:06d}" for name in (*DRAWN, "latent_kl_per_dimension") for step in (16, 32)}
     assert {path.stem for path in figures.iterdir()} == names | set(DRAWN)
     for name in DRAWN:
@@ -101,11 +99,11 @@ def test_the_pictures_beside_the_csv(place):
         assert (figures / f"{name}_000016.png").read_bytes() != (figures / f"{name}.png").read_bytes()
 
 
-def test_a_csv_goes_on_to_the_byte(place, tmp_path, data_root):
-    """Killed between two checkpoints, and (alone) after the test."""
-    whole = (place.folder / "whole" / "curves.csv").read_bytes()
-    assert (place.folder / "resumed" / "curves.csv").read_bytes() == whole
-    assert not list(place.folder.rglob("*part*"))
+def test_a_resumed_csv_is_identical(runs, tmp_path, data_root):
+    """The run is killed between two checkpoints, and after the test."""
+    whole = (runs.folder / "whole" / "curves.csv").read_bytes()
+    assert (runs.folder / "resumed" / "curves.csv").read_bytes() == whole
+    assert not list(runs.folder.rglob("*part*"))
 
     def die_late() -> None:
         TrainingRun.finish = lambda *args: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
@@ -113,11 +111,11 @@ def test_a_csv_goes_on_to_the_byte(place, tmp_path, data_root):
     args = (*TINY, "callbacks.figures_every_n_epochs=0", "logger=csv", f"data.root={data_root}", "hydra.run.dir=run")
     folder = tmp_path / "run"
     assert Child(*args, cwd=tmp_path, prepare=die_late).wait() == -signal.SIGKILL
-    assert (folder / "curves.csv").read_bytes() == whole  # the test's row was there
+    assert (folder / "curves.csv").read_bytes() == whole  # with the row of the test
     child = Child("resume=run", cwd=tmp_path, prepare=die_late)
     assert child.wait() == -signal.SIGKILL and "epoch " not in child.text
     assert (folder / "curves.csv").read_bytes() == whole
-    # One that has nothing to go on from begins anew.
+    # Without a checkpoint the run starts again.
     (folder / "checkpoints" / "last.ckpt").unlink()
     text = run("resume=run", cwd=tmp_path)
     assert "epoch   1/4" in text and "tensorboard" not in text
@@ -125,19 +123,19 @@ def test_a_csv_goes_on_to_the_byte(place, tmp_path, data_root):
     assert "loggers" not in json.loads((folder / "metrics.json").read_text())
 
 
-def test_somebody_elses_table_stays(tmp_path, data_root):
-    def theirs() -> None:
+def test_a_foreign_csv_is_kept(tmp_path, data_root):
+    def write_foreign_table() -> None:
         real = ImageLogger.on_train_epoch_end
 
-        def begun(*args: Any) -> None:
+        def on_train_epoch_end(*args: Any) -> None:
             Path("run/curves.csv").write_text("mine\n")
             real(*args)
 
-        ImageLogger.on_train_epoch_end = begun  # type: ignore[method-assign]
+        ImageLogger.on_train_epoch_end = on_train_epoch_end  # type: ignore[method-assign]
 
     args = (*TINY, "trainer.log_every_n_steps=99", "logger=csv", f"data.root={data_root}", "hydra.run.dir=run")
     args = (*args, "data.validation_size=0", "callbacks.early_stopping_patience=null", "trainer.max_epochs=1")
-    text = run(*args, cwd=tmp_path, prepare=theirs, code=1)
+    text = run(*args, cwd=tmp_path, prepare=write_foreign_table, code=1)
     assert "error: logger=csv: run/curves.csv already exists and was not made by betavae" in text
     assert (tmp_path / "run" / "curves.csv").read_text() == "mine\n"
 
@@ -156,14 +154,14 @@ def test_somebody_elses_table_stays(tmp_path, data_root):
         ("logger=wandb ~logger.wandb.project", "logger.wandb.project is missing"),
     ],
 )
-def test_a_wrong_one_is_one_sentence(tmp_path, mistake, said):
+def test_an_invalid_logger_is_a_one_line_error(tmp_path, mistake, said):
     text = run(*mistake.split(), cwd=tmp_path, code=1)
     assert text.startswith("error: ") and text.count("\n") == 1 and said in text
     assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])
-def test_one_that_is_not_installed_names_its_extra(tmp_path, data_root, name):
+def test_a_missing_logger_package_names_its_extra(tmp_path, data_root, name):
     def hide() -> None:
         import sys
 
@@ -175,7 +173,7 @@ def test_one_that_is_not_installed_names_its_extra(tmp_path, data_root, name):
 
 
 def records(path: Path) -> list[Any]:
-    """Of a file of W&B: a log of LevelDB's format, with W&B's records in it."""
+    """Read the records of a W&B file, a log in the format of LevelDB."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     content, at, parts, found = path.read_bytes(), 7, b"", []
@@ -185,11 +183,11 @@ def records(path: Path) -> list[Any]:
             at += 2**15 - at % 2**15
             continue
         _, size, kind = struct.unpack("<IHB", content[at : at + 7])
-        if kind == 0 or at + 7 + size > len(content):  # what is being written
+        if kind == 0 or at + 7 + size > len(content):  # an incomplete record
             break
         parts += content[at + 7 : at + 7 + size]
         at += 7 + size
-        if kind in (1, 4):  # whole, or the last of several
+        if kind in (1, 4):  # a complete record, or the last part of one
             found.append(Record.FromString(parts))
             parts = b""
     return found
@@ -204,7 +202,7 @@ def rows(found: list[Any]) -> list[dict[str, Any]]:
 
 
 def history(found: list[Any]) -> dict[int, dict[str, Any]]:
-    """All that was logged at a step of the training."""
+    """Return everything that was logged at each step."""
     steps: dict[int, dict[str, Any]] = {}
     for row in rows(found):
         steps.setdefault(row["trainer/global_step"], {}).update(row)
@@ -212,8 +210,8 @@ def history(found: list[Any]) -> dict[int, dict[str, Any]]:
 
 
 @needs["wandb"]
-def test_wandb_offline(place):
-    folder = place.folder / "whole"
+def test_wandb_offline_has_curves_settings_and_figures(runs):
+    folder = runs.folder / "whole"
     (file,) = folder.glob("wandb/offline-run-*/*.wandb")
     found = records(file)
     steps = history(found)
@@ -228,29 +226,29 @@ def test_wandb_offline(place):
         for step in (16, 32):
             (shown,) = steps[step][f"{name}.filenames"]
             assert Image.open(file.parent / "files" / shown).size[0] > 100
-    assert f"wandb sync {file.parent.relative_to(place.folder)}\n" in place.text and "WARNING" not in place.text
+    assert f"wandb sync {file.parent.relative_to(runs.folder)}\n" in runs.text and "WARNING" not in runs.text
 
 
 @needs["wandb"]
-def test_wandb_goes_on_under_the_same_id(place):
-    folder = place.folder / "resumed"
+def test_wandb_resumes_under_the_same_id(runs):
+    folder = runs.folder / "resumed"
     parts = sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime)
-    assert len(parts) == 2 and {path.stem for path in parts} == {f"run-{place.first['loggers']['wandb']}"}
-    assert json.loads((folder / "metrics.json").read_text())["loggers"] == place.first["loggers"]
+    assert len(parts) == 2 and {path.stem for path in parts} == {f"run-{runs.first['loggers']['wandb']}"}
+    assert json.loads((folder / "metrics.json").read_text())["loggers"] == runs.first["loggers"]
     before, after = (history(records(part)) for part in parts)
-    assert min(after) == 19  # the checkpoint was of step 16
+    assert min(after) == 19  # the checkpoint is of step 16
     kept = [row for row in rows(records(parts[0])) if row["trainer/global_step"] <= 16]
     assert [row["_step"] for row in kept] == list(range(len(kept)))
-    assert rows(records(parts[1]))[0]["_step"] == len(kept) == 6 + 2 + 4  # of training, of validation, pictures
-    (whole,) = (place.folder / "whole").glob("wandb/offline-run-*/*.wandb")
+    assert rows(records(parts[1]))[0]["_step"] == len(kept) == 6 + 2 + 4  # training, validation, figures
+    (whole,) = (runs.folder / "whole").glob("wandb/offline-run-*/*.wandb")
     assert set(before) | set(after) == set(history(records(whole)))
     for tag, points in curves(folder).items():
         assert [(step, single(row[tag])) for step, row in (before | after).items() if tag in row] == points
-    assert f"wandb sync --append {parts[1].parent.relative_to(place.folder)}\n" in place.again
+    assert f"wandb sync --append {parts[1].parent.relative_to(runs.folder)}\n" in runs.again
 
 
 @needs["wandb"]
-def test_wandb_online_without_a_login_is_one_sentence(tmp_path, data_root):
+def test_wandb_without_a_login_is_a_one_line_error(tmp_path, data_root):
     alone = {"WANDB_API_KEY": "", "HOME": str(tmp_path / "home"), "NETRC": "/dev/null", "WANDB_CONFIG_DIR": "/dev/null"}
     args = (*TINY, "logger=wandb", "logger.wandb.mode=online", f"data.root={data_root}")
     text = run(*args, cwd=tmp_path, code=1, environment=alone)
@@ -260,32 +258,32 @@ def test_wandb_online_without_a_login_is_one_sentence(tmp_path, data_root):
 
 @needs["mlflow"]
 @pytest.mark.parametrize("name", ["whole", "resumed"])
-def test_mlflow(place, name):
+def test_mlflow_has_curves_settings_and_figures(runs, name):
     from mlflow import MlflowClient
 
-    client = MlflowClient(f"sqlite:///{place.folder}/runs/mlflow/mlflow.db")
+    client = MlflowClient(f"sqlite:///{runs.folder}/runs/mlflow/mlflow.db")
     (experiment,) = client.search_experiments(filter_string="name = 'betavae'")
-    runs = client.search_runs([experiment.experiment_id])
-    assert sorted(found.info.run_name for found in runs) == ["resumed", "whole"]
-    found = next(found for found in runs if found.info.run_name == name)
-    record = json.loads((place.folder / name / "metrics.json").read_text())
+    found_runs = client.search_runs([experiment.experiment_id])
+    assert sorted(found.info.run_name for found in found_runs) == ["resumed", "whole"]
+    found = next(found for found in found_runs if found.info.run_name == name)
+    record = json.loads((runs.folder / name / "metrics.json").read_text())
     assert record["loggers"]["mlflow"] == found.info.run_id and found.info.status == "FINISHED"
-    for tag, points in curves(place.folder / name).items():
+    for tag, points in curves(runs.folder / name).items():
         logged = client.get_metric_history(found.info.run_id, tag)
         assert sorted((point.step, single(point.value)) for point in logged) == points
     assert found.data.params["model.latent_dim"] == "3" and found.data.params["model.hidden_dims"] == "[16]"
-    here = place.folder / "runs" / "mlflow" / "artifacts" / found.info.run_id / "artifacts"
+    here = runs.folder / "runs" / "mlflow" / "artifacts" / found.info.run_id / "artifacts"
     for picture in (*(f"pictures/{picture}" for picture in DRAWN), "latent/kl_per_dimension"):
         assert sorted(path.name for path in (here / picture).iterdir()) == ["000016.png", "000032.png"]
-    assert (place.folder / name / "figures" / "samples.png").exists()
+    assert (runs.folder / name / "figures" / "samples.png").exists()
     assert list(Image.open(here / "pictures/samples/000032.png").tobytes()) == list(
-        Image.open(place.folder / name / "figures" / "samples.png").tobytes()
+        Image.open(runs.folder / name / "figures" / "samples.png").tobytes()
     )
-    assert not (place.folder / "mlruns").exists()
+    assert not (runs.folder / "mlruns").exists()
 
 
 @needs["mlflow"]
-def test_mlflow_where_there_is_none_is_one_sentence(tmp_path, data_root):
+def test_an_invalid_mlflow_uri_is_a_one_line_error(tmp_path, data_root):
     args = (*TINY, "logger=mlflow", "logger.mlflow.tracking_uri=nonsense://x", f"data.root={data_root}")
     text = run(*args, cwd=tmp_path, code=1)
     assert text.startswith("error: logger.mlflow.tracking_uri=nonsense://x: ") and text.count("\n") == 1

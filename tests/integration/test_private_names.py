@@ -1,7 +1,7 @@
-"""All that this project uses of other packages' insides, and of what they do without promising it.
+"""The private names and undocumented behavior of other packages that this project relies on.
 
-One test for each: when a new release changes it, the test that fails says by its name what, and its docstring where we
-use it. Upper bounds in pyproject.toml are the next releases that these have not been run against.
+There is one test for each; its docstring names the code that relies on it. The upper bounds in pyproject.toml are the
+next releases, with which these tests have not run.
 """
 
 import ast
@@ -21,7 +21,7 @@ from tests.commands import REPO
 
 
 class Two(L.LightningModule):
-    """A model of one number, for what follows."""
+    """A model with one parameter."""
 
     def __init__(self):
         super().__init__()
@@ -29,10 +29,10 @@ class Two(L.LightningModule):
         self.weight = torch.nn.Parameter(torch.zeros(()))
 
     def training_step(self, batch, batch_idx):
-        return {"loss": self.weight * batch.sum(), "sums": [batch_idx]}
+        return self.weight * batch.sum()
 
     def on_train_batch_end(self, outputs, batch, batch_idx):
-        self.seen.append(("module", outputs["sums"]))
+        self.seen.append("module")
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), 0.1)
@@ -47,8 +47,8 @@ def loader():
     return torch.utils.data.DataLoader(torch.ones(4), batch_size=1)
 
 
-def test_lightning_the_flag_of_a_received_sigterm_ends_the_loop_between_two_steps():
-    """running/lightning.py: stop_after_this_step."""
+def test_lightning_ends_between_steps_by_its_sigterm_flag():
+    """runtime/lightning_workarounds.py: stop_after_this_step."""
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
     class Stop(Callback):
@@ -62,14 +62,14 @@ def test_lightning_the_flag_of_a_received_sigterm_ends_the_loop_between_two_step
     assert run.global_step == 2 and len(model.seen) == 2
 
 
-def test_lightning_iteration_based_training_is_asked_of_the_fit_loop():
-    """running/lightning.py: mend."""
+def test_lightning_asks_the_fit_loop_if_steps_are_limited():
+    """runtime/lightning_workarounds.py: patch_trainer."""
     run = trainer(max_steps=3)
     assert run.fit_loop._iteration_based_training() is True
 
 
-def test_lightning_notes_the_running_hook_in_current_fx_name():
-    """running/lightning.py: Steps.__setattr__."""
+def test_lightning_sets_current_fx_name_for_each_hook():
+    """module.py: VAEModule.__setattr__."""
     names = []
 
     class Watch(Two):
@@ -82,52 +82,34 @@ def test_lightning_notes_the_running_hook_in_current_fx_name():
     assert names.count("training_step") == 4
 
 
-def test_lightning_calls_callbacks_before_the_module_and_hands_on_what_a_step_returned():
-    """curves.py: Curves."""
+def test_lightning_calls_callbacks_before_the_module():
+    """module.py: VAEModule.on_train_epoch_end."""
 
     class See(Callback):
         def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-            module.seen.append(("callback", outputs["sums"]))
+            module.seen.append("callback")
 
     model = Two()
     trainer(See()).fit(model, loader())
-    assert model.seen[:2] == [("callback", [0]), ("module", [0])]
+    assert model.seen[:2] == ["callback", "module"]
 
 
-def test_lightning_callback_metrics_is_one_dictionary_that_can_be_added_to():
-    """curves.py: Curves."""
+def test_lightning_callback_metrics_accepts_new_keys():
+    """module.py: VAEModule.publish_epoch."""
     run = trainer()
     run.fit(Two(), loader())
     run.callback_metrics["x"] = torch.ones(())
     assert run.callback_metrics["x"] == 1
 
 
-def test_lightning_model_checkpoint_remembers_the_best_under_these_names():
-    """running/resuming.py: RunCheckpoint."""
+def test_lightning_model_checkpoint_has_these_state_keys():
+    """runtime/resume.py: RunCheckpoint."""
     wanted = {"best_model_path", "kth_best_model_path", "last_model_path", "best_k_models", "dirpath"}
     assert wanted <= set(ModelCheckpoint().state_dict())
 
 
-def test_lightning_asks_a_module_for_callbacks():
-    """module.py: configure_callbacks."""
-
-    class Mine(Two):
-        def configure_callbacks(self):
-            return [asked]
-
-    class Asked(Callback):
-        started = False
-
-        def on_train_start(self, trainer, module):
-            self.started = True
-
-    asked = Asked()
-    trainer().fit(Mine(), loader())
-    assert asked.started
-
-
-def test_lightning_knows_slurm_by_these_variables(monkeypatch):
-    """running/processes.py: started_by_srun, and running/lightning.py: plugins."""
+def test_lightning_detects_slurm_by_these_variables(monkeypatch):
+    """runtime/distributed.py: started_by_srun, and runtime/lightning_workarounds.py: cluster_plugins."""
     from lightning.pytorch.plugins.environments import SLURMEnvironment
 
     monkeypatch.setenv("SLURM_NTASKS", "2")
@@ -137,8 +119,8 @@ def test_lightning_knows_slurm_by_these_variables(monkeypatch):
     assert not SLURMEnvironment.detect()
 
 
-def test_torchrun_sets_these_variables_and_serves_a_store(tmp_path):
-    """running/processes.py."""
+def test_torchrun_sets_these_variables(tmp_path):
+    """runtime/distributed.py."""
     script = tmp_path / "s.py"
     script.write_text(
         "import os; print(*(os.environ[n] for n in ('TORCHELASTIC_RUN_ID', 'TORCHELASTIC_RESTART_COUNT',"
@@ -150,22 +132,22 @@ def test_torchrun_sets_these_variables_and_serves_a_store(tmp_path):
 
 
 def test_torch_draws_normals_in_blocks_of_sixteen():
-    """module.py: evaluate, and measures/likelihood.py: rows of whole sixteens do not depend on how many are drawn."""
+    """module.py: evaluate, and metrics/likelihood.py: rows of multiples of 16 do not depend on the number of rows."""
     one, many = (torch.Generator().manual_seed(0) for _ in range(2))
     rows = torch.cat([torch.randn(size, 32, generator=one) for size in (1, 2, 4)])
     assert torch.equal(rows, torch.randn(7, 32, generator=many))
 
 
-def test_tensorboard_writer_gives_out_its_file_writer(tmp_path):
-    """running/loggers.py: log_outcome."""
+def test_tensorboard_summary_writer_has_a_file_writer(tmp_path):
+    """runtime/loggers.py: log_final_metrics."""
     from torch.utils.tensorboard import SummaryWriter
 
     with SummaryWriter(str(tmp_path)) as writer:
         assert hasattr(writer._get_file_writer(), "add_summary")
 
 
-def test_tensorboard_names_an_embeddings_folder_after_its_step(tmp_path):
-    """running/loggers.py: log_embedding."""
+def test_tensorboard_names_an_embedding_by_its_step(tmp_path):
+    """runtime/loggers.py: log_embedding."""
     from torch.utils.tensorboard import SummaryWriter
 
     with SummaryWriter(str(tmp_path)) as writer:
@@ -174,7 +156,7 @@ def test_tensorboard_names_an_embeddings_folder_after_its_step(tmp_path):
 
 
 def test_torch_load_reads_a_file_with_a_comment(tmp_path):
-    """files.py: made_here, and pictures.py: save_tensor."""
+    """storage/files.py: has_stamp, and plotting.py: save_tensor."""
     from betavae.plotting import save_tensor
     from betavae.storage.files import has_stamp
 
@@ -185,8 +167,8 @@ def test_torch_load_reads_a_file_with_a_comment(tmp_path):
 @pytest.mark.parametrize(
     ("override", "words"), [("nope=1", "Could not override 'nope'"), ("model=nope", "Could not find 'model/nope'")]
 )
-def test_hydra_says_what_it_cannot_compose_in_these_words(override, words):
-    """running/cli.py: explain."""
+def test_hydra_describes_composition_errors_like_this(override, words):
+    """runtime/hydra_config.py: describe_config_error."""
     with (
         hydra.initialize_config_dir(str(REPO / "configs"), version_base="1.3"),
         pytest.raises(Exception) as caught,
@@ -200,21 +182,21 @@ def test_hydra_says_what_it_cannot_compose_in_these_words(override, words):
 
 
 def test_hydra_turns_exceptions_of_a_callback_into_warnings_but_not_a_system_exit():
-    """sweeping/jobs.py: SweepCallback."""
+    """sweeps/jobs.py: SweepCallback."""
     from hydra._internal.callbacks import Callbacks
 
     assert "except Exception" in inspect.getsource(Callbacks._notify)
 
 
-def test_optuna_gives_a_trial_its_number_in_the_storage():
-    """sweeping/pruning.py: Pruning."""
+def test_optuna_trial_has_an_id_in_its_storage():
+    """sweeps/pruning.py: PruningCallback."""
     study = optuna.create_study()
     study.add_trial(optuna.trial.create_trial(value=1.0))
     assert isinstance(study.trials[0]._trial_id, int)
 
 
-def test_scikit_learn_keeps_what_gamma_came_to():
-    """uses/anomalies.py: Detector.fit."""
+def test_scikit_learn_stores_the_scaled_gamma():
+    """applications/anomalies/detector.py."""
     from sklearn.svm import OneClassSVM
 
     rows = torch.randn(50, 3, generator=torch.Generator().manual_seed(0)).numpy()
@@ -222,8 +204,8 @@ def test_scikit_learn_keeps_what_gamma_came_to():
 
 
 @pytest.mark.parametrize(("graphs", "limit", "compiled"), [(4, 3, 3), (4, 5, 4)])
-def test_torch_runs_functions_uncompiled_beyond_its_recompile_limit(graphs, limit, compiled):
-    """running/lightning.py: compile_loss."""
+def test_torch_stops_compiling_at_its_recompile_limit(graphs, limit, compiled):
+    """runtime/compile.py: compile_loss."""
     torch.compiler.reset()
     seen = []
 
@@ -238,8 +220,8 @@ def test_torch_runs_functions_uncompiled_beyond_its_recompile_limit(graphs, limi
     assert len(seen) == compiled and torch._dynamo.config.accumulated_recompile_limit >= 256
 
 
-def test_nothing_else_of_others_is_used():
-    """Attributes with an underscore of anything but this project's own objects, in all of its code."""
+def test_no_other_private_names_are_used():
+    """Attributes with an underscore, except on self and cls, in all code of this project."""
     used = set()
     for path in [*(REPO / "src").rglob("*.py"), *(REPO / "scripts").rglob("*.py"), REPO / "train.py"]:
         for node in ast.walk(ast.parse(path.read_text())):
@@ -248,7 +230,7 @@ def test_nothing_else_of_others_is_used():
                 used |= set() if own else {node.attr}
             if isinstance(node, ast.ImportFrom) and "._" in str(node.module):
                 used.add(node.module)
-    used -= {"_asdict", "_replace"}  # a named tuple's, which are documented
+    used -= {"_asdict", "_replace"}  # documented methods of named tuples
     assert used == {
         *("_signal_connector", "_iteration_based_training", "_get_file_writer", "_trial_id", "_gamma", "_dynamo"),
     }

@@ -1,4 +1,4 @@
-"""A run stopped at any moment and resumed is, bit for bit, the run that was never stopped."""
+"""A run that is stopped at any moment and resumed equals, bit for bit, a run that was never stopped."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from betavae.runtime.training import TrainingRun
 from betavae.runtime.yaml_files import read_yaml
 from tests.commands import TINY, Child, run
 
-# Random numbers in the data and the model, schedules of both kinds, pictures, early stopping's memory.
+# Random numbers in the data and the model, both schedules, figures, and early stopping.
 RICH = [
     *TINY,
     "trainer.max_epochs=5",
@@ -34,15 +34,15 @@ RICH = [
 
 
 def outcome(folder: Path) -> dict[str, Any]:
-    """All that a run leaves, without times and places."""
+    """Return everything that a run writes, except times and paths."""
     found: dict[str, Any] = {}
     for name in (path.stem for path in (folder / "checkpoints").glob("*.ckpt")):
         content = torch.load(folder / "checkpoints" / f"{name}.ckpt", weights_only=True)
         for key in ("state_dict", "optimizer_states", "lr_schedulers", "random_state", "batches", "epoch"):
             found[f"{name} {key}"] = content[key]
         states = content["callbacks"]
-        found[f"{name} sums"] = states["Curves"]
-        found[f"{name} epochs"] = len(states["EpochLines"]["epochs"])  # each with its seconds
+        found[f"{name} sums"] = content["train_metrics"]
+        found[f"{name} epochs"] = len(states["EpochSummary"]["epochs"])  # the seconds of each
         scores = [(k.split("{")[0], v.get("best_model_score"), v.get("wait_count")) for k, v in states.items()]
         found[f"{name} scores"] = sorted(scores, key=str)
     record = json.loads((folder / "metrics.json").read_text())
@@ -75,15 +75,15 @@ def assert_same(folder: Path, expected: dict[str, Any]) -> None:
     assert not [key for key in expected if not same(found[key], expected[key])]
 
 
-def whole(tmp: Path, args: list[str]) -> tuple[dict[str, Any], float]:
+def run_whole(tmp: Path, args: list[str]) -> tuple[dict[str, Any], float]:
     child = Child(*args, "hydra.run.dir=whole", cwd=tmp)
     assert child.wait() == 0, child.text
     return outcome(tmp / "whole"), time.perf_counter() - child.started
 
 
-def go_on(tmp: Path, args: list[str], **kwargs: Any) -> Child:
-    """Start `run`, or go on with it."""
-    # Event files are put in order by the second in their names.
+def start_or_resume(tmp: Path, args: list[str], **kwargs: Any) -> Child:
+    """Start the run in `run`, or resume it."""
+    # Event files are sorted by the second in their names.
     while list((tmp / "run").glob(f"events.out.tfevents.{int(time.time())}.*")):
         time.sleep(0.05)
     if (tmp / "run" / "config.yaml").exists():
@@ -98,16 +98,19 @@ def root(data_root: str) -> str:
 
 @pytest.fixture(scope="module")
 def rich(tmp_path_factory: pytest.TempPathFactory, root: str) -> tuple[dict[str, Any], float]:
-    return whole(tmp_path_factory.mktemp("whole"), [*RICH, root])
+    return run_whole(tmp_path_factory.mktemp("whole"), [*RICH, root])
 
 
-def test_killed_at_twenty_random_moments(tmp_path: Path, root: str, rich: tuple[dict[str, Any], float]) -> None:
+@pytest.mark.slow
+def test_a_run_killed_at_random_moments_resumes_exactly(
+    tmp_path: Path, root: str, rich: tuple[dict[str, Any], float]
+) -> None:
     expected, seconds = rich
     rng = random.Random(0)
     kills, chain, met = 0, 0, set()
     while kills < 20 or chain:
-        child = go_on(tmp_path, [*RICH, root])
-        # Chains of up to five kills of the same run, then it may finish.
+        child = start_or_resume(tmp_path, [*RICH, root])
+        # The same run is killed up to five times in a row, then it may finish.
         code = child.kill_after(rng.uniform(0.1, seconds)) if chain < 5 and kills < 20 else child.wait()
         if code == -signal.SIGKILL:
             kills, chain = kills + 1, chain + 1
@@ -118,12 +121,14 @@ def test_killed_at_twenty_random_moments(tmp_path: Path, root: str, rich: tuple[
         assert_same(tmp_path / "run", expected)
         shutil.rmtree(tmp_path / "run")
         chain = 0
-    assert len(met) >= 3, met  # the moments were spread over the run
+    assert len(met) >= 3, met  # the kills were spread over the run
 
 
-def test_killed_while_it_writes_a_checkpoint(tmp_path: Path, root: str, rich: tuple[dict[str, Any], float]) -> None:
-    def die_in_the_middle() -> None:
-        """Of the file after the second `last.ckpt`."""
+def test_a_run_killed_while_saving_resumes_exactly(
+    tmp_path: Path, root: str, rich: tuple[dict[str, Any], float]
+) -> None:
+    def die_while_saving() -> None:
+        """Kill the process in the middle of the file after the second `last.ckpt`."""
         real, count = os.replace, 0
 
         def dying(file: int) -> None:
@@ -138,45 +143,46 @@ def test_killed_while_it_writes_a_checkpoint(tmp_path: Path, root: str, rich: tu
 
         os.replace = replace
 
-    child = go_on(tmp_path, [*RICH, root], prepare=die_in_the_middle)
+    child = start_or_resume(tmp_path, [*RICH, root], prepare=die_while_saving)
     assert child.wait() == -signal.SIGKILL
     (half,) = (tmp_path / "run" / "checkpoints").glob("*.part")
     assert re.fullmatch(r"best\.ckpt\.\w+\.part", half.name) and half.stat().st_size > 1000
     assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 16
-    assert go_on(tmp_path, [*RICH, root]).wait() == 0
+    assert start_or_resume(tmp_path, [*RICH, root]).wait() == 0
     assert_same(tmp_path / "run", rich[0])
     assert not list(tmp_path.rglob("*.part"))
 
 
-def test_killed_after_the_test_its_points_are_not_there_twice(
+def test_a_run_killed_after_its_test_logs_no_point_twice(
     tmp_path: Path, root: str, rich: tuple[dict[str, Any], float]
 ) -> None:
     def die_late() -> None:
         TrainingRun.finish = lambda *args: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
 
-    assert go_on(tmp_path, [*RICH, root], prepare=die_late).wait() == -signal.SIGKILL
-    assert go_on(tmp_path, [*RICH, root]).wait() == 0
+    assert start_or_resume(tmp_path, [*RICH, root], prepare=die_late).wait() == -signal.SIGKILL
+    assert start_or_resume(tmp_path, [*RICH, root]).wait() == 0
     assert_same(tmp_path / "run", rich[0])
 
 
-def ask_at(step: int, number: int) -> Callable[[], None]:
-    """The child gets a signal in the middle of the first step after `step`."""
+def signal_at(step: int, number: int) -> Callable[[], None]:
+    """Return a fault: the child gets a signal in the middle of the first step after `step`."""
 
     def prepare() -> None:
         real = VAEModule.training_step
 
         def training_step(self: VAEModule, batch: Any, batch_idx: int) -> Any:
-            if self.global_step >= step and not asked:
-                asked.append(step)
+            if self.global_step >= step and not sent:
+                sent.append(step)
                 os.kill(os.getpid(), number)
             return real(self, batch, batch_idx)
 
-        asked: list[int] = []
+        sent: list[int] = []
         VAEModule.training_step = training_step  # type: ignore[method-assign]
 
     return prepare
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "args",
     [
@@ -192,13 +198,13 @@ def ask_at(step: int, number: int) -> Callable[[], None]:
     ],
     ids=["plain", "accumulate", "max_steps", "no_validation", "early_stop", "steps_per_batch"],
 )
-def test_asked_to_stop_it_saves_and_says_how_to_go_on(tmp_path: Path, root: str, args: list[str]) -> None:
+def test_a_signaled_run_saves_and_resumes_exactly(tmp_path: Path, root: str, args: list[str]) -> None:
     args = [*RICH, root, "trainer.max_epochs=4", *args]
-    expected, _ = whole(tmp_path, args)
+    expected, _ = run_whole(tmp_path, args)
     steps: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM) * 20:
         at = steps[-1] + (0, 4, 6, 9)[len(steps) % 4] if steps else 2
-        child = go_on(tmp_path, args, prepare=ask_at(at, number))
+        child = start_or_resume(tmp_path, args, prepare=signal_at(at, number))
         code = child.wait()
         if code == 0:
             break
@@ -212,13 +218,13 @@ def test_asked_to_stop_it_saves_and_says_how_to_go_on(tmp_path: Path, root: str,
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_asked_to_stop_in_the_test(tmp_path: Path, root: str, number: int) -> None:
+def test_a_run_signaled_during_its_test_is_tested_again(tmp_path: Path, root: str, number: int) -> None:
     def prepare() -> None:
         VAEModule.test_step = lambda *args: os.kill(os.getpid(), number)  # type: ignore[assignment,method-assign]
 
     args = [*TINY, root, "callbacks.figures_every_n_epochs=0", "trainer.max_epochs=1"]
-    expected, _ = whole(tmp_path, args)
-    child = go_on(tmp_path, args, prepare=prepare)
+    expected, _ = run_whole(tmp_path, args)
+    child = start_or_resume(tmp_path, args, prepare=prepare)
     assert child.wait() == 128 + number, child.text
     assert "python train.py resume=run" in child.text and "Traceback" not in child.text
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["status"] == "interrupted"
@@ -226,8 +232,8 @@ def test_asked_to_stop_in_the_test(tmp_path: Path, root: str, number: int) -> No
     assert_same(tmp_path / "run", expected)
 
 
-def test_a_compiled_run_that_goes_on_uncompiled_keeps_each_moment_with_its_weight(tmp_path, data_root):
-    """Fused Adam pairs them as they lie in memory, which `compile_loss` changes."""
+def test_a_compiled_run_resumes_uncompiled(tmp_path, data_root):
+    """Fused Adam pairs weights and moments by their layout in memory, which `compile_loss` changes."""
     args = [
         *TINY,
         f"data.root={data_root}",
@@ -236,14 +242,21 @@ def test_a_compiled_run_that_goes_on_uncompiled_keeps_each_moment_with_its_weigh
         "callbacks.figures_every_n_epochs=0",
     ]
 
-    def not_really() -> None:
+    def disable_compile() -> None:
         torch.compile = lambda function, **settings: function  # type: ignore[assignment]
 
     def weights(folder: str) -> dict[str, torch.Tensor]:
         return torch.load(tmp_path / folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
 
     run(*args, "hydra.run.dir=plain", cwd=tmp_path)
-    run(*args, "trainer.compile=true", "hydra.run.dir=other", "trainer.max_epochs=2", cwd=tmp_path, prepare=not_really)
+    run(
+        *args,
+        "trainer.compile=true",
+        "hydra.run.dir=other",
+        "trainer.max_epochs=2",
+        cwd=tmp_path,
+        prepare=disable_compile,
+    )
     assert weights("other")["vae.encoder.2.weight"].is_contiguous(memory_format=torch.channels_last)
     run("resume=other", "trainer.compile=false", "trainer.max_epochs=4", cwd=tmp_path)
     for name, value in weights("plain").items():
@@ -251,7 +264,7 @@ def test_a_compiled_run_that_goes_on_uncompiled_keeps_each_moment_with_its_weigh
 
 
 def test_every_kind_of_setting_resumes(tmp_path, root):
-    """Settings that are added, deleted or of the user's own code, and text that is no interpolation."""
+    """Settings may be added, deleted or custom, and a text may look like an interpolation."""
 
     def register():
         from lightning.pytorch.callbacks import LearningRateMonitor

@@ -1,4 +1,4 @@
-"""For test_sweeps.py: one SGD step on a fixed batch of 64 images and a test, in `sys.argv[1]` processes."""
+"""Take one SGD step on a fixed batch of 64 images, then test, in `sys.argv[1]` processes (for test_sweeps.py)."""
 
 import sys
 from dataclasses import replace
@@ -15,7 +15,7 @@ from betavae.runtime.resume import ExactResume
 
 
 class Fixed(VAEModule):
-    """Noise that depends on the image alone."""
+    """A module whose noise depends only on the image."""
 
     def loss(self, x: Tensor, noise: Tensor, beta: Tensor) -> Any:
         self.drawn = float(noise[0, 0, 0])
@@ -32,7 +32,9 @@ def main() -> None:
     data = ImageDataModule("mnist", root, 0, 64 // processes, 300, "none", seed=0)
     data.setup()
     test = data.splits["test"]
-    data.splits["test"] = replace(test, pixels=test.pixels[:1001], labels=test.labels[:1001])  # no even share
+    data.splits["test"] = replace(
+        test, pixels=test.pixels[:1001], labels=test.labels[:1001]
+    )  # not divisible by the number of processes
     model = {"network": "mlp", "hidden_dims": [32], "latent_dim": 5, "activation": "relu", "likelihood": "bernoulli"}
     module = Fixed(
         model | {"image_shape": [1, 28, 28]},

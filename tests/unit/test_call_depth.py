@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from tests.commands import REPO, TINY, fresh
 
 # Records this project's frames at the first call of each function.
@@ -30,6 +32,7 @@ print(json.dumps(depths))
 """
 
 
+@pytest.mark.slow
 def test_few_frames_from_train_to_model_and_loss(tmp_path, data_root):
     args = [*TINY, f"data.root={data_root}", "trainer.max_epochs=1", "callbacks.figures_every_n_epochs=0"]
     text = fresh("-c", TRACER, str(REPO), *args, cwd=tmp_path)

@@ -1,18 +1,18 @@
-"""A trained VAE for programs that know nothing of this project: graphs with a free batch, or its weights.
+"""Export a trained VAE for programs without betavae: graphs with a dynamic batch size, or its weights.
 
-Three graphs, float32 in and out, B images of `(C, H, W)` and D latent dimensions:
+The three graphs take and return float32, for B images of `(C, H, W)` and D latent dimensions:
 
 - encoder: image `(B, C, H, W)` in [0, 1] -> mean, logvar of q(z|x), both `(B, D)`.
-- decoder: z `(B, D)` -> image `(B, C, H, W)`, the mean of p(x|z), in [0, 1]. Decode z from N(0, I) to sample.
-- score: image, noise `(B, D)` from N(0, I) -> distortion -log p(x|z) at z = mean + std * noise, and rate KL(q(z|x) ||
-  N(0, I)), both `(B,)` in nats. Their sum is the negative ELBO by one sample.
+- decoder: z `(B, D)` -> image `(B, C, H, W)` in [0, 1], the mean of p(x|z). To sample, decode z from N(0, I).
+- score: image, noise `(B, D)` from N(0, I) -> recon, which is -log p(x|z) at z = mean + std * noise, and kl, which is
+  KL(q(z|x) || N(0, I)), both `(B,)` in nats. Their sum is the negative ELBO from one sample.
 """
 
 import json
 import logging
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +24,20 @@ from betavae.models.vae import VAE
 from betavae.objectives.elbo import gaussian_kl
 from betavae.storage.files import STAMP, atomic_dir
 
-BATCHES = (1, 2, 7)  # that a written file is checked with
-TOLERANCE = 1e-4  # of outputs, beside 1 or the output's size, whichever is larger
+CHECKED_BATCH_SIZES = (1, 2, 7)
+TOLERANCE = 1e-4  # of outputs, relative to the larger of 1 and the output
 
-LICENCES = {
+LICENSES = {
     "mnist": "MNIST by Yann LeCun, Corinna Cortes and Christopher J. C. Burges, CC BY-SA 3.0",
-    "sprites": "sprites drawn by betavae; free of rights of others",
-    "fashion_mnist": "Fashion-MNIST by Zalando SE, MIT licence",
+    "sprites": "sprites drawn by betavae; no rights reserved by others",
+    "fashion_mnist": "Fashion-MNIST by Zalando SE, MIT License",
     "kmnist": "KMNIST by the Center for Open Data in the Humanities, CC BY-SA 4.0",
     "dsprites": "dSprites by Loic Matthey, Irina Higgins, Demis Hassabis and Alexander Lerchner, Apache License 2.0",
 }
 
 
 class Graph(nn.Module):
-    """A function of tensors with names."""
+    """A function of named tensors, computed by a VAE."""
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
@@ -48,6 +48,8 @@ class Graph(nn.Module):
 
 
 class Encoder(Graph):
+    """Images to posteriors."""
+
     inputs, outputs = ("image",), ("mean", "logvar")
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,6 +58,8 @@ class Encoder(Graph):
 
 
 class Decoder(Graph):
+    """Latents to images."""
+
     inputs, outputs = ("z",), ("image",)
 
     def forward(self, z: Tensor) -> tuple[Tensor]:
@@ -63,7 +67,9 @@ class Decoder(Graph):
 
 
 class Score(Graph):
-    inputs, outputs = ("image", "noise"), ("distortion", "rate")
+    """Images to the terms of their negative ELBO."""
+
+    inputs, outputs = ("image", "noise"), ("recon", "kl")
 
     def forward(self, image: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         posterior = self.vae.encode(image)
@@ -73,41 +79,42 @@ class Score(Graph):
 
 GRAPHS: dict[str, type[Graph]] = {"encoder": Encoder, "decoder": Decoder, "score": Score}
 TENSOR_DOCS: dict[str, dict[str, Any]] = {
-    "image": {"shape": "C, H, W", "range": [0, 1], "unit": "grey value or colour, byte / 255"},
+    "image": {"shape": "C, H, W", "range": [0, 1], "unit": "gray value or color, byte / 255"},
     "mean": {"shape": "D", "unit": "latent space, in which the prior is N(0, I)"},
     "logvar": {"shape": "D", "unit": "log of the variance in latent space"},
     "z": {"shape": "D", "unit": "latent space, in which the prior is N(0, I)"},
-    "noise": {"shape": "D", "unit": "draws from N(0, I)"},
-    "distortion": {"shape": "", "unit": "nats per image, summed over pixels"},
-    "rate": {"shape": "", "range": [0, None], "unit": "nats per image, summed over latent dimensions"},
+    "noise": {"shape": "D", "unit": "samples of N(0, I)"},
+    "recon": {"shape": "", "unit": "nats per image, summed over pixels"},
+    "kl": {"shape": "", "range": [0, None], "unit": "nats per image, summed over latent dimensions"},
 }
 
 
-def inputs_of(graph: Graph, batch: int, seed: int = 0) -> tuple[Tensor, ...]:
-    """Random images or latents, as `graph` takes them."""
+def make_inputs(graph: Graph, batch_size: int, seed: int = 0) -> tuple[Tensor, ...]:
+    """Draw random inputs of a graph."""
     generator, vae = torch.Generator().manual_seed(seed), graph.vae
     return tuple(
-        torch.rand(batch, *vae.image_shape, generator=generator)
+        torch.rand(batch_size, *vae.image_shape, generator=generator)
         if name == "image"
-        else torch.randn(batch, vae.latent_dim, generator=generator)
+        else torch.randn(batch_size, vae.latent_dim, generator=generator)
         for name in graph.inputs
     )
 
 
-Runner = Callable[..., Any]  # tensors in, a list of tensors out
+Runner = Callable[..., Any]  # tensors -> a sequence of tensors
 
 
-def onnx(graph: Graph, path: Path) -> Runner:
+def write_onnx(graph: Graph, path: Path) -> Runner:
+    """Write an ONNX file and return a function that runs it with onnxruntime."""
     try:
         import onnxruntime
-        import onnxscript  # noqa: F401  torch asks for it
+        import onnxscript  # noqa: F401  torch.onnx needs it.
     except ImportError as error:
         raise UserError(f'format=onnx needs {error.name}: pip install -e ".[export]"') from None
     for name in ("onnxscript", "onnx_ir"):
-        logging.getLogger(name).setLevel(logging.WARNING)  # they tell of every rewriting
-    # Decomposed by torch: onnxscript's log-sigmoid is log(sigmoid(x)), which is -inf from x = -88 down (0.7).
+        logging.getLogger(name).setLevel(logging.WARNING)  # They log every rewriting.
+    # Decomposed by torch, since onnxscript's log-sigmoid is log(sigmoid(x)), which is -inf below x = -88 (0.7).
     program: Any = torch.onnx.export(
-        exported(graph).run_decompositions(),
+        export_program(graph).run_decompositions(),
         input_names=list(graph.inputs),
         output_names=list(graph.outputs),
         dynamo=True,
@@ -117,168 +124,215 @@ def onnx(graph: Graph, path: Path) -> Runner:
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
     def run(*inputs: Tensor) -> list[Tensor]:
-        fed = {name: value.numpy() for name, value in zip(graph.inputs, inputs, strict=True)}
-        return [torch.from_numpy(value) for value in session.run(None, fed)]
+        arrays = {name: value.numpy() for name, value in zip(graph.inputs, inputs, strict=True)}
+        return [torch.from_numpy(value) for value in session.run(None, arrays)]
 
     return run
 
 
-def exported(graph: Graph) -> torch.export.ExportedProgram:
+def export_program(graph: Graph) -> torch.export.ExportedProgram:
+    """Export a graph with a dynamic batch size, without the paths of this machine."""
     batch = torch.export.Dim("batch", min=1)
     dynamic = {name: {0: batch} for name in graph.inputs}
-    # Two of everything: with one, torch would take the batch for fixed.
-    program = torch.export.export(graph, inputs_of(graph, 2), dynamic_shapes=dynamic)
+    # torch would treat a batch size of 1 as constant.
+    program = torch.export.export(graph, make_inputs(graph, 2), dynamic_shapes=dynamic)
     for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # it names files of this machine
+        node.meta.pop("stack_trace", None)
     return program
 
 
-def pt2(graph: Graph, path: Path) -> Runner:
-    torch.export.save(exported(graph), path)
+def write_pt2(graph: Graph, path: Path) -> Runner:
+    """Write a torch.export file and return a function that runs it."""
+    torch.export.save(export_program(graph), path)
     return torch.export.load(path).module()
 
 
-def torchscript(graph: Graph, path: Path) -> Runner:
+def write_torchscript(graph: Graph, path: Path) -> Runner:
+    """Write a TorchScript file and return a function that runs it."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch would rather have pt2
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # of checks of shapes inside torch
-        torch.jit.save(torch.jit.trace(graph, inputs_of(graph, 2)), path)
+        warnings.simplefilter("ignore", FutureWarning)  # torch recommends pt2 instead.
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # Shapes except the batch size are constants.
+        torch.jit.save(torch.jit.trace(graph, make_inputs(graph, 2)), path)
         return torch.jit.load(path)
 
 
 FORMATS: dict[str, tuple[str, Callable[[Graph, Path], Runner]]] = {
-    "onnx": (".onnx", onnx),
-    "torchscript": (".ts", torchscript),
-    "pt2": (".pt2", pt2),
+    "onnx": (".onnx", write_onnx),
+    "torchscript": (".ts", write_torchscript),
+    "pt2": (".pt2", write_pt2),
 }
 
 
-def rebuild(vae: VAE, settings: dict[str, Any]) -> VAE:
-    """The same VAE, made of `settings` as its class makes it: what is quicker in ours need not be exportable."""
-    fresh = VAE(**settings)
-    fresh.load_state_dict(vae.state_dict())
-    return fresh.eval().requires_grad_(False)
+def measure_error(graph: Graph, run: Runner) -> float:
+    """Measure the largest difference of an exported graph's outputs, relative to the larger of 1 and the output.
 
-
-def max_error(graph: Graph, run: Runner) -> float:
-    """The largest difference of any output from what `graph` gives, in parts of 1 or of the output, if that is larger.
-
-    Raises UserError where it is above `TOLERANCE`.
+    Raises:
+        UserError: If it is above `TOLERANCE`, or a shape differs.
     """
-    worst = 0.0
-    for batch in BATCHES:
-        inputs = inputs_of(graph, batch, seed=batch)
-        for name, wanted, found in zip(graph.outputs, graph(*inputs), run(*inputs), strict=True):
-            if found.shape != wanted.shape:
-                raise UserError(f"{name} of {batch} images came out as {tuple(found.shape)}, not {tuple(wanted.shape)}")
-            off = ((found - wanted).abs() / wanted.abs().clamp(min=1)).max().item()
-            worst = max(worst, math.inf if math.isnan(off) else off)
-    if not worst <= TOLERANCE:
-        raise UserError(f"the exported {type(graph).__name__.lower()} is off by {worst:.1e}, more than {TOLERANCE:.0e}")
-    return worst
+    largest = 0.0
+    for batch_size in CHECKED_BATCH_SIZES:
+        inputs = make_inputs(graph, batch_size, seed=batch_size)
+        for name, expected, found in zip(graph.outputs, graph(*inputs), run(*inputs), strict=True):
+            if found.shape != expected.shape:
+                shapes = f"{tuple(found.shape)}, not {tuple(expected.shape)}"
+                raise UserError(f"the exported {name} of {batch_size} images has shape {shapes}")
+            error = ((found - expected).abs() / expected.abs().clamp(min=1)).max().item()
+            largest = max(largest, math.inf if math.isnan(error) else error)
+    if largest > TOLERANCE:
+        name = type(graph).__name__.lower()
+        raise UserError(f"the exported {name} differs from torch by {largest:.1e}; expected at most {TOLERANCE:.0e}")
+    return largest
 
 
 @torch.no_grad()
-def export_graphs(vae: VAE, settings: dict[str, Any], form: str, out: str | Path) -> dict[str, Any]:
-    """The three graphs as files in the new folder `out`, each read back and compared, and `model.json`, whose content
-    is returned.
+def export_graphs(vae: VAE, settings: Mapping[str, Any], form: str, out: str | Path) -> dict[str, Any]:
+    """Write the three graphs to a new folder, with their description in `model.json`.
 
-    `settings` are the arguments of `VAE` that `vae` was made from, `form` a name in `FORMATS`. Raises UserError where
-    something is at `out`, and for a graph that cannot be written or is off.
+    Each file is read back and compared with the VAE.
+
+    Args:
+        vae: The VAE.
+        settings: Its arguments, for the description.
+        form: A key of `FORMATS`.
+        out: The folder.
+
+    Returns:
+        The content of `model.json`.
+
+    Raises:
+        UserError: If `out` exists, or the format does not support a graph or changes its outputs.
     """
     suffix, write = FORMATS[form]
-    channels, *size = vae.image_shape
-    shapes = {"C, H, W": [channels, *size], "D": [vae.latent_dim], "": []}
-
-    def tensors(names: tuple[str, ...]) -> dict[str, Any]:
-        said = {name: dict(TENSOR_DOCS[name]) for name in names}
-        return {name: {**s, "shape": ["batch", *shapes[s["shape"]]], "dtype": "float32"} for name, s in said.items()}
-
-    result: dict[str, Any] = metadata(vae, settings, form)
-    result["difference"] = {"of": "outputs from torch's, in parts of 1 or of the output, if that is larger"}
+    result: dict[str, Any] = build_metadata(vae, settings, form)
+    result["difference"] = {"of": "outputs from torch, relative to the larger of 1 and the output"}
     result["graphs"] = {}
     with atomic_dir(out) as folder:
         for name, make in GRAPHS.items():
-            graph, path = make(rebuild(vae, settings)), folder / f"{name}{suffix}"
+            graph, path = make(vae), folder / f"{name}{suffix}"
             try:
                 run = write(graph, path)
-            except (RuntimeError, ValueError, TypeError) as error:  # of a network of one's own
-                reason = (str(error).splitlines() or [""])[0]
-                raise UserError(f"format={form} cannot hold the {name} ({reason})") from error
-            result["difference"][name] = max_error(graph, run)
-            result["graphs"][name] = {
-                "file": path.name,
-                "inputs": tensors(make.inputs),
-                "outputs": tensors(make.outputs),
-            }
+            except (RuntimeError, ValueError, TypeError) as error:  # raised for some custom networks and likelihoods
+                reason = next((line for line in str(error).splitlines() if line), type(error).__name__)
+                raise UserError(f"format={form} does not support the {name} of this model ({reason})") from error
+            result["difference"][name] = measure_error(graph, run)
+            inputs, outputs = (describe_tensors(names, vae) for names in (graph.inputs, graph.outputs))
+            result["graphs"][name] = {"file": path.name, "inputs": inputs, "outputs": outputs}
         write_metadata(result, folder)
     return result
 
 
-def metadata(vae: VAE, settings: dict[str, Any], form: str) -> dict[str, Any]:
-    said = {"made_by": STAMP, "format": form, "torch": torch.__version__, "model": settings}
-    return said | {"image_shape": list(vae.image_shape), "latent_dim": vae.latent_dim}
+def describe_tensors(names: tuple[str, ...], vae: VAE) -> dict[str, dict[str, Any]]:
+    """Describe inputs or outputs of a graph: shape, dtype, range and unit."""
+    shapes = {"C, H, W": vae.image_shape, "D": (vae.latent_dim,), "": ()}
+    return {
+        name: TENSOR_DOCS[name] | {"shape": ["batch", *shapes[TENSOR_DOCS[name]["shape"]]], "dtype": "float32"}
+        for name in names
+    }
 
 
-def write_metadata(result: dict[str, Any], folder: Path) -> None:
-    (folder / "model.json").write_text(json.dumps(result, indent=2) + "\n")
+def build_metadata(vae: VAE, settings: Mapping[str, Any], form: str) -> dict[str, Any]:
+    """Build the part of `model.json` that all formats share."""
+    return {
+        "made_by": STAMP,
+        "format": form,
+        "torch": torch.__version__,
+        "model": dict(settings),
+        "image_shape": list(vae.image_shape),
+        "latent_dim": vae.latent_dim,
+    }
 
 
-def export_weights(vae: VAE, settings: dict[str, Any], out: str | Path) -> dict[str, Any]:
-    """In the new folder `out` `model.safetensors`, the weights by their names in `VAE`, and in its metadata and
-    `model.json` the recipe. Raises UserError where something is at `out`."""
+def write_metadata(metadata: dict[str, Any], folder: Path) -> None:
+    """Write `model.json`."""
+    (folder / "model.json").write_text(json.dumps(metadata, indent=2) + "\n")
+
+
+def export_weights(vae: VAE, settings: Mapping[str, Any], out: str | Path) -> dict[str, Any]:
+    """Write the weights to `model.safetensors` in a new folder.
+
+    The settings are in its metadata and in `model.json`, whose content is returned.
+
+    Raises:
+        UserError: If `out` exists.
+    """
     try:
         from safetensors import safe_open
         from safetensors.torch import save_file
     except ImportError:
         raise UserError('format=safetensors needs safetensors: pip install -e ".[export]"') from None
-    state, name = vae.state_dict(), "model.safetensors"
-    result = metadata(vae, settings, "safetensors")
-    result |= {"file": name, "tensors": {k: list(v.shape) for k, v in state.items()}}
+    weights, name = {key: value.contiguous() for key, value in vae.state_dict().items()}, "model.safetensors"
+    result = build_metadata(vae, settings, "safetensors")
+    result |= {"file": name, "tensors": {key: list(value.shape) for key, value in weights.items()}}
     with atomic_dir(out) as folder:
-        header = {"made_by": STAMP, "model": json.dumps(settings)}
-        save_file({k: v.contiguous() for k, v in state.items()}, folder / name, header)
+        save_file(weights, folder / name, {"made_by": STAMP, "model": json.dumps(dict(settings))})
         with safe_open(folder / name, "pt") as file:
-            if set(file.keys()) != set(state) or not all(torch.equal(file.get_tensor(k), v) for k, v in state.items()):
-                raise UserError(f"{name} does not hold the weights that were written; try again")
+            saved = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        if set(saved) != set(weights) or not all(torch.equal(saved[key], weights[key]) for key in weights):
+            raise UserError(f"{name} does not contain the weights that were written; try again")
         write_metadata(result, folder)
     return result
 
 
-def model_card(name: str, settings: dict[str, Any], data: dict[str, Any], numbers: dict[str, Any]) -> str:
-    """What a person who gets the folder should know, in Markdown. `numbers` are the contents of a run's JSON files by
-    their name."""
-    model, licence = settings["model"], LICENCES.get(data.get("name", ""), "unknown: find out before you pass it on")
-    evaluation, fidelity = numbers.get("evaluation", {}), numbers.get("fidelity", {})
-    lines = [f"# {name}", "", f"A variational autoencoder of betavae, beta = {settings['beta']:g}.", ""]
-    lines += [
-        "```python",
-        "import betavae",
-        "",
-        'vae = betavae.load("THIS_FOLDER").vae',
-        "images = vae.sample(64)",
-        "```",
-        "",
-    ]
-    lines += ["![samples](samples.png)", "", "## Numbers", ""]
-    for key, value in numbers.get("metrics", {}).get("test", {}).items():
-        lines.append(f"- test {key}: {value:.4g}")
-    for key in ("neg_elbo", *(key for key in evaluation if key.startswith("nll_"))):
-        if key in evaluation:
-            value = evaluation[key]
-            lines.append(
-                f"- {key} of {evaluation['images']:,} test images: {value['mean']:.3f} ± {value['se']:.3f} nats"
-            )
+def format_model_card(
+    name: str, settings: Mapping[str, Any], data: Mapping[str, Any], results: Mapping[str, Mapping[str, Any]]
+) -> str:
+    """Format the README of an exported folder in Markdown.
+
+    Args:
+        name: The title.
+        settings: The arguments of `VAEModule`.
+        data: The arguments of `ImageDataModule`.
+        results: The contents of the run's JSON files by name: "metrics", "evaluation" and "fidelity".
+    """
+    license_ = LICENSES.get(data.get("name", ""), "unknown; find out before you share the model")
+    rows = []
+    for group, values in {"model": settings["model"], **settings, "data": data}.items():
+        if isinstance(values, Mapping):
+            rows += [f"| {group}.{key} | {value} |" for key, value in values.items()]
+        else:
+            rows.append(f"| {group} | {values} |")
+    numbers = "\n".join(list_numbers(results)) or "None were found beside the checkpoint."
+    table = "\n".join(rows)
+    return f"""# {name}
+
+A variational autoencoder of betavae, beta = {settings["beta"]:g}.
+
+```python
+import betavae
+
+vae = betavae.load("THIS_FOLDER").vae
+images = vae.sample(64)
+```
+
+![samples](samples.png)
+
+## Numbers
+
+{numbers}
+
+## Settings
+
+| setting | value |
+|---|---|
+{table}
+
+## Data
+
+License: {license_}.
+"""
+
+
+def list_numbers(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """List the results of a run as Markdown items."""
+    metrics, evaluation, fidelity = (results.get(name, {}) for name in ("metrics", "evaluation", "fidelity"))
+    lines = [f"- test {key}: {value:.4g}" for key, value in metrics.get("test", {}).items()]
+    for key, value in evaluation.items():
+        if key == "neg_elbo" or key.startswith("nll_"):
+            images = f"{evaluation['images']:,} test images"
+            lines.append(f"- {key} of {images}: {value['mean']:.3f} ± {value['se']:.3f} nats")
     if fidelity:
         fid = fidelity["fid"]
         lines.append(f"- Fréchet distance of {fidelity['best']} samples: {fid['mean']:.3f} ± {fid['se']:.3f}")
-    if note := evaluation.get("note") or numbers.get("metrics", {}).get("note"):
+    if note := evaluation.get("note") or metrics.get("note"):
         lines.append(f"- note: {note}")
-    if lines[-1] == "":
-        lines.append("None were found beside the checkpoint.")
-    lines += ["", "## Settings", "", "| setting | value |", "|---|---|"]
-    for group, values in {"model": model, **{k: v for k, v in settings.items() if k != "model"}, "data": data}.items():
-        for key, value in values.items() if isinstance(values, dict) else [("", values)]:
-            lines.append(f"| {group}{'.' if key else ''}{key} | {value} |")
-    lines += ["", "## Data", "", f"Licence: {licence}.", ""]
-    return "\n".join(lines)
+    return lines

@@ -21,7 +21,7 @@ from betavae.data.datasets.image_folder import load_image_folder
 from betavae.data.datasets.mnist import load_mnist
 from betavae.data.datasets.sprites import load_sprites
 from betavae.data.datasets.torchvision import load_cifar10, load_fashion_mnist, load_kmnist, load_svhn
-from betavae.data.image_set import ImageSet, LazySubset
+from betavae.data.image_set import ImageSet
 
 DATASETS: dict[str, Callable[..., ImageSet | None]] = {
     "mnist": load_mnist,
@@ -35,5 +35,3 @@ DATASETS: dict[str, Callable[..., ImageSet | None]] = {
     "dsprites": load_dsprites,
 }
 USER_DATASETS = ("folder", "arrays")
-
-__all__ = ["DATASETS", "USER_DATASETS", "ImageSet", "LazySubset", "load_mnist"]

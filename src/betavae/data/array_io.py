@@ -13,7 +13,9 @@ from betavae.errors import UserError
 
 
 class ArrayFile:
-    """The arrays of FILE.npz by their names, each read when asked for, or of FILE.npy as `images`, mapped into memory.
+    """The arrays of a NumPy file.
+
+    Those of FILE.npz are read on demand. That of FILE.npy has the name `images`, and is mapped into memory.
 
     Raises:
         UserError: If the file does not exist or is not a NumPy file.

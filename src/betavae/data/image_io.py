@@ -1,4 +1,4 @@
-"""Read image files in the size, channels and range of a model: everything that reads one uses `read_image`."""
+"""Read image files in the size, channels and range of a model. All of them go through `read_image`."""
 
 import os
 import warnings
@@ -168,7 +168,7 @@ def read_image(
 
 
 class ReadLog:
-    """The conversions of images that are read, with their counts, and the files that are skipped, `(name, reason)`."""
+    """Count the conversions of images, and collect the files that are skipped, `(name, reason)`."""
 
     def __init__(self) -> None:
         self.notes: Counter[str] = Counter()
@@ -235,7 +235,9 @@ def read_images(
     Args:
         where: A folder (with its subfolders), an image file, a list of these, or FILE.npy or FILE.npz as `ArrayFile`
             reads it.
-        image_shape: (C, H, W), as for `read_image`; so are `fit` and `background`.
+        image_shape: (C, H, W), as for `read_image`.
+        fit: As for `read_image`.
+        background: As for `read_image`.
 
     Returns:
         The images. Those of an array are named by their numbers. Labels are the array `labels`, or the first-level
@@ -277,7 +279,7 @@ def read_images(
 
 
 def list_images(paths: Sequence[Path]) -> tuple[list[Path], list[str], list[str] | None]:
-    """List the files of folders and files, in natural order, their names and (of a single folder) their labels."""
+    """List image files in natural order, their names and, for a single folder, their labels."""
     files: list[Path] = []
     names: list[str] = []
     for path in paths:

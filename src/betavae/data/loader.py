@@ -1,4 +1,4 @@
-"""`BatchLoader`: shuffle, shard and convert the images of an `ImageSet`. Each batch is one indexed read."""
+"""`BatchLoader`: shuffled, sharded and converted batches, each from one indexed read."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator

@@ -45,7 +45,7 @@ class DataSource:
 
     @classmethod
     def from_checkpoint(cls, settings: Mapping[str, Any], root: str | None = None) -> "DataSource":
-        """Restore the source from the settings `data` of a checkpoint, with the images in `root` if it is given.
+        """Restore the source from the settings `data` of a checkpoint, or with the images in `root`.
 
         Paths that a checkpoint names are only read, since its author must not choose where files are written.
         """

@@ -12,11 +12,11 @@ NEIGHBORS = 5  # of the nearest-neighbor classifier, which needs as many trainin
 
 
 def decompose_kl(posterior: Posterior, seed: int = 0, chunk_size: int = 500) -> dict[str, float]:
-    """Split the mean KL by the aggregate posterior q(z) = 1/N sum_n q(z|x_n) ("ELBO surgery", Hoffman & Johnson 2016).
+    """Split the mean KL of N images into mutual information and marginal KL (Hoffman & Johnson 2016).
 
-    The mean KL is mutual_information + marginal_kl. Both are estimated with one sample z of each q(z|x_n) and the
-    exact sum over n. The mutual information is at most log N. Where it comes near that limit, N images are too few to
-    fill the latent space, and `marginal_kl` is far above its value for unseen images.
+    Both depend on the aggregate posterior q(z) = 1/N sum_n q(z|x_n). Both are estimated with one sample z of each
+    q(z|x_n) and the exact sum over n. The mutual information is at most log N. Where it comes near that limit, N images
+    are too few to fill the latent space, and `marginal_kl` is far above its value for unseen images.
 
     Args:
         posterior: Of N images, in double precision.
@@ -62,7 +62,7 @@ def encode_means(vae: VAE, x: Tensor) -> Tensor:
 
 
 def probe_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> dict[str, float]:
-    """Return the test accuracy of 5 nearest neighbors and of logistic regression on posterior means `(N, D)`."""
+    """Classify posterior means `(N, D)`; return the test accuracy of 5 neighbors and of a linear model."""
     from sklearn.linear_model import LogisticRegression  # imported here, since it takes a second
     from sklearn.neighbors import KNeighborsClassifier
     from sklearn.pipeline import make_pipeline

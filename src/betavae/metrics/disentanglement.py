@@ -1,4 +1,4 @@
-"""Disentanglement scores: measure how far each latent dimension follows one factor of variation of the images.
+"""Disentanglement scores: how far each latent dimension follows one factor of variation.
 
 All scores take latents `(N, D)` and factor values `(N, F)` int64, one row per image. Latents are posterior samples or
 posterior means, and the choice changes the score. A collapsed dimension is noise in a sample; in the means it is small
@@ -32,19 +32,10 @@ MIN_LEAF_SIZES = (10, 30, 100, 300)  # candidates for the smallest leaf of DCI's
 def beta_vae_score(latents: Tensor, factors: Tensor, seed: int = 0, points: int = 3000, pairs: int = 64) -> float:
     """Score how well a linear classifier recognizes the factor that was held fixed (Higgins et al. 2017).
 
-    A point is the mean of |z_1 - z_2| over pairs of rows with the same value of one factor. The classifier is logistic
-    regression on standardized points. The score misses a factor that is spread over several dimensions, and can be 1
-    while one factor is not encoded at all.
-
-    Args:
-        latents: `(N, D)`.
-        factors: `(N, F)` int64.
-        seed: Seed of the pairs.
-        points: Points per factor.
-        pairs: Pairs of rows per point.
-
-    Returns:
-        The accuracy on the last third of each factor's points: chance is 1 / F, the best 1.
+    A point is the mean of |z_1 - z_2| over `pairs` of rows with the same value of one factor; there are `points` per
+    factor. The classifier is logistic regression on standardized points, and its accuracy is that on the last third of
+    each factor's points: chance is 1 / F, the best 1. The score misses a factor that is spread over several dimensions,
+    and can be 1 while one factor is not encoded at all.
     """
     from sklearn.linear_model import LogisticRegression  # imported in functions, since it takes a second
     from sklearn.pipeline import make_pipeline
@@ -77,20 +68,11 @@ def sample_pair_differences(
 def factor_vae_score(latents: Tensor, factors: Tensor, seed: int = 0, votes: int = 3000, batch: int = 64) -> float:
     """Score the majority vote of the dimension that varies least (Kim & Mnih 2018).
 
-    Each batch of rows that share a value of one factor votes with the dimension of the least variance, relative to its
-    variance over all rows. A dimension stands for the factor that gave it most votes. Votes are learned from two thirds
-    of the batches and counted in the rest. The score misses a factor that has a second dimension, and other factors in
-    the same dimension, as long as that dimension varies least.
-
-    Args:
-        latents: `(N, D)`.
-        factors: `(N, F)` int64.
-        seed: Seed of the batches.
-        votes: Batches per factor.
-        batch: Rows per batch.
-
-    Returns:
-        The accuracy of the vote: chance is 1 / F, the best 1.
+    Each of `votes` batches of rows that share a value of one factor votes with the dimension of the least variance,
+    relative to its variance over all rows. A dimension stands for the factor that gave it most votes. Votes are learned
+    from two thirds of the batches, and the accuracy is that on the rest: chance is 1 / F, the best 1. The score misses
+    a factor that has a second dimension, and other factors in the same dimension, as long as that dimension varies
+    least.
     """
     z, v = drop_constant_columns(latents, factors)
     rng = np.random.default_rng(seed)
@@ -107,7 +89,7 @@ def factor_vae_score(latents: Tensor, factors: Tensor, seed: int = 0, votes: int
 
 
 def sort_rows_by_value(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the rows `(N,)` sorted by value, and for each value 0, 1, ... its first position and its count."""
+    """Return the rows `(N,)` sorted by value, and the first position and the count of each value."""
     count = np.bincount(values)
     return values.argsort(kind="stable"), count.cumsum() - count, count
 
@@ -116,13 +98,9 @@ def mig(latents: Tensor, factors: Tensor, bins: int = 20) -> float:
     """Return the mutual information gap (Chen et al. 2018), in [0, 1].
 
     It is the largest I(z_d; v) minus the second largest, divided by H(v), averaged over factors. Noise scores 0 up to
-    the bias of a finite sample. It misses a second factor in the same dimension.
-
-    Args:
-        latents: `(N, D)`.
-        factors: `(N, F)` int64.
-        bins: Bins of equal width between the least and the largest z_d, as in disentanglement_lib. With 20 bins, a
-            factor with more values does not reach 1 (32 equally frequent values on a line: 0.85).
+    the bias of a finite sample. As in disentanglement_lib, the `bins` have equal width between the least and the
+    largest z_d. With 20 bins, a factor with more values does not reach 1 (32 equally frequent values on a line: 0.85).
+    The score misses a second factor in the same dimension.
     """
     z, v = drop_constant_columns(latents, factors)
     information = mutual_information(z, v, bins)
@@ -228,12 +206,13 @@ def dci(latents: Tensor, factors: Tensor, seed: int = 0, trees: int = 20) -> DCI
 
 
 def modularity(latents: Tensor, factors: Tensor, bins: int = 20) -> float:
-    """Return the modularity (Ridgeway & Mozer 2018), in [0, 1]: 1 if each dimension informs about one factor only.
+    """Return the modularity (Ridgeway & Mozer 2018), in [0, 1].
 
-    For each dimension it is 1 - (mean of the other factors' I(z_d; v)^2) / (the largest I(z_d; v))^2, averaged over
-    dimensions, with I as in `mig`. A dimension whose information on no factor exceeds that of independence (by 4
-    standard deviations of the G-test) is left out, because a few collapsed dimensions would decide the score. With none
-    left the score is 0. It misses factors that no dimension encodes, and ignores the amount of information.
+    It is 1 if each dimension informs about one factor only. For a dimension it is 1 - (mean of the other factors'
+    I(z_d; v)^2) / (the largest I(z_d; v))^2, averaged over dimensions, with I as in `mig`. A dimension whose
+    information on no factor exceeds that of independence (by 4 standard deviations of the G-test) is left out, because
+    a few collapsed dimensions would decide the score. With none left the score is 0. It misses factors that no
+    dimension encodes, and ignores the amount of information.
     """
     z, v = drop_constant_columns(latents, factors)
     information = mutual_information(z, v, bins)
@@ -297,14 +276,13 @@ def drop_constant_columns(latents: Tensor, factors: Tensor) -> tuple[np.ndarray,
 
 
 def iter_factor_splits(v: np.ndarray, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Yield for each factor its values `(N,)`, the rows for training (two thirds) and the rows for testing."""
+    """Yield for each factor its values `(N,)`, the rows for training (two thirds) and those for testing."""
     train, test = np.split(np.random.default_rng(seed).permutation(len(v)), [2 * len(v) // 3])
     for values in v.T:
         yield values, train, test
 
 
 def compute_scores(latents: Tensor, factors: Tensor, seed: int = 0) -> dict[str, float]:
-    """Compute all `SCORES` by name."""
     dci_scores = {f"dci_{name}": value for name, value in dci(latents, factors, seed)._asdict().items()}
     return {
         "beta_vae_score": beta_vae_score(latents, factors, seed),

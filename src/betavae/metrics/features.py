@@ -23,11 +23,7 @@ MIN_IMAGES = 200  # for training, and the batch size
 class Classifier(nn.Module):
     """A convolutional classifier of images `(B, C, H, W)` in [0, 1] with logits `(B, K)`.
 
-    It pools down to at most 7 by 7 pixels.
-
-    Args:
-        image_shape: `(C, H, W)`.
-        labels: The K distinct labels, any integers.
+    It pools down to at most 7 by 7 pixels. `labels` `(K,)` are the distinct labels, any integers.
     """
 
     labels: Tensor
@@ -91,7 +87,7 @@ def train_classifier(images: ImageSet, seed: int = 0, epochs: int = EPOCHS, batc
 
 
 def load_or_train(path: Path, train_set: ImageSet, test_set: ImageSet) -> tuple[Classifier | None, float]:
-    """Load the classifier of `train_set` from the cache file `path`, or train it, and say which features there are.
+    """Load the classifier of `train_set` from a cache file, or train it, and print the kind of features.
 
     Returns:
         The classifier in evaluation mode and its accuracy on `test_set`; None if `train_set` is too small or has not

@@ -45,9 +45,10 @@ def frechet_distance(one: Moments, two: Moments) -> float:
 
 
 def kid(one: Tensor, two: Tensor) -> float:
-    """Return the squared maximum mean discrepancy with the kernel (a . b / D + 1)^3 (KID, Binkowski et al. 2018).
+    """Return the kernel distance KID (Binkowski et al. 2018).
 
-    It is unbiased: it does not depend on N, and is about 0, of either sign, for samples of one distribution.
+    It is the squared maximum mean discrepancy with the kernel (a . b / D + 1)^3. It is unbiased: it does not depend on
+    N, and is about 0, of either sign, for samples of one distribution.
     """
     one, two = one.double(), two.double()
 
@@ -99,7 +100,11 @@ def prdc(real: Tensor, fake: Tensor, k: int = 3, k_density: int = 5) -> PRDC:
 
 
 def find_nearest(points: Tensor, among: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
-    """Find the k rows of `among` `(M, D)` nearest to each of `points` `(N, D)`: distances and row numbers, `(N, k)`."""
+    """Find the k rows of `among` `(M, D)` nearest to each of `points` `(N, D)`.
+
+    Returns:
+        Their distances and row numbers, both `(N, k)`.
+    """
     # Matrix products are several times as fast as differences, and in double precision they find the nearest.
     wide = among.double()
     chunks = [torch.cdist(chunk.double(), wide).topk(k, largest=False).indices for chunk in points.split(1000)]
@@ -108,7 +113,7 @@ def find_nearest(points: Tensor, among: Tensor, k: int = 1) -> tuple[Tensor, Ten
 
 
 def label_tv_distance(labels: Tensor, reference: Tensor) -> float:
-    """Return the total variation distance in [0, 1] between the label frequencies of `(N,)` and `(M,)` labels.
+    """Return the total variation distance in [0, 1] of the frequencies of `(N,)` and `(M,)` labels.
 
     It is the share of images that would have to change their label.
     """
@@ -158,10 +163,8 @@ def average_repeats(repeats: Sequence[dict[str, float]]) -> dict[str, dict[str, 
 class Reference:
     """Real images that generated ones are compared with.
 
-    Args:
-        batches: Batches `(B, C, H, W)` in [0, 1], so that the images are never all in memory.
-        labels: Their labels `(N,)`, for the `imbalance` of the labels that the classifier predicts.
-        classifier: Computes the features; None takes pixels.
+    Images come in batches `(B, C, H, W)` in [0, 1], so that they are never all in memory. The `classifier` computes
+    their features; None takes pixels.
     """
 
     def __init__(self, batches: Iterable[Tensor], labels: Tensor, classifier: Classifier | None):
@@ -170,18 +173,13 @@ class Reference:
         self.pixel_moments = estimate_moments(pixels)
 
     def extract(self, batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-        """Extract the features and the pixel features of images."""
         extract_features = self.classifier.features if self.classifier else extract_pixel_features
         pairs = [(extract_features(batch), extract_pixel_features(batch)) for batch in batches]
         features, pixels = (torch.cat(parts) for parts in zip(*pairs, strict=True))
         return features, pixels
 
     def score(self, batches: Iterable[Tensor], n: int) -> tuple[dict[str, dict[str, float]], Tensor]:
-        """Score generated images in repeats of `n` images.
-
-        Returns:
-            The `mean` and `se` over repeats of each score, and the features of the images.
-        """
+        """Return the `mean` and `se` of each score over repeats of `n` generated images, and their features."""
         features, pixels = self.extract(batches)
         rows = compute_scores(self.features, features, n)
         for row, part, pixel_part in zip(rows, features.split(n), pixels.split(n), strict=True):
@@ -192,7 +190,7 @@ class Reference:
 
 
 def find_likely_copies(fake: Tensor, real: Tensor, count: int, neighbors: int = 7) -> tuple[Tensor, Tensor]:
-    """Find the fakes nearest to a real image, relative to that image's distance to its own nearest neighbor.
+    """Find the fakes nearest to a real image, relative to that image's distance to its neighbor.
 
     Copies of real images would be among them.
 

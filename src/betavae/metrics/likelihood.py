@@ -47,7 +47,7 @@ class PerImageBounds(NamedTuple):
 def importance_bounds(
     vae: VAE, x: Tensor, ks: list[int], seed: int = 0, memory_mb: int = 16, start: int = 0
 ) -> Iterator[PerImageBounds]:
-    """Compute importance-weighted bounds on -log p(x) (Burda et al. 2016), one group of `RNG_GROUP` images at a time.
+    """Compute importance-weighted bounds on -log p(x) (Burda et al. 2016), one group of images at a time.
 
     With S = max(ks) posterior samples per image, the bound for K is the mean over all S // K disjoint groups of K
     samples. Its expectation is that of one group. A small K has no more noise than a large one, and where each K
@@ -62,7 +62,7 @@ def importance_bounds(
         start: The first image, a multiple of `RNG_GROUP`.
 
     Yields:
-        The bounds of each group; `PerImageBounds.concat` joins them.
+        The bounds of each group of `RNG_GROUP` images; `PerImageBounds.concat` joins them.
     """
     device, samples = next(vae.parameters()).device, max(ks)
     chunk_size = max(1, memory_mb * 2**20 // (4 * RNG_GROUP * count_decode_floats(vae)))
@@ -101,10 +101,10 @@ def count_decode_floats(vae: VAE) -> int:
 def evaluate_resumable(
     vae: VAE, x: Tensor, ks: list[int], seed: int, memory_mb: int, partial: Path, key: dict[str, Any]
 ) -> PerImageBounds:
-    """Compute the `importance_bounds` of all images with a progress bar, and save finished groups every 5 seconds.
+    """Compute the `importance_bounds` of all images with a progress bar, resuming from a partial file.
 
-    The file `partial` holds the finished groups, and `key` all that they depend on. A later call with the same key
-    resumes from the file; the caller deletes it.
+    The file `partial` holds the finished groups, and `key` all that they depend on. It is saved every few seconds. The
+    caller deletes it.
 
     Raises:
         UserError: If `partial` exists and was not made by this project.

@@ -86,15 +86,20 @@ class BCEWithLogits(torch.autograd.Function):
         wide = logits.to(x.dtype)
         ctx.save_for_backward(x, wide)
         ctx.dtype = logits.dtype
-        factors = wide.abs().sigmoid_().flatten(-3)
-        at_once = next(n for n in range(100, 0, -1) if factors.shape[-1] % n == 0)
-        logs = factors.unflatten(-1, (-1, at_once)).prod(-1).log_().sum(-1)
-        return wide.relu().addcmul_(x, wide, value=-1).sum(IMAGE_DIMS) - logs
+        return sum_bce(x, wide)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
         x, logits = ctx.saved_tensors
         return None, (torch.sigmoid(logits) - x).mul_(grad[..., None, None, None]).to(ctx.dtype)
+
+
+def sum_bce(x: Tensor, logits: Tensor) -> Tensor:
+    """Compute the formula of `BCEWithLogits` for tensors of one dtype."""
+    factors = logits.abs().sigmoid_().flatten(-3)
+    at_once = next(n for n in range(100, 0, -1) if factors.shape[-1] % n == 0)
+    logs = factors.unflatten(-1, (-1, at_once)).prod(-1).log_().sum(-1)
+    return logits.relu().addcmul_(x, logits, value=-1).sum(IMAGE_DIMS) - logs
 
 
 def bce_with_logits(x: Tensor, logits: Tensor) -> Tensor:
@@ -104,7 +109,11 @@ def bce_with_logits(x: Tensor, logits: Tensor) -> Tensor:
         x: Images `(B, C, H, W)` in [0, 1].
         logits: `(..., B, C, H, W)`.
     """
-    return BCEWithLogits.apply(x, logits)
+    if torch.is_grad_enabled() and logits.requires_grad:
+        return BCEWithLogits.apply(x, logits)
+    # The same formula; torch.jit.trace is unable to save a custom autograd function.
+    x = at_least_float32(x)
+    return sum_bce(x, logits.to(x.dtype))
 
 
 class ContinuousBernoulli(Bernoulli):

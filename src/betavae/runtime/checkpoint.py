@@ -19,10 +19,11 @@ from betavae.data.source import DataSource
 from betavae.errors import UserError, first_line
 from betavae.models.vae import VAE
 from betavae.runtime.run_folder import read_json
-from betavae.runtime.settings import check_group
+from betavae.runtime.settings import Config, check_group
 from betavae.storage.files import atomic_write_bytes
 from betavae.storage.torch_file import load_torch_file
 
+Checkpoint = dict[str, Any]  # tensors and plain values
 FORMAT = 4  # checkpoints of another format are rejected
 MAX_PARTS = 20  # modules and parameters of a network, per weight in its checkpoint
 
@@ -32,8 +33,8 @@ class TrainedRun(NamedTuple):
 
     vae: VAE
     path: Path
-    settings: dict[str, Any]  # the arguments of VAEModule
-    data: dict[str, Any]  # the arguments of ImageDataModule
+    settings: Config  # the arguments of VAEModule
+    data: Config  # the arguments of ImageDataModule
     fingerprints: dict[str, str] = {}  # noqa: RUF012 - of each split whose images can change
 
     @property
@@ -48,10 +49,8 @@ class TrainedRun(NamedTuple):
             root: The folder of the data, if not that of the training.
 
         Raises:
-            UserError: If the checkpoint names no data, or there are none in that folder.
+            UserError: If that folder does not exist.
         """
-        if not self.data:
-            raise UserError(f"{self.path} has no images: it does not name the data it was trained on")
         known, name = self.data["root"], self.data["name"]
         # The package contains MNIST and generates the sprites.
         if not root and not Path(known).expanduser().exists() and name not in ("mnist", "sprites"):
@@ -132,14 +131,14 @@ def load(ckpt: str | Path | None = None, runs: str = "runs") -> TrainedRun:
     path = Path(ckpt).expanduser() if ckpt else latest_run(Path(runs).expanduser())
     path = find_checkpoint(path) or path
     content = read_checkpoint(path)
-    settings, data = content["hyper_parameters"], content.get("datamodule_hyper_parameters", {})
+    settings, data = content["hyper_parameters"], content["datamodule_hyper_parameters"]
     vae = VAE(**settings["model"])
     vae.load_state_dict({key.removeprefix("vae."): value for key, value in content["state_dict"].items()})
     vae = vae.eval().requires_grad_(False)
     return TrainedRun(vae, path, settings, data, content.get("fingerprints", {}))
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint: tensors and plain values, with exactly the weights that its settings describe.
 
     Raises:
@@ -159,7 +158,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if written != FORMAT:
         remedy = "update betavae" if written > FORMAT else "train the model again"
         raise UserError(f"ckpt: {path} has format {written}, and this betavae reads format {FORMAT}; {remedy}")
-    settings, data = content.get("hyper_parameters"), content.get("datamodule_hyper_parameters", {})
+    settings, data = content.get("hyper_parameters"), content.get("datamodule_hyper_parameters")
     model: Any = settings.get("model") if isinstance(settings, dict) else None
     if not all(isinstance(group, dict) for group in (model, data, content.get("fingerprints", {}))):
         raise UserError(f"ckpt: {path} is not a checkpoint of betavae")
@@ -172,7 +171,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
-def check_weights(state_dict: dict[str, Tensor], model: dict[str, Any], data: dict[str, Any]) -> None:
+def check_weights(state_dict: dict[str, Tensor], model: Config, data: Config) -> None:
     """Raise ValueError if weights or image sizes do not match their settings."""
     weights = {key.removeprefix("vae."): value.shape for key, value in state_dict.items()}
     if "image_shape" not in model:
@@ -185,7 +184,7 @@ def check_weights(state_dict: dict[str, Tensor], model: dict[str, Any], data: di
             raise ValueError(f"data.image_size={size} is not the size of the model's images")
 
 
-def model_shapes(settings: dict[str, Any], limit: int) -> dict[str, torch.Size]:
+def model_shapes(settings: Config, limit: int) -> dict[str, torch.Size]:
     """Return the shapes of the weights of a VAE, without memory for them.
 
     Raises:
@@ -193,7 +192,7 @@ def model_shapes(settings: dict[str, Any], limit: int) -> dict[str, torch.Size]:
     """
     parts = 0
 
-    def count(*registered: Any) -> None:
+    def count(*registered: object) -> None:
         nonlocal parts
         parts += 1
         if parts > limit:
@@ -207,7 +206,7 @@ def model_shapes(settings: dict[str, Any], limit: int) -> dict[str, torch.Size]:
         return {key: value.shape for key, value in VAE(**settings).state_dict().items()}
 
 
-def save_checkpoint(content: dict[str, Any], path: str | Path) -> None:
+def save_checkpoint(content: Checkpoint, path: str | Path) -> None:
     """Write a checkpoint atomically. Raise UserError if the disk is full or not writable."""
     buffer = io.BytesIO()
     torch.save(content, buffer)  # in memory first, because torch hides the error of a disk

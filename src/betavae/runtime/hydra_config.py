@@ -108,7 +108,7 @@ OmegaConf.register_new_resolver("safe_name", safe_name)
 
 
 class JobOutcome:
-    """How far the only job of this process has come."""
+    """The state of the only job of this process."""
 
     composed = False
     error: Exception | None = None
@@ -151,6 +151,7 @@ def describe_config_error(error: Exception, composing: bool, keys: list[str]) ->
     """Describe an error in one sentence, or return None for a bug of this project.
 
     Args:
+        error: The error of a command.
         composing: Whether Hydra is composing the config, where no code of this project can fail.
         keys: The known settings.
     """

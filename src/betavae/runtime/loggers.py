@@ -6,7 +6,7 @@ import os
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -14,10 +14,15 @@ from torch import Tensor
 
 from betavae import plotting
 from betavae.errors import UserError
+from betavae.runtime.checkpoint import Checkpoint
 from betavae.runtime.remote_loggers import MLflow, WeightsAndBiases
 from betavae.runtime.run_folder import RunFolder, is_own_output
 from betavae.runtime.run_logger import RunLogger
+from betavae.runtime.settings import Config
 from betavae.storage.files import STAMP, atomic_path
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 STAMP_COLUMN = f"made by {STAMP}"
 
@@ -25,7 +30,7 @@ STAMP_COLUMN = f"made by {STAMP}"
 class TensorBoard(RunLogger, TensorBoardLogger):
     """TensorBoard events in the run folder itself, without a copy of the settings."""
 
-    def __init__(self, run: RunFolder, state: dict[str, Any] | None):
+    def __init__(self, run: RunFolder, state: Checkpoint | None):
         purge_step = state["global_step"] + 1 if state else None
         super().__init__(run.path, name="", version="", default_hp_metric=False, purge_step=purge_step)
         self.folder = run.path
@@ -52,15 +57,15 @@ class TensorBoard(RunLogger, TensorBoardLogger):
         enlarged = image.repeat_interleave(2, 1).repeat_interleave(2, 2)
         self.experiment.add_image(f"pictures/{name}", (enlarged * 255).round().to(torch.uint8).cpu(), step)
 
-    def log_figure(self, name: str, figure: Any, step: int) -> None:
+    def log_figure(self, name: str, figure: "Figure", step: int) -> None:
         self.experiment.add_figure(name, figure, step)
 
-    def log_embedding(self, means: Tensor, labels: list[Any], tiles: Tensor) -> None:
+    def log_embedding(self, means: Tensor, labels: list[int | list[int]], tiles: Tensor) -> None:
         # The projector needs three columns. The "step" is the name of the folder of its files.
         means = torch.nn.functional.pad(means, (0, max(0, 3 - means.shape[1])))
         self.experiment.add_embedding(means, labels, tiles, global_step="projector", tag="posterior_means")
 
-    def log_final_metrics(self, settings: dict[str, Any], metrics: dict[str, float]) -> None:
+    def log_final_metrics(self, settings: Config, metrics: dict[str, float]) -> None:
         """Fill the HPARAMS tab with flat settings and the test metrics."""
         from torch.utils.tensorboard.summary import hparams
 
@@ -83,9 +88,9 @@ class CSVRunLogger(RunLogger):
     """
 
     FILE = "curves.csv"
-    name = version = ""  # type: ignore[assignment]
+    name = version = ""
 
-    def __init__(self, run: RunFolder, state: dict[str, Any] | None):
+    def __init__(self, run: RunFolder, state: Checkpoint | None):
         self.folder, self.path = run.path, run.path / self.FILE
         self.columns: list[str] = []
         rows = self.read()[: (state.get("events", {}) if state else {}).get(self.FILE, 0)]
@@ -133,7 +138,7 @@ class CSVRunLogger(RunLogger):
     def log_image_grid(self, name: str, image: Tensor, step: int) -> None:
         plotting.save_image(image, self.file(name, step))
 
-    def log_figure(self, name: str, figure: Any, step: int) -> None:
+    def log_figure(self, name: str, figure: "Figure", step: int) -> None:
         plotting.save_figure(figure, self.file(name, step))
 
 
@@ -141,9 +146,7 @@ class CSVRunLogger(RunLogger):
 LOGGERS = {"tensorboard": TensorBoard, "csv": CSVRunLogger, "wandb": WeightsAndBiases, "mlflow": MLflow}
 
 
-def make_loggers(
-    settings: dict[str, dict[str, Any]], run: RunFolder, state: dict[str, Any] | None
-) -> dict[str, RunLogger]:
+def make_loggers(settings: dict[str, Config], run: RunFolder, state: Checkpoint | None) -> dict[str, RunLogger]:
     """Make the loggers of a run by name. Raise UserError for one whose package is missing or that fails to start."""
     for name in settings:
         if name in ("wandb", "mlflow") and importlib.util.find_spec(name) is None:

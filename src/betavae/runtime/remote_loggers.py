@@ -8,15 +8,20 @@ import secrets
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.pytorch.loggers import MLFlowLogger, WandbLogger
 from torch import Tensor
 
 from betavae import plotting
 from betavae.errors import UserError, first_line
+from betavae.runtime.checkpoint import Checkpoint
 from betavae.runtime.run_folder import RunFolder
 from betavae.runtime.run_logger import RunLogger
+from betavae.runtime.settings import Config
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +33,14 @@ class WeightsAndBiases(RunLogger, WandbLogger):
     each session has its own folder, to be synced in their order.
     """
 
-    def __init__(self, run: RunFolder, state: dict[str, Any] | None, project: str, entity: str | None, mode: str):
+    def __init__(
+        self,
+        run: RunFolder,
+        state: Checkpoint | None,
+        project: str,
+        entity: str | None,
+        mode: Literal["offline", "online"],
+    ):
         import wandb
 
         known_id = run.read_metrics().get("loggers", {}).get("wandb")
@@ -36,7 +48,7 @@ class WeightsAndBiases(RunLogger, WandbLogger):
             experiment = wandb.init(
                 project=project,
                 entity=entity,
-                mode=mode,  # type: ignore[arg-type]
+                mode=mode,
                 dir=run.path,
                 name=run.path.name,
                 id=known_id or secrets.token_hex(4),
@@ -67,20 +79,20 @@ class WeightsAndBiases(RunLogger, WandbLogger):
         """Return the number of rows."""
         return {"wandb": self.rows}
 
-    def log_settings(self, settings: dict[str, Any]) -> None:
+    def log_settings(self, settings: Config) -> None:
         self.log_hyperparams(settings)
 
     def log_image_grid(self, name: str, image: Tensor, step: int) -> None:
         self.log_image(f"pictures/{name}", [plotting.to_pil(image)], step)
 
-    def log_figure(self, name: str, figure: Any, step: int) -> None:
+    def log_figure(self, name: str, figure: "Figure", step: int) -> None:
         from PIL import Image
 
         png = io.BytesIO()
         figure.savefig(png, dpi=150)
         self.log_image(name, [Image.open(png)], step)
 
-    def log_final_metrics(self, settings: dict[str, Any], metrics: dict[str, float]) -> None:
+    def log_final_metrics(self, settings: Config, metrics: dict[str, float]) -> None:
         self.experiment.summary.update(metrics)
 
     def finish(self, status: str) -> None:
@@ -90,7 +102,7 @@ class WeightsAndBiases(RunLogger, WandbLogger):
 class MLflow(RunLogger, MLFlowLogger):
     """An MLflow run with the name of the run folder; the figures are its artifacts."""
 
-    def __init__(self, run: RunFolder, state: dict[str, Any] | None, experiment: str, tracking_uri: str):
+    def __init__(self, run: RunFolder, state: Checkpoint | None, experiment: str, tracking_uri: str):
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # it would report each run to its makers
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
@@ -124,17 +136,17 @@ class MLflow(RunLogger, MLFlowLogger):
         if new:
             super().log_metrics(new, self.step)
 
-    def log_settings(self, settings: dict[str, Any]) -> None:
+    def log_settings(self, settings: Config) -> None:
         # MLflow rejects a second value, so a resumed run keeps its settings.
         self.log_hyperparams({name: value for name, value in settings.items() if name not in self.settings})
 
     def log_image_grid(self, name: str, image: Tensor, step: int) -> None:
         self.experiment.log_image(self.run_id, plotting.to_pil(image), f"pictures/{name}/{step:06d}.png")
 
-    def log_figure(self, name: str, figure: Any, step: int) -> None:
+    def log_figure(self, name: str, figure: "Figure", step: int) -> None:
         self.experiment.log_figure(self.run_id, figure, f"{name}/{step:06d}.png")
 
-    def log_final_metrics(self, settings: dict[str, Any], metrics: dict[str, float]) -> None:
+    def log_final_metrics(self, settings: Config, metrics: dict[str, float]) -> None:
         self.log_metrics(metrics, self.step)
 
     def finalize(self, status: str = "success") -> None:

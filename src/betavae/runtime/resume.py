@@ -17,12 +17,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from betavae.errors import DivergenceError, UserError
 from betavae.module import VAEModule
-from betavae.runtime.checkpoint import FORMAT, read_checkpoint, save_checkpoint
+from betavae.runtime.checkpoint import FORMAT, Checkpoint, read_checkpoint, save_checkpoint
 from betavae.runtime.hydra_config import to_plain
 from betavae.runtime.lightning_workarounds import stop_after_this_step
 from betavae.runtime.run_folder import RunFolder
 from betavae.runtime.run_logger import run_loggers
-from betavae.runtime.settings import check_settings
+from betavae.runtime.settings import Config, check_settings
 from betavae.runtime.yaml_files import read_yaml
 
 # Settings that may change on resume; all others define the experiment.
@@ -55,19 +55,19 @@ class SignalHandler:
         for number in self.before:
             signal.signal(number, self.on_signal)
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def on_signal(self, number: int, frame: Any) -> None:
+    def on_signal(self, number: int, frame: object) -> None:
         again, self.received = self.received, number
         if again or not self.deferring:
             raise KeyboardInterrupt
 
     def requeue(self) -> None:
         """Let the launcher queue the job again if the signal was the launcher's."""
-        if self.received not in (None, signal.SIGINT, signal.SIGTERM):
-            self.before[self.received](self.received, None)  # type: ignore[index]
+        if self.received is not None and self.received not in (signal.SIGINT, signal.SIGTERM):
+            self.before[self.received](self.received, None)
 
 
 class GracefulStop(Callback):
@@ -91,10 +91,10 @@ class GracefulStop(Callback):
         # is due, which Lightning would leave unfinished.
         self.mid_epoch = True
         self.step_complete = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        due = trainer.is_last_batch or (batch_idx + 1) % trainer.val_check_batch == 0  # type: ignore[attr-defined,operator]
+        due = trainer.is_last_batch or (batch_idx + 1) % trainer.val_check_batch == 0  # type: ignore[operator]
         # Several processes stop right after logging: a checkpoint holds the sums of the first process only.
         logged = (batch_idx + 1) % trainer.log_every_n_steps == 0 and module.automatic_optimization  # type: ignore[attr-defined]
-        self.ranks_in_sync = trainer.world_size == 1 or logged or trainer.is_last_batch  # type: ignore[attr-defined]
+        self.ranks_in_sync = trainer.world_size == 1 or logged or trainer.is_last_batch
         if not due and self.ranks_in_sync:
             self.stop_if_signaled(trainer)
 
@@ -126,9 +126,9 @@ class GracefulStop(Callback):
 class ExactResume(Callback):
     """Add to each checkpoint what Lightning leaves out: random states, the batch in the epoch, the loggers' offsets."""
 
-    def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: Checkpoint) -> None:
         checkpoint["betavae_format"] = FORMAT
-        checkpoint["fingerprints"] = getattr(trainer.datamodule, "fingerprints", {})  # type: ignore[attr-defined]
+        checkpoint["fingerprints"] = getattr(getattr(trainer, "datamodule", None), "fingerprints", {})
         # A random state of each process.
         states: Any = trainer.strategy.all_gather(torch.get_rng_state().to(module.device))
         checkpoint["random_state"] = states.view(trainer.world_size, -1).cpu()
@@ -141,7 +141,7 @@ class ExactResume(Callback):
             offsets = [logger.resume_offsets() for logger in run_loggers(trainer)]
             checkpoint["events"] = {name: size for offset in offsets for name, size in offset.items()}
 
-    def on_load_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: Checkpoint) -> None:
         self.restored = checkpoint
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -176,7 +176,7 @@ class DivergenceGuard(Callback):
     def __init__(self) -> None:
         self.last: dict[str, float] = {}
 
-    def on_train_sums(self, trainer: L.Trainer, module: Any, names: list[str], rows: torch.Tensor) -> None:
+    def on_train_sums(self, trainer: L.Trainer, module: VAEModule, names: list[str], rows: torch.Tensor) -> None:
         """Check the rows of `VAEModule.read_window`, which are the same in all processes."""
         finite = rows.isfinite().all(1).tolist()
         good = finite.index(False) if not all(finite) else len(finite)
@@ -188,7 +188,7 @@ class DivergenceGuard(Callback):
             )
             raise DivergenceError(f"the loss of step {step} is not finite", self.last)
 
-    def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: Checkpoint) -> None:
         if isinstance(module, VAEModule) and len(module.window):
             module.read_window()
         if not torch.stack([p.isfinite().all() for p in module.parameters()]).all():
@@ -198,10 +198,12 @@ class DivergenceGuard(Callback):
 class SafeCheckpointIO(TorchCheckpointIO):
     """Write checkpoints atomically, and read them as `read_checkpoint` does."""
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+    def save_checkpoint(self, checkpoint: Checkpoint, path: str | Path, storage_options: object = None) -> None:
         save_checkpoint(checkpoint, path)
 
-    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(
+        self, path: str | Path, map_location: object = None, weights_only: bool | None = None
+    ) -> Checkpoint:
         return read_checkpoint(Path(path))
 
 
@@ -228,9 +230,7 @@ class ResumableEarlyStopping(EarlyStopping):
             trainer.should_stop = True
 
 
-def load_resumed_config(
-    run: RunFolder, now: DictConfig, overrides: list[str]
-) -> tuple[dict[str, Any], dict[str, Any] | None]:
+def load_resumed_config(run: RunFolder, now: DictConfig, overrides: list[str]) -> tuple[Config, Checkpoint | None]:
     """Read the settings and the last checkpoint of a run.
 
     Args:
@@ -273,7 +273,7 @@ def load_resumed_config(
     return settings, content
 
 
-def check_resume_override(change: Override, settings: dict[str, Any]) -> None:
+def check_resume_override(change: Override, settings: Config) -> None:
     """Raise UserError for a setting that cannot change on resume."""
     key = change.key_or_group
     if change.is_delete() or not key.startswith(RESUME_OVERRIDABLE) or key == "trainer.steps_per_batch":
@@ -287,7 +287,7 @@ def check_resume_override(change: Override, settings: dict[str, Any]) -> None:
         )
 
 
-def set_nested(settings: dict[str, Any], key: str, value: Any) -> None:
+def set_nested(settings: Config, key: str, value: object) -> None:
     """Set the value of a dotted key, and add missing groups."""
     *groups, name = key.split(".")
     for group in groups:

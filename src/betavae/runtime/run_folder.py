@@ -26,6 +26,7 @@ OUTPUT_GLOBS = (
     *("figures/*.png", "events.out.tfevents.*", "curves.csv"),
     *(kind + "[0-9a-f]" * 16 + ".pt" for kind in ("sampler_*_", "anomalies-")),
 )
+Record = dict[str, Any]  # the content of metrics.json
 UNFINISHED = ("running", "interrupted")
 
 
@@ -80,7 +81,7 @@ def claim_folder(path: Path, kind: str, key: str) -> bool:
         raise UserError(f"{key}: cannot make {path} ({error.strerror})") from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> Record:
     """Read a JSON object; return an empty one if the file is missing or damaged."""
     try:
         content = json.loads(path.read_text())
@@ -107,11 +108,11 @@ class RunFolder:
         """Return whether betavae has made this folder for a run."""
         return read_marker(self.path) == RUN
 
-    def read_metrics(self) -> dict[str, Any]:
+    def read_metrics(self) -> Record:
         """Return the content of metrics.json, with the status and results of the run."""
         return read_json(self.path / "metrics.json")
 
-    def write_record(self, record: dict[str, Any]) -> None:
+    def write_record(self, record: Record) -> None:
         """Write metrics.json. On a full disk, at least a status that is true is written before the error is raised."""
         path, text = self.path / "metrics.json", json.dumps(record, indent=2) + "\n"
         try:

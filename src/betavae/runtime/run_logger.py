@@ -1,11 +1,13 @@
 """The interface that a run has to each of its loggers."""
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import lightning as L
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
+
+from betavae.runtime.settings import Config
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,7 +22,7 @@ class RunLogger(Logger):
 
     view_command: str | None = None  # the command that shows the logged data
 
-    def log_settings(self, settings: dict[str, Any]) -> None:
+    def log_settings(self, settings: Config) -> None:
         """Log settings by their flat names, before the first step."""
 
     @abstractmethod
@@ -31,10 +33,10 @@ class RunLogger(Logger):
     def log_figure(self, name: str, figure: "Figure", step: int) -> None:
         """Log a figure of matplotlib."""
 
-    def log_embedding(self, means: Tensor, labels: list[Any], tiles: Tensor) -> None:
+    def log_embedding(self, means: Tensor, labels: list[int | list[int]], tiles: Tensor) -> None:
         """Log latent points `(N, latent_dim)`, each with a label and a square image `(3, side, side)`."""
 
-    def log_final_metrics(self, settings: dict[str, Any], metrics: dict[str, float]) -> None:
+    def log_final_metrics(self, settings: Config, metrics: dict[str, float]) -> None:
         """Log the test metrics, with the settings again."""
 
     def resume_offsets(self) -> dict[str, int]:

@@ -61,6 +61,7 @@ ImageSpec = Annotated[
     NonEmptyStr | Annotated[list[NonEmptyStr], Field(min_length=1)],
     Field(description="a folder, a file, a list of them, or the name of a data set"),
 ]
+Config = dict[str, Any]  # a config or one of its groups, as plain values
 # Of a setting that only some options of its group have. Its default is in their YAML files.
 UNSET: Any = None
 
@@ -221,7 +222,8 @@ M = TypeVar("M", bound=BaseModel)
 
 def suggest(name: str, names: Iterable[Any], otherwise: str = "") -> str:
     """Return a hint at the most similar of some names, or `otherwise`."""
-    close = difflib.get_close_matches(name, [str(n) for n in names], n=1, cutoff=0.5)
+    known = [str(n) for n in names]
+    close = [n for n in known if n.startswith(name)] or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else otherwise
 
 
@@ -274,7 +276,8 @@ def describe(schema: Mapping[str, Any]) -> str:
         return format_value(schema["const"])
     if schema.get("type") == "array":
         few, most = schema.get("minItems", 0), schema.get("maxItems")
-        kind = f"a list of {few} values" if few == most else f"a {'non-empty ' * (few > 0)}list"
+        kind = f"a list of {few} to {most} values" if most else f"a {'non-empty ' * (few > 0)}list"
+        kind = f"a list of {few} values" if few == most else kind
         example = f", such as {schema['examples'][0]}" if "examples" in schema else ""
         return f"{kind} (each {describe(schema['items'])}{example})"
     limits = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
@@ -287,6 +290,8 @@ def validate(model: type[M], values: Any, prefix: str = "") -> M:
     """Validate settings.
 
     Args:
+        model: The model of the settings.
+        values: Plain values.
         prefix: The start of the keys in error messages.
 
     Raises:
@@ -320,9 +325,9 @@ def validate(model: type[M], values: Any, prefix: str = "") -> M:
     raise UserError(f"{key}={format_value(value)} is invalid: expected {describe(schema)}{hint}")
 
 
-def check_group(group: str, values: Mapping[str, Any]) -> None:
+def check_group(group: str, values: Config) -> None:
     """Raise UserError for an invalid setting in one of the groups of a training run."""
-    validate(TrainConfig.__annotations__[group], dict(values), f"{group}.")
+    validate(TrainConfig.__annotations__[group], values, f"{group}.")
 
 
 def check_signature(group: str, function: Callable[..., Any], settings: Mapping[str, Any], *given: Any) -> None:
@@ -333,7 +338,7 @@ def check_signature(group: str, function: Callable[..., Any], settings: Mapping[
         raise UserError(f"{group}: the settings {', '.join(settings)} are invalid: {error}") from error
 
 
-def check_settings(values: dict[str, Any]) -> None:
+def check_settings(values: Config) -> None:
     """Raise UserError for an invalid setting of a training run, or two that exclude each other."""
     validate(TrainConfig, values)
     trainer, objective = values["trainer"], values["objective"]

@@ -11,7 +11,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import lightning as L
 import torch
@@ -30,13 +30,14 @@ from betavae.objectives.schedules import BETA_SCHEDULES
 from betavae.runtime import loggers
 from betavae.runtime.builders import build_callbacks, build_data, build_trainer
 from betavae.runtime.callbacks import DISPLAY_NAMES, EpochProgressBar, EpochSummary, ImageLogger, LastValidationMetrics
+from betavae.runtime.checkpoint import Checkpoint
 from betavae.runtime.cli import argument
 from betavae.runtime.distributed import ONE_DEVICE_MESSAGE, broadcast_from_rank_zero, rank, started_by_lightning
 from betavae.runtime.hydra_config import is_multirun, to_plain
 from betavae.runtime.resume import SignalHandler, load_resumed_config
-from betavae.runtime.run_folder import RUN, RunFolder, claim_folder, git_commit
+from betavae.runtime.run_folder import RUN, Record, RunFolder, claim_folder, git_commit
 from betavae.runtime.run_logger import run_loggers
-from betavae.runtime.settings import accepts_text, check_settings, check_signature
+from betavae.runtime.settings import Config, accepts_text, check_settings, check_signature
 from betavae.runtime.terminal_log import close_log, silence_libraries, start_log, warn_on_error
 from betavae.runtime.validation import check_validation, never_validates
 from betavae.runtime.yaml_files import write_yaml
@@ -88,6 +89,7 @@ def claim_run_folder(folder: RunFolder, new: bool, sweep: bool) -> Iterator[None
     """Lock a run folder for all processes of this run; remove it if the run ends before it began.
 
     Args:
+        folder: The run folder.
         new: Whether the folder must not hold a run yet.
         sweep: Whether the run is a job of a sweep, which has claimed the folder.
     """
@@ -122,7 +124,7 @@ def claim_run_folder(folder: RunFolder, new: bool, sweep: bool) -> Iterator[None
             raise
 
 
-def module_arguments(settings: dict[str, Any], datamodule: ImageDataModule) -> dict[str, Any]:
+def module_arguments(settings: Config, datamodule: ImageDataModule) -> Config:
     """Return the arguments of `VAEModule` for the settings of a run. Raise UserError for invalid ones."""
     objective = settings["objective"] | {"num_train_images": len(datamodule.splits["train"])}
     schedule, optimizer = settings["beta_schedule"], dict(settings["optimizer"])
@@ -160,10 +162,10 @@ class TrainingRun:
 
     def __init__(
         self,
-        settings: dict[str, Any],
+        settings: Config,
         folder: RunFolder,
         overrides: Sequence[str] = (),
-        state: dict[str, Any] | None = None,
+        state: Checkpoint | None = None,
         signals: SignalHandler | None = None,
         sweep: bool = False,
         callbacks: Sequence[Callback] = (),
@@ -172,7 +174,7 @@ class TrainingRun:
         """Build and check everything. Only the data folder is written to.
 
         Args:
-            settings: Those of `TrainConfig`, checked.
+            settings: The validated settings of `TrainConfig`.
             folder: The run folder.
             overrides: The arguments of the command.
             state: The checkpoint to resume from.
@@ -186,7 +188,7 @@ class TrainingRun:
         """
         self.settings, self.folder, self.overrides, self.sweep, self.state = settings, folder, overrides, sweep, state
         self.signals = signals or SignalHandler()
-        self.record: dict[str, Any] = {}
+        self.record: Record = {}
         # Before anything is built, so that the seed determines the first weight too.
         L.seed_everything(settings["seed"], verbose=False)
         set_float32_precision(settings["trainer"]["matmul_precision"])
@@ -199,7 +201,9 @@ class TrainingRun:
         except TypeError as error:  # of the arguments of a network or a likelihood
             raise UserError(f"model: {error}") from error
         except RuntimeError as error:
-            raise as_user_error(error) from error
+            if (described := as_user_error(error)) is error:
+                raise
+            raise described from error
         if settings["init"] == "data":
             pixels = splits["train"].pixels.index_select(0, torch.arange(min(len(splits["train"]), 60_000)))
             try:
@@ -403,9 +407,9 @@ class TrainingRun:
         self.end_loggers(status)
 
 
-def flatten_hparams(settings: dict[str, Any]) -> dict[str, Any]:
+def flatten_hparams(settings: Config) -> Config:
     """Return settings for a table of hyper-parameters, with values of one type per column; null is left out."""
-    values: dict[str, Any] = {"seed": settings["seed"], "beta": settings["beta"]}
+    values: Config = {"seed": settings["seed"], "beta": settings["beta"]}
     for group in ("model", "data", "objective", "beta_schedule", "optimizer", "lr_schedule", "trainer"):
         for key, value in settings[group].items():
             number = isinstance(value, int | float) and not accepts_text(group, key)

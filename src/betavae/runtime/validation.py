@@ -1,10 +1,14 @@
 """Check before a run whether it will validate, and which validation metrics it will have. Torch is imported late."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from betavae.errors import UserError
-from betavae.runtime.settings import suggest
+from betavae.runtime.settings import Config, suggest
+
+if TYPE_CHECKING:
+    from betavae.data.image_set import ImageSet
+    from betavae.module import VAEModule
 
 METRICS = ("loss", "recon", "kl", "neg_elbo", "active_units")  # of every validation; an objective may add terms
 DEFAULTS = {"monitor": "neg_elbo", "early_stopping_patience": None}  # callbacks.KEY that need no validation
@@ -18,7 +22,7 @@ def limit_batches(batches: int, key: str, limit: float) -> int:
     return count
 
 
-def count_batches(settings: Mapping[str, Any], sets: Mapping[str, Any], processes: int) -> tuple[dict[str, int], int]:
+def count_batches(settings: Config, sets: Mapping[str, "ImageSet"], processes: int) -> tuple[dict[str, int], int]:
     """Return the batches that Lightning counts in an epoch of each split, and the optimizer steps of a training epoch.
 
     Raises UserError for limits that leave none, and for `val_check_interval` beyond the training batches.
@@ -41,7 +45,7 @@ def count_batches(settings: Mapping[str, Any], sets: Mapping[str, Any], processe
     return found, min(steps, found["train"] * together) if together > 1 else -(-found["train"] // accumulate)
 
 
-def never_validates(settings: Mapping[str, Any], sets: Mapping[str, Any] | None, processes: int = 1) -> str | None:
+def never_validates(settings: Config, sets: Mapping[str, "ImageSet"] | None, processes: int = 1) -> str | None:
     """Return the reason why a run will not validate, or None.
 
     Args:
@@ -68,7 +72,7 @@ def never_validates(settings: Mapping[str, Any], sets: Mapping[str, Any] | None,
     return None
 
 
-def check_validation(settings: Mapping[str, Any], sets: Mapping[str, Any], module: Any, processes: int) -> None:
+def check_validation(settings: Config, sets: Mapping[str, "ImageSet"], module: "VAEModule", processes: int) -> None:
     """Raise UserError if settings of callbacks need validation metrics that a run will not have."""
     wanted = settings["callbacks"]
     why = never_validates(settings, sets, processes)
@@ -83,8 +87,8 @@ def check_names(
     key: str,
     names: Sequence[str],
     known: Sequence[str],
-    settings: Mapping[str, Any],
-    build: Callable[[], tuple[Any, Any]],
+    settings: Config,
+    build: Callable[[], tuple["ImageSet", "VAEModule"]],
 ) -> None:
     """Raise UserError for a name that is neither `known` nor a term of the objective.
 
@@ -99,7 +103,7 @@ def check_names(
             raise UserError(f"{key}={name} is invalid: expected one of {', '.join(known)}{suggest(name, known)}")
 
 
-def objective_terms(images: Any, module: Any) -> list[str]:
+def objective_terms(images: "ImageSet", module: "VAEModule") -> list[str]:
     """Return the names of the terms of a module's objective, from its value for two images."""
     import torch
 

@@ -1,4 +1,4 @@
-"""Atomic writes that never replace a file of somebody else."""
+"""Atomic writes that only replace files of this project."""
 
 import codecs
 import contextlib
@@ -22,7 +22,7 @@ TMP_PREFIX = "betavae-part-"  # of a file that is being written, where its suffi
 
 
 def atomic_write_bytes(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name beside `path` and rename it, so that no reader finds half a file."""
+    """Write a file under a temporary name and rename it, so that no reader finds half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = None
     try:
@@ -59,7 +59,7 @@ def atomic_path(out: str | Path, key: str = "out") -> Iterator[Path]:
     A process that is killed leaves no half-written file at `out`.
 
     Raises:
-        UserError: If `out`, named by the setting `key`, is a file of somebody else, or the block fails to write.
+        UserError: If `out`, named by the setting `key`, was not made by this project, or the block fails to write.
     """
     path = Path(out).expanduser()
     require_own_file(path, key)

@@ -47,11 +47,7 @@ def load_torch_file(path: Path) -> Any:
 
 
 class Unpickler(pickle.Unpickler):
-    """Unpickle plain values, and tensors whose bytes are in `parts`.
-
-    Args:
-        parts: The files of the archive by name; the pickle is `data.pkl`.
-    """
+    """Unpickle plain values, and tensors whose bytes are in `parts`, the files of the archive by name."""
 
     def __init__(self, parts: dict[str, bytearray]):
         self.parts = parts
@@ -62,7 +58,6 @@ class Unpickler(pickle.Unpickler):
         super().__init__(io.BytesIO(parts["data.pkl"]))
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return the replacement for one of the four kinds of classes that a file of tensors names."""
         if (module, name) == ("collections", "OrderedDict"):
             return lambda: OrderedDict()  # without arguments, since a few bytes of pickle could copy a long list
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
@@ -72,7 +67,6 @@ class Unpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it holds {module}.{name}, which is neither a tensor nor a plain value")
 
     def persistent_load(self, pid: Any) -> Tensor:
-        """Return the storage of a tensor, without copying its bytes."""
         _, dtype, key, _, count = pid
         data = self.parts[f"data/{key}"]
         storage = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
@@ -82,7 +76,7 @@ class Unpickler(pickle.Unpickler):
 
 
 def rebuild_tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
-    """Build a tensor as the function of this name in `torch._utils` does, with a limited number of dimensions."""
+    """Build a tensor as `torch._utils` does, with a limited number of dimensions."""
     if len(size) > MAX_DIMS:
         raise ValueError(f"a tensor has {len(size)} dimensions")
     return storage.as_strided(size, stride, offset)

@@ -1,4 +1,4 @@
-"""Figures of a sweep: rate and distortion, a metric over one or two settings, samples, and a Pareto front."""
+"""Figures of a sweep: rate and distortion, a metric over settings, samples, and a Pareto front."""
 
 import math
 from collections.abc import Sequence
@@ -63,7 +63,7 @@ def plot_line(groups: Sequence[SettingGroup], key: str, metric: str) -> "Figure"
 
 
 def plot_heat_map(groups: Sequence[SettingGroup], keys: Sequence[str], metric: str) -> "Figure":
-    """Plot a metric over a grid of two settings, averaged over other settings; empty cells have no finished job."""
+    """Plot a metric over a grid of two settings, averaged over other settings."""
     across, down = (sort_values(groups, key) for key in keys)
     cells: dict[tuple[str, str], list[float]] = {}
     for group in groups:
@@ -108,7 +108,7 @@ def plot_scatter(groups: Sequence[SettingGroup], keys: Sequence[str], metric: st
 
 @torch.no_grad()
 def plot_samples(groups: Sequence[SettingGroup], seed: int) -> "Figure":
-    """Draw 16 samples of the first finished job of each setting, from the same z where dimensions allow it."""
+    """Draw 16 samples of the first finished job of each setting, from the same z if dimensions allow."""
     finished = [group for group in groups if group.finished]
     last_key = list(groups[0].values)[-1:]
     columns = len(sort_values(groups, last_key[0])) if last_key else 1
@@ -128,9 +128,9 @@ def plot_samples(groups: Sequence[SettingGroup], seed: int) -> "Figure":
 
 
 def find_pareto_front(points: Sequence[Sequence[float]]) -> list[int]:
-    """Find the points that no other point dominates, sorted by their first number; all numbers are minimized.
+    """Find the points that no other point dominates, sorted by their first number.
 
-    A point dominates another if no number of it is larger and the two are not equal.
+    All numbers are minimized: a point dominates another if none of its numbers is larger and the two differ.
     """
 
     def is_dominated(point: Sequence[float]) -> bool:
@@ -155,7 +155,7 @@ def plot_pareto_front(points: Sequence[Sequence[float]], front: Sequence[int], l
 
 
 def group_by_line(groups: Sequence[SettingGroup], key: str) -> dict[str, list[SettingGroup]]:
-    """Group the settings with finished jobs that differ by `key` only, by the label of their other settings."""
+    """Group the settings that differ by `key` only, under the label of their other settings."""
     lines: dict[str, list[SettingGroup]] = {}
     for group in groups:
         if group.finished:
@@ -176,26 +176,21 @@ def sort_values(groups: Sequence[SettingGroup], key: str) -> list[str]:
 
 
 def is_number(text: str) -> bool:
-    """Return whether a value of a setting is a number."""
     return get_sort_key(text)[1] == ""
 
 
 def needs_log_scale(values: Sequence[float]) -> bool:
-    """Return whether positive values span enough orders of magnitude for a logarithmic axis."""
     return min(values) > 0 and max(values) / min(values) >= MIN_LOG_RATIO
 
 
 def label_metric(metric: str) -> str:
-    """Return the axis label of a test metric."""
     return f"test {METRIC_NAMES.get(metric, metric)}"
 
 
 def annotate(axes: "Axes", text: str, point: tuple[float, float], size: int) -> None:
-    """Write a text beside a point."""
     axes.annotate(text, point, textcoords="offset points", xytext=(4, 4), fontsize=size)
 
 
 def add_legend(axes: "Axes", lines: int) -> None:
-    """Add a legend if there are several lines, and few enough to tell apart."""
     if 1 < lines <= MAX_LEGEND_LINES:
         axes.legend(fontsize=8)

@@ -30,17 +30,16 @@ COLUMNS = ("job", "status", "neg. ELBO", "KL", "recon", "seconds")  # of the sum
 
 
 class SweepCallback(Callback):
-    """Check and claim the folder of a sweep when it starts; `hydra.callbacks` in train.yaml names this class."""
+    """Check and claim the folder of a sweep when it starts; train.yaml names this class."""
 
     folder: Path | None = None
     is_search = False
     new_parents: ClassVar[list[Path]] = []  # the innermost first
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Start the sweep, or exit with an error; Hydra turns other exceptions of a callback into warnings."""
         try:
             self.start(config)
-        except UserError as error:
+        except UserError as error:  # Hydra turns an Exception of a callback into a warning
             raise SystemExit(f"error: {error}") from error
 
     def start(self, config: DictConfig) -> None:
@@ -117,7 +116,7 @@ def read_monitored_metric(run: RunFolder, cfg: DictConfig) -> float:
 
 
 def find_previous_status(run: RunFolder, cfg: DictConfig) -> str:
-    """Return how an earlier try of a job ended: "finished", "pruned", "interrupted" (to be resumed), or "".
+    """Return how an earlier try of a job ended: "finished", "pruned", "interrupted" (resumable), or "".
 
     Raises:
         UserError: If the earlier try had other settings.
@@ -180,7 +179,7 @@ def sweep_summary() -> Iterator[None]:
 
 
 def print_summary(is_interrupted: bool = False) -> bool:
-    """Print a table of the sweep's jobs, the failed ones and the next commands; print nothing if no job started.
+    """Print a table of the sweep's jobs, the failed ones and the next commands, if any job started.
 
     Returns:
         Whether a job failed or is missing; for a search, whether no job finished.

@@ -114,7 +114,7 @@ def plot_metric(groups: Sequence[SettingGroup], keys: Sequence[str] | None, metr
 
 
 def report_pareto_front(sweep: Path, groups: Sequence[SettingGroup]) -> "tuple[Figure | None, str]":
-    """Plot the Pareto front of a search with two objectives, and list its jobs; None and "" for any other sweep."""
+    """Plot and list the Pareto front of a search with two objectives; None and "" for other sweeps."""
     objectives = read_json(sweep / SEARCH_FILE).get("objectives", [])
     pairs = [(group.label, get_objectives(job.record, objectives)) for group in groups for job in group.finished]
     labels, points = [label for label, point in pairs if point], [point for _, point in pairs if point]

@@ -1,4 +1,4 @@
-"""Results of finished runs, read from their folders: jobs of a sweep and their metrics. Does not import torch."""
+"""Results of runs, read from their folders: jobs of a sweep and their metrics. Does not import torch."""
 
 import itertools
 import json
@@ -41,7 +41,6 @@ class Job(NamedTuple):
 
     @property
     def test(self) -> dict[str, float]:
-        """The test metrics of a finished job; empty for any other."""
         return self.record.get("test", {}) if self.status == "finished" else {}
 
 
@@ -53,12 +52,10 @@ class SettingGroup(NamedTuple):
 
     @property
     def finished(self) -> list[Job]:
-        """The finished jobs."""
         return [job for job in self.jobs if job.status == "finished"]
 
     @property
     def label(self) -> str:
-        """The values in one line."""
         return ", ".join(f"{shorten_key(key)}={value}" for key, value in self.values.items()) or "all jobs"
 
     def mean_sd(self, metric: str) -> tuple[float, float]:
@@ -101,7 +98,6 @@ def read_jobs(sweep: Path) -> list[Job]:
 
 
 def read_job(folder: Path) -> Job:
-    """Read the job in a folder."""
     run = RunFolder(folder)
     overrides = parse_overrides(read_yaml(folder / "overrides.yaml", list))
     return Job(folder, run.status() or "running", overrides, run.read_metrics())
@@ -136,7 +132,6 @@ def list_planned_jobs(sweep: Path) -> list[dict[str, str]]:
 
 
 def parse_overrides(overrides: Sequence[Any]) -> dict[str, str]:
-    """Split `key=value` words into a dict."""
     return dict(str(item).lstrip("+").split("=", 1) for item in overrides if "=" in str(item))
 
 
@@ -156,7 +151,7 @@ def format_status_counts(jobs: Sequence[Job]) -> str:
 
 
 def get_objectives(record: dict[str, Any], objectives: Sequence[str]) -> list[float]:
-    """Return the objectives of a search from a job's record; empty if one is missing, since the job never validated."""
+    """Return the objectives of a search from a job's record; empty if the job never validated."""
     known = record.get("validation", {}) | {name: record[name] for name in RECORD_OBJECTIVES if name in record}
     return [float(known[name]) for name in objectives] if set(objectives) <= known.keys() else []
 
@@ -183,7 +178,6 @@ def read_job_metrics(job: Job) -> dict[str, float]:
 
 
 def find_latest_sweep(sweeps: Path) -> Path:
-    """Find the sweep whose folder changed last."""
     found = [path for path in sweeps.glob("*") if any(path.glob("*/overrides.yaml"))]
     if not found:
         raise UserError(f"no sweep under {sweeps}/: run one by `python train.py -m beta=1,4`, or pass sweep=PATH")
@@ -214,7 +208,6 @@ def get_value(job: Job, key: str) -> str:
 
 
 def shorten_key(key: str) -> str:
-    """Return the last part of a dotted key."""
     return key.rsplit(".")[-1]
 
 

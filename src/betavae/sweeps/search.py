@@ -1,4 +1,4 @@
-"""Search for settings: Optuna proposes them, Hydra's launcher runs the jobs, the study stores the results.
+"""Searches: Optuna proposes settings, Hydra's launcher runs the jobs, a study stores the results.
 
 Does not import torch before a check needs it.
 """
@@ -31,10 +31,12 @@ from betavae.sweeps.results import IGNORED_KEYS, RECORD_OBJECTIVES, SEARCH_FILE,
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
-    from optuna.distributions import BaseDistribution
+    from optuna.distributions import BaseDistribution as Distribution
     from optuna.storages import BaseStorage
 
     from betavae.data.datamodule import ImageDataModule
+
+    Space = dict[str, Distribution]
 
 STARTUP_TRIALS = 5  # trials that the pruner lets finish before it compares others with them
 PERCENTILES = {"quartile": 25.0, "median": 50.0}  # of the finished trials that a trial must be among
@@ -62,7 +64,6 @@ class SearchSettings(Settings):
 
 
 def parse_search_settings(hydra_cfg: HydraConf) -> SearchSettings:
-    """Return the settings of a search from Hydra's config."""
     values = {key: value for key, value in to_plain(hydra_cfg.sweeper).items() if key not in ("_target_", "trial")}
     return validate(SearchSettings, values, "hydra.sweeper.")
 
@@ -80,7 +81,7 @@ def import_optuna() -> Any:
 
 
 def open_study(settings: SearchSettings, max_epochs: int) -> "Study":
-    """Open the study of a search, or create it. Raise UserError if its storage cannot be used."""
+    """Open the study of a search, or create it. Raise UserError if its storage is invalid."""
     optuna = import_optuna()
     pruner = optuna.pruners.NopPruner()
     if settings.prunes and settings.pruner in PERCENTILES:
@@ -116,7 +117,7 @@ def open_storage(storage: str) -> "BaseStorage":
     return storages.RDBStorage(storage, engine_kwargs=arguments)
 
 
-def parse_search_space(arguments: list[str], loader: ConfigLoader) -> tuple[list[str], dict[str, "BaseDistribution"]]:
+def parse_search_space(arguments: list[str], loader: ConfigLoader) -> "tuple[list[str], Space]":
     """Split `key=value` arguments, of which later ones win, into fixed and searched ones.
 
     Returns:
@@ -132,7 +133,7 @@ def parse_search_space(arguments: list[str], loader: ConfigLoader) -> tuple[list
     return [str(item.input_line) for key, item in last.items() if key not in searched], searched
 
 
-def make_distribution(override: Override) -> "BaseDistribution":
+def make_distribution(override: Override) -> "Distribution":
     """Convert Hydra's sweep syntax to a distribution of Optuna."""
     distributions = import_optuna().distributions
     value: Any = override.value()
@@ -153,7 +154,7 @@ def make_distribution(override: Override) -> "BaseDistribution":
         ) from error
 
 
-def check_objectives(first: DictConfig, objectives: list[str], searched: dict[str, "BaseDistribution"]) -> None:
+def check_objectives(first: DictConfig, objectives: list[str], searched: "Space") -> None:
     """Raise UserError if the first trial will not have the objectives."""
     values: Any = {key: to_plain(first[key]) for key in first if key != "hydra"}
     try:
@@ -185,10 +186,8 @@ def check_objectives(first: DictConfig, objectives: list[str], searched: dict[st
             check_names("hydra.sweeper.objectives", objectives, [*METRICS, *RECORD_OBJECTIVES], values, build)
 
 
-def check_study(
-    study: "Study", config: DictConfig, settings: SearchSettings, searched: dict[str, "BaseDistribution"]
-) -> None:
-    """Raise UserError if earlier trials of a study had other fixed settings; note the settings of a new study."""
+def check_study(study: "Study", config: DictConfig, settings: SearchSettings, searched: "Space") -> None:
+    """Raise UserError if a study has other fixed settings; store the settings of a new study."""
     values: Any = {key: to_plain(config[key]) for key in config if key != "hydra"}
     ignored = {key.lstrip("+") for key in searched} | set(IGNORED_KEYS)
     now = {key: value for key, value in flatten(values).items() if key not in ignored}
@@ -206,7 +205,9 @@ def check_study(
 
 
 def run_search(typed: list[str], config: DictConfig, launcher: Launcher, loader: ConfigLoader) -> None:
-    """Run trials until `n_trials` have ended, including those of earlier commands; interrupted trials come first.
+    """Run trials until `n_trials` have ended, including those of earlier commands.
+
+    Interrupted trials come first.
 
     Args:
         typed: The overrides of the command line.
@@ -224,7 +225,8 @@ def run_search(typed: list[str], config: DictConfig, launcher: Launcher, loader:
     first = loader.load_sweep_config(config, format_trial_overrides(fixed, sample, 0))
     check_objectives(first, settings.objectives, searched)
     if settings.pruner != "none" and not settings.prunes:
-        print(f"no trial is pruned: {' and '.join(settings.objectives)} cannot be compared after an epoch")
+        objectives = " and ".join(settings.objectives)
+        print(f"no trial is pruned: a pruner needs a single validation metric, and the objectives are {objectives}")
     folder = Path(config.hydra.sweep.dir)
     folder.mkdir(parents=True, exist_ok=True)  # SQLite does not make folders
     study = open_study(settings, first.trainer.max_epochs)
@@ -252,16 +254,15 @@ def run_search(typed: list[str], config: DictConfig, launcher: Launcher, loader:
 
 
 def set_sampler(study: "Study", settings: SearchSettings) -> None:
-    """Set the sampler of a study; its seed depends on the number of trials, or a resumed search would repeat them."""
+    """Set the sampler of a study."""
     samplers = import_optuna().samplers
+    # The seed depends on the number of trials, or a resumed search would propose its first trials again.
     seed = (settings.seed + len(study.get_trials(deepcopy=False))) % 2**32
     study.sampler = (samplers.TPESampler if settings.sampler == "tpe" else samplers.RandomSampler)(seed=seed)
 
 
-def find_interrupted_trials(
-    study: "Study", searched: dict[str, "BaseDistribution"], n_trials: int
-) -> tuple[list[Any], int]:
-    """Return the interrupted trials of earlier commands, and how many trials remain until `n_trials` have ended."""
+def find_interrupted_trials(study: "Study", searched: "Space", n_trials: int) -> tuple[list[Any], int]:
+    """Return the interrupted trials of earlier commands, and how many trials remain to be run."""
     states = import_optuna().trial.TrialState
     trials = study.get_trials(deepcopy=False)
     interrupted = []
@@ -276,11 +277,10 @@ def find_interrupted_trials(
 
 
 def format_trial_overrides(fixed: list[str], params: dict[str, Any], number: int) -> list[str]:
-    """Format the command line of a trial's job."""
     return [*fixed, *(f"{key}={value}" for key, value in params.items()), f"hydra.sweeper.trial={number}"]
 
 
-def ask_trial(study: "Study", searched: dict[str, "BaseDistribution"], folder: Path) -> "Trial":
+def ask_trial(study: "Study", searched: "Space", folder: Path) -> "Trial":
     """Ask the study for a trial. Raise UserError if it has searched other values of a setting."""
     try:
         return study.ask(searched)
@@ -306,7 +306,7 @@ def tell_result(study: "Study", number: int, run: RunFolder, objectives: list[st
 
 
 def print_best(study: "Study", objectives: list[str]) -> None:
-    """Print the best trial, or with two objectives the Pareto front. Raise UserError if no trial has finished."""
+    """Print the best trial, or the Pareto front of two objectives. Raise UserError if none has finished."""
     if not (best := study.best_trials):
         raise UserError("no trial of this search has finished, so there is no best one")
     for trial in best if len(objectives) > 1 else best[:1]:

@@ -1,6 +1,6 @@
-"""Decompress files as another machine might: `python -m tests.unit.applications.other_machine FOLDER [faults]`.
+"""Decompress files like another machine: `python -m tests.unit.applications.other_machine FOLDER [faults]`.
 
-With `faults`, elementary functions are off by their last bit, and outputs of networks by up to 1e-12.
+With `faults`, elementary functions differ in their last bit, and network outputs by up to 1e-12.
 """
 
 import sys

@@ -22,7 +22,7 @@ from betavae.applications.anomalies.detector import (
     compute_p_values,
     false_alarm_rate,
 )
-from betavae.data.datasets.mnist import mnist
+from betavae.data.datasets.mnist import load_mnist
 from betavae.errors import UserError
 from betavae.models.likelihoods import LIKELIHOODS
 from betavae.models.vae import VAE
@@ -208,7 +208,7 @@ def load_fashion(train):
 
 
 IMAGES = {
-    "mnist": lambda root: (mnist(root, "train").pixels[::20], mnist(root, "test").pixels[::10]),
+    "mnist": lambda root: (load_mnist(root, "train").pixels[::20], load_mnist(root, "test").pixels[::10]),
     "fashion": lambda root: (load_fashion(True)[::20], load_fashion(False)[::10]),
     "blobs": lambda root: (blobs(3000, 0), blobs(1000, 1)),
 }

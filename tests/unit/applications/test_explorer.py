@@ -89,7 +89,7 @@ def test_runs_of_different_data_or_too_many_are_rejected(data_root):
 def test_runs_of_moved_data_are_compared_by_fingerprint(tmp_path):
     np.save(tmp_path / "x.npy", np.random.default_rng(0).integers(0, 255, (40, 28, 28), np.uint8))
     run = make_run(2, 1.0, str(tmp_path / "x.npy"), "arrays")
-    run = run._replace(fingerprints={"test": fingerprint(run.datamodule().load_split("test"))})
+    run = run._replace(fingerprints={"test": fingerprint(run.data_source().load_split("test"))})
     other = run._replace(data=run.data | {"validation_size": 7, "batch_size": 3, "root": "moved.npy"})
     assert len(queries.load_models([run, other]).models) == 2
     for runs in ([run, other._replace(fingerprints={"test": "0"})], [run._replace(fingerprints={}), other]):

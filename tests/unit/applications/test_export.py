@@ -1,9 +1,8 @@
-"""Exported models, read by the programs that they are for."""
+"""Tests of exported models, read by the programs that they are for."""
 
 import json
 import os
 import re
-import runpy
 import signal
 import subprocess
 import sys
@@ -18,14 +17,14 @@ from betavae.errors import UserError
 from betavae.models.likelihoods import LIKELIHOODS, Likelihood
 from betavae.models.vae import VAE
 from betavae.objectives import elbo
-from betavae.runtime import checkpoint
 from betavae.storage.files import atomic_dir
 from tests.commands import Child, run
-from tests.conftest import DATA, MODEL, MODULE, REPO
+from tests.conftest import MODEL, REPO
+from tests.unit.applications.conftest import save_vae
 
 MODELS = {
-    "mlp": MODEL | {"hidden_dims": [16], "latent_dim": 3, "activation": "tanh"},
-    # The continuous one has the Bernoulli's cross-entropy in it.
+    "bernoulli": MODEL | {"hidden_dims": [16], "latent_dim": 3, "activation": "tanh"},
+    # Its log-probability includes the Bernoulli's cross-entropy.
     "conv": MODEL
     | {"network": "conv", "hidden_dims": [4, 6], "latent_dim": 2, "image_shape": [3, 10, 7]}
     | {"likelihood": "continuous_bernoulli"},
@@ -33,28 +32,29 @@ MODELS = {
 }
 
 
-def made(name):
+def make_vae(name):
     vae = VAE(**MODELS[name]).requires_grad_(False)
     for parameter in vae.parameters():
-        parameter.add_(0.1 * torch.randn_like(parameter))  # no bias, and no scale, at its first value
+        parameter.add_(0.1 * torch.randn_like(parameter))  # No bias or scale keeps its initial value.
     if name == "conv":
-        vae.decoder[-1].bias[0] -= 150  # logits as far out as a trained model's, where log(sigmoid(x)) is -inf
+        vae.decoder[-1].bias[0] -= 150  # Logits as low as a trained model's, where log(sigmoid(x)) is -inf.
     return vae.eval()
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """A model as ONNX, once, since it takes seconds."""
-    vae, folder = made("conv"), tmp_path_factory.mktemp("onnx") / "export"
+    """A model exported to ONNX."""
+    vae, folder = make_vae("conv"), tmp_path_factory.mktemp("onnx") / "export"
     return vae, folder, export.export_graphs(vae, MODELS["conv"], "onnx", folder)
 
 
-def test_onnxruntime_gives_the_models_numbers_at_any_batch(exported):
+def test_onnxruntime_computes_the_models_numbers(exported):
     import onnxruntime
 
-    vae, folder, about = exported
-    assert json.loads((folder / "model.json").read_text()) == about
-    sessions = {key: onnxruntime.InferenceSession(folder / graph["file"]) for key, graph in about["graphs"].items()}
+    vae, folder, metadata = exported
+    assert json.loads((folder / "model.json").read_text()) == metadata
+    graphs = metadata["graphs"]
+    sessions = {name: onnxruntime.InferenceSession(folder / graph["file"]) for name, graph in graphs.items()}
     for batch in (1, 5, 33):
         x, noise = torch.rand(batch, *vae.image_shape), torch.randn(batch, vae.latent_dim)
         mean, logvar = sessions["encoder"].run(None, {"image": x.numpy()})
@@ -62,147 +62,131 @@ def test_onnxruntime_gives_the_models_numbers_at_any_batch(exported):
         np.testing.assert_allclose(mean, posterior.mean, atol=2e-6)
         np.testing.assert_allclose(logvar, posterior.logvar, atol=2e-6)
         (image,) = sessions["decoder"].run(None, {"z": noise.numpy()})
-        np.testing.assert_allclose(image, vae.decode(noise).clamp(0, 1), atol=1e-5)  # 1/2 + 1/2 coth(l/2) - 1/l
-        distortion, rate = sessions["score"].run(None, {"image": x.numpy(), "noise": noise.numpy()})
+        np.testing.assert_allclose(image, vae.decode(noise).clamp(0, 1), atol=1e-5)
+        recon, kl = sessions["score"].run(None, {"image": x.numpy(), "noise": noise.numpy()})
         terms = elbo(vae, x, noise[None], 1.0)
-        assert distortion.shape == rate.shape == (batch,)
-        assert (distortion + rate).mean() == pytest.approx(terms.loss.item(), rel=1e-5, abs=1e-4)
-        for key, values in (("distortion", distortion), ("rate", rate)):
-            assert values.shape == tuple(batch if n == "batch" else n for n in shape_of(about, "score", key))
-    assert shape_of(about, "decoder", "image") == ["batch", *vae.image_shape]
+        assert (recon + kl).mean() == pytest.approx(terms.loss.item(), rel=1e-5, abs=1e-4)
+        assert recon.shape == kl.shape == (batch,)
+    for name in ("recon", "kl"):
+        assert graphs["score"]["outputs"][name]["shape"] == ["batch"]
+    assert graphs["decoder"]["outputs"]["image"]["shape"] == ["batch", *vae.image_shape]
 
 
-def shape_of(about, graph, output):
-    return about["graphs"][graph]["outputs"][output]["shape"]
-
-
-@pytest.mark.parametrize(("form", "name"), [("torchscript", "mlp"), ("pt2", "gaussian")])
+@pytest.mark.parametrize(("form", "name"), [("torchscript", "bernoulli"), ("pt2", "bernoulli"), ("pt2", "gaussian")])
 @pytest.mark.filterwarnings("ignore:`torch.jit.load`")
-def test_torchs_own_formats(tmp_path, form, name):
-    vae = made(name)
-    about = export.export_graphs(vae, MODELS[name], form, tmp_path / "export")
-    path = tmp_path / "export" / about["graphs"]["score"]["file"]
+def test_torch_formats_compute_the_models_numbers(tmp_path, form, name):
+    vae = make_vae(name)
+    metadata = export.export_graphs(vae, MODELS[name], form, tmp_path / "export")
+    path = tmp_path / "export" / metadata["graphs"]["score"]["file"]
     score = torch.jit.load(path) if form == "torchscript" else torch.export.load(path).module()
     x, noise = torch.rand(9, 1, 28, 28), torch.randn(9, vae.latent_dim)
-    wanted = elbo(vae, x, noise[None], 1.0)
-    distortion, rate = score(x, noise)
-    torch.testing.assert_close((distortion + rate).mean(), wanted.loss)
-    tells_no_paths(tmp_path / "export")
+    recon, kl = score(x, noise)
+    torch.testing.assert_close((recon + kl).mean(), elbo(vae, x, noise[None], 1.0).loss)
+    check_no_paths(tmp_path / "export")
 
 
-def tells_no_paths(folder):
-    """Of the machine on which it was made."""
+def check_no_paths(folder):
+    """Check that no file names a folder of this machine."""
     for path in folder.iterdir():
         for place in (REPO, sys.prefix, os.path.dirname(torch.__file__)):
             assert str(place).encode() not in path.read_bytes(), f"{path.name} names {place}"
 
 
-def test_onnx_tells_no_paths(exported):
-    tells_no_paths(exported[1])
+def test_onnx_files_name_no_local_paths(exported):
+    check_no_paths(exported[1])
 
 
-def test_safetensors_hold_the_weights_and_the_recipe(tmp_path):
+def test_safetensors_hold_weights_and_settings(tmp_path):
     from safetensors import safe_open
     from safetensors.torch import load_file
 
-    vae = made("conv")
+    vae = make_vae("conv")
     export.export_weights(vae, MODELS["conv"], tmp_path)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
-        again = VAE(**json.loads(file.metadata()["model"]))
-    again.load_state_dict(load_file(tmp_path / "model.safetensors"))
+        loaded = VAE(**json.loads(file.metadata()["model"]))
+    loaded.load_state_dict(load_file(tmp_path / "model.safetensors"))
     z = torch.randn(2, 2)
-    assert torch.equal(again.decode(z), vae.decode(z))
+    assert torch.equal(loaded.decode(z), vae.decode(z))
 
 
-def test_a_graph_that_is_off_is_refused(tmp_path, monkeypatch):
-    def wrong(graph, path):
+def test_wrong_and_unsupported_graphs_are_rejected(tmp_path, monkeypatch):
+    def write_wrong(graph, path):
         run = export.FORMATS["pt2"][1](graph, path)
         return lambda *inputs: [value + 1e-3 for value in run(*inputs)]
 
-    def nothing(graph, path):
+    def write_nan(graph, path):
         return lambda *inputs: [value * torch.nan for value in graph(*inputs)]
 
-    monkeypatch.setitem(export.FORMATS, "wrong", (".pt2", nothing))
-    with pytest.raises(UserError, match="exported encoder is off by inf"):
-        export.export_graphs(made("mlp"), MODELS["mlp"], "wrong", tmp_path)
-    monkeypatch.setitem(export.FORMATS, "wrong", (".pt2", wrong))
-    with pytest.raises(UserError, match=r"exported encoder is off by 1.0e-03"):
-        export.export_graphs(made("mlp"), MODELS["mlp"], "wrong", tmp_path)
+    for write, error in ((write_nan, "inf"), (write_wrong, "1.0e-03")):
+        monkeypatch.setitem(export.FORMATS, "wrong", (".pt2", write))
+        with pytest.raises(UserError, match=f"the exported encoder differs from torch by {error}"):
+            export.export_graphs(make_vae("bernoulli"), MODELS["bernoulli"], "wrong", tmp_path)
 
-    class Choosy(Likelihood):
+    class DataDependent(Likelihood):
         def log_prob(self, x, params):
             return params.sum((-3, -2, -1)) if params.sum() > 0 else x.sum((-3, -2, -1))
 
         def mean(self, params):
             return params.sigmoid()
 
-    monkeypatch.setitem(LIKELIHOODS, "choosy", Choosy)
-    model = MODELS["mlp"] | {"likelihood": "choosy"}
-    with pytest.raises(UserError, match="format=pt2 cannot hold the score"):
+    monkeypatch.setitem(LIKELIHOODS, "data_dependent", DataDependent)
+    model = MODELS["bernoulli"] | {"likelihood": "data_dependent"}
+    with pytest.raises(UserError, match="format=pt2 does not support the score of this model"):
         export.export_graphs(VAE(**model).requires_grad_(False), model, "pt2", tmp_path)
 
 
 @pytest.fixture
-def lone(tmp_path):
-    path = tmp_path / "theirs" / "lone.ckpt"
-    content = {"betavae_format": checkpoint.FORMAT, "hyper_parameters": MODULE | {"model": MODELS["mlp"]}}
-    content["state_dict"] = {f"vae.{key}": value for key, value in made("mlp").state_dict().items()}
-    data = DATA | {"name": "folder", "root": "/home/me/secret", "cache": "/home/me/scratch", "image_size": 28}
-    checkpoint.save_checkpoint(content | {"datamodule_hyper_parameters": data | {"channels": 1, "fit": "pad"}}, path)
-    stale = {"sha256": "of the file before", "best": "knn", "fid": {"mean": 98.765, "se": 1.0}}
+def ckpt(tmp_path):
+    """A checkpoint outside a run folder, with a result of this file and one of an earlier file."""
+    data = {"name": "folder", "root": "/home/me/secret", "cache": "/home/me/scratch", "image_size": 28}
+    vae, path = make_vae("bernoulli"), tmp_path / "source" / "lone.ckpt"
+    save_vae(path, vae, MODELS["bernoulli"], data | {"channels": 1, "fit": "pad"})
+    stale = {"sha256": "of an earlier file", "best": "knn", "fid": {"mean": 98.765, "se": 1.0}}
     (path.parent / "fidelity.json").write_text(json.dumps(stale))
     (path.parent / "metrics.json").write_text(json.dumps({"test": {"neg_elbo": 123.456}, "note": "a surrogate"}))
     return path
 
 
-def command(lone, **settings):
-    script = runpy.run_path(str(REPO / "scripts" / "export.py"))
-    script["main"].task({"ckpt": str(lone), **{key: str(value) for key, value in settings.items()}})
+def export_command(ckpt, form, out, cwd, **how):
+    return run(f"ckpt={ckpt}", f"format={form}", f"out={out}", cwd=cwd, script="scripts/export.py", **how)
 
 
-def test_the_folder_is_a_model_of_its_own(lone, tmp_path):
-    out = tmp_path / "mine"
-    command(lone, format="folder", out=out)
-    theirs = betavae.load(lone)
-    lone.unlink()
-    run = betavae.load(out)
+def test_exported_folder_loads_without_its_source(ckpt, tmp_path):
+    out = tmp_path / "copy"
+    export_command(ckpt, "folder", out, tmp_path)
+    source = betavae.load(ckpt)
+    ckpt.unlink()
+    loaded = betavae.load(out)
     x = torch.rand(2, 1, 28, 28)
-    assert torch.equal(run.vae.reconstruct(x), theirs.vae.reconstruct(x)) and run.settings == theirs.settings
+    assert torch.equal(loaded.vae.reconstruct(x), source.vae.reconstruct(x)) and loaded.settings == source.settings
     card = (out / "README.md").read_text()
     for words in (
-        "find out before you pass it on",
+        "find out before you share the model",
         "| data.fit | pad |",
         "# lone",
         "| model.latent_dim | 3 |",
+        "| beta | 1.0 |",
         "test neg_elbo: 123.5",
         "a surrogate",
         "samples.png",
     ):
         assert words in card
-    assert not re.search(r"secret|scratch|theirs|98\.765", card) and run.data["root"] == "data"
+    assert not re.search(r"secret|scratch|source|98\.765", card) and loaded.data["root"] == "data"
     assert b"/home/me" not in b"".join(path.read_bytes() for path in out.rglob("*") if path.is_file())
     assert (out / "samples.png").stat().st_size > 1000
 
 
-def test_nothing_of_others_is_written_over(lone, tmp_path):
+@pytest.mark.parametrize("form", ["safetensors", "torchscript", "folder"])
+def test_existing_folder_is_not_replaced(ckpt, tmp_path, form):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
-    for form in ("safetensors", "torchscript", "folder"):
-        with pytest.raises(UserError, match="full already exists; delete it or choose another folder"):
-            command(lone, format=form, out=tmp_path / "full")
+    text = export_command(ckpt, form, "full", tmp_path, code=1)
+    assert re.search("out: full already exists; delete it or (choose|name) another", text)
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.txt"]
-    # Nor an export, which somebody may have made better, or put something beside.
-    (tmp_path / "mine").mkdir()  # an empty folder will do
-    command(lone, format="safetensors", out=tmp_path / "mine")
-    (tmp_path / "mine" / "model.safetensors").write_bytes(b"quantised")
-    for form in ("safetensors", "folder"):
-        with pytest.raises(UserError, match="mine already exists"):
-            command(lone, format=form, out=tmp_path / "mine")
-    assert (tmp_path / "mine" / "model.safetensors").read_bytes() == b"quantised"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "mine", "theirs"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "source"]
 
 
-def test_of_two_at_once_the_first_has_the_folder(tmp_path):
+def test_second_writer_of_a_folder_is_rejected(tmp_path):
     with pytest.raises(UserError, match="out already exists"), atomic_dir(tmp_path / "out") as one:
         (one / "a").write_text("1")
         with atomic_dir(tmp_path / "out") as two:
@@ -210,50 +194,47 @@ def test_of_two_at_once_the_first_has_the_folder(tmp_path):
     assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == ["out", "out/b"]
 
 
-@pytest.mark.parametrize("out", ["empty", ".", "link"])
-def test_an_empty_folder_is_filled_in_place(lone, tmp_path, out):
-    """The working folder, a mount point or the target of a link must remain the folder that it is."""
-    cwd = tmp_path / "empty"
-    cwd.mkdir()
-    (tmp_path / "link").symlink_to(cwd)
-    inode, place = cwd.stat().st_ino, cwd if out == "." else tmp_path
-    text = run(f"ckpt={lone}", "format=safetensors", f"out={out}", cwd=place, script="scripts/export.py")
-    assert cwd.stat().st_ino == inode and (tmp_path / "link").is_symlink()
-    assert sorted(path.name for path in cwd.iterdir()) == ["model.json", "model.safetensors"]
-    assert "model.safetensors" in text
-    again = run(f"ckpt={lone}", "format=safetensors", f"out={out}", cwd=place, script="scripts/export.py", code=1)
-    assert f"out: {out} already exists" in again
-
-
-def test_of_two_at_once_in_an_empty_folder_one_has_it(tmp_path):
+def test_folder_filled_by_another_process_is_left_alone(tmp_path):
     with pytest.raises(UserError, match="already exists"), atomic_dir(tmp_path) as one:
         (one / "a").write_text("1")
         (tmp_path / "b").write_text("2")
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
 
 
-def test_an_export_that_is_killed_in_the_middle_leaves_nothing_that_looks_like_one(lone, tmp_path):
-    def die_at_the_second():
+@pytest.mark.parametrize("out", ["empty", ".", "link"])
+def test_empty_folder_is_filled_in_place(ckpt, tmp_path, out):
+    """The working folder, a mount point or the target of a link stays the same folder."""
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (tmp_path / "link").symlink_to(empty)
+    inode, cwd = empty.stat().st_ino, empty if out == "." else tmp_path
+    assert "model.safetensors" in export_command(ckpt, "safetensors", out, cwd)
+    assert empty.stat().st_ino == inode and (tmp_path / "link").is_symlink()
+    assert sorted(path.name for path in empty.iterdir()) == ["model.json", "model.safetensors"]
+    assert f"out: {out} already exists" in export_command(ckpt, "safetensors", out, cwd, code=1)
+
+
+def test_killed_export_leaves_no_folder(ckpt, tmp_path):
+    def die_at_the_decoder():
         write = export.FORMATS["torchscript"][1]
 
-        def dying(graph, path):
+        def write_or_die(graph, path):
             if isinstance(graph, export.Decoder):
                 os.kill(os.getpid(), signal.SIGKILL)
             return write(graph, path)
 
-        export.FORMATS["torchscript"] = (".ts", dying)
+        export.FORMATS["torchscript"] = (".ts", write_or_die)
 
     out = tmp_path / "killed"
-    words = (f"ckpt={lone}", "format=torchscript", f"out={out}")
-    child = Child(*words, cwd=tmp_path, script="scripts/export.py", prepare=die_at_the_second)
+    words = (f"ckpt={ckpt}", "format=torchscript", f"out={out}")
+    child = Child(*words, cwd=tmp_path, script="scripts/export.py", prepare=die_at_the_decoder)
     assert child.wait() == -signal.SIGKILL, child.text
     assert not out.exists()
-    command(lone, format="torchscript", out=out)
+    export_command(ckpt, "torchscript", out, tmp_path)
     assert (out / "model.json").exists()
 
 
-def test_the_page_samples_and_scores_where_there_is_no_torch(exported):
-    """The Python of docs/export.md as it stands."""
+def test_code_of_the_docs_runs_without_torch(exported):
     _, folder, _ = exported
     code = re.search(r"```python\n(import json.*?)```", (REPO / "docs" / "export.md").read_text(), re.DOTALL)[1]
     blocked = "import sys\nsys.modules.update(torch=None, betavae=None, lightning=None)\n"

@@ -1,6 +1,5 @@
 """Tests of the latent samplers and of scripts/sample.py."""
 
-import runpy
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +11,7 @@ from betavae.errors import UserError
 from betavae.models.vae import VAE
 from betavae.runtime import checkpoint
 from betavae.storage.cache import hash_file
-from tests.conftest import REPO
+from tests.commands import run as run_command
 from tests.unit.applications.conftest import save_vae
 
 
@@ -151,15 +150,14 @@ def test_cached_sampler_is_used_only_if_own_and_intact(run, capsys, found):
 def test_command_samples_a_label(vae, tmp_path, data_root):
     path = save_vae(tmp_path / "lone" / "lone.ckpt", vae, {"hidden_dims": [16], "latent_dim": 2}, {"root": data_root})
     before = path.read_bytes()
-    command = runpy.run_path(str(REPO / "scripts" / "sample.py"))["main"].task
-    settings = {"ckpt": str(path), "n": 4, "out": f"{tmp_path}/a.png", "sampler": "knn"}
-    command(settings | {"label": 7, "save_tensor": True})
-    with pytest.raises(UserError, match="temperature=2 is invalid"):
-        command(settings | {"temperature": 2.0})
-    run = checkpoint.load(path)
-    x, labels = run.images("train")
-    sampler = SAMPLERS["knn"](sample_posterior(run.vae, x[labels == 7]))
-    wanted = run.vae.decode(sampler.sample(4, torch.Generator().manual_seed(0)))
+    words = ("ckpt=lone/lone.ckpt", "n=4", "out=a.png", "sampler=knn")
+    run_command(*words, "label=7", "save_tensor=true", cwd=tmp_path, script="scripts/sample.py")
+    text = run_command(*words, "temperature=2", cwd=tmp_path, script="scripts/sample.py", code=1)
+    assert "temperature=2 is invalid: expected 1" in text
+    loaded = checkpoint.load(path)
+    x, labels = loaded.images("train")
+    sampler = SAMPLERS["knn"](sample_posterior(loaded.vae, x[labels == 7]))
+    wanted = loaded.vae.decode(sampler.sample(4, torch.Generator().manual_seed(0)))
     torch.testing.assert_close(torch.load(tmp_path / "a.pt", weights_only=True), wanted)
     assert {item.name for item in path.parent.iterdir()} == {"lone.ckpt", f"sampler_knn_7_{hash_file(path)}.pt"}
     assert path.read_bytes() == before

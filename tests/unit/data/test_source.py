@@ -1,6 +1,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -104,6 +105,22 @@ def test_loaders_have_the_splits_and_batch_sizes(make_datamodule):
     assert x.shape == (999, 1, 28, 28) and len(label) == 999 and len(made.train_dataloader()) == 56
     assert len(made.val_dataloader()) == 10 and len(made.test_dataloader()) == 20
     assert torch.equal(torch.cat([label for _, label in made.test_dataloader()]), made.splits["test"].labels)
+
+
+@pytest.mark.parametrize("overfit", [0, 1])
+def test_loaders_follow_the_trainer(make_datamodule, overfit):
+    made = make_datamodule(validation_size=59_900, batch_size=10)
+    strategy = SimpleNamespace(root_device=torch.device("meta"))
+    made.trainer = SimpleNamespace(
+        overfit_batches=overfit, current_epoch=0, strategy=strategy, global_rank=0, world_size=2
+    )
+    loader = made.train_dataloader()
+    assert loader.device.type == loader.images.labels.device.type == "meta" and len(loader) == 5
+    loader.images = made.splits["train"]
+    orders = []
+    for made.trainer.current_epoch in (0, 1):
+        orders.append(torch.cat(list(loader.indices())))
+    assert torch.equal(*orders) == bool(overfit)
 
 
 def test_binarization_is_fixed_for_evaluation_only(make_datamodule):

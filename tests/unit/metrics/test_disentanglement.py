@@ -143,7 +143,7 @@ def test_scores_of_binary_factors_match_a_hand_calculation():
 
 
 def test_factor_vae_score_matches_a_hand_calculation():
-    """If the first factor is 1, the first dimension is constant; if it is 0, the second dimension varies less."""
+    """The first dimension is constant if the first factor is 1; else the second dimension varies less."""
     factors = grid(2, 2, times=500)
     a, b = factors.T
     n = torch.randn(2, len(factors), generator=torch.Generator().manual_seed(0))

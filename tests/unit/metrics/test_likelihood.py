@@ -138,5 +138,5 @@ def test_bounds_do_not_depend_on_chunks_or_other_images():
 
 
 def test_decode_floats_count_every_layer_output():
-    """A 784-400-20 decoder has 400 before and after the activation, and the logits, unflattened, plus four more."""
+    """Count 400 numbers before and after the activation, the logits, unflattened, and four more of them."""
     assert count_decode_floats(VAE(**MODEL)) == 4 * 784 + 400 + 400 + 784 + 784

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from betavae.runtime.cli import argument, parse_value
 from tests.commands import TINY, Child, run
-from tests.integration.test_resume import ask_at
+from tests.integration.test_resume import signal_at
 
 FOLDER = "my runs [1] = #x é,'q'"
 CHARACTERS = st.text("\\'\"${}[]() =#,:~/ab1.eE+-\n\t*%é", min_size=1, max_size=12)
@@ -39,6 +39,27 @@ def test_hydra_and_scripts_parse_a_formatted_argument_back(value):
     assert type(script_value) is str and script_value == expected
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("7", 7),
+        ("-1e-3", -0.001),
+        ("True", True),
+        ("null", None),
+        ("", ""),
+        ("a b=c, d", "a b=c, d"),
+        ("'7'", "7"),
+        ('"it\'s"', "it's"),
+        ("[3,8]", [3, 8]),
+        ("[runs/a, 'b, c', \"7\", null]", ["runs/a", "b, c", "7", None]),
+        ("[]", []),
+        ("[3", "[3"),
+    ],
+)
+def test_scripts_parse_values_like_hydra(text, value):
+    assert parse_value(text) == value and type(parse_value(text)) is type(value)
+
+
 def test_ordinary_paths_need_no_quotes():
     assert argument("ckpt", "runs/2026-01-31_12-00-00_mlp_z2_beta1.0") == "ckpt=runs/2026-01-31_12-00-00_mlp_z2_beta1.0"
 
@@ -49,17 +70,10 @@ def typed(pattern: str, text: str) -> list[str]:
     return shlex.split(line)
 
 
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory, data_root):
-    folder = tmp_path_factory.mktemp("workdir")
-    (folder / "data").symlink_to(data_root)
-    np.save(folder / "two.npy", np.zeros((2, 28, 28), np.uint8))
-    return folder
-
-
 def test_every_printed_command_of_a_run_works(workdir):
+    np.save(workdir / "two.npy", np.zeros((2, 28, 28), np.uint8))
     small = [*TINY, "model.likelihood=logistic_mixture", "callbacks.figures_every_n_epochs=0", "trainer.max_epochs=1"]
-    child = Child(*small, *shlex.split(argument("runs", FOLDER)), cwd=workdir, prepare=ask_at(2, signal.SIGTERM))
+    child = Child(*small, *shlex.split(argument("runs", FOLDER)), cwd=workdir, prepare=signal_at(2, signal.SIGTERM))
     assert child.wait() == 143, child.text
     again = typed(r"^  python train\.py (.*)$", child.text)
     text = run(*again, cwd=workdir)

@@ -100,6 +100,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, data_root: str) -> tuple[Pat
     return cwd, text
 
 
+@pytest.mark.slow
 def test_torchrun_makes_one_run_folder(whole: tuple[Path, str]) -> None:
     cwd, text = whole
     (folder,) = (cwd / "runs").iterdir()
@@ -118,6 +119,7 @@ def resume_and_compare(whole: tuple[Path, str], tmp_path: Path, exact: bool) -> 
         assert_same(state(tmp_path / "run"), state(expected))
 
 
+@pytest.mark.slow
 def test_torchrun_is_stopped_by_a_signal_and_resumed(whole: tuple[Path, str], tmp_path: Path, data_root: str) -> None:
     slow = "trainer.limit_val_batches=1.0"  # so that there is time to ask
     process = torchrun(tmp_path, *SETTINGS, slow, f"data.root={data_root}", "hydra.run.dir=run")
@@ -129,6 +131,7 @@ def test_torchrun_is_stopped_by_a_signal_and_resumed(whole: tuple[Path, str], tm
     resume_and_compare(whole, tmp_path, exact=False)
 
 
+@pytest.mark.slow
 def test_killed_processes_resume_exactly(whole: tuple[Path, str], tmp_path: Path, data_root: str) -> None:
     workers = start_two(tmp_path, *SETTINGS, f"data.root={data_root}", "hydra.run.dir=run")
     wait_for(tmp_path, "run/checkpoints/last.ckpt", workers[0])
@@ -139,6 +142,7 @@ def test_killed_processes_resume_exactly(whole: tuple[Path, str], tmp_path: Path
     resume_and_compare(whole, tmp_path, exact=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("test", "validation"), [(101, 11), (1, 3)])
 def test_two_processes_evaluate_each_image_once(tmp_path: Path, test: int, validation: int) -> None:
     """The processes have different numbers of images and batches, and the weights do not change."""
@@ -155,6 +159,7 @@ def test_two_processes_evaluate_each_image_once(tmp_path: Path, test: int, valid
         assert both[split] == pytest.approx(one[split], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_an_error_in_rank_zero_ends_all_processes(tmp_path: Path, data_root: str) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes").write_text("of the user")
@@ -166,6 +171,7 @@ def test_an_error_in_rank_zero_ends_all_processes(tmp_path: Path, data_root: str
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes"]
 
 
+@pytest.mark.slow
 def test_srun_makes_one_run_folder(tmp_path: Path, data_root: str) -> None:
     tasks = start_two(tmp_path, *SETTINGS, "trainer.max_epochs=1", f"data.root={data_root}", slurm=True)
     assert [task.wait() for task in tasks] == [0, 0], [task.text for task in tasks]

@@ -1,14 +1,16 @@
-"""Lossless compression of images by a trained VAE: bits-back coding with ANS (Townsend, Bird & Barber 2019, BB-ANS).
+"""Lossless compression of images with a trained VAE: bits-back coding with ANS (BB-ANS, Townsend, Bird & Barber 2019).
 
-The expected length of a file is the model's negative ELBO of its images, see docs/compression.md. Both ends need the
-same probabilities to the last bit, on any machine. Networks compute in double precision, and `Rounding` makes the
-outputs of both ends equal. What follows uses `reproducible` functions and arithmetic that IEEE 754 defines exactly.
+The expected size of a file is the model's negative ELBO of the images; see docs/compression.md. Compressor and
+decompressor need bit-identical probabilities on any machine. The networks compute in double precision, and `Rounding`
+makes the outputs of both sides equal. Everything after that uses `reproducible` functions and arithmetic that IEEE 754
+defines exactly.
 """
 
 import contextlib
 import copy
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -17,136 +19,150 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from betavae.applications.compression.ans import MIN_HEAD, SLOTS, Cumulative, Floats, Stack, quantize_cdf
-from betavae.applications.compression.file_format import MAX_LANES, Compressed, smallest_payload
-from betavae.applications.compression.reproducible import GRID, LOGISTIC, NORMAL, exp, normal_quantiles
+from betavae.applications.compression.file_format import MAX_LANES, Compressed, min_payload_bytes
+from betavae.applications.compression.reproducible import GRID, LOGISTIC, NORMAL, compute_normal_quantiles, exp
 from betavae.errors import UserError
 from betavae.models.likelihoods import Bernoulli
 from betavae.models.logistic_mixture import LogisticMixture, split_params
 from betavae.models.vae import VAE
 
-LATENT_BITS = 14  # 2^14 bins of equal prior mass for each latent dimension
-MARGIN = 2.0**-34  # more than the outputs of a network differ by between machines: 1e-13 was measured
-DECODE_BATCH = 32  # images at a time
+LATENT_BITS = 14  # Each latent dimension has 2^14 bins of equal prior mass.
+MARGIN = 2.0**-34  # upper bound on the difference of network outputs between machines, which is about 1e-13
+MAX_ABS_OUTPUT = 2**15
+DECODE_BATCH = 32  # images
 
 
 class Rounding:
-    """Round outputs to multiples of `GRID`, equally at both ends, whose outputs differ by less than `MARGIN`.
+    """Round network outputs to multiples of `GRID`, equally on two machines whose outputs differ by less than `MARGIN`.
 
-    An output nearer than that to where rounding up begins could become either multiple. The compressor lists these, and
-    both ends round them up. That is a third of the way from one multiple to the next, and not half: the biases of a
-    network that ignores its input are float32, and may lie on a half for every image.
+    An output within `MARGIN` of a rounding threshold could be rounded differently. The compressor lists these outputs,
+    and both sides round them up. The threshold is a third of the way between multiples rather than halfway, because
+    the outputs of a network that ignores its input are its float32 biases, which may be exactly halfway in every image.
     """
 
-    def __init__(self, listed: list[int] | None = None):
-        """`listed` is the compressor's list, for the other end."""
-        self.finds = listed is None
-        self.listed = np.array(listed or [], dtype=np.int64)
+    def __init__(self, near_threshold: list[int] | None = None):
+        """Take the compressor's list of outputs to round up; None starts such a list."""
+        self.is_compressor = near_threshold is None
+        self.near_threshold = np.array(near_threshold or [], dtype=np.int64)
 
     def __call__(self, outputs: Tensor, first: int) -> Floats:
-        """`outputs` `(n, m)` of the images from number `first`."""
+        """Round `outputs` `(n, m)` of the n images from number `first` on."""
         if not outputs.isfinite().all():
-            raise UserError("the model's outputs are not finite for these images: it cannot compress them")
-        scaled = outputs.clamp(-(2**15), 2**15).numpy() / GRID + 2 / 3
+            raise UserError("the model has outputs that are not finite for these images and is unable to compress them")
+        scaled = outputs.clamp(-MAX_ABS_OUTPUT, MAX_ABS_OUTPUT).numpy() / GRID + 2 / 3
         start, rounded = first * scaled.shape[1], np.floor(scaled)
-        if self.finds:
+        if self.is_compressor:
             near = np.flatnonzero(np.abs(scaled - np.rint(scaled)) < MARGIN / GRID)
-            self.listed = np.append(self.listed, near + start)
+            self.near_threshold = np.append(self.near_threshold, near + start)
         else:
-            near = self.listed - start
+            near = self.near_threshold - start
             near = near[(near >= 0) & (near < scaled.size)]
         rounded.flat[near] = np.rint(scaled.flat[near])
         return rounded * GRID
 
 
 class Codec:
-    """The distributions of a VAE as the coder takes them, for n images at once."""
+    """The distributions of a VAE as the coder needs them, for n images at once."""
 
-    def __init__(self, vae: VAE, listed: list[list[int]] | None = None):
-        """`listed` are the lists of the compressor's two `rounding`s."""
+    def __init__(self, vae: VAE, near: list[list[int]] | None = None):
+        """Prepare a VAE; `near` has the compressor's lists for `Rounding` of encoder and decoder outputs."""
         likelihood = vae.likelihood
         if type(likelihood) is not Bernoulli and not isinstance(likelihood, LogisticMixture):
             raise UserError(
-                f"a {type(likelihood).__name__} likelihood is not a probability of images, so it cannot compress them: "
-                "train with model.likelihood=logistic_mixture for bytes, or with bernoulli on binarised images"
+                f"compression needs a discrete likelihood, and this model has {type(likelihood).__name__}; train with "
+                "model.likelihood=logistic_mixture for bytes, or with bernoulli on binarized images"
             )
         if any(parameter.device.type != "cpu" for parameter in vae.parameters()):
-            raise UserError("compression computes on the CPU, where sums are the same each time: pass vae.cpu()")
+            raise UserError("compression needs the CPU, where sums are reproducible: pass vae.cpu()")
         self.bits = 8 if isinstance(likelihood, LogisticMixture) else 1
         self.vae = copy.deepcopy(vae).double().eval()
-        # The ends of the prior's bins, and the median of each in between.
-        quantiles = normal_quantiles(2 * 2**LATENT_BITS)
+        self.num_pixels = math.prod(vae.image_shape)  # channels included
+        # The edges of the prior's bins, and the median of each bin.
+        quantiles = compute_normal_quantiles(2 * 2**LATENT_BITS)
         self.edges, self.medians = quantiles[::2], quantiles[1::2]
-        self.rounding = [Rounding(of) for of in listed or (None, None)]  # of the encoder, and of the decoder
+        self.rounding = [Rounding(part) for part in near or (None, None)]
 
-    def posterior(self, symbols: Floats, first: int) -> Callable[[int], Cumulative]:
-        """`symbols` `(n, pixels)` of the images from number `first` -> for each latent dimension the distribution over
-        its bins.
+    def build_posterior(self, symbols: Floats, first: int) -> Callable[[int], Cumulative]:
+        """Build q(z|x) over the bins of each latent dimension.
 
-        No slots are kept for bins that have none: what is pushed here has been popped before. Kept ones would draw one
-        z in 500 from the prior, which costs far more than they do.
+        It does not reserve slots for bins of no probability, since a symbol is popped before it is pushed here.
+        Reserved slots would draw one z in 500 from the prior, which costs far more bits than they are worth.
+
+        Args:
+            symbols: `(n, pixels)`.
+            first: The number of the first image.
+
+        Returns:
+            A function from a latent dimension to its cumulative distribution.
         """
         x = torch.from_numpy(symbols / (2**self.bits - 1)).view(-1, *self.vae.image_shape)
         outputs = self.rounding[0](torch.cat(self.vae.encode(x), 1), first)
         mean, logvar = np.ascontiguousarray(outputs.T).reshape(2, self.vae.latent_dim, -1)
         deviation = exp(logvar / 2)
 
-        def dimension(d: int) -> Cumulative:
-            def cdf(bins: Floats) -> Floats:
+        def build_dimension(d: int) -> Cumulative:
+            def cumulative(bins: Floats) -> Floats:
                 edges = self.edges[bins.astype(np.int64)]
                 return np.floor(NORMAL((edges - mean[d]) / deviation[d]) * SLOTS)
 
-            return cdf
+            return cumulative
 
-        return dimension
+        return build_dimension
 
-    def mixtures(self, z: Tensor, first: int) -> Floats:
-        """Latents `(n, latent_dim)` -> weights, slopes and offsets of logistics, `(3, pixels, components, 1, n)`."""
+    def compute_mixtures(self, z: Tensor, first: int) -> Floats:
+        """Decode `(n, latent_dim)` to weights, slopes and offsets of logistics, `(3, pixels, components, 1, n)`."""
         params = self.vae.decode_params(z)
         params = torch.from_numpy(self.rounding[1](params.flatten(1), first)).view_as(params)
         if isinstance(self.vae.likelihood, LogisticMixture):
             parts = split_params(params, self.vae.likelihood.components)
             logits, means, log_scales = (part.flatten(2).numpy() for part in parts)
             shares, slopes = exp(logits - logits.max(1, keepdims=True)), exp(-log_scales) / 255
-            weights, offsets = shares / in_order(shares.swapaxes(0, 1))[:, None], (255 * means + 0.5) * slopes
+            weights, offsets = shares / sum_in_order(shares.swapaxes(0, 1))[:, None], (255 * means + 0.5) * slopes
         else:  # P(0) = sigmoid(-logit)
             offsets = params.flatten(1).unsqueeze(1).numpy()
             weights, slopes = np.ones_like(offsets), np.zeros_like(offsets)
         return np.stack((weights, slopes, offsets)).transpose(0, 3, 2, 1)[:, :, :, None]
 
-    def pixels(self, bins: Floats, first: int) -> Callable[[int], Cumulative]:
-        """`bins` `(latent_dim, n)` of the images from number `first` -> for each pixel the distribution over its
-        symbols, a mixture of logistics."""
+    def build_pixels(self, bins: Floats, first: int) -> Callable[[int], Cumulative]:
+        """Build p(x|z), a mixture of logistics over the symbols of each pixel.
+
+        Args:
+            bins: `(latent_dim, n)`.
+            first: The number of the first image.
+
+        Returns:
+            A function from a pixel to its cumulative distribution.
+        """
         z = torch.from_numpy(self.medians[bins.astype(np.int64)].T.copy())
         components = getattr(self.vae.likelihood, "components", 1)
-        # A pixel's lanes lie side by side. The decoder takes some at a time, for its memory.
-        mixtures = np.empty((3, int(np.prod(self.vae.image_shape)), components, 1, len(z)))
+        # The lanes of a pixel are contiguous. The decoder runs in batches to limit its memory.
+        mixtures = np.empty((3, self.num_pixels, components, 1, len(z)))
         for i in range(0, len(z), DECODE_BATCH):
-            mixtures[..., i : i + DECODE_BATCH] = self.mixtures(z[i : i + DECODE_BATCH], first + i)
+            mixtures[..., i : i + DECODE_BATCH] = self.compute_mixtures(z[i : i + DECODE_BATCH], first + i)
 
-        def pixel(i: int) -> Cumulative:
+        def build_pixel(i: int) -> Cumulative:
             weight, slope, offset = mixtures[:, i]
 
-            def below(symbols: Floats) -> Floats:
-                return quantize_cdf(in_order(weight * LOGISTIC(slope * symbols - offset)), symbols, 2**self.bits)
+            def cumulative(symbols: Floats) -> Floats:
+                return quantize_cdf(sum_in_order(weight * LOGISTIC(slope * symbols - offset)), symbols, 2**self.bits)
 
-            return below
+            return cumulative
 
-        return pixel
+        return build_pixel
 
-    def fingerprint(self) -> str:
-        """Of what this machine makes of 8 fixed images and latents."""
-        dimensions = int(np.prod(self.vae.image_shape))
-        symbols = np.arange(8.0 * dimensions).reshape(8, -1) * 37 % 2**self.bits
+    def compute_fingerprint(self) -> str:
+        """Hash the probabilities of 8 fixed images and latents on this machine."""
+        symbols = np.arange(8.0 * self.num_pixels).reshape(8, -1) * 37 % 2**self.bits
         bins = np.arange(8.0 * self.vae.latent_dim).reshape(-1, 8) * 4099 % 2**LATENT_BITS
-        posterior, pixels = self.posterior(symbols, 0), self.pixels(bins, 0)
+        posterior, pixels = self.build_posterior(symbols, 0), self.build_pixels(bins, 0)
         middle, half = np.full((1, 8), 2.0 ** (LATENT_BITS - 1)), np.full((1, 8), 2.0 ** (self.bits - 1))
         rows = [posterior(d)(middle) for d in range(self.vae.latent_dim)]
-        rows += [pixels(i)(half) for i in range(dimensions)]
+        rows += [pixels(i)(half) for i in range(self.num_pixels)]
         return hashlib.sha256(np.concatenate(rows).astype("<i8").tobytes()).hexdigest()
 
 
-def in_order(parts: Floats) -> Floats:
-    """The sum over the first axis, of which NumPy does not promise the order."""
+def sum_in_order(parts: Floats) -> Floats:
+    """Sum over the first axis in its order, which NumPy does not guarantee."""
     total = parts[0].copy()
     for part in parts[1:]:
         total += part
@@ -155,9 +171,9 @@ def in_order(parts: Floats) -> Floats:
 
 @contextlib.contextmanager
 def deterministic_cpu() -> Iterator[None]:
-    """Compute on one thread, since a sum may depend on their number, and without autocast.
+    """Compute on one thread, since the order of a sum may depend on their number, and without autocast.
 
-    NumPy does not warn of symbols without slots, which are in payloads that are not of this model.
+    NumPy's warnings of symbols without slots, which occur in the payload of another model, are turned off.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -168,8 +184,8 @@ def deterministic_cpu() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def model_hash(vae: VAE) -> str:
-    """SHA-256 over settings and weights."""
+def hash_model(vae: VAE) -> str:
+    """Hash the settings and weights of a VAE."""
     settings = [vae.image_shape, vae.latent_dim, [type(module).__name__ for module in vae.modules()]]
     digest = hashlib.sha256(json.dumps(settings).encode())
     for name, value in sorted(vae.state_dict().items()):
@@ -178,23 +194,45 @@ def model_hash(vae: VAE) -> str:
     return digest.hexdigest()
 
 
-def next_batch(done: int, count: int, lanes: int, latent_dim: int, words: int) -> int:
-    """How many images come next, of `count`, after `done` that left so many words on the stack: `lanes`, but no more
-    than there are bits to draw their latents and heads from.
+def choose_batch_size(first: int, count: int, lanes: int, latent_dim: int, words: int) -> int:
+    """Choose the size of the batch from image number `first` on, with `words` on the stack.
 
-    Else a file would borrow for many images at once: of binarised ones, hundreds of bits each, where an image leaves
-    some hundred behind. At least a sixteenth of those before, in case that images leave next to nothing.
+    It is `lanes`, or fewer if the stack has too few bits to draw their latents and heads. Otherwise a file would borrow
+    bits for many images at once, which are hundreds per image, about as many as a compressed binarized image has. It is
+    at least a sixteenth of the images so far, in case each of them takes almost no bits.
     """
-    return min(lanes, count - done, max(1, done // 16, 32 * words // (LATENT_BITS * latent_dim + 32)))
+    return min(lanes, count - first, max(1, first // 16, 32 * words // (LATENT_BITS * latent_dim + 32)))
 
 
-def xor_masks(first: int, latent_dim: int, n: int) -> NDArray[np.uint64]:
-    """Random bits `(latent_dim, n)` for the batch that begins with image number `first`, with which to flip the heads.
+def draw_xor_masks(first: int, latent_dim: int, n: int) -> NDArray[np.uint64]:
+    """Draw random bits `(latent_dim, n)` for the batch from image number `first` on, to flip bits of the heads.
 
-    The bits from which a posterior is drawn are the last image's latents. These are distributed as all posteriors are
-    together, which is not quite the prior; flipped at random, any bits are random bits.
+    The latents of one batch supply the bits from which the next posteriors are drawn. Their distribution is the
+    aggregate posterior, which differs from the prior. Flipping at random makes them random bits.
     """
     return np.random.PCG64(first).random_raw(latent_dim * n).reshape(latent_dim, n) % MIN_HEAD
+
+
+def to_symbols(images: Tensor, codec: Codec) -> NDArray[np.uint8]:
+    """Check images `(N, C, H, W)` and convert them to symbols `(N, pixels)`."""
+    image_shape = codec.vae.image_shape
+    if images.dtype != torch.uint8 or images.shape[1:] != image_shape or not len(images):
+        raise UserError(
+            f"images to compress must be uint8 of shape (N, C, H, W) with (C, H, W) = {image_shape}, found "
+            f"{images.dtype} of shape {tuple(images.shape)}"
+        )
+    data = images.cpu().flatten(1).numpy()
+    if codec.bits == 1 and not ((data == 0) | (data == 255)).all():
+        raise UserError(
+            "a Bernoulli model compresses only binarized images, with bytes 0 and 255; binarize them as in training, "
+            "or train with model.likelihood=logistic_mixture for gray values"
+        )
+    return data // (255 // (2**codec.bits - 1))
+
+
+def hash_images(images: Tensor) -> str:
+    """Hash the bytes of images."""
+    return hashlib.sha256(images.cpu().numpy().tobytes()).hexdigest()
 
 
 def compress(
@@ -202,108 +240,123 @@ def compress(
     images: Tensor,
     lanes: int = 256,
     names: list[str] | None = None,
-    on_batch: Callable[[int], object] = lambda images: None,
+    on_batch: Callable[[int], object] = lambda n: None,
 ) -> Compressed:
-    """Images `(N, C, H, W)` uint8, `lanes` of them side by side; binarised ones are 0 and 255. `done` hears how many
-    images each batch had.
+    """Compress images.
 
-    Memory is about 100 bytes per lane, pixel and component. Raises UserError for a likelihood that is not a probability
-    of images (see `Codec`), and for images that are not of its kind.
+    Memory is about 100 bytes per lane, pixel and mixture component.
+
+    Args:
+        vae: A VAE with a Bernoulli or logistic mixture likelihood, on the CPU.
+        images: `(N, C, H, W)` uint8; binarized images have bytes 0 and 255.
+        lanes: The number of images to compress side by side.
+        names: A name for each image.
+        on_batch: Called with the number of images of each compressed batch.
+
+    Raises:
+        UserError: If the likelihood is not discrete, or the images are not what it models.
     """
-    codec = Codec(vae)
-    shape = tuple(images.shape)
-    if images.dtype != torch.uint8 or shape[1:] != vae.image_shape or not shape[0]:
-        raise UserError(
-            f"images to compress must be uint8 of shape (N, C, H, W), with the model's (C, H, W) = {vae.image_shape}: "
-            f"these are {images.dtype} of shape {shape}"
-        )
+    codec, stack = Codec(vae), Stack()
+    symbols = to_symbols(images, codec)
     if not 1 <= lanes <= MAX_LANES:
-        raise UserError(f"lanes={lanes} cannot be: from 1 to {MAX_LANES:,} images are compressed at a time")
+        raise UserError(f"lanes={lanes} is invalid: expected 1 to {MAX_LANES:,}")
     if names is not None and len(names) != len(images):
-        raise UserError(f"there are {len(names)} names for {len(images)} images: give one name for each, or none")
-    data = np.ascontiguousarray(images.cpu().numpy())
-    if codec.bits == 1 and not ((data == 0) | (data == 255)).all():
-        raise UserError(
-            "a Bernoulli model compresses binarised images only, of bytes 0 and 255: binarise them as it was trained, "
-            "or train with model.likelihood=logistic_mixture for grey values"
-        )
-    levels, stack = data.reshape(len(data), -1) // (255 // (2**codec.bits - 1)), Stack()
+        raise UserError(f"there are {len(names)} names for {len(images)} images: give one name per image, or none")
     with deterministic_cpu():
-        fingerprint, batches = Codec(vae).fingerprint(), list[int]()
-        while (first := sum(batches)) < len(data):
-            n = next_batch(first, len(data), lanes, vae.latent_dim, stack.top)
+        fingerprint, batches = Codec(vae).compute_fingerprint(), list[int]()
+        while (first := sum(batches)) < len(symbols):
+            n = choose_batch_size(first, len(symbols), lanes, vae.latent_dim, stack.top)
             batches.append(n)
-            symbols = levels[first : first + n].astype(np.float64)
-            stack.grow(n)
-            posterior = codec.posterior(symbols, first)
-            bins = np.empty((vae.latent_dim, n))
-            for d, mask in enumerate(xor_masks(first, *bins.shape)):
-                stack.flip(mask)
-                bins[d] = stack.pop(posterior(d), n, LATENT_BITS)
-            pixels = codec.pixels(bins, first)
-            columns = np.ascontiguousarray(symbols.T)
-            for i in reversed(range(len(columns))):
-                stack.push(pixels(i), columns[i], codec.bits)
-            for d in reversed(range(vae.latent_dim)):
-                stack.push_uniform(bins[d], LATENT_BITS)
+            push_images(codec, stack, symbols[first : first + n].astype(np.float64), first)
             on_batch(n)
-    heads, words = stack.content()
+    heads, words = stack.get_content()
     payload = words.astype("<u4").tobytes() + heads.astype("<u8").tobytes()
-    missing = max(0, smallest_payload(len(data), list(vae.image_shape)) - len(payload))
+    missing = max(0, min_payload_bytes(len(images), list(vae.image_shape)) - len(payload))
     return Compressed(
-        payload=bytes(-(-missing // 4) * 4) + payload,  # words below the last that is popped
+        payload=bytes(math.ceil(missing / 4) * 4) + payload,  # Padding words are at the bottom, where no pop reads.
         image_shape=list(vae.image_shape),
         batches=batches,
         initial_bits=32 * stack.borrowed,
-        model=model_hash(vae),
+        model=hash_model(vae),
         probabilities=fingerprint,
-        images=hashlib.sha256(data.tobytes()).hexdigest(),
-        near=[rounding.listed.tolist() for rounding in codec.rounding],
+        images=hash_images(images),
+        near=[rounding.near_threshold.tolist() for rounding in codec.rounding],
         names=names,
     )
 
 
+def push_images(codec: Codec, stack: Stack, symbols: Floats, first: int) -> None:
+    """Push a batch of images `(n, pixels)`: pop z from q(z|x), push x under p(x|z), push z under the prior."""
+    n, latent_dim = len(symbols), codec.vae.latent_dim
+    stack.grow(n)
+    posterior = codec.build_posterior(symbols, first)
+    bins = np.empty((latent_dim, n))
+    for d, mask in enumerate(draw_xor_masks(first, latent_dim, n)):
+        stack.flip(mask)
+        bins[d] = stack.pop(posterior(d), n, LATENT_BITS)
+    pixels, columns = codec.build_pixels(bins, first), np.ascontiguousarray(symbols.T)
+    for i in reversed(range(len(columns))):
+        stack.push(pixels(i), columns[i], codec.bits)
+    for d in reversed(range(latent_dim)):
+        stack.push_uniform(bins[d], LATENT_BITS)
+
+
+def pop_images(codec: Codec, stack: Stack, n: int, first: int) -> Floats:
+    """Pop a batch of images `(n, pixels)`, which undoes `push_images` except for the growth of the stack."""
+    latent_dim = codec.vae.latent_dim
+    bins = np.stack([stack.pop_uniform(n, LATENT_BITS) for _ in range(latent_dim)])
+    pixels = codec.build_pixels(bins, first)
+    symbols = np.stack([stack.pop(pixels(i), n, codec.bits) for i in range(codec.num_pixels)], axis=1)
+    posterior, masks = codec.build_posterior(symbols, first), draw_xor_masks(first, latent_dim, n)
+    for d in reversed(range(latent_dim)):
+        stack.push(posterior(d), bins[d], LATENT_BITS)
+        stack.flip(masks[d])
+    return symbols
+
+
 def check_model(vae: VAE, compressed: Compressed) -> None:
-    """Raises UserError unless this model compressed them."""
-    if model_hash(vae) != compressed.model or list(vae.image_shape) != compressed.image_shape:
-        raise UserError("these images were compressed by another model: load the checkpoint that compressed them")
+    """Raise UserError unless this model compressed the images."""
+    if hash_model(vae) != compressed.model or list(vae.image_shape) != compressed.image_shape:
+        raise UserError("these images were compressed by another model; pass the checkpoint that compressed them")
 
 
-def decompress(vae: VAE, compressed: Compressed, done: Callable[[int], object] = lambda images: None) -> Tensor:
-    """The images, `(N, C, H, W)` uint8, bit for bit. `done` hears how many each batch had.
+def decompress(vae: VAE, compressed: Compressed, on_batch: Callable[[int], object] = lambda n: None) -> Tensor:
+    """Decompress images, bit for bit.
 
-    Raises UserError for another model than that which compressed them, and on a machine that does not compute the same
-    probabilities: what it would give is compared with a checksum, and never returned as images.
+    Args:
+        vae: The VAE that compressed them.
+        compressed: The result of `compress`.
+        on_batch: Called with the number of images of each decompressed batch.
+
+    Returns:
+        `(N, C, H, W)` uint8, equal to the compressed images by their checksum.
+
+    Raises:
+        UserError: If another model compressed them, or this machine computes other probabilities.
     """
     check_model(vae, compressed)
     codec = Codec(vae, compressed.near)
-    elsewhere = UserError(
-        "this machine, or its version of torch, computes other probabilities than that which compressed these images: "
-        "decompress them there"
+    other_machine = UserError(
+        "this machine, or its version of torch, computes other probabilities than the one that compressed these "
+        "images; decompress them there"
     )
-    dimensions, at = int(np.prod(vae.image_shape)), len(compressed.payload) - 8 * compressed.heads
-    heads = np.frombuffer(compressed.payload[at:], "<u8")
-    stack = Stack(heads, np.frombuffer(compressed.payload[:at], "<u4"))
-    levels = np.empty((compressed.count, dimensions), np.uint8)
+    split = len(compressed.payload) - 8 * compressed.heads
+    words = np.frombuffer(compressed.payload[:split], "<u4")
+    stack = Stack(np.frombuffer(compressed.payload[split:], "<u8"), words)
+    data = np.empty((compressed.count, codec.num_pixels), np.uint8)
     with deterministic_cpu():
-        if Codec(vae).fingerprint() != compressed.probabilities:
-            raise elsewhere
+        if Codec(vae).compute_fingerprint() != compressed.probabilities:
+            raise other_machine
         first = compressed.count
         for i, n in reversed(list(enumerate(compressed.batches))):
             first -= n
             try:
-                bins = np.stack([stack.pop_uniform(n, LATENT_BITS) for _ in range(vae.latent_dim)])
-                pixels = codec.pixels(bins, first)
-                symbols = np.stack([stack.pop(pixels(i), n, codec.bits) for i in range(dimensions)], axis=1)
-                posterior, flips = codec.posterior(symbols, first), xor_masks(first, *bins.shape)
-                for d in reversed(range(vae.latent_dim)):
-                    stack.push(posterior(d), bins[d], LATENT_BITS)
-                    stack.flip(flips[d])
+                data[first : first + n] = pop_images(codec, stack, n, first) * (255 // (2**codec.bits - 1))
             except EOFError:
-                raise elsewhere from None
+                raise other_machine from None
             stack.shrink(max(compressed.batches[:i], default=0))
-            levels[first : first + n] = symbols * (255 // (2**codec.bits - 1))
-            done(n)
-    if hashlib.sha256(levels.tobytes()).hexdigest() != compressed.images:
-        raise elsewhere
-    return torch.from_numpy(levels).view(-1, *vae.image_shape)
+            on_batch(n)
+    images = torch.from_numpy(data).view(-1, *vae.image_shape)
+    if hash_images(images) != compressed.images:
+        raise other_machine
+    return images

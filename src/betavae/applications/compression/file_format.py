@@ -1,9 +1,9 @@
-"""Files of compressed images: what `compress` gave, whole and unharmed or not at all.
+"""Files of compressed images, read only if intact.
 
-    magic (18 bytes) | format, length of the header (uint32 each) | header (LZMA) | payload | SHA-256 of all this
+    magic (18 bytes) | format, length of the header (uint32 each) | header (LZMA) | payload | SHA-256 of all before it
 
-The header is a line of JSON and, if there are names, a second line with them, separated by zero bytes. The payload is
-the coder's stack: words of 32 bits, then its heads of 64, least significant byte first.
+The header is a line of JSON and, if there are names, a second line with the names separated by zero bytes. The payload
+is the coder's stack: its words of 32 bits, then its heads of 64 bits, little-endian.
 """
 
 import hashlib
@@ -11,15 +11,14 @@ import json
 import lzma
 import math
 import os
-import re
 import struct
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, SkipValidation, model_validator
 from torch import Tensor
 
 from betavae.data.file_listing import index_names, png_filenames
@@ -34,129 +33,139 @@ from betavae.storage.files import (
 )
 
 FORMAT = 3
-START = len(COMPRESSED_MAGIC) + 8
+HEADER_START = len(COMPRESSED_MAGIC) + 8
+HASH_BYTES = 32
 MAX_LANES = 4096
-# What a file may claim is bounded by its size: an image by a byte, and 4,000 pixels by another.
-PIXELS_PER_BYTE = 4000
+MAX_SIDE = 2**16
+MAX_PIXELS_PER_BYTE = 4000
+MAX_LZMA_MEMORY = 2**28  # bytes
+
+Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
+BatchSize = Annotated[int, Field(ge=1, le=MAX_LANES)]
+Index = Annotated[int, Field(ge=0, le=2**62)]
+SHA256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
-@dataclass(frozen=True)
-class Compressed:
-    """Compressed images, and what `decompress` checks."""
+class Compressed(BaseModel):
+    """Compressed images, with what `decompress` checks."""
 
-    payload: bytes
-    image_shape: list[int]  # [C, H, W]
-    batches: list[int]  # how many images were coded side by side, in their order
-    initial_bits: int  # of the payload: borrowed bits, which came back as they went in
-    model: str  # SHA-256 of weights and settings
-    probabilities: str  # SHA-256 of some probabilities, as whole numbers
-    images: str  # SHA-256 of the bytes
-    near: list[list[int]]  # of encoder and decoder, outputs that both ends round up
-    names: list[str] | None = None  # None: their numbers
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+    payload: SkipValidation[bytes]
+    image_shape: Annotated[list[Side], Field(min_length=3, max_length=3)]  # [C, H, W]
+    batches: Annotated[list[BatchSize], Field(min_length=1)]  # images coded side by side
+    initial_bits: NonNegativeInt  # borrowed bits in the payload, which decompression returns
+    model: SHA256  # of weights and settings
+    probabilities: SHA256  # of some probabilities as integers
+    images: SHA256  # of the images' bytes
+    near: Annotated[list[list[Index]], Field(min_length=2, max_length=2)]  # encoder and decoder outputs to round up
+    names: SkipValidation[list[str] | None] = None  # Names may have bytes that are not UTF-8. None means numbers.
+
+    @model_validator(mode="after")
+    def check_payload(self) -> "Compressed":
+        """Check that the payload is long enough for the heads and images."""
+        size = len(self.payload)
+        min_bytes = max(8 * self.heads, min_payload_bytes(self.count, self.image_shape))
+        if size % 4 or size < min_bytes or self.initial_bits > 8 * size:
+            raise ValueError("the payload is too short")
+        return self
 
     @property
     def count(self) -> int:
+        """The number of images."""
         return sum(self.batches)
 
     @property
     def heads(self) -> int:
+        """The number of the coder's heads."""
         return max(self.batches)
 
     def bits_per_dimension(self) -> float:
-        """Of the payload, per pixel and channel, initial bits included."""
+        """Compute the payload's bits per pixel and channel, including the initial bits."""
         return 8 * len(self.payload) / (self.count * math.prod(self.image_shape))
 
 
-def smallest_payload(count: int, image_shape: list[int]) -> int:
-    """The least bytes for so many images, to which `compress` pads a payload and below which none is read."""
-    return math.ceil(count * (1 + math.prod(image_shape) / PIXELS_PER_BYTE))
+def min_payload_bytes(count: int, image_shape: list[int]) -> int:
+    """Compute the bytes to which `compress` pads a payload: one per image, and one per 4,000 pixels.
+
+    This bounds the images that a file can claim to have.
+    """
+    return math.ceil(count * (1 + math.prod(image_shape) / MAX_PIXELS_PER_BYTE))
 
 
-def largest_header(size: int) -> tuple[int, int]:
-    """The most bytes of JSON, and of JSON and names, in a file of `size` bytes."""
-    return 2**20 + 4 * size, 2**20 + 64 * size
+def max_header_bytes(file_size: int) -> tuple[int, int]:
+    """Compute the highest size of the JSON line, and of the whole unpacked header."""
+    return 2**20 + 4 * file_size, 2**20 + 64 * file_size
 
 
 def write_file(path: Path, compressed: Compressed) -> None:
-    """Written beside and renamed. Raises UserError rather than replace a file that is not one of these."""
-    fields = dict(vars(compressed))
-    payload, names = fields.pop("payload"), fields.pop("names")
-    unpacked = json.dumps(fields).encode()
-    if names is not None:
-        unpacked += b"\n" + "\0".join(names).encode("utf-8", "surrogateescape")
-    # LZMA, since zlib makes 21,000 bytes of the numbers from 0000 to 9999, and this 2,000
-    header = lzma.compress(unpacked, lzma.FORMAT_ALONE)
-    content = COMPRESSED_MAGIC + struct.pack("<II", FORMAT, len(header)) + header + payload
-    if len(unpacked) > largest_header(len(content))[1]:
+    """Write a file of compressed images atomically.
+
+    Raises:
+        UserError: If `path` is a file that this project did not write, or not writable.
+    """
+    header = json.dumps(compressed.model_dump(exclude={"payload", "names"})).encode()
+    if compressed.names is not None:
+        header += b"\n" + "\0".join(compressed.names).encode("utf-8", "surrogateescape")
+    # zlib would compress the numbers from 0000 to 9999 to 21,000 bytes; LZMA compresses them to 2,000.
+    packed = lzma.compress(header, lzma.FORMAT_ALONE)
+    content = COMPRESSED_MAGIC + struct.pack("<II", FORMAT, len(packed)) + packed + compressed.payload
+    if len(header) > max_header_bytes(len(content))[1]:
         raise UserError(f"{path}: the names of the images are too long for images this small; shorten the names")
     try:
         require_own_file(path, "out")
         atomic_write_bytes(path, content + hashlib.sha256(content).digest())
     except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}): name one in a folder that can be written") from error
+        raise UserError(f"{path} is not writable: {error.strerror}; name a file in a writable folder") from error
 
 
 def read_file(path: Path) -> Compressed:
-    """Raises UserError for a file that is not one of these, of another version, or not as it was written."""
+    """Read a file of compressed images.
+
+    Raises:
+        UserError: If it is another file, has another format version, or is damaged.
+    """
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}): name a file of compressed images") from error
+        raise UserError(f"{path} is not readable: {error.strerror}; name a file of compress.py") from error
     if content[: len(COMPRESSED_MAGIC)] != COMPRESSED_MAGIC:
-        raise UserError(f"{path} holds no images compressed by this project: name a file that it wrote")
-    body, digest = content[:-32], content[-32:]
-    if len(body) < START or hashlib.sha256(body).digest() != digest:
-        raise UserError(f"{path} is damaged or not whole (its checksum is wrong): take another copy of it")
-    version, size = struct.unpack_from("<II", body, len(COMPRESSED_MAGIC))
+        raise UserError(f"{path} is not a file of compressed images; name a file of compress.py")
+    body, checksum = content[:-HASH_BYTES], content[-HASH_BYTES:]
+    if len(body) < HEADER_START or hashlib.sha256(body).digest() != checksum:
+        raise UserError(f"{path} is damaged or incomplete: its checksum is wrong; use another copy")
+    version, header_size = struct.unpack_from("<II", body, len(COMPRESSED_MAGIC))
     if version != FORMAT:
-        raise UserError(f"{path} has format {version}, and this version reads {FORMAT}: use the one that wrote it")
+        raise UserError(
+            f"{path} has format {version}, and this betavae reads format {FORMAT}; use the one that wrote it"
+        )
+    header_end = HEADER_START + header_size
     try:
-        most, most_with_names = largest_header(len(body))
-        decompressor = lzma.LZMADecompressor(lzma.FORMAT_ALONE, memlimit=2**28)
-        unpacked = decompressor.decompress(body[START : START + size], most_with_names)
-        fields, second_line, names = unpacked.partition(b"\n")
-        if len(fields) > most:
-            raise ValueError
-        compressed = Compressed(payload=body[START + size :], names=None, **json.loads(fields))
-        possible = is_valid(compressed)
-        if possible and second_line:
-            possible = names.count(b"\0") == compressed.count - 1
-            compressed = replace(compressed, names=names.decode("utf-8", "surrogateescape").split("\0"))
+        return parse_header(body[HEADER_START:header_end], body[header_end:], len(body))
     except (lzma.LZMAError, ValueError, TypeError, RecursionError, MemoryError):
-        possible = False
-    if not possible:
-        raise UserError(f"{path} has a header that this project does not write: take another copy of it")
+        raise UserError(f"{path} is damaged: its header is invalid; use another copy") from None
+
+
+def parse_header(packed: bytes, payload: bytes, file_size: int) -> Compressed:
+    """Unpack and validate a header; raise an exception if it is not one that `write_file` writes."""
+    max_json, max_all = max_header_bytes(file_size)
+    header = lzma.LZMADecompressor(lzma.FORMAT_ALONE, memlimit=MAX_LZMA_MEMORY).decompress(packed, max_all)
+    fields, newline, joined = header.partition(b"\n")
+    if len(fields) > max_json:
+        raise ValueError("the header is too long")
+    names = joined.decode("utf-8", "surrogateescape").split("\0") if newline else None
+    compressed = Compressed(payload=payload, names=names, **json.loads(fields))
+    if names is not None and len(names) != compressed.count:
+        raise ValueError("the number of names is not the number of images")
     return compressed
 
 
-def is_int_list(values: Any, least: int, most: int) -> bool:
-    return isinstance(values, list) and all(type(value) is int and least <= value <= most for value in values)
-
-
-def is_valid(compressed: Compressed) -> bool:
-    """Whether everything in it is of its kind, and there are bytes for as many heads and images as it speaks of."""
-    it = compressed
-    sums = (it.model, it.probabilities, it.images)
-    return (
-        is_int_list(it.image_shape, 1, 2**16)
-        and len(it.image_shape) == 3
-        and is_int_list(it.batches, 1, MAX_LANES)
-        and len(it.batches) > 0
-        and is_int_list([it.initial_bits], 0, 8 * len(it.payload))
-        and len(it.payload) >= max(8 * it.heads, smallest_payload(it.count, it.image_shape))
-        and len(it.payload) % 4 == 0
-        and isinstance(it.near, list)
-        and len(it.near) == 2
-        and all(is_int_list(listed, 0, 2**62) for listed in it.near)
-        and all(isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) for value in sums)
-    )
-
-
 def output_paths(names: list[str] | None, count: int, out: Path) -> list[Path]:
-    """Where `write_images` writes: FILE.npy, or PNGs in a folder, each by its name.
+    """Return the files that `write_images` writes: FILE.npy, or a PNG per image in a folder.
 
-    Raises UserError for names that lead out of the folder, where something lies that is not of this project, and in a
-    folder that cannot be written.
+    Raises:
+        UserError: If a name points outside the folder, or a file exists that this project did not write, or the folder
+            is not writable.
     """
     if out.suffix == ".npy":
         if os.path.lexists(out):
@@ -172,7 +181,7 @@ def output_paths(names: list[str] | None, count: int, out: Path) -> list[Path]:
 
 
 def write_images(images: Tensor, names: list[str] | None, out: Path) -> None:
-    """`images` `(N, C, H, W)` uint8 to their `image_files`, whose errors it raises before it writes one."""
+    """Write images `(N, C, H, W)` uint8 to their `output_paths`, all of which are checked first."""
     files = output_paths(names, len(images), out)
     if out.suffix == ".npy":
         with atomic_path(out) as path, open(path, "wb") as file:

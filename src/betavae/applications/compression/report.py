@@ -1,30 +1,44 @@
-"""What other compressors make of the same images, in bits per pixel and channel."""
+"""Sizes of compressed images and of other codecs' files, in bits per dimension (pixel and channel)."""
 
 import bz2
 import gzip
 import io
 import lzma
+import math
 from collections.abc import Callable
 from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from betavae.models.vae import VAE
 from betavae.objectives import elbo
 
-PICTURES = 1000  # of how many images each is made a picture alone, which takes milliseconds
+MAX_SINGLE_IMAGES = 1000  # images encoded one by one as PNG or WebP, which takes milliseconds each
+MAX_WEBP_SIDE = 16_000  # below WebP's limit of 16,383 pixels
+PICTURE_FORMATS: dict[str, dict[str, Any]] = {
+    "PNG": {"format": "PNG", "optimize": True},
+    "WebP": {"format": "WEBP", "lossless": True, "quality": 100, "method": 6},
+}
+
+Bits = tuple[float | None, float]  # per dimension: each image in a file of its own (None: not measured), all in one
 
 
-def baseline_sizes(images: Tensor) -> dict[str, tuple[float | None, float]]:
-    """`name -> (each image alone, all in one)` for uint8 images `(N, C, H, W)`; pictures' formats stack them for the
-    second. Of binarised images, eight pixels make a byte first. `zstd` only where the package zstandard is there.
-    Pictures of each image alone are made of the first `PICTURES`, and counted for all."""
-    binary = bool(((images == 0) | (images == 255)).all())
+def compute_baseline_bits(images: Tensor) -> dict[str, Bits]:
+    """Compress uint8 images `(N, C, H, W)` with other codecs.
+
+    Binarized images are packed to eight pixels per byte first. For one file of all images, picture formats get the
+    images stacked vertically. For files of single images, they encode up to `MAX_SINGLE_IMAGES` and extrapolate. zstd
+    is included if the package zstandard is installed.
+    """
+    is_binary = bool(((images == 0) | (images == 255)).all())
     data = images.numpy()
-    flat = [np.packbits(image.ravel() > 0) if binary else image for image in data]
-    coders: dict[str, Callable[[bytes], bytes]] = {
+    packed = [(np.packbits(image.ravel() > 0) if is_binary else image).tobytes() for image in data]
+    codecs: dict[str, Callable[[bytes], bytes]] = {
         "gzip": lambda raw: gzip.compress(raw, 9),
         "bz2": lambda raw: bz2.compress(raw, 9),
         "xz": lambda raw: lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME),
@@ -32,32 +46,28 @@ def baseline_sizes(images: Tensor) -> dict[str, tuple[float | None, float]]:
     if find_spec("zstandard"):
         import zstandard
 
-        coders["zstd"] = zstandard.ZstdCompressor(22).compress
-    sizes: dict[str, tuple[float | None, int]] = {}
-    for name, coder in coders.items():
-        each = None if name == "xz" else sum(len(coder(raw.tobytes())) for raw in flat)  # xz: 60 ms an image
-        sizes[name] = (each, len(coder(b"".join(raw.tobytes() for raw in flat))))
-    for name, options in {
-        "PNG": {"format": "PNG", "optimize": True},
-        "WebP": {"format": "WEBP", "lossless": True, "quality": 100, "method": 6},
-    }.items():
-        tall = 16_000 // data.shape[2]  # WebP takes 16,383 pixels
-        rows = [np.concatenate(list(data[i : i + tall]), axis=1) for i in range(0, len(data), tall)]
-        first = [picture_size(image, binary, options) for image in data[:PICTURES]]
-        together = sum(picture_size(strip, binary, options) for strip in rows)
+        codecs["zstd"] = zstandard.ZstdCompressor(22).compress
+    sizes: dict[str, Bits] = {}
+    for name, codec in codecs.items():
+        # xz takes 60 ms per image.
+        single = None if name == "xz" else sum(len(codec(raw)) for raw in packed)
+        sizes[name] = (single, len(codec(b"".join(packed))))
+    height = MAX_WEBP_SIDE // data.shape[2]
+    stacks = [np.concatenate(list(data[i : i + height]), axis=1) for i in range(0, len(data), height)]
+    for name, options in PICTURE_FORMATS.items():
+        first = [count_picture_bytes(image, is_binary, options) for image in data[:MAX_SINGLE_IMAGES]]
+        together = sum(count_picture_bytes(stack, is_binary, options) for stack in stacks)
         sizes[name] = (sum(first) * len(data) / len(first), together)
     return {
-        name: (None if alone is None else 8 * alone / images.numel(), 8 * together / images.numel())
-        for name, (alone, together) in sizes.items()
+        name: (None if single is None else 8 * single / images.numel(), 8 * together / images.numel())
+        for name, (single, together) in sizes.items()
     }
 
 
-def picture_size(image: np.ndarray, binary: bool, options: dict) -> int:
-    """Bytes of `(C, H, W)` as a picture."""
-    from PIL import Image
-
+def count_picture_bytes(image: NDArray[np.uint8], is_binary: bool, options: dict[str, Any]) -> int:
+    """Count the bytes of `(C, H, W)` in a picture format."""
     picture = Image.fromarray(image.transpose(1, 2, 0).squeeze(2) if len(image) == 1 else image.transpose(1, 2, 0))
-    if binary and len(image) == 1 and options["format"] == "PNG":
+    if is_binary and len(image) == 1 and options["format"] == "PNG":
         picture = picture.convert("1")
     file = io.BytesIO()
     picture.save(file, **options)
@@ -65,11 +75,19 @@ def picture_size(image: np.ndarray, binary: bool, options: dict) -> int:
 
 
 @torch.no_grad()
-def neg_elbo_bits(vae: VAE, images: Tensor, draws: int = 4) -> float:
-    """The model's neg. ELBO of uint8 images `(N, C, H, W)` in bits per pixel and channel."""
+def compute_neg_elbo_bits(vae: VAE, images: Tensor, draws: int = 4) -> float:
+    """Compute the negative ELBO of uint8 images `(N, C, H, W)` in bits per dimension."""
     generator, total = torch.Generator().manual_seed(0), 0.0
-    for part in images.split(25):
-        x = part.float() / 255
+    for batch in images.split(25):
+        x = batch.float() / 255
         terms = elbo(vae, x, torch.randn(draws, len(x), vae.latent_dim, generator=generator), 1.0)
         total += (terms.recon + terms.kl.sum(1)).double().sum().item()
-    return total / np.log(2) / images.numel()
+    return total / math.log(2) / images.numel()
+
+
+def format_table(rows: dict[str, Bits]) -> str:
+    """Format sizes as a table."""
+    lines = [f"{'bits per dimension':28}{'each alone':>12}{'all in one':>12}"]
+    for name, (single, together) in rows.items():
+        lines.append(f"{name:28}{'' if single is None else format(single, '.4f'):>12}{together:12.4f}")
+    return "\n".join(lines)

@@ -44,7 +44,7 @@ class PackedImages:
 
 
 def load_dsprites(root: Path, split: str) -> ImageSet:
-    """Load a split, see `split_indices`, of the 737,280 images of `root/FILE`. They take 380 MB of memory.
+    """Load a split of the 737,280 images of `root/FILE`, which take 380 MB of memory.
 
     Labels are the factors (N, 5): shape, scale, orientation, posX, posY. The color, of one value, is left out.
 

@@ -148,7 +148,7 @@ def warn_of_classes(root: Path, names: Sequence[str], warn: bool) -> None:
 
 
 def assign_splits(folders: dict[str, str], names: Sequence[str], test_size: float | None) -> list[Source]:
-    """Assign each image to a split, by its folder or by `test_size`, and sort by split and in natural order."""
+    """Assign each image to a split, and sort by split and in natural order."""
     sources = []
     for name in sorted(names, key=natural_sort_key):
         if not folders:
@@ -165,7 +165,7 @@ def assign_splits(folders: dict[str, str], names: Sequence[str], test_size: floa
 def build_cache(
     path: Path, root: Path, sources: Sequence[Source], shape: Sequence[int], fit: str, background: str
 ) -> None:
-    """Decode images into the folder `path`, in one process at a time, and remove the caches that it replaces."""
+    """Decode images into the folder `path`, in one process at a time, and remove stale caches."""
     part = path.with_name(f"{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Images with known factors: sprites that are drawn on demand, with the factors of dSprites (Matthey et al. 2017).
+"""Images with known factors: sprites like those of dSprites (Matthey et al. 2017), drawn on demand.
 
 3 shapes x 6 scales x 40 orientations x 32 x 32 positions = 737,280 binary images, in dSprites' order: image 0 has all
 factors 0, and the last factor varies fastest. As in dSprites, the scale runs from 0.5 to 1 and the orientation from 0
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from betavae.data.image_set import ImageSet
+from betavae.data.image_set import ImageSet, LazySubset
 from betavae.errors import UserError
 
 SHAPES = ["square", "ellipse", "heart"]
@@ -26,7 +26,7 @@ SUBPIXELS = 4  # along a side: a pixel is set if at least half of its 4 x 4 poin
 
 
 class Sprites:
-    """Images (N, 1, H, W), uint8, 0 or 255, drawn when they are indexed; 3 MB of memory.
+    """All sprites, (N, 1, H, W), uint8, 0 or 255, drawn when they are indexed; 3 MB of memory.
 
     Each sprite is stored at the top left of an empty image, in one flat row of bytes with as many empty rows after it
     as it can move down. An image is a window into this row: a window that starts 1 byte (or H bytes) earlier shows the
@@ -34,19 +34,17 @@ class Sprites:
 
     Args:
         image_size: H and W, 64 or 32. At 32, a position is half a pixel.
-        index: The images to keep, (N,); None keeps all.
 
     Raises:
         UserError: For another size.
     """
 
-    def __init__(self, image_size: int = 64, index: Tensor | None = None):
+    def __init__(self, image_size: int = 64):
         if image_size not in (32, 64):
             raise UserError(f"data.image_size={image_size} is invalid: expected 64 or 32")
-        self.index = index
         self.image_size = image_size
         self.phases = 64 // image_size  # positions in a pixel; each is drawn
-        self.shape = torch.Size([NUM_IMAGES if index is None else len(index), 1, image_size, image_size])
+        self.shape = torch.Size([NUM_IMAGES, 1, image_size, image_size])
         sprites = torch.cat([render_sprites(shape, image_size) for shape in SHAPES])
         side = sprites.shape[-1]
         blocks = sprites.new_zeros(len(sprites) + 1, image_size, image_size)  # the first block is empty
@@ -59,14 +57,11 @@ class Sprites:
     def to(self, device: torch.device | str) -> "Sprites":
         moved = copy(self)
         moved.bytes = self.bytes.to(device)
-        moved.index = None if self.index is None else self.index.to(device)
         return moved
 
     def index_select(self, dim: int, index: Tensor) -> Tensor:
         """Draw the images at `index`, (B,), as (B, 1, H, W)."""
         size, phases = self.image_size, self.phases
-        if self.index is not None:
-            index = self.index.index_select(0, index)
         y, x, sprite = index % 32, index // 32 % 32, index // 1024
         block = (sprite * phases + x % phases) * phases + y % phases
         start = (block + 1) * size**2 - x // phases - y // phases * size
@@ -98,7 +93,10 @@ def render_sprites(shape: str, image_size: int) -> Tensor:
 
 
 def contains(shape: str, x: Tensor, y: Tensor) -> Tensor:
-    """Tell which points lie in a shape at scale 1, in pixels of a 64 x 64 image from its centroid; y points down."""
+    """Test whether points lie in a shape at scale 1.
+
+    Points are in pixels of a 64 x 64 image, from the centroid of the shape; y points down.
+    """
     if shape == "square":
         return (x.abs() < 11.3) & (y.abs() < 11.3)
     if shape == "ellipse":
@@ -110,9 +108,10 @@ def contains(shape: str, x: Tensor, y: Tensor) -> Tensor:
 
 
 def load_sprites(root: Path, split: str, image_size: int = 64) -> ImageSet:
-    """Load a split, see `split_indices`, of the sprites, with their factors (N, 5) as labels. `root` is not used."""
+    """Load a split of the sprites with their factors, (N, 5), as labels. `root` is not used."""
     rows = split_indices(split, NUM_IMAGES)
-    return ImageSet(Sprites(image_size, rows), factor_labels(rows))
+    sprites = Sprites(image_size)
+    return ImageSet(sprites if rows is None else LazySubset(sprites, rows), factor_labels(rows))
 
 
 def factor_labels(rows: Tensor | None = None) -> Tensor:

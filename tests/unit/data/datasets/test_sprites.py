@@ -102,7 +102,7 @@ def test_no_sprite_is_cut_and_each_has_its_area(pixels):
 
 
 def test_sprites_differ_except_for_full_turns():
-    """Orientations 0 and 39 are equal for all shapes and scales; the other equal pairs are small rotated squares."""
+    """Orientations 0 and 39 are equal; the other equal pairs are small rotated squares."""
     images = Sprites().index_select(0, torch.arange(720) * 1024).flatten(1).unflatten(0, (3, 6, 40))
     assert torch.equal(images[:, :, 0], images[:, :, 39])
     different = [len(torch.unique(images[shape].flatten(0, 1), dim=0)) for shape in range(3)]

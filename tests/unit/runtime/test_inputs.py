@@ -1,0 +1,77 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from betavae.errors import UserError
+from betavae.models.vae import VAE
+from betavae.runtime.checkpoint import TrainedRun
+from betavae.runtime.inputs import is_dataset_name, resolve_images
+from tests.conftest import DATA, MODEL, MODULE
+
+
+@pytest.fixture
+def make_run(data_root):
+    """Make an untrained run on MNIST, or with other data settings."""
+
+    def make(**changes):
+        return TrainedRun(VAE(**MODEL), Path("a.ckpt"), MODULE, DATA | {"root": data_root} | changes)
+
+    return make
+
+
+def test_a_split_has_the_images_and_labels_of_the_training(make_run):
+    run = make_run(validation_size=20)
+    images, expected = resolve_images(run, "validation"), run.subset("validation")
+    assert torch.equal(images.pixels, expected.pixels) and images.labels == expected.labels.tolist()
+    assert images.names == [f"{i:02}" for i in range(20)] and images.notes == []
+
+
+def test_a_data_set_is_its_test_images(make_run, data_root):
+    images = resolve_images(make_run(), "mnist", data_root)
+    assert images.pixels.shape == (10_000, 1, 28, 28) and images.labels[:3] == [7, 2, 1]
+    assert images.names[-1] == "9999"
+    with pytest.raises(
+        UserError, match=r"images=sprites is invalid: .*\(1, 64, 64\), and the model expects \(1, 28, 28"
+    ):
+        resolve_images(make_run(), "sprites")
+
+
+def test_a_file_named_as_a_data_set_is_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert is_dataset_name("mnist") and not is_dataset_name("arrays") and not is_dataset_name(["mnist"])
+    Path("mnist").touch()
+    assert not is_dataset_name("mnist")
+
+
+@pytest.mark.parametrize("binarize", ["none", "threshold", "dynamic"])
+def test_files_are_binarized_as_the_model_expects(make_run, tmp_path, binarize):
+    ramp = np.arange(28 * 28, dtype=np.uint8).reshape(28, 28)
+    Image.fromarray(ramp).save(tmp_path / "a.png")
+    images = resolve_images(make_run(binarize=binarize), [str(tmp_path / "a.png")])
+    expected = ramp if binarize == "none" else np.where(ramp > 127, 255, 0)
+    assert images.pixels.dtype == torch.uint8 and np.array_equal(images.pixels[0, 0].numpy(), expected)
+    assert images.notes == ([] if binarize == "none" else ["binarized: above 127 is 1"])
+
+
+def test_files_are_fitted_as_the_data_of_the_training(make_run, tmp_path):
+    Image.new("L", (28, 14), 0).save(tmp_path / "a.png")
+    padded = resolve_images(make_run(fit="pad", background="white"), str(tmp_path / "a.png"))
+    assert padded.pixels[0, 0, :, 0].tolist() == [255] * 7 + [0] * 14 + [255] * 7
+    assert not resolve_images(make_run(), str(tmp_path / "a.png")).pixels.any()
+
+
+def test_labels_of_a_folder_are_class_names(make_run, tmp_path):
+    for name in ("cat/1", "cat/2", "dog/3", "dog/4"):
+        (tmp_path / "x" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (28, 28)).save(tmp_path / "x" / f"{name}.png")
+    settings = {"name": "folder", "root": str(tmp_path / "x"), "image_size": 28, "channels": 1, "test_size": 2}
+    run = make_run(**settings, validation_size=0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        test = run.data_source().load_split("test")
+        run = run._replace(fingerprints={"test": run.data_source().fingerprint(test)})
+        images = resolve_images(run, "test")
+    assert images.names == test.names and images.labels == [name.split("/")[0] for name in test.names]

@@ -1,0 +1,47 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from betavae.errors import UserError
+from betavae.sweeps import report, results
+from tests.unit.sweeps.conftest import write_job, write_plan
+
+
+def test_measurements_of_scripts_are_metrics_of_a_job(tmp_path: Path) -> None:
+    measured = {"made_by": "betavae", "seed": 0, "best": "mixture", "fid": {"mean": 1.5, "se": 0.1}}
+    (tmp_path / "fidelity.json").write_text(json.dumps(measured | {"mixture": {"fid": {"mean": 1.5, "se": 0.1}}}))
+    (tmp_path / "evaluation.json").write_text(json.dumps({"neg_elbo": {"mean": 7.0}, "nll_10": {"mean": 6.5}}))
+    job = results.Job(tmp_path, "finished", {}, {"test": {"neg_elbo": 7.25}, "seconds": 3})
+    wanted = {"neg_elbo": 7.25, "nll_10": 6.5, "fid": 1.5, "mixture.fid": 1.5, "seconds": 3}
+    assert results.read_job_metrics(job) == wanted
+    group = results.SettingGroup({"beta": "1"}, [job])
+    assert group.mean_sd("fid")[0] == 1.5
+    assert report.list_table_metrics([group]) == ["neg_elbo", "fid", "nll_10", "seconds"]
+    assert "mixture.fid" in report.list_metrics([group])
+
+
+def test_groups_are_sorted_by_value_and_average_seeds(sweep: Path) -> None:
+    groups = results.group_jobs(sweep)
+    assert [group.values["beta"] for group in groups] == ["1", "2", "10"]
+    assert groups[0].mean_sd("neg_elbo") == pytest.approx((3.0, 7.0**0.5))
+
+
+@pytest.mark.parametrize("values", ["shuffle(range(1,1e12))", ",".join("ab" * 600)])
+def test_a_plan_of_too_many_jobs_is_rejected(tmp_path: Path, values: str) -> None:
+    write_plan(tmp_path, [f"beta={values}", f"name={values}"])
+    with pytest.raises(UserError, match=r"multirun\.yaml is too large"):
+        results.read_jobs(tmp_path)
+
+
+def test_planned_jobs_of_a_glob_are_not_listed(tmp_path: Path) -> None:
+    write_job(tmp_path, ["optimizer=adam"], "failed")
+    write_plan(tmp_path, ["optimizer=glob(ad*)"])
+    assert [job.status for job in results.read_jobs(tmp_path)] == ["failed"]
+
+
+def test_objectives_come_from_validation_or_the_record() -> None:
+    record = {"validation": {"neg_elbo": 100.5, "kl": 20.0}, "test": {"neg_elbo": 1.0}, "seconds": 3.0, "parameters": 7}
+    assert results.get_objectives(record, ["kl", "seconds"]) == [20.0, 3.0]
+    assert results.get_objectives(record, ["parameters"]) == [7.0]
+    assert results.get_objectives(record, ["kl", "recon"]) == []
