@@ -29,17 +29,13 @@ def is_among(figure: Path, images: str | list[str]) -> bool:
 @script_command(Settings)
 def main(settings: Settings) -> None:
     with gc_paused():
-        import torch
-        from tqdm import tqdm
-
         from betavae import plotting
         from betavae.applications.compression import report
-        from betavae.applications.compression.codec import compress, decompress
-        from betavae.applications.compression.file_format import read_file, write_file
+        from betavae.applications.compression.archive import compress_file
         from betavae.data.file_listing import index_names, png_filenames
         from betavae.runtime import checkpoint
         from betavae.runtime.inputs import resolve_images
-        from betavae.storage.files import atomic_path, check_writable
+        from betavae.storage.files import check_writable
 
     out = Path(settings.out)
     figure = out.with_suffix(".png")
@@ -55,36 +51,22 @@ def main(settings: Settings) -> None:
     names = None if images.names == index_names(n) else images.names
     if settings.report and names and is_among(figure, settings.images):
         raise UserError(f"out: the figure, {figure}, would be among the images; name a file elsewhere, or report=false")
-    with tqdm(total=n, desc="compressing", unit=" images", disable=None) as bar:
-        compressed = compress(run.vae, images.pixels, settings.lanes, names, bar.update)
-    # An existing file is replaced only after verification.
-    with atomic_path(out) as path:
-        write_file(path, compressed)
-        if settings.verify:
-            with tqdm(total=n, desc="verifying", unit=" images", disable=None) as bar:
-                decompressed = decompress(run.vae, read_file(path), bar.update)
-            if not torch.equal(decompressed, images.pixels):
-                raise UserError(f"{out} was not written, because decompression did not return the same images")
-    size, dimensions = out.stat().st_size, images.pixels.numel()
-    rows: dict[str, report.Bits] = {
-        "this file": (None, 8 * size / dimensions),
-        "without its initial bits": (None, (8 * size - compressed.initial_bits) / dimensions),
-        "neg. ELBO": (None, report.compute_neg_elbo_bits(run.vae, images.pixels)),
-    }
+    compressed = compress_file(run.vae, images.pixels, names, out, settings.lanes, settings.verify)
+    size = out.stat().st_size
+    rows = report.compute_model_bits(run.vae, images.pixels, size, compressed.initial_bits)
     for note in images.notes:
         print(note)
     if images.notes:
         print("the file has the images as changed by these steps, not the original files")
+    remark = ""
     if settings.report:
         rows |= report.compute_baseline_bits(images.pixels)
-        limit = report.MAX_SINGLE_IMAGES
-        remark = f"PNG and WebP, each alone: from the first {limit:,} images" if n > limit else ""
+        if n > report.MAX_SINGLE_IMAGES:
+            remark = f"PNG and WebP, each alone: from the first {report.MAX_SINGLE_IMAGES:,} images"
         plotting.save_figure(plotting.plot_bits(rows, remark), figure)
-        print(f"{report.format_table(rows)}\n{remark}".rstrip())
         print(f"figure saved to {figure}")
-    else:
-        print(report.format_table(rows))
-    bits = f"{size:,} bytes, {8 * size / dimensions:.4f} bits per dimension"
+    print(report.format_table(rows, remark))
+    bits = f"{size:,} bytes, {rows['this file'][1]:.4f} bits per dimension"
     verified = ", decompressed and compared" if settings.verify else ""
     print(f"{n:,} images compressed to {out}: {bits}{verified}")
     print(f"next  python scripts/decompress.py {argument('file', out)} out=FOLDER {argument('ckpt', run.path)}")

@@ -16,9 +16,8 @@ class Settings(ModelSettings):
 @script_command(Settings)
 def main(settings: Settings) -> None:
     with gc_paused():
-        from tqdm import tqdm
-
-        from betavae.applications.compression.codec import check_model, decompress
+        from betavae.applications.compression.archive import decompress_file
+        from betavae.applications.compression.codec import check_model
         from betavae.applications.compression.file_format import output_paths, read_file, write_images
         from betavae.runtime import checkpoint
 
@@ -27,8 +26,7 @@ def main(settings: Settings) -> None:
     compressed = read_file(file)
     check_model(run.vae, compressed)
     output_paths(compressed.names, compressed.count, out)
-    with tqdm(total=compressed.count, desc="decompressing", unit=" images", disable=None) as bar:
-        images = decompress(run.vae, compressed, bar.update)
+    images = decompress_file(run.vae, compressed)
     write_images(images, compressed.names, out)
     file_bytes = file.stat().st_size
     size = f"{file_bytes:,} bytes, {8 * file_bytes / images.numel():.4f} bits per dimension"

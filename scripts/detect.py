@@ -26,13 +26,11 @@ class Settings(DataSettings):
 @script_command(Settings)
 def main(settings: Settings) -> None:
     with gc_paused():
-        from betavae import plotting
         from betavae.applications.anomalies import report
         from betavae.applications.anomalies.detector import false_alarm_rate
         from betavae.runtime import checkpoint
         from betavae.runtime.inputs import is_dataset_name, resolve_images
         from betavae.runtime.run_folder import REPORT, check_claim, claim_folder
-        from betavae.storage.files import has_stamp
 
     out = Path(settings.out).expanduser()
     check_claim(out, REPORT, "out")
@@ -47,14 +45,7 @@ def main(settings: Settings) -> None:
     rate = false_alarm_rate(settings.alpha, calibration)
     claim_folder(out, REPORT, "out")
     result = report.score_images(detector, images.pixels, settings.score, settings.alpha)
-    report.write_table(result, images.names, images.labels, images.skipped, out / "scores.csv")
-    plotting.save_figure(report.draw_histogram(detector, result), out / "histogram.png")
-    plotting.save_figure(report.draw_extremes(images.pixels, result), out / "extremes.png")
-    plotting.save_image(report.draw_flagged_images(detector, images.pixels, result), out / "where.png")
-    if is_inlier is not None:
-        plotting.save_figure(report.draw_roc(result, is_inlier), out / "roc.png")
-    elif has_stamp(out / "roc.png"):  # It shows other images.
-        (out / "roc.png").unlink()
+    report.save_report(detector, result, images, is_inlier, out)
     for note in images.notes:
         print(note)
     print(f"flagged {int(result.flagged.sum()):,} of {len(images.names):,} images at alpha={settings.alpha}")

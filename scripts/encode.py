@@ -26,8 +26,8 @@ def main(settings: Settings) -> None:
     save_latents(encode_images(run.vae, images.pixels, settings.seed), images.names, images.labels, settings.out)
     for note in images.notes:
         print(note)
-    print(f"{len(images.names):,} images encoded by {run.path} to {run.vae.latent_dim} latent dimensions")
-    print(f"saved to {settings.out}")
+    count, dimensions = len(images.names), run.vae.latent_dim
+    print(f"{count:,} images encoded by {run.path} to {dimensions} latent dimensions, saved to {settings.out}")
 
 
 if __name__ == "__main__":

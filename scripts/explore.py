@@ -2,24 +2,16 @@
 
 import contextlib
 import os
-import re
 import sys
 import webbrowser
-from collections.abc import Callable
 from importlib.util import find_spec
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
 from betavae.errors import UserError
 from betavae.runtime.cli import RunsSettings, gc_paused, script_command
 from betavae.runtime.settings import NonEmptyStr, PathStr
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from betavae.runtime.checkpoint import TrainedRun
 
 Name = Annotated[str, Field(min_length=1)]
 Names = Annotated[list[Name], Field(min_length=1)]
@@ -43,14 +35,14 @@ def main(settings: Settings) -> None:
         import torch
 
         from betavae.applications.explorer import server
-        from betavae.applications.explorer.queries import load_models
+        from betavae.applications.explorer.queries import list_runs, load_models
         from betavae.runtime import checkpoint
 
     # More threads do not speed up one image; beside a training run they would wait for each other.
     torch.set_num_threads(1)
     listener = server.open_socket(settings.host, settings.port)
     names = settings.ckpt if isinstance(settings.ckpt, list) else [settings.ckpt]
-    runs = [checkpoint.load(path, settings.runs) for name in names for path in list_checkpoints(name)]
+    runs = [checkpoint.load(path, settings.runs) for name in names for path in list_runs(name)]
     explorer = load_models(runs, settings.data_root, load_p_values(runs))
     url, warning = server.get_page_url(listener)
     print("\n".join(str(run.path) for run in runs))
@@ -66,7 +58,7 @@ def main(settings: Settings) -> None:
     print("the server has stopped")
 
 
-def load_p_values(runs: "list[TrainedRun]") -> "list[Callable[[Tensor], Tensor] | None]":
+def load_p_values(runs: list[Any]) -> list[Any]:
     """Return the p-values of each run's anomaly detector, if scripts/detect.py has fitted one."""
     try:
         from betavae.applications.anomalies.report import load_cached_detector
@@ -74,20 +66,6 @@ def load_p_values(runs: "list[TrainedRun]") -> "list[Callable[[Tensor], Tensor] 
         return [None] * len(runs)
     detectors = [load_cached_detector(run) for run in runs]
     return [detector and detector.compute_p_values for detector in detectors]
-
-
-def list_checkpoints(name: str | None) -> list[str | None]:
-    """List the run folders of a sweep, numbers in their names by value; or the one run."""
-    folder = Path(name).expanduser() if name else None
-    if folder is None or not folder.is_dir() or (folder / "checkpoints").is_dir():
-        return [name]
-
-    def sort_key(path: str) -> list[str | float]:
-        parts = re.split(r"(\d+(?:\.\d+)?)", path)
-        return [float(part) if i % 2 else part for i, part in enumerate(parts)]
-
-    runs = {str(path.parents[1]) for path in folder.glob("*/checkpoints/*.ckpt")}
-    return [*sorted(runs, key=sort_key)] or [name]
 
 
 if __name__ == "__main__":

@@ -179,7 +179,7 @@ def test_help_lists_settings_and_examples(tmp_path):
         assert words in text
     assert "hidden_dims:" in run("--cfg", "job", cwd=tmp_path)
     text = run("--help", cwd=tmp_path, script="scripts/sample.py")
-    for words in ("New images from a trained VAE", "temperature=1.0", "times the prior's", "ckpt=null"):
+    for words in ("Sample images from a trained VAE", "temperature=1.0", "label=null", "ckpt=null"):
         assert words in text
 
 

@@ -38,7 +38,7 @@ def test_every_script_takes_labels_that_are_no_indices(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = checkpoint.load("run")
     images = model.subset("train")
-    classifier = features.train(images, epochs=30)
+    classifier = features.train_classifier(images, epochs=30)
     found = classifier.classify(classifier.features(images.pixels.float() / 255))
     assert (found == images.labels).float().mean() > 0.9
     state = queries.build_page_state(queries.load_models([model]))

@@ -27,8 +27,8 @@ def split_params(params: Tensor, components: int) -> tuple[Tensor, ...]:
 def pixel_log_prob(x: Tensor, params: Tensor, components: int, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
     """Compute the log-probability of each pixel `(..., C, H, W)` and, if wanted, its gradient in the shape of `params`.
 
-    Let w = 1 / (255 s) be the width of a bin, and d = |x - m| / s - w / 2 the distance of the mean from the bin's nearer
-    edge, both in units of the scale. The difference of the two sigmoids is a product without cancellation,
+    Let w = 1 / (255 s) be the width of a bin, and d = |x - m| / s - w / 2 the distance of the mean from the bin's
+    nearer edge, both in units of the scale. The difference of the two sigmoids is a product without cancellation,
 
         P = sigmoid(-d) sigmoid(d + w) (1 - e^-w).
 
@@ -117,7 +117,7 @@ class LogisticMixture(nn.Module):
         return pixel_log_prob(x, params, self.components, False)[0].exp().movedim(0, -1)
 
     def mean(self, params: Tensor) -> Tensor:
-        """Return the mean `(..., C, H, W)` in [0, 1] of the mixture before rounding, within half a byte of the mean byte."""
+        """Return the mean `(..., C, H, W)` in [0, 1] before rounding, within half a byte of the mean byte."""
         logits, means, log_scales = split_params(to_float64(params), self.components)
         scale = log_scales.exp()
         # The mean is 1 minus the integral of F over [0, 1].

@@ -1,4 +1,4 @@
-"""The variational autoencoder (Kingma & Welling 2014) in pure PyTorch; copy this package into a notebook if you like."""
+"""The variational autoencoder (Kingma & Welling 2014) in pure PyTorch; copy this package into a notebook."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -114,7 +114,7 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def sample(self, n: int, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
-        """Return means of p(x|z), `(n, C, H, W)`, for z from the prior with its standard deviation times `temperature`."""
+        """Return means of p(x|z), `(n, C, H, W)`, for z from the prior scaled by `temperature`."""
         device = next(self.parameters()).device
         # Drawn on the CPU, so that one seed gives the same images on every device.
         z = temperature * torch.randn(n, self.latent_dim, generator=generator)

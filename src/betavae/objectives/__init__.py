@@ -5,8 +5,8 @@
     loss     = recon + beta * kl      (the training objective; Higgins et al. 2017)
     neg_elbo = recon + kl             (compared across values of beta)
 
-`elbo.py` has the ELBO, `importance_weighted.py` the bounds of several samples, `disentangling.py` the objectives made to
-disentangle, `schedules.py` the schedules of beta.
+`elbo.py` has the ELBO, `importance_weighted.py` the bounds with several samples, `disentangling.py` the objectives made
+to disentangle, `schedules.py` the schedules of beta.
 
 To add an objective, write a function with `elbo`'s first four arguments and name it in `OBJECTIVES`. Further arguments
 are its settings, from `configs/objective/`. Further terms go into `LossTerms.extra_terms` and appear by name in every

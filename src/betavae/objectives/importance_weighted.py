@@ -43,8 +43,8 @@ def iwae(vae: VAE, x: Tensor, noise: Tensor, beta: Tensor | float) -> LossTerms:
 def dreg(vae: VAE, x: Tensor, noise: Tensor, beta: Tensor | float, resample: int | None = None) -> LossTerms:
     """Compute `iwae` with the doubly reparameterized gradient of the encoder (Tucker et al. 2019).
 
-    Value and expected gradient are those of `iwae`. The noisy score of q is left out; in expectation this multiplies the
-    gradient through z_i by 1 - beta + beta w_i / sum_j w_j, which is the normalized weight at beta = 1.
+    Value and expected gradient are those of `iwae`. The noisy score of q is left out; in expectation this multiplies
+    the gradient through z_i by 1 - beta + beta w_i / sum_j w_j, which is the normalized weight at beta = 1.
 
     With `resample`, only that many of the k samples, drawn by their weights, go through the backward pass (Burda et al.
     2016, section 3). The expected gradient is the same, slightly noisier; at large k it takes half the time.

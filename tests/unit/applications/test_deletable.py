@@ -14,6 +14,7 @@ from tests.commands import REPO, run
 APPLICATIONS = {
     "sampling": ["sample", "fidelity"],
     "latents": ["encode", "decode"],
+    "interpolation": ["interpolate"],
     "compression": ["compress", "decompress"],
     "anomalies": ["detect", "benchmarks/anomalies"],
     "explorer": ["explore"],

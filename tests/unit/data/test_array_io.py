@@ -1,4 +1,5 @@
 import re
+import zipfile
 
 import numpy as np
 import pytest
@@ -94,6 +95,14 @@ def test_truncated_files_are_rejected(tmp_path, length, suffix):
     path.write_bytes(path.read_bytes()[:length])
     with pytest.raises(UserError, match=f"{path} is not a complete NumPy file"):
         ArrayFile(path)
+
+
+def test_compression_without_a_limit_is_rejected(tmp_path):
+    np.save(tmp_path / "images.npy", GRAY)
+    with zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_LZMA) as archive:
+        archive.write(tmp_path / "images.npy", "images.npy")
+    with pytest.raises(UserError, match=r"images.npy is compressed by a method that NumPy does not write"):
+        ArrayFile(tmp_path / "a.npz")
 
 
 def test_missing_files_and_arrays_are_named(tmp_path):

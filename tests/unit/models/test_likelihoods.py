@@ -61,7 +61,7 @@ def test_surrogates_are_noted_in_record_table_and_log(tmp_path):
     assert [job_lines.count(f"note  {note}") for note in notes] == [1, 2]
     assert [table.count(f"note  {note}") for note in notes] == [1, 1]
     report = run("sweep=sweep", cwd=tmp_path, script="scripts/sweep_report.py")
-    assert all(report.count(f"Note: {note}.") == 1 for note in notes) and "on different scales" in report
+    assert all(report.count(f"Note: {note}.") == 1 for note in notes) and "have different scales" in report
 
 
 def test_bernoulli_gradient_is_exact_and_twice_differentiable():

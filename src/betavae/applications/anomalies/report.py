@@ -16,10 +16,11 @@ from betavae.applications.anomalies.detector import (
     compute_p_values,
 )
 from betavae.applications.trained_run import TrainedRun
+from betavae.data.image_io import LoadedImages
 from betavae.errors import UserError
-from betavae.plotting import create_figure, draw_image, make_grid, stack_reconstructions
+from betavae.plotting import create_figure, draw_image, make_grid, save_figure, save_image, stack_reconstructions
 from betavae.storage.cache import hash_file, load_or_compute
-from betavae.storage.files import STAMP, atomic_path
+from betavae.storage.files import STAMP, atomic_path, has_stamp
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -99,6 +100,20 @@ def match_inliers(labels: Sequence[object] | None, inliers: Sequence[int | str])
             f"inliers={inliers} is invalid: expected labels of some of the images, not of all (labels found: {named})"
         )
     return is_inlier
+
+
+def save_report(
+    detector: Detector, result: ScoredImages, images: LoadedImages, is_inlier: Sequence[bool] | None, out: Path
+) -> None:
+    """Save the table and the figures to a folder; with `is_inlier` also the ROC curve."""
+    write_table(result, images.names, images.labels, images.skipped, out / "scores.csv")
+    save_figure(draw_histogram(detector, result), out / "histogram.png")
+    save_figure(draw_extremes(images.pixels, result), out / "extremes.png")
+    save_image(draw_flagged_images(detector, images.pixels, result), out / "where.png")
+    if is_inlier is not None:
+        save_figure(draw_roc(result, is_inlier), out / "roc.png")
+    elif has_stamp(out / "roc.png"):  # It shows other images.
+        (out / "roc.png").unlink()
 
 
 def write_table(

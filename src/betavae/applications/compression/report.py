@@ -28,6 +28,16 @@ PICTURE_FORMATS: dict[str, dict[str, Any]] = {
 Bits = tuple[float | None, float]  # per dimension: each image in a file of its own (None: not measured), all in one
 
 
+def compute_model_bits(vae: VAE, images: Tensor, file_bytes: int, initial_bits: int) -> dict[str, Bits]:
+    """Compute the size of a file of compressed images, without its initial bits, and the model's negative ELBO."""
+    dimensions = images.numel()
+    return {
+        "this file": (None, 8 * file_bytes / dimensions),
+        "without its initial bits": (None, (8 * file_bytes - initial_bits) / dimensions),
+        "neg. ELBO": (None, compute_neg_elbo_bits(vae, images)),
+    }
+
+
 def compute_baseline_bits(images: Tensor) -> dict[str, Bits]:
     """Compress uint8 images `(N, C, H, W)` with other codecs.
 
@@ -85,9 +95,9 @@ def compute_neg_elbo_bits(vae: VAE, images: Tensor, draws: int = 4) -> float:
     return total / math.log(2) / images.numel()
 
 
-def format_table(rows: dict[str, Bits]) -> str:
-    """Format sizes as a table."""
+def format_table(rows: dict[str, Bits], remark: str = "") -> str:
+    """Format sizes as a table, followed by the remark if there is one."""
     lines = [f"{'bits per dimension':28}{'each alone':>12}{'all in one':>12}"]
     for name, (single, together) in rows.items():
         lines.append(f"{name:28}{'' if single is None else format(single, '.4f'):>12}{together:12.4f}")
-    return "\n".join(lines)
+    return "\n".join([*lines, remark] if remark else lines)

@@ -4,8 +4,10 @@ Latent vectors are in the model's own order of dimensions; `build_page_state` ha
 """
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -76,6 +78,20 @@ class Score(NamedTuple):
     value: float
     unit: str
     meaning: str
+
+
+def list_runs(name: str | None) -> list[str | None]:
+    """List the run folders of a sweep folder, numbers in their names by value; of any other name, return it alone."""
+    folder = Path(name).expanduser() if name else None
+    if folder is None or not folder.is_dir() or (folder / "checkpoints").is_dir():
+        return [name]
+
+    def sort_key(path: str) -> list[str | float]:
+        parts = re.split(r"(\d+(?:\.\d+)?)", path)
+        return [float(part) if i % 2 else part for i, part in enumerate(parts)]
+
+    runs = {str(path.parents[1]) for path in folder.glob("*/checkpoints/*.ckpt")}
+    return [*sorted(runs, key=sort_key)] or [name]
 
 
 def load_models(
