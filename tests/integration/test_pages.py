@@ -10,6 +10,7 @@ from PIL import Image
 from tests.commands import run
 from tests.integration.test_readme import PAGES, commands, small
 
+pytestmark = pytest.mark.slow
 SMALL_MODEL = ["model.hidden_dims=[32]", "model.latent_dim=4"]
 
 

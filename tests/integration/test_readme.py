@@ -54,6 +54,10 @@ def small(command: str) -> tuple[str, list[str]]:
     return script, words + SMALL.get(script, [])
 
 
+# One of those that differ only in settings that `small` overrides.
+UNIQUE_COMMANDS = list({(small(command)[0], *sorted(set(small(command)[1]))): command for command in COMMANDS}.values())
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, data_root):
     """A working folder with one finished run."""
@@ -69,7 +73,9 @@ def test_readme_has_the_first_commands():
     assert len(COMMANDS) > 20
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "command", [pytest.param(c, marks=[pytest.mark.slow] * ("benchmarks/training" in c)) for c in UNIQUE_COMMANDS]
+)
 def test_command_runs(folder, command):
     for name in ("wandb", "mlflow"):
         if f"logger={name}" in command:
