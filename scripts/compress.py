@@ -38,8 +38,8 @@ def main(settings: Settings) -> None:
         from betavae.storage.files import check_writable
 
     out = Path(settings.out)
-    figure = out.with_suffix(".png")
     check_writable(out)
+    figure = out.with_suffix(".png")
     if settings.report:
         if out == figure:
             raise UserError(f"out={out} is invalid: expected FILE.bvae, since the figure of the report is {figure}")
