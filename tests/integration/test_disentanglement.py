@@ -64,6 +64,7 @@ def test_data_without_factors_are_rejected(tmp_path, data_root):
     assert not (tmp_path / "mnist" / "disentanglement.json").exists()
 
 
+@pytest.mark.slow
 def test_commands_of_the_disentanglement_page_work(tmp_path):
     """Run them in order with smaller models and images, and with a stub for the scores of 10,000 images."""
 
