@@ -44,6 +44,11 @@ def test_hydra_and_scripts_parse_a_formatted_argument_back(value):
     [
         ("7", 7),
         ("-1e-3", -0.001),
+        ("1_000", 1000),
+        ("-inf", float("-inf")),
+        ("007", "007"),
+        ("infinity", "infinity"),
+        (" 7 ", 7),
         ("True", True),
         ("null", None),
         ("", ""),
@@ -53,6 +58,7 @@ def test_hydra_and_scripts_parse_a_formatted_argument_back(value):
         ("[3,8]", [3, 8]),
         ("[runs/a, 'b, c', \"7\", null]", ["runs/a", "b, c", "7", None]),
         ("[]", []),
+        ("[ ]", []),
         ("[3", "[3"),
     ],
 )
