@@ -57,6 +57,7 @@ def outputs(folder):
     return run_page("images.md", folder, *overrides)
 
 
+@pytest.mark.slow
 def test_images_page_from_a_folder_to_decoded_images(folder, outputs):
     train, benchmark, reconstruct, interpolate, encode, decode = (
         next(output for command, output in outputs.items() if name in command)
@@ -166,6 +167,7 @@ def compression(folder, outputs):
     return found, model
 
 
+@pytest.mark.slow
 def test_compression_page_returns_the_same_images(folder, compression):
     from betavae.data.image_io import read_images
 

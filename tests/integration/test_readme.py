@@ -69,6 +69,7 @@ def test_readme_has_the_first_commands():
     assert len(COMMANDS) > 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command_runs(folder, command):
     for name in ("wandb", "mlflow"):
