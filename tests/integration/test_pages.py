@@ -10,6 +10,8 @@ from PIL import Image
 from tests.commands import run
 from tests.integration.test_readme import PAGES, commands, small
 
+pytestmark = pytest.mark.slow
+
 SMALL_MODEL = ["model.hidden_dims=[32]", "model.latent_dim=4"]
 
 
@@ -57,7 +59,6 @@ def outputs(folder):
     return run_page("images.md", folder, *overrides)
 
 
-@pytest.mark.slow
 def test_images_page_from_a_folder_to_decoded_images(folder, outputs):
     train, benchmark, reconstruct, interpolate, encode, decode = (
         next(output for command, output in outputs.items() if name in command)
@@ -167,7 +168,6 @@ def compression(folder, outputs):
     return found, model
 
 
-@pytest.mark.slow
 def test_compression_page_returns_the_same_images(folder, compression):
     from betavae.data.image_io import read_images
 
