@@ -32,7 +32,7 @@ class VAEModule(L.LightningModule):
         lr_schedule: The arguments of `lr_factor`.
     """
 
-    steps_per_batch, accumulate = 1, 1  # set by `several_steps`
+    steps_per_batch, accumulate = 1, 1  # set by `set_steps_per_batch`
     cuda_graph: Callable[[Tensor], None] | None = None  # takes the steps instead of `take_steps`
 
     def __init__(
@@ -59,7 +59,7 @@ class VAEModule(L.LightningModule):
     # ---------------------------------------------------------------- training
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Return the loss; with `several_steps` the mean loss of the steps that it has taken."""
+        """Return the loss; with `set_steps_per_batch` the mean loss of the steps that it has taken."""
         x, _ = batch
         if self.automatic_optimization:
             return self.training_loss(x)
@@ -81,7 +81,7 @@ class VAEModule(L.LightningModule):
         terms = self.objective(self.vae, x, noise, beta)
         return terms.loss, terms.batch_sums()
 
-    def several_steps(
+    def set_steps_per_batch(
         self,
         steps_per_batch: int,
         batch_size: int,

@@ -290,6 +290,7 @@ def test_a_damaged_config_is_rejected(workdir, tmp_path, damage):
     assert "config.yaml" in reject(workdir, "train.py", f"resume={copy}")
 
 
+@pytest.mark.slow
 def test_a_damaged_config_is_rejected_without_asserts(workdir, tmp_path):
     """`python -O` removes assert statements."""
     copy = tmp_path / "run"

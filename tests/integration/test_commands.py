@@ -119,6 +119,7 @@ def test_sample_writes_images_and_a_tensor(workdir, smoke, tmp_path):
     assert len(list((tmp_path / "s").iterdir())) == 5
 
 
+@pytest.mark.slow
 def test_a_run_made_longer_equals_one_long_run(tmp_path, data_root):
     """Two epochs and two more give the weights and test metrics of four epochs."""
     settings = [*TINY, "seed=7", f"data.root={data_root}"]
@@ -133,6 +134,7 @@ def test_a_run_made_longer_equals_one_long_run(tmp_path, data_root):
     assert one == other
 
 
+@pytest.mark.slow
 def test_an_epoch_that_is_cut_short_reports_its_own_steps(tmp_path, data_root):
     """An epoch may end by max_steps or by early stopping."""
     tiny = [*TINY, f"data.root={data_root}", "callbacks.figures_every_n_epochs=0"]

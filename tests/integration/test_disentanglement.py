@@ -56,6 +56,7 @@ def test_a_report_measures_only_jobs_without_scores(tmp_path, monkeypatch):
     assert len(measured) == 1
 
 
+@pytest.mark.slow
 def test_data_without_factors_are_rejected(tmp_path, data_root):
     train = ["trainer=smoke", "trainer.limit_train_batches=2", f"data.root={data_root}", "model=mlp_small"]
     run(*train, "hydra.run.dir=mnist", cwd=tmp_path)
@@ -64,6 +65,7 @@ def test_data_without_factors_are_rejected(tmp_path, data_root):
     assert not (tmp_path / "mnist" / "disentanglement.json").exists()
 
 
+@pytest.mark.slow
 def test_commands_of_the_disentanglement_page_work(tmp_path):
     """Run them in order with smaller models and images, and with a stub for the scores of 10,000 images."""
 

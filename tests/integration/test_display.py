@@ -25,6 +25,7 @@ def images(folder: Path, *shape: int) -> None:
     np.save(folder / "images.npy", np.random.default_rng(0).integers(0, 256, (60, *shape), dtype=np.uint8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "settings", "tile"),
     [
@@ -101,6 +102,7 @@ def test_a_failed_figure_is_one_warning(tmp_path, broken, said):
     assert found["status"] == "finished" and found["test"]["neg_elbo"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_metrics_are_saved_before_figures(tmp_path, number):
     """A run that is stopped while the last figures are drawn is drawn by a resume, and a job by its sweep."""

@@ -52,6 +52,7 @@ def test_runs_of_two_seeds_are_evaluated_and_averaged(tmp_path, data_root):
     assert "no evaluated run" in run("runs=nothing", cwd=tmp_path, script="scripts/results.py", code=1)
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_resumes_with_the_same_results(tmp_path, data_root):
     run(*TINY, "trainer.max_epochs=1", f"data.root={data_root}", "hydra.run.dir=run", cwd=tmp_path)
     words = ["ckpt=run", "max_images=640", "probes=false", "k=300"]

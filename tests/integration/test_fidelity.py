@@ -26,6 +26,7 @@ def write_untrained_checkpoint(path, model, data, fingerprints=None):
     checkpoint.save_checkpoint(content, path)
 
 
+@pytest.mark.slow
 def test_samplers_of_a_lone_checkpoint_are_scored(tmp_path, data_root):
     model = MODEL | {"hidden_dims": [16], "latent_dim": 3}
     write_untrained_checkpoint(tmp_path / "lone.ckpt", model, DATA | {"root": data_root})

@@ -14,6 +14,7 @@ from tests.commands import REPO, TINY, Child, read_record, run, started
 from tests.conftest import DATA, MODULE
 
 
+@pytest.mark.slow
 def test_a_sweep_rejects_changed_defaults(tmp_path, data_root, new_clone):
     clone = new_clone()
     other = tmp_path / "other"
@@ -42,7 +43,7 @@ def test_a_sweep_rejects_changed_defaults(tmp_path, data_root, new_clone):
         ),
         ("callbacks.monitor=loss data.validation_size=0", "callbacks.monitor=loss is invalid: this run never"),
         ("trainer.gradient_clip_val=0", "trainer.gradient_clip_val=0 is invalid: expected"),
-        ("model.hidden_dims=[2000000,2000000]", "does not fit into memory"),
+        pytest.param("model.hidden_dims=[2000000,2000000]", "does not fit into memory", marks=pytest.mark.slow),
         ("trainer.precision=16-mixed trainer.accelerator=cpu", "needs a GPU"),
         ("hydra.run.dir=new/run data.validation_size=100000", "data.validation_size=100000"),
         ("hydra.run.dir='new/a run' beta=-1", "beta=-1"),

@@ -81,6 +81,7 @@ def table(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {name: [(int(row["step"]), single(row[name])) for row in rows if row[name]] for name in names}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["whole", "resumed"])
 def test_csv_rows_equal_the_points_of_tensorboard(runs, name):
     expected = curves(runs.folder / name)

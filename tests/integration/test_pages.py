@@ -11,6 +11,7 @@ from tests.commands import run
 from tests.integration.test_readme import PAGES, commands, small
 
 pytestmark = pytest.mark.slow
+
 SMALL_MODEL = ["model.hidden_dims=[32]", "model.latent_dim=4"]
 
 

@@ -73,9 +73,8 @@ def test_readme_has_the_first_commands():
     assert len(COMMANDS) > 20
 
 
-@pytest.mark.parametrize(
-    "command", [pytest.param(c, marks=[pytest.mark.slow] * ("benchmarks/training" in c)) for c in UNIQUE_COMMANDS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("command", UNIQUE_COMMANDS)
 def test_command_runs(folder, command):
     for name in ("wandb", "mlflow"):
         if f"logger={name}" in command:

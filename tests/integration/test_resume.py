@@ -124,6 +124,7 @@ def test_a_run_killed_at_random_moments_resumes_exactly(
     assert len(met) >= 3, met  # the kills were spread over the run
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_saving_resumes_exactly(
     tmp_path: Path, root: str, rich: tuple[dict[str, Any], float]
 ) -> None:
@@ -217,6 +218,7 @@ def test_a_signaled_run_saves_and_resumes_exactly(tmp_path: Path, root: str, arg
     assert_same(tmp_path / "run", expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_signaled_during_its_test_is_tested_again(tmp_path: Path, root: str, number: int) -> None:
     def prepare() -> None:
@@ -232,6 +234,7 @@ def test_a_run_signaled_during_its_test_is_tested_again(tmp_path: Path, root: st
     assert_same(tmp_path / "run", expected)
 
 
+@pytest.mark.slow
 def test_a_compiled_run_resumes_uncompiled(tmp_path, data_root):
     """Fused Adam pairs weights and moments by their layout in memory, which `compile_loss` changes."""
     args = [
@@ -263,6 +266,7 @@ def test_a_compiled_run_resumes_uncompiled(tmp_path, data_root):
         torch.testing.assert_close(weights("other")[name], value, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_every_kind_of_setting_resumes(tmp_path, root):
     """Settings may be added, deleted or custom, and a text may look like an interpolation."""
 

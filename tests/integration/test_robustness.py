@@ -133,6 +133,7 @@ def test_a_read_only_installation_runs_from_any_folder(tmp_path, data_root):
     assert [read_record(folder)["status"] for folder in (tmp_path / "runs").iterdir()] == ["finished"]
 
 
+@pytest.mark.slow
 def test_two_runs_in_the_same_second_get_two_folders(tmp_path):
     """Both also unpack the data into the same folder."""
     folders = [tmp_path / "a", tmp_path / "b"]
@@ -149,6 +150,7 @@ def test_two_runs_in_the_same_second_get_two_folders(tmp_path):
     assert len(list((tmp_path / "data" / "MNIST" / "raw").iterdir())) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_stopped_run_prints_how_to_resume(tmp_path, data_root, number):
     settings = [*TINY, "trainer.max_epochs=300", "callbacks.figures_every_n_epochs=0", f"data.root={data_root}"]
@@ -178,6 +180,7 @@ def test_a_stopped_run_prints_how_to_resume(tmp_path, data_root, number):
     assert run("resume=run", cwd=tmp_path).startswith("run is finished") and read_record(tmp_path / "run") == found
 
 
+@pytest.mark.slow
 def test_a_moved_run_folder_resumes(tmp_path, data_root):
     settings = [*TINY, f"data.root={data_root}", "hydra.run.dir=old", "optimizer.lr=0.01"]
     run(*settings, "trainer.max_epochs=2", cwd=tmp_path)

@@ -71,6 +71,7 @@ def killed_and_resumed(tmp_path_factory: pytest.TempPathFactory, data: str) -> K
     return cwd, text, before
 
 
+@pytest.mark.slow
 def test_the_same_command_keeps_resumes_and_retries_jobs(killed_and_resumed: KilledSweep) -> None:
     cwd, text, before = killed_and_resumed
     sweep = cwd / "sweep"
@@ -162,6 +163,7 @@ def test_the_documented_sweep_and_report_work(tmp_path: Path, data: str) -> None
     assert "| 0.25 | 2 | 1/1 |" in text and (tmp_path / "sweep_report" / "neg_elbo.png").exists()
 
 
+@pytest.mark.slow
 def test_similar_values_get_separate_jobs(tmp_path: Path, data: str) -> None:
     names = ["'日本'", "'中国'", "d/x", "d_x"]
     text = run("-m", *SMALL, data, "trainer.max_epochs=1", f"name={','.join(names)}", "hydra.sweep.dir=s", cwd=tmp_path)

@@ -188,7 +188,7 @@ def test_several_steps_per_batch_equal_single_steps(data_root):
         data = ImageDataModule(**DATA | {"root": data_root, "validation_size": 59_000})
         module, epochs, outputs = VAEModule(**MODULE | settings), Epochs(), Outputs()
         if steps > 1:
-            module.several_steps(steps, data.batch_size, 1, None, "norm")
+            module.set_steps_per_batch(steps, data.batch_size, 1, None, "norm")
             data.batch_size *= steps
         callbacks = [epochs, outputs]
         trainer = L.Trainer(
@@ -217,7 +217,7 @@ def test_several_steps_accumulate_and_clip_like_lightning(data_root, clip, algor
         module = VAEModule(**MODULE)
         wanted = {"gradient_clip_val": clip, "gradient_clip_algorithm": algorithm, "accumulate_grad_batches": 2}
         if steps > 1:
-            module.several_steps(steps, data.batch_size, 2, clip, algorithm)
+            module.set_steps_per_batch(steps, data.batch_size, 2, clip, algorithm)
             data.batch_size *= steps * 2
             wanted = {}
         trainer = L.Trainer(max_epochs=2, limit_val_batches=0, accelerator="cpu", **wanted, **QUIET)

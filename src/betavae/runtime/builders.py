@@ -118,7 +118,7 @@ def build_trainer(
             raise UserError(
                 "trainer.gradient_clip_val with 16-mixed needs trainer.steps_per_batch=1 (trainer=fast makes it 10)"
             )
-        module.several_steps(per_call, datamodule.batch_size, accumulate, clip, algorithm)
+        module.set_steps_per_batch(per_call, datamodule.batch_size, accumulate, clip, algorithm)
         datamodule.batch_size *= per_call * accumulate
         module.cuda_graph = CUDAGraphSteps(module) if in_graph else None
     if mode:

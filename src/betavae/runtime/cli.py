@@ -85,13 +85,17 @@ def parse_arguments(words: list[str]) -> dict[str, Any]:
 
 def parse_value(text: str) -> Any:
     """Parse a value as Hydra does: true, false, null, a number, a [list, of, values], a "text", or any other text."""
+    text = text.strip()
     if (lower := text.lower()) in ("true", "false", "null"):
         return {"true": True, "false": False, "null": None}[lower]
-    for number in (int, float):
-        with contextlib.suppress(ValueError):
-            return number(text)
+    # Python would also take 007, infinity and digits of other scripts for numbers; in Hydra they are texts.
+    looks_numeric = re.fullmatch(r"[+-]?(inf|nan|[0-9._]+(e[+-]?[0-9_]+)?)", text, re.IGNORECASE)
+    if looks_numeric and not re.fullmatch(r"[+-]?0[0-9_]+", text):
+        for number in (int, float):
+            with contextlib.suppress(ValueError):
+                return number(text)
     if re.fullmatch(r"\[.*\]", text, re.DOTALL):
-        items = re.findall(r"""(?:"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|[^,])+""", text[1:-1], re.DOTALL)
+        items = re.findall(r"""(?:"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|[^,])+""", text[1:-1].strip(), re.DOTALL)
         return [parse_value(item.strip()) for item in items]
     if match := re.fullmatch(r"""(["'])(.*)\1""", text, re.DOTALL):
         # Half of the backslashes before a quote, the end or an interpolation are escapes.

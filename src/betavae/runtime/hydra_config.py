@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import logging
 import os
 import re
 import sys
@@ -122,6 +123,7 @@ def hydra_command() -> Iterator[None]:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them
     # The Slurm preset is complete, and has the name of the plugin's own preset on purpose.
     warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/submitit_slurm' is validated")
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it reports the font cache that it makes
     run_dir.note_named_folders(sys.argv[1:])
     with report_errors(lambda error: describe_config_error(error, not JobOutcome.composed, all_keys())):
         yield

@@ -202,7 +202,7 @@ class TrainConfig(Settings):
     beta: NonNegativeFloat
     seed: Seed
     init: Literal["default", "data"]
-    name: str | int | float
+    name: str | int | Annotated[float, Field(allow_inf_nan=True)]
     runs: NonEmptyStr
     resume: NonEmptyStr | None
     debug: bool

@@ -48,6 +48,7 @@ def exported(tmp_path_factory):
     return vae, folder, export.export_graphs(vae, MODELS["conv"], "onnx", folder)
 
 
+@pytest.mark.slow
 def test_onnxruntime_computes_the_models_numbers(exported):
     import onnxruntime
 

@@ -46,6 +46,7 @@ def test_is_discrete_for_binary_and_byte_likelihoods():
     assert found == {"none": {"logistic_mixture"}, "dynamic": {"bernoulli"}}
 
 
+@pytest.mark.slow
 def test_surrogates_are_noted_in_record_table_and_log(tmp_path):
     np.save(tmp_path / "x.npy", np.random.default_rng(0).integers(0, 256, (60, 6, 6), dtype=np.uint8))
     names = ["bernoulli", "continuous_bernoulli", "gaussian", "logistic_mixture"]

@@ -27,6 +27,7 @@ def test_encoder_and_decoder_shapes(network, shape):
         assert decode(torch.randn(4, 5, 3)).shape == (4, 5, *shape)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", ["conv", "resnet"])
 @settings(max_examples=40, deadline=None)
 @given(

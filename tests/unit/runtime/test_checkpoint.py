@@ -16,6 +16,7 @@ runpy.run_path({str(REPO / "scripts" / "sample.py")!r}, run_name="__main__")
 HEAVY = "import sys; print(sorted({'lightning', 'hydra', 'omegaconf'} & set(sys.modules)))"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", [LOAD, SAMPLE], ids=["load", "sample.py"])
 def test_a_checkpoint_loads_without_lightning_and_hydra(tmp_path, code):
     weights = {f"vae.{name}": value for name, value in VAE(**MODULE["model"]).state_dict().items()}

@@ -44,6 +44,11 @@ def test_hydra_and_scripts_parse_a_formatted_argument_back(value):
     [
         ("7", 7),
         ("-1e-3", -0.001),
+        ("1_000", 1000),
+        ("-inf", float("-inf")),
+        ("007", "007"),
+        ("infinity", "infinity"),
+        (" 7 ", 7),
         ("True", True),
         ("null", None),
         ("", ""),
@@ -53,6 +58,7 @@ def test_hydra_and_scripts_parse_a_formatted_argument_back(value):
         ("[3,8]", [3, 8]),
         ("[runs/a, 'b, c', \"7\", null]", ["runs/a", "b, c", "7", None]),
         ("[]", []),
+        ("[ ]", []),
         ("[3", "[3"),
     ],
 )
@@ -92,7 +98,7 @@ def test_every_printed_command_of_a_sweep_works(workdir):
     sweep = shlex.split(argument("hydra.sweep.dir", f"{FOLDER}/sweep"))
     words = ["-m", *TINY, "callbacks.figures_every_n_epochs=0", "trainer.max_epochs=1", "beta=1,-1"]
     text = run(*words, *sweep, cwd=workdir, code=1)
-    assert typed(r"^the same command with (.*) keeps what is finished", text) == sweep
+    assert typed(r"^the same command with (.*) keeps finished jobs", text) == sweep
     report = typed(r"^next  python scripts/sweep_report\.py (.*)$", text)
     assert typed(r"^ +tensorboard --logdir (.*)$", text) == [f"{FOLDER}/sweep"]
     assert "| 1 | 1/1 |" in run(*report, cwd=workdir, script="scripts/sweep_report.py")

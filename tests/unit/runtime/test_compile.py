@@ -12,6 +12,7 @@ from betavae.runtime.compile import compile_loss
 from tests.conftest import MODEL, MODULE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", ["mlp", "conv"])
 def test_compiled_loss_equals_the_plain_loss(network):
     widths = {"mlp": [400], "conv": [8, 16]}[network]
@@ -42,6 +43,7 @@ def test_compiled_loss_equals_the_plain_loss(network):
     torch.testing.assert_close(torch.stack(betas), torch.tensor([0.1, 0.2]), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_compile_cache_is_reset_in_a_long_sweep(monkeypatch):
     monkeypatch.setattr(compile, "JOBS_PER_COMPILE_CACHE", 3)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))

@@ -92,6 +92,7 @@ def test_recorded_times_are_those_of_the_whole_run(tmp_path, data_root):
     assert record["seconds"] >= record["fit_seconds"] >= sum(record["epoch_seconds"]) > 0
 
 
+@pytest.mark.slow
 def test_a_failed_command_keeps_an_existing_folder(tmp_path):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()

@@ -38,6 +38,7 @@ def types(value):
     return [types(inner) for inner in value] if isinstance(value, list) else type(value)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     experiment=st.sampled_from(EXPERIMENTS),

@@ -113,6 +113,7 @@ def test_a_resumed_job_does_not_report_an_epoch_twice(tmp_path, recwarn) -> None
         PruningCallback(chosen, 7, 4).on_train_start(None, None)
 
 
+@pytest.mark.slow
 def test_hyperband_prunes_at_its_rungs(tmp_path) -> None:
     chosen = make_settings(f"sqlite:///{tmp_path}/study.db", pruner="hyperband")
     study = search.open_study(chosen, 9)
