@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from betavae.module import VAEModule
-from betavae.runtime.hydra_config import safe_name
 from betavae.sweeps import report, results, search
 from tests.commands import Child, fresh, run, wait_for
 from tests.integration import sweep_commands
@@ -56,8 +56,12 @@ def test_a_search_survives_divergence_and_being_killed(tmp_path: Path, data: str
     listed = subprocess.run(optuna_cli, cwd=tmp_path, capture_output=True, text=True).stdout
     assert all(state.name in listed for state in {trial.state for trial in trials})
     for trial in trials:
-        lr = safe_name(trial.params["optimizer.lr"])
-        job = find_job(folder, f"*optimizer.lr_{lr},*,seed_{trial.params['seed']},")
+        (job,) = (
+            path.parent
+            for path in folder.glob("*/config.yaml")
+            if (config := yaml.safe_load(path.read_text()))["seed"] == trial.params["seed"]
+            and float(config["optimizer"]["lr"]) == trial.params["optimizer.lr"]
+        )
         assert (
             read_metrics(job)["status"]
             == {"COMPLETE": "finished", "FAIL": "diverged", "PRUNED": "pruned"}[trial.state.name]
