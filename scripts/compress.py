@@ -21,7 +21,7 @@ class Settings(DataSettings):
 
 
 def is_among(figure: Path, images: str | list[str]) -> bool:
-    """Tell whether a figure would replace one of the images, or be in one of their folders."""
+    """Return whether a figure would replace one of the images, or be in one of their folders."""
     sources = [Path(image).expanduser().resolve() for image in ([images] if isinstance(images, str) else images)]
     return any(source in (figure.resolve(), *figure.resolve().parents) for source in sources)
 

@@ -41,7 +41,7 @@ def main(settings: Settings) -> None:
 
     run = checkpoint.load(settings.ckpt, settings.runs)
     folder = Path(settings.out) if settings.out else run.folder
-    # The mean of p(x|z) is the gray value of a pixel that training binarizes anew for every batch.
+    # The mean of p(x|z) is the gray value of a pixel that training binarizes again for every batch.
     gray = run._replace(data=run.data | {"binarize": "none"}) if run.data.get("binarize") == "dynamic" else run
     train = gray.subset("train", settings.data_root, settings.reference)
     x, labels, x_test = train.tensor(), train.labels, gray.subset("test", settings.data_root).tensor()

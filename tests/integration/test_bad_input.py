@@ -97,6 +97,8 @@ def reject(workdir: Path, script: str, *args: str) -> str:
         ),
         ("trainer.devices=0", "trainer.devices=0"),
         ("trainer.devices=-3", "trainer.devices=-3"),
+        ("trainer.devices=-1.0", "trainer.devices=-1.0"),
+        ("trainer.max_steps=-1.0", "trainer.max_steps=-1.0"),
         ("trainer.strategy=dpp", "trainer.*dpp"),
         ("trainer.precision=12", "trainer.precision=12 .*32-true"),
         ("trainer.precision=16-mixed trainer.accelerator=cpu", "trainer.precision=16-mixed .*GPU"),

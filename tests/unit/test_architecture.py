@@ -20,8 +20,8 @@ READ_FIRST = ["models.networks", "models.likelihoods", "models.vae", "objectives
 READ_FIRST += ["data.image_set", "data.loader", "data.datamodule"]
 
 
-def imported(path: Path) -> set[str]:
-    """Return every module that a file names in an import, also inside functions."""
+def find_imports(path: Path) -> set[str]:
+    """Find all modules that a file imports, also inside functions."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -33,7 +33,7 @@ def imported(path: Path) -> set[str]:
 
 def own_imports(path: Path) -> set[str]:
     """Return the modules of the package that a file imports."""
-    return {name.removeprefix("betavae.") for name in imported(path)} & FILES.keys()
+    return {name.removeprefix("betavae.") for name in find_imports(path)} & FILES.keys()
 
 
 def belongs(name: str, parts: tuple[str, ...]) -> bool:
@@ -48,7 +48,7 @@ def test_imports_point_down_the_layers(name):
 
 @pytest.mark.parametrize("name", FILES)
 def test_only_their_layers_import_lightning_and_hydra(name):
-    packages = {module.split(".")[0] for module in imported(FILES[name])}
+    packages = {module.split(".")[0] for module in find_imports(FILES[name])}
     if not belongs(name, LIGHTNING):
         assert "lightning" not in packages
     if not belongs(name, ("runtime", "sweeps")):

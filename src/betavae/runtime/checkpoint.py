@@ -92,11 +92,11 @@ class TrainedRun(NamedTuple):
             )
         return images if split == "train" else source.binarize_for_eval(images)
 
-    def subset(self, split: str, root: str | None = None, most: int | None = None) -> ImageSet:
+    def subset(self, split: str, root: str | None = None, max_images: int | None = None) -> ImageSet:
         """Return `images` as an `ImageSet` of uint8 in memory."""
         images = self.split(split, root)
-        if most is not None and len(images) > most:
-            chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(SPLIT_SEED))[:most]
+        if max_images is not None and len(images) > max_images:
+            chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(SPLIT_SEED))[:max_images]
             images = images.select(chosen.sort().values)
         if split == "train" and self.data["binarize"] != "none":
             return binarize_images(images, self.data["binarize"])

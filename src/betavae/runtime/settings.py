@@ -129,6 +129,7 @@ class LRSchedule(Settings):
     warmup: Fraction
 
 
+MinusOne = Annotated[int, Field(ge=-1, le=-1, description="-1")]  # Literal[-1] would also accept -1.0
 BatchLimit = PositiveFraction | PositiveInt  # a share of the batches, or a number of them
 
 
@@ -139,10 +140,10 @@ class Trainer(ExtensibleGroup):
     """
 
     max_epochs: PositiveInt
-    max_steps: PositiveInt | Literal[-1]
+    max_steps: PositiveInt | MinusOne
     max_time: Annotated[str, Field(pattern=r"^\d\d:\d\d:\d\d:\d\d$", description="a time as DD:HH:MM:SS")] | None
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"]
-    devices: PositiveInt | Annotated[list[NonNegativeInt], Field(min_length=1)] | Literal["auto", -1]
+    devices: PositiveInt | Annotated[list[NonNegativeInt], Field(min_length=1)] | Literal["auto"] | MinusOne
     num_nodes: PositiveInt
     strategy: NonEmptyStr
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "64-true", "bf16-true", "16-true"]

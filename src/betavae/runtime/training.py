@@ -210,11 +210,10 @@ class TrainingRun:
                 self.module.vae.init_from_mean_image(pixels.float().mean(0) / 255)
             except ValueError as error:
                 raise UserError(str(error)) from error
-        self.callbacks = [
-            *build_callbacks(settings, folder, self.signals, len(splits["validation"]) > 0),
-            *callbacks,
-        ]
+        self.callbacks = build_callbacks(settings, folder, self.signals, len(splits["validation"]) > 0)
         self.trainer = build_trainer(settings, self.module, self.datamodule, self.callbacks)
+        # After the checkpoint callbacks, which Lightning moves to the end: a pruned epoch is saved first.
+        self.trainer.callbacks += callbacks  # type: ignore[attr-defined]
         check_validation(settings, splits, self.module, self.trainer.world_size)
         if sweep and self.trainer.world_size > 1:
             raise UserError(ONE_DEVICE_MESSAGE)

@@ -59,7 +59,7 @@ class SearchSettings(Settings):
 
     @property
     def prunes(self) -> bool:
-        """Whether trials may be pruned, which takes a single objective that is known after each epoch."""
+        """Return whether trials may be pruned: only for a single objective that is known after each epoch."""
         return self.pruner != "none" and len(self.objectives) == 1 and self.objectives[0] not in RECORD_OBJECTIVES
 
 

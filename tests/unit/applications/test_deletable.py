@@ -1,6 +1,5 @@
 """Tests that each application can be deleted with its scripts, without breaking anything else."""
 
-import ast
 import runpy
 import shutil
 import sys
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.commands import REPO, run
+from tests.unit.test_architecture import find_imports
 
 # Each application with the scripts that are deleted with it.
 APPLICATIONS = {
@@ -45,17 +45,6 @@ def copy_without(application: str, folder: Path) -> None:
         path.with_suffix(".py").unlink()
     for script in APPLICATIONS[application]:
         (folder / "scripts" / f"{script}.py").unlink()
-
-
-def find_imports(path: Path) -> set[str]:
-    """Find all modules that a file imports, also inside functions."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {item.name for item in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            found |= {str(node.module), *(f"{node.module}.{item.name}" for item in node.names)}
-    return found
 
 
 def test_every_application_is_listed():

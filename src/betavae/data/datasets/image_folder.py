@@ -27,12 +27,13 @@ from betavae.data.file_listing import (
     split_folders,
 )
 from betavae.data.holdout import DEFAULT_HOLDOUT, hold_out_by_name
-from betavae.data.image_io import ReadLog, describe_skipped, iter_images
+from betavae.data.image_io import ReadLog, describe_skipped, iter_images, validate_fit
 from betavae.data.image_set import ImageSet
 from betavae.errors import UserError
+from betavae.storage.files import STAMP
 
-CACHE_FORMAT = 3  # of the files, and of the conversion of images: increase it to decode all images again
-CACHE_FILES = {"index.json", "pixels.npy"}
+CACHE_FORMAT = 4  # of the files, and of the conversion of images: increase it to decode all images again
+CACHE_FILES = {"index.json", "pixels.npy"}  # the index has the stamp of betavae
 SPLITS = ("train", "validation", "test")
 
 
@@ -79,6 +80,7 @@ def load_image_folder(
     """
     root, caches = Path(root).expanduser(), Path(cache).expanduser()
     shape = [channels, image_size, image_size] if isinstance(image_size, int) else [channels, *image_size]
+    validate_fit(shape, fit, background)
     if caches.resolve().is_relative_to(root.resolve()):
         raise UserError(f"data.cache={cache} is invalid: expected a folder outside data.root={root}")
     if not root.is_dir():
@@ -200,6 +202,8 @@ def decode_to_cache(
     """
     header = {"descr": "|u1", "fortran_order": False}
     log, kept = ReadLog(), []
+    # Before the pixels, so that `remove_stale_caches` recognizes the folder of a process that was killed.
+    (path / "index.json").write_text(json.dumps({"made_by": STAMP}))
     with open(path / "pixels.npy", "wb") as out:
         np.lib.format.write_array_header_1_0(out, header | {"shape": (len(sources), *shape)})
         names = [source.name for source in sources]
@@ -222,6 +226,7 @@ def decode_to_cache(
     classes = sorted(set(labels), key=natural_sort_key)
     numbers = {label: number for number, label in enumerate(classes)}
     index = {
+        "made_by": STAMP,
         "counts": counts,
         "names": [as_text(source.name) for source in kept],
         "labels": [numbers[label] for label in labels],
@@ -237,20 +242,25 @@ def cache_prefix(path: Path) -> str:
 
 
 def remove_stale_caches(path: Path) -> None:
-    """Remove the caches of the same folder and settings from before the images changed.
+    """Remove the caches of the same folder and settings from before the images changed, complete or not.
 
-    A process that has mapped such a cache can still read it.
+    A folder without the stamp of betavae, or with other files, is left alone. A process that has mapped a cache can
+    still read it.
     """
-    name = re.compile(re.escape(cache_prefix(path)) + r"-[0-9a-f]{16}(\.part)?")
+    pattern = re.compile(re.escape(cache_prefix(path)) + r"-[0-9a-f]{16}(\.part)?")
     for stale in list(path.parent.iterdir()):
-        if stale == path or not name.fullmatch(stale.name):
+        if stale == path or not pattern.fullmatch(stale.name):
             continue
-        with contextlib.suppress(OSError):
-            if set(os.listdir(stale)) <= CACHE_FILES:
-                # A cache is renamed before it is removed, so that no process reads a half of it.
-                part = stale if stale.suffix == ".part" else stale.rename(stale.with_name(f"{stale.name}.part"))
-                shutil.rmtree(part)
-                print(f"removed {stale}, the cache from before the images changed", file=sys.stderr)
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not a cache of betavae
+            stamp = json.loads((stale / "index.json").read_text())["made_by"]
+            if stamp != STAMP or not set(os.listdir(stale)) <= CACHE_FILES:
+                continue
+            # A cache is renamed before it is removed, so that no process reads a half of it.
+            part = stale if stale.suffix == ".part" else stale.rename(stale.with_name(f"{stale.name}.part"))
+            for file in ("pixels.npy", "index.json"):  # the stamp last
+                (part / file).unlink(missing_ok=True)
+            part.rmdir()
+            print(f"removed {stale}, the cache from before the images changed", file=sys.stderr)
 
 
 def read_cache(path: Path, root: Path, split: str) -> ImageSet | None:

@@ -26,7 +26,7 @@ SUBPIXELS = 4  # along a side: a pixel is set if at least half of its 4 x 4 poin
 
 
 class Sprites:
-    """All sprites, (N, 1, H, W), uint8, 0 or 255, drawn when they are indexed; 3 MB of memory.
+    """All sprites, (N, 1, H, W), uint8, 0 or 255, rendered on access; 3 MB of memory.
 
     Each sprite is stored at the top left of an empty image, in one flat row of bytes with as many empty rows after it
     as it can move down. An image is a window into this row: a window that starts 1 byte (or H bytes) earlier shows the

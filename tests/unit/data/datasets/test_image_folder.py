@@ -1,4 +1,5 @@
 import itertools
+import json
 import multiprocessing
 import os
 import re
@@ -16,6 +17,7 @@ from betavae.data.datasets import image_folder
 from betavae.data.datasets.image_folder import load_image_folder
 from betavae.data.source import DataSource
 from betavae.errors import UserError
+from betavae.storage.files import STAMP
 
 fork = multiprocessing.get_context("fork")
 
@@ -206,7 +208,8 @@ def test_images_are_converted_as_the_settings_say(root, load):
         ({"background": "-"}, "data.background=- is invalid"),
     ):
         with pytest.raises(UserError, match=message):
-            load(**invalid)
+            load(**invalid, cache=str(root.parent / "unused"))
+    assert not (root.parent / "unused").exists()
 
 
 def test_images_are_decoded_once_and_mapped(root, load, caches, monkeypatch):
@@ -287,11 +290,21 @@ def test_only_caches_of_the_images_before_are_removed(root, load, caches, tmp_pa
     prefix = old.name.rpartition("-")[0]
     part = tmp_path / "cache" / f"{prefix}-{'0' * 16}.part"  # of a process that was killed
     part.mkdir()
-    foreign = [tmp_path / "cache" / name for name in (f"{prefix}-{'1' * 16}", f"{prefix}-copy", "images-1x4x4")]
+    (part / "index.json").write_text(json.dumps({"made_by": STAMP}))
+    names = (
+        *(f"{prefix}-{digit * 16}" for digit in "1345"),
+        f"{prefix}-{'6' * 16}.part",
+        f"{prefix}-copy",
+        "images-1x4x4",
+    )
+    foreign = [tmp_path / "cache" / name for name in names]
     for folder in foreign:
         folder.mkdir()
         (folder / "pixels.npy").write_text("mine")
+    shutil.copy(old / "index.json", foreign[0])
     (foreign[0] / "notes.txt").write_text("mine")
+    (foreign[1] / "index.json").write_text("{}")
+    (foreign[2] / "index.json").write_text("mine")
     (tmp_path / "cache" / f"{prefix}-{'2' * 16}").write_text("a file")
     capsys.readouterr()
     fill(root, ["new.png"])
