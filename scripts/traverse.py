@@ -21,14 +21,13 @@ def main(settings: Settings) -> None:
 
         from betavae import plotting
         from betavae.errors import UserError
-        from betavae.objectives.elbo import gaussian_kl
         from betavae.runtime import checkpoint
 
     run = checkpoint.load(settings.ckpt, settings.runs)
     x, _ = run.images("test", settings.data_root)
     if settings.image is not None and settings.image >= len(x):
         raise UserError(f"image={settings.image} is invalid: expected the number of a test image, 0 to {len(x) - 1}")
-    kl = gaussian_kl(run.vae.encode(x)).mean(0)
+    kl = run.vae.kl_per_dimension(run.vae.encode(x)).mean(0)
     order = kl.argsort(descending=True)[: settings.dimensions].tolist()
     start = torch.zeros(run.vae.latent_dim) if settings.image is None else run.vae.encode(x[[settings.image]]).mean[0]
     values = torch.linspace(-settings.span, settings.span, settings.steps)

@@ -52,33 +52,35 @@ class VAEModule(L.LightningModule):
         self.beta_factor = partial(BETA_SCHEDULES[beta_schedule["name"]], **without(beta_schedule, "name"))
         self.window, self.epoch_totals = BatchSums(), Totals()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Reconstruct images `(B, C, H, W)`."""
-        return self.vae.reconstruct(x)
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Reconstruct images `(B, C, H, W)`, of a conditional model with their labels `(B,)`."""
+        return self.vae.given(labels).reconstruct(x)
 
     # ---------------------------------------------------------------- training
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the loss; with `set_steps_per_batch` the mean loss of the steps that it has taken."""
-        x, _ = batch
         if self.automatic_optimization:
-            return self.training_loss(x)
+            return self.training_loss(*batch)
         first = len(self.window)
-        (self.cuda_graph or self.take_steps)(x)
+        if self.cuda_graph:
+            self.cuda_graph(batch[0])
+        else:
+            self.take_steps(*batch)
         return self.window.mean("loss", first)
 
-    def training_loss(self, x: Tensor) -> Tensor:
+    def training_loss(self, x: Tensor, labels: Tensor) -> Tensor:
         """Compute the loss of a batch, and keep the sums of its terms for the curves."""
         noise = torch.randn(self.k, len(x), self.vae.latent_dim, dtype=x.dtype, device=x.device)
         # A tensor: torch.compile would compile again for another number.
         beta = torch.full((), self.current_beta(), dtype=x.dtype, device=x.device)
-        loss, sums = self.loss(x, noise, beta)
+        loss, sums = self.loss(x, labels, noise, beta)
         self.window.add(sums, len(x))
         return loss
 
-    def loss(self, x: Tensor, noise: Tensor, beta: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, x: Tensor, labels: Tensor | None, noise: Tensor, beta: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss, and each term summed over the batch. This is what torch.compile compiles."""
-        terms = self.objective(self.vae, x, noise, beta)
+        terms = self.objective(self.vae.given(labels), x, noise, beta)
         return terms.loss, terms.batch_sums()
 
     def set_steps_per_batch(
@@ -97,14 +99,14 @@ class VAEModule(L.LightningModule):
         self.steps_per_batch, self.batch_size, self.accumulate = steps_per_batch, batch_size, accumulate
         self.clip, self.clip_algorithm = clip, algorithm
 
-    def take_steps(self, x: Tensor) -> None:
+    def take_steps(self, x: Tensor, labels: Tensor) -> None:
         """Take an optimizer step for every `accumulate` parts of the batch."""
         optimizer: Any = self.optimizers()
         scheduler: Any = self.lr_schedulers()
-        parts = x.split(self.batch_size)
+        parts = list(zip(x.split(self.batch_size), labels.split(self.batch_size), strict=True))
         for start in range(0, len(parts), self.accumulate):
             for number, part in enumerate(parts[start : start + self.accumulate]):
-                loss = self.training_loss(part)
+                loss = self.training_loss(*part)
                 if number == 0:
                     optimizer.zero_grad()  # after the forward pass, so that the new gradients get the memory of the old
                 self.manual_backward(loss / self.accumulate)
@@ -186,17 +188,17 @@ class VAEModule(L.LightningModule):
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Add the batch to the validation means, with one sample of z per image."""
-        self.evaluate(batch[0], draws=1)
+        self.evaluate(*batch, draws=1)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Add the batch to the test means, with `TEST_DRAWS` samples of z per image."""
-        self.evaluate(batch[0], TEST_DRAWS)
+        self.evaluate(*batch, TEST_DRAWS)
 
     def on_validation_epoch_start(self) -> None:
         """Start the means, with the same noise in every evaluation: two epochs differ only by their weights."""
         self.evaluation, self.generator = Totals(), torch.Generator().manual_seed(EVALUATION_SEED)
 
-    def evaluate(self, x: Tensor, draws: int) -> None:
+    def evaluate(self, x: Tensor, labels: Tensor, draws: int) -> None:
         """Add the terms at the full beta, so that the losses of two epochs compare models and not schedules."""
         if not len(x):
             return
@@ -206,7 +208,7 @@ class VAEModule(L.LightningModule):
         processes, rank = self.trainer.world_size, self.trainer.global_rank
         noise = torch.randn(len(x) * processes, -(-size // 16) * 16, generator=self.generator, dtype=x.dtype)
         for draw in noise[rank::processes, :size].to(x).view(len(x), draws, self.k, -1).permute(1, 2, 0, 3):
-            terms = self.objective(self.vae, x, draw, self.beta)
+            terms = self.objective(self.vae.given(labels), x, draw, self.beta)
             mean = terms.posterior.mean
             self.evaluation.add(terms.batch_sums() | {"mean": mean.sum(0), "square": (mean**2).sum(0)}, len(x))
 

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from betavae.errors import UserError
 from betavae.models.vae import VAE
-from betavae.objectives.elbo import gaussian_kl
 from betavae.storage.files import STAMP, atomic_dir
 
 CHECKED_BATCH_SIZES = (1, 2, 7)
@@ -73,8 +72,9 @@ class Score(Graph):
 
     def forward(self, image: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         posterior = self.vae.encode(image)
-        params = self.vae.decode_params(posterior.rsample(noise))
-        return -self.vae.likelihood.log_prob(image, params), gaussian_kl(posterior).sum(1)
+        z = posterior.rsample(noise)
+        log_px = self.vae.likelihood.log_prob(image, self.vae.decode_params(z))
+        return -log_px, self.vae.kl(posterior, z).sum(1)
 
 
 GRAPHS: dict[str, type[Graph]] = {"encoder": Encoder, "decoder": Decoder, "score": Score}

@@ -73,6 +73,26 @@ class ImageDataModule(L.LightningDataModule):
         """`[C, H, W]`, after `setup`."""
         return list(self.splits["train"].pixels.shape[1:])
 
+    @property
+    def classes(self) -> list[str]:
+        """The names of the labels, after `setup`.
+
+        Raises:
+            UserError: If the training images have no labels, or others have further ones.
+        """
+        images, where = self.splits["train"], f"data.name={self.source.name} in {self.source.root}"
+        if images.labels.ndim != 1:
+            raise UserError(f"model.conditional=true needs one label per image, and {where} has several factors")
+        if len(images.labels.unique()) < 2:
+            raise UserError(f"model.conditional=true needs labels, and {where} has none, or the same for all images")
+        names = images.classes or [str(label) for label in range(int(images.labels.max()) + 1)]
+        for split, others in self.splits.items():
+            if len(others) and int(others.labels.max()) >= len(names):
+                raise UserError(
+                    f"{where}: label {int(others.labels.max())} of the {split} images has no training image"
+                )
+        return names
+
     def train_dataloader(self) -> BatchLoader:
         trainer: Any = self.trainer
         same = trainer is not None and bool(trainer.overfit_batches)  # the same batches in every epoch

@@ -16,8 +16,7 @@ from tqdm import tqdm
 from betavae.metrics.aggregate_posterior import decompose_kl
 from betavae.models.precision import to_float64
 from betavae.models.vae import VAE, Posterior
-from betavae.objectives.elbo import ACTIVE_UNIT_THRESHOLD, gaussian_kl
-from betavae.objectives.importance_weighted import log_prior_over_posterior
+from betavae.objectives.elbo import ACTIVE_UNIT_THRESHOLD
 from betavae.storage.cache import to_bytes
 from betavae.storage.files import atomic_write_bytes, require_own_file
 from betavae.storage.torch_file import load_torch_file
@@ -32,7 +31,7 @@ class PerImageBounds(NamedTuple):
     """One row per image, in double precision on the CPU."""
 
     recon: Tensor  # (N,)
-    kl: Tensor  # (N, latent_dim)
+    kl: Tensor  # (N, latent_dim), or (N, 1) for a prior without a closed form
     nll: Tensor  # (N, number of bounds)
     mean: Tensor  # (N, latent_dim), of the posterior
     logvar: Tensor  # (N, latent_dim)
@@ -74,16 +73,19 @@ def importance_bounds(
         posterior = vae.encode(images)
         generator = torch.Generator().manual_seed(seed + 1_000_003 * (first // RNG_GROUP))
         log_px_sum = to_float64(torch.zeros(len(images), device=device))
+        kl_sum = torch.zeros_like(log_px_sum).unsqueeze(1)
         log_weights = log_px_sum.new_empty(samples, len(images))
         for chunk in log_weights.split(chunk_size):
             # Drawn for a whole group on the CPU: the same on every device and for any number of images.
             noise = torch.randn(len(chunk), RNG_GROUP, vae.latent_dim, generator=generator)[:, : len(images)]
             z = posterior.rsample(noise.to(images))
             log_px = vae.likelihood.log_prob(images, vae.decode_params(z))
-            chunk.copy_(log_px + log_prior_over_posterior(z, posterior))
+            chunk.copy_(log_px + vae.prior.log_prob(z) - posterior.log_prob(z))
+            kl = vae.kl(posterior, z)
+            kl_sum = kl_sum + len(chunk) * to_float64(kl)
             log_px_sum += to_float64(log_px).sum(0)
         nll = [math.log(k) - log_weights[: samples // k * k].unflatten(0, (-1, k)).logsumexp(1).mean(0) for k in ks]
-        rows = (-log_px_sum / samples, gaussian_kl(posterior), torch.stack(nll, 1), *posterior)
+        rows = (-log_px_sum / samples, kl_sum / samples, torch.stack(nll, 1), *posterior)
         yield PerImageBounds(*(row.cpu().double() for row in rows))
 
 

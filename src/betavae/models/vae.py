@@ -1,15 +1,18 @@
 """The variational autoencoder (Kingma & Welling 2014) in pure PyTorch; copy this package into a notebook."""
 
 import inspect
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from betavae.models.likelihoods import LIKELIHOODS
 from betavae.models.networks import NETWORKS
 from betavae.models.precision import at_least_float32
+from betavae.models.priors import PRIORS, Prior
 
 
 class Posterior(NamedTuple):
@@ -22,13 +25,25 @@ class Posterior(NamedTuple):
         """Return z = mean + std * noise (the reparameterization), for `noise` `(..., B, latent_dim)` from N(0, I)."""
         return self.mean + torch.exp(0.5 * self.logvar) * noise
 
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Return log q(z|x) in nats, `(..., B)`, for z `(..., B, latent_dim)`."""
+        return -0.5 * ((z - self.mean) ** 2 * torch.exp(-self.logvar) + self.logvar + math.log(2 * math.pi)).sum(-1)
+
+    def entropy(self) -> Tensor:
+        """Return the entropy in nats, `(B,)`."""
+        return 0.5 * (self.logvar + math.log(2 * math.pi * math.e)).sum(-1)
+
     def detach(self) -> "Posterior":
         """Return the posterior without its gradient."""
         return Posterior(self.mean.detach(), self.logvar.detach())
 
 
 class VAE(nn.Module):
-    """Encoder q(z|x), decoder with likelihood p(x|z), prior p(z) = N(0, I).
+    """Encoder q(z|x), decoder with likelihood p(x|z), prior p(z).
+
+    A conditional model, which has `classes`, is q(z|x, y), p(x|z, y) and p(z) for images with a label y: planes of its
+    one-hot vector are further channels of the encoder's images, and the vector follows the decoder's z. `given` sets
+    the labels.
 
     Every argument is a plain value, so that a checkpoint can hold the recipe.
 
@@ -39,11 +54,15 @@ class VAE(nn.Module):
         activation: A name in `ACTIVATIONS`.
         likelihood: A name in `LIKELIHOODS`.
         image_shape: `(C, H, W)`.
+        prior: `name` in `PRIORS` and its settings.
+        classes: The names of the labels of a conditional model.
         **settings: Further arguments of the network or the likelihood.
 
     Raises:
         TypeError: If neither the network nor the likelihood takes one of `settings`.
     """
+
+    labels: Tensor | None = None  # (B,) or (1,), of a view by `given`
 
     def __init__(
         self,
@@ -53,6 +72,8 @@ class VAE(nn.Module):
         activation: str,
         likelihood: str,
         image_shape: Sequence[int],
+        prior: Mapping[str, Any] = {"name": "standard"},
+        classes: Sequence[str] | None = None,
         **settings: Any,
     ):
         super().__init__()
@@ -63,12 +84,41 @@ class VAE(nn.Module):
                 raise TypeError(f"neither network={network} nor likelihood={likelihood} has a setting {name}")
         self.latent_dim = latent_dim
         self.image_shape = tuple(image_shape)
+        self.classes = tuple(classes or ())
         channels, *size = image_shape
-        self.encoder = encoder(image_shape, hidden_dims, latent_dim, activation, **select_kwargs(encoder, settings))
+        encoder_shape, decoder_inputs = (channels + len(self.classes), *size), latent_dim + len(self.classes)
+        self.encoder = encoder(encoder_shape, hidden_dims, latent_dim, activation, **select_kwargs(encoder, settings))
         likelihood_: Any = parts[2](**select_kwargs(parts[2], settings))
         self.likelihood: Any = likelihood_
         params_shape = (likelihood_.params_per_channel * channels, *size)
-        self.decoder = decoder(params_shape, hidden_dims, latent_dim, activation, **select_kwargs(decoder, settings))
+        self.decoder = decoder(
+            params_shape, hidden_dims, decoder_inputs, activation, **select_kwargs(decoder, settings)
+        )
+        self.prior = build_prior(prior, latent_dim, self.image_shape, self.encode)
+
+    def given(self, labels: Tensor | None) -> "VAE":
+        """Return a view of a conditional model, with the same weights, that sees images with these labels.
+
+        Args:
+            labels: `(B,)`, indices into `classes`, of the images or z in each further call, or `(1,)` for all of them.
+                A model that is not conditional ignores labels.
+        """
+        if not self.classes or labels is None:
+            return self
+        view = type(self).__new__(type(self))  # `copy.copy` is beyond torch.compile
+        view.__dict__.update(self.__dict__)
+        view.labels = labels
+        return view
+
+    def one_hot_labels(self) -> Tensor:
+        """Return the labels `(B, len(classes))`.
+
+        Raises:
+            ValueError: If no labels are set.
+        """
+        if self.labels is None:
+            raise ValueError("a conditional VAE needs the labels of its images: vae.given(labels)")
+        return F.one_hot(self.labels, len(self.classes))
 
     def init_from_mean_image(self, mean: Tensor) -> None:
         """Shift the encoder's input by the mean image `(C, H, W)` and make it the decoder's first output.
@@ -79,20 +129,26 @@ class VAE(nn.Module):
         encoder, decoder, likelihood = self.encoder, self.decoder, self.likelihood
         if not all(hasattr(part, "init_from_mean") for part in (encoder, decoder)):
             raise ValueError("init=data needs networks with a method init_from_mean, such as model.network=mlp")
-        encoder.init_from_mean(mean)  # type: ignore[operator]
+        planes = mean.new_zeros(len(self.classes), *mean.shape[1:])
+        encoder.init_from_mean(torch.cat((mean, planes)))  # type: ignore[operator]
         decoder.init_from_mean(likelihood.params_from_mean(mean))  # type: ignore[operator]
 
     def encode(self, x: Tensor) -> Posterior:
         """Return the posterior of images `(B, C, H, W)` in [0, 1]."""
-        params = self.encoder(x.to(next(self.encoder.parameters()).dtype))
+        x = x.to(next(self.encoder.parameters()).dtype)
+        if self.classes:
+            planes = self.one_hot_labels().to(x)[:, :, None, None]
+            x = torch.cat((x, planes.expand(len(x), -1, *x.shape[2:])), 1)
         # Single precision also under autocast: bfloat16 resolves a KL of 25 nats to an eighth only.
-        params = at_least_float32(params)
+        params = at_least_float32(self.encoder(x))
         return Posterior(*params.chunk(2, dim=-1))
 
     def decode_params(self, z: Tensor) -> Tensor:
         """Return the likelihood's parameters `(..., P * C, H, W)` at z `(..., latent_dim)`."""
-        dtype = next(self.decoder.parameters()).dtype
-        return self.decoder(z.to(dtype).flatten(0, -2)).unflatten(0, z.shape[:-1])
+        z = z.to(next(self.decoder.parameters()).dtype)
+        if self.classes:
+            z = torch.cat((z, self.one_hot_labels().to(z).expand(*z.shape[:-1], -1)), -1)
+        return self.decoder(z.flatten(0, -2)).unflatten(0, z.shape[:-1])
 
     def decode(self, z: Tensor) -> Tensor:
         """Return the means of p(x|z), `(..., C, H, W)` in [0, 1], at z `(..., latent_dim)`."""
@@ -112,13 +168,44 @@ class VAE(nn.Module):
         z = posterior.rsample(torch.randn_like(posterior.mean) if noise is None else noise)
         return posterior, z, self.decode_params(z)
 
+    def kl(self, posterior: Posterior, z: Tensor) -> Tensor:
+        """Return KL(q(z|x) || p(z)) in nats.
+
+        Args:
+            posterior: `(B, latent_dim)`.
+            z: Samples of the posterior `(..., B, latent_dim)`, which a KL without a closed form is estimated from.
+
+        Returns:
+            The KL of each latent dimension, `(B, latent_dim)`; without a closed form their sum, `(B, 1)`.
+        """
+        kl = self.prior.closed_form_kl(*posterior)
+        if kl is None:
+            log_pz = self.prior.log_prob(z)
+            kl = (-posterior.entropy() - log_pz.reshape(-1, log_pz.shape[-1]).mean(0)).unsqueeze(1)
+        return kl
+
+    def kl_per_dimension(self, posterior: Posterior) -> Tensor:
+        """Return the KL of each latent dimension to the normal with the prior's moments, `(B, latent_dim)` in nats.
+
+        For N(0, I) this is `kl`; for a learned prior, whose KL has no parts, it tells which dimensions are used.
+        """
+        kl = self.prior.closed_form_kl(*posterior)
+        if kl is None:
+            mean, std = self.prior.moments()
+            ratio = posterior.logvar - 2 * std.log()
+            kl = 0.5 * (((posterior.mean - mean) / std) ** 2 + ratio.exp() - 1 - ratio)
+        return kl
+
+    def neg_elbo(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Return recon + KL in nats per image, `(B,)`, for the arguments of `forward`."""
+        posterior, z, params = self(x, noise)
+        log_px = self.likelihood.log_prob(x, params)
+        return self.kl(posterior, z).sum(1) - log_px.reshape(-1, len(x)).mean(0)
+
     @torch.no_grad()
     def sample(self, n: int, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
-        """Return means of p(x|z), `(n, C, H, W)`, for z from the prior scaled by `temperature`."""
-        device = next(self.parameters()).device
-        # Drawn on the CPU, so that one seed gives the same images on every device.
-        z = temperature * torch.randn(n, self.latent_dim, generator=generator)
-        return self.decode(z.to(device))
+        """Return means of p(x|z), `(n, C, H, W)`, for z from the prior, whose noise is scaled by `temperature`."""
+        return self.decode(self.prior.sample(n, temperature, generator))
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:
@@ -126,6 +213,14 @@ class VAE(nn.Module):
         return self.decode(self.encode(x).mean)
 
 
-def select_kwargs(function: Callable[..., Any], settings: dict[str, Any]) -> dict[str, Any]:
+def build_prior(settings: Mapping[str, Any], latent_dim: int, image_shape: Sequence[int], encode: Any) -> Prior:
+    """Return the prior `settings["name"]` with its settings, and with what it takes of the model."""
+    prior = PRIORS[settings["name"]]
+    model = {"latent_dim": latent_dim, "image_shape": image_shape, "encode": encode}
+    own = {name: value for name, value in settings.items() if name != "name"}
+    return prior(**select_kwargs(prior, model), **own)
+
+
+def select_kwargs(function: Callable[..., Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that `function` takes as arguments."""
     return {name: value for name, value in settings.items() if name in inspect.signature(function).parameters}

@@ -1,7 +1,7 @@
 """Training objectives, written as the equations of their papers: pure functions of tensors, in nats per image.
 
     recon    = -E_q log p(x|z)
-    kl       = KL(q(z|x) || N(0, I))
+    kl       = KL(q(z|x) || p(z))
     loss     = recon + beta * kl      (the training objective; Higgins et al. 2017)
     neg_elbo = recon + kl             (compared across values of beta)
 
@@ -20,12 +20,13 @@ from typing import Any
 
 from torch import Tensor
 
+from betavae.errors import UserError
 from betavae.models.vae import VAE
 from betavae.objectives.disentangling import beta_tcvae, capacity_vae, dip_vae, kl_decomposition
-from betavae.objectives.elbo import LossTerms, elbo, gaussian_kl
+from betavae.objectives.elbo import LossTerms, elbo
 from betavae.objectives.importance_weighted import dreg, iwae
 
-__all__ = ["OBJECTIVES", "LossTerms", "build_objective", "elbo", "gaussian_kl", "select_objective_kwargs"]
+__all__ = ["OBJECTIVES", "LossTerms", "build_objective", "check_prior", "elbo", "select_objective_kwargs"]
 
 OBJECTIVES: dict[str, Callable[..., LossTerms]] = {
     "elbo": elbo,
@@ -42,6 +43,24 @@ def select_objective_kwargs(settings: dict[str, Any]) -> dict[str, Any]:
     takes_size = "num_train_images" in inspect.signature(OBJECTIVES[settings["name"]]).parameters
     shared = ("name", "k", "kl_decomposition", *(() if takes_size else ("num_train_images",)))
     return {key: value for key, value in settings.items() if key not in shared}
+
+
+# Objectives and settings that are defined for N(0, I) only, with the reason.
+STANDARD_PRIOR_ONLY = {
+    "objective=beta_tcvae": "its dimension-wise KL compares each latent dimension with N(0, 1)",
+    "objective=dip_vae": "it moves the covariance of the latents towards that of N(0, I)",
+    "objective.kl_decomposition": "its dimension-wise KL compares each latent dimension with N(0, 1)",
+    "objective.free_bits": "it needs the KL of each latent dimension",
+}
+
+
+def check_prior(objective: dict[str, Any], prior: str) -> None:
+    """Raise UserError if an objective is not defined for a prior."""
+    used = [f"objective={objective['name']}"]
+    used += [f"objective.{key}" for key in ("kl_decomposition", "free_bits") if objective.get(key)]
+    for setting in used if prior != "standard" else []:
+        if setting in STANDARD_PRIOR_ONLY:
+            raise UserError(f"{setting} needs prior=standard: {STANDARD_PRIOR_ONLY[setting]}")
 
 
 def build_objective(settings: dict[str, Any]) -> Callable[[VAE, Tensor, Tensor, Tensor | float], LossTerms]:

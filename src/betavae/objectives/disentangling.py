@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from betavae.models.vae import VAE, Posterior
-from betavae.objectives.elbo import LossTerms, gaussian_kl
+from betavae.objectives.elbo import LossTerms
 
 
 def kl_decomposition(
@@ -70,8 +70,8 @@ def beta_tcvae(
     (whose value is larger by the constant (D - 1) log N). With "stratified" sampling and B far below N the estimate can
     fall below 0, where it is lowered by spreading images out instead of factorizing.
     """
-    posterior, _, params = vae(x, noise)
-    recon, kl = -vae.likelihood.log_prob(x, params).mean(0), gaussian_kl(posterior)
+    posterior, z, params = vae(x, noise)
+    recon, kl = -vae.likelihood.log_prob(x, params).mean(0), vae.kl(posterior, z)
     parts = kl_decomposition(posterior, noise, num_train_images, sampling)
     loss = (recon + kl.sum(1) + (beta - 1) * parts["total_correlation"]).mean()
     return LossTerms(loss, recon.detach(), kl.detach(), posterior.detach(), parts)
@@ -87,8 +87,8 @@ def dip_vae(
     `variant` "i" uses the covariance of the posterior means in the batch; "ii" that of z, which adds the mean of the
     posterior variances to the diagonal.
     """
-    posterior, _, params = vae(x, noise)
-    recon, kl = -vae.likelihood.log_prob(x, params).mean(0), gaussian_kl(posterior)
+    posterior, z, params = vae(x, noise)
+    recon, kl = -vae.likelihood.log_prob(x, params).mean(0), vae.kl(posterior, z)
     # `Tensor.cov` would synchronize with the GPU at every step (torch 2.14).
     centered = posterior.mean - posterior.mean.mean(0)
     covariance = centered.T @ centered / len(x)
@@ -106,7 +106,7 @@ def capacity_vae(vae: VAE, x: Tensor, noise: Tensor, beta: Tensor | float, gamma
 
     C is passed as `beta`, so that `beta=25 beta_schedule=linear` raises it from 0 to 25 as in the paper.
     """
-    posterior, _, params = vae(x, noise)
-    recon, kl = -vae.likelihood.log_prob(x, params).mean(0), gaussian_kl(posterior)
+    posterior, z, params = vae(x, noise)
+    recon, kl = -vae.likelihood.log_prob(x, params).mean(0), vae.kl(posterior, z)
     loss = recon.mean() + gamma * (kl.sum(1).mean() - beta).abs()
     return LossTerms(loss, recon.detach(), kl.detach(), posterior.detach())

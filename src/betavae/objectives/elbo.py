@@ -14,7 +14,7 @@ class LossTerms(NamedTuple):
 
     loss: Tensor  # ()
     recon: Tensor  # (B,)
-    kl: Tensor  # (B, latent_dim)
+    kl: Tensor  # (B, latent_dim), or (B, 1) for a prior without a closed form
     posterior: Posterior  # (B, latent_dim) each
     extra_terms: dict[str, Tensor] = {}  # noqa: RUF012 - further terms of an objective, (B,) each
 
@@ -25,25 +25,19 @@ class LossTerms(NamedTuple):
         return sums | {name: term.detach().sum() for name, term in self.extra_terms.items()}
 
 
-def gaussian_kl(posterior: Posterior) -> Tensor:
-    """Return KL(N(mean, var) || N(0, 1)) per latent dimension, `(B, latent_dim)`."""
-    mean, logvar = posterior
-    return 0.5 * (mean**2 + logvar.exp() - 1 - logvar)
-
-
 def elbo(vae: VAE, x: Tensor, noise: Tensor, beta: Tensor | float, free_bits: float = 0.0) -> LossTerms:
-    """Compute the negative ELBO with the KL in closed form (Kingma & Welling 2014, Higgins et al. 2017).
+    """Compute the negative ELBO (Kingma & Welling 2014, Higgins et al. 2017).
 
     Args:
         vae: The model.
         x: Images `(B, C, H, W)` in [0, 1].
-        noise: `(k, B, latent_dim)` from N(0, I); recon is averaged over the k samples.
+        noise: `(k, B, latent_dim)` from N(0, I); recon, and a KL without a closed form, are means over them.
         beta: Weight of the KL.
         free_bits: Nats per latent dimension below which the mean KL over the batch has no gradient (Kingma et al.
             2016).
     """
-    posterior, _, params = vae(x, noise)
+    posterior, z, params = vae(x, noise)
     recon = -vae.likelihood.log_prob(x, params).mean(0)
-    kl = gaussian_kl(posterior)
+    kl = vae.kl(posterior, z)
     penalty = kl.mean(0).clamp(min=free_bits).sum() if free_bits else kl.sum(1).mean()
     return LossTerms(recon.mean() + beta * penalty, recon.detach(), kl.detach(), posterior.detach())

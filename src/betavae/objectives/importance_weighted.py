@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from betavae.models.vae import VAE, Posterior
-from betavae.objectives.elbo import LossTerms, gaussian_kl
+from betavae.objectives.elbo import LossTerms
 
 
-def log_prior_over_posterior(z: Tensor, posterior: Posterior) -> Tensor:
+def log_prior_over_posterior(vae: VAE, z: Tensor, posterior: Posterior) -> Tensor:
     """Return log p(z) - log q(z|x), `(..., B)` in nats, for z `(..., B, latent_dim)`."""
-    mean, logvar = posterior
-    return 0.5 * ((z - mean) ** 2 * torch.exp(-logvar) + logvar - z**2).sum(-1)
+    return vae.prior.log_prob(z) - posterior.log_prob(z)
 
 
 def log_mean_exp(log_weights: Tensor) -> Tensor:
@@ -36,8 +35,8 @@ def iwae(vae: VAE, x: Tensor, noise: Tensor, beta: Tensor | float) -> LossTerms:
     """
     posterior, z, params = vae(x, noise)
     log_px = vae.likelihood.log_prob(x, params)
-    log_weights = log_px + beta * log_prior_over_posterior(z, posterior)
-    return _iw_terms(posterior, log_px, log_weights)
+    log_weights = log_px + beta * log_prior_over_posterior(vae, z, posterior)
+    return _iw_terms(vae, posterior, z, log_px, log_weights)
 
 
 def dreg(vae: VAE, x: Tensor, noise: Tensor, beta: Tensor | float, resample: int | None = None) -> LossTerms:
@@ -55,12 +54,12 @@ def dreg(vae: VAE, x: Tensor, noise: Tensor, beta: Tensor | float, resample: int
     def log_weights_at(noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         z = posterior.rsample(noise)
         log_px = vae.likelihood.log_prob(x, vae.decode_params(z))
-        return z, log_px, log_px + beta * log_prior_over_posterior(z, detached_posterior)
+        return z, log_px, log_px + beta * log_prior_over_posterior(vae, z, detached_posterior)
 
     training = torch.is_grad_enabled()
     with torch.set_grad_enabled(training and resample is None):
         z, log_px, log_weights = log_weights_at(noise)
-    terms = _iw_terms(posterior, log_px, log_weights)
+    terms = _iw_terms(vae, posterior, z, log_px, log_weights)
     weights = log_weights.detach().softmax(0)
     if training and resample is not None:
         # Systematic resampling: equally spaced points with one random offset, looked up in the cumulative weights.
@@ -78,6 +77,8 @@ def dreg(vae: VAE, x: Tensor, noise: Tensor, beta: Tensor | float, resample: int
     return terms
 
 
-def _iw_terms(posterior: Posterior, log_px: Tensor, log_weights: Tensor) -> LossTerms:
+def _iw_terms(vae: VAE, posterior: Posterior, z: Tensor, log_px: Tensor, log_weights: Tensor) -> LossTerms:
+    with torch.no_grad():
+        kl = vae.kl(posterior, z)
     loss = -log_mean_exp(log_weights).mean()
-    return LossTerms(loss, -log_px.mean(0).detach(), gaussian_kl(posterior).detach(), posterior.detach())
+    return LossTerms(loss, -log_px.mean(0).detach(), kl, posterior.detach())

@@ -158,6 +158,8 @@ def check_cuda_graph(settings: dict[str, Any]) -> None:
         (trainer["steps_per_batch"] == 1, "trainer.steps_per_batch above 1, such as 50"),
         (trainer["accumulate_grad_batches"] > 1, "trainer.accumulate_grad_batches=1"),
         (trainer["detect_anomaly"], "trainer.detect_anomaly=false"),
+        (settings["model"]["conditional"], "model.conditional=false"),
+        (settings["prior"]["name"] != "standard", "prior=standard"),
         (not fused, "optimizer=adam or adamw with optimizer.fused=true"),
     ):
         if wrong:

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from betavae import plotting
 from betavae.models.vae import VAE
-from betavae.objectives.elbo import gaussian_kl
 from betavae.runtime.run_logger import run_loggers
 from betavae.runtime.terminal_log import warn_on_error
 
@@ -48,7 +47,7 @@ class ImageLogger(Callback):
 
     def draw(self, trainer: L.Trainer, vae: VAE) -> tuple[dict[str, Tensor], Tensor]:
         """Return figures `(C, H, W)` in [0, 1] by name, and the KL per latent dimension in nats."""
-        kl = torch.cat([gaussian_kl(vae.encode(x)) for x, _ in self.images(trainer, vae, 1000)]).mean(0).cpu()
+        kl = torch.cat([vae.kl_per_dimension(vae.encode(x)) for x, _ in self.images(trainer, vae, 1000)]).mean(0).cpu()
         x, _ = next(self.images(trainer, vae, 16))
         z = torch.randn(64, vae.latent_dim, generator=torch.Generator().manual_seed(0)).to(x.device)
         by_kl = kl.argsort(descending=True).tolist()[:10]

@@ -24,7 +24,7 @@ from betavae.storage.files import atomic_write_bytes
 from betavae.storage.torch_file import load_torch_file
 
 Checkpoint = dict[str, Any]  # tensors and plain values
-FORMAT = 4  # checkpoints of another format are rejected
+FORMAT = 5  # checkpoints of another format are rejected
 MAX_PARTS = 20  # modules and parameters of a network, per weight in its checkpoint
 
 
@@ -163,7 +163,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if not all(isinstance(group, dict) for group in (model, data, content.get("fingerprints", {}))):
         raise UserError(f"ckpt: {path} is not a checkpoint of betavae")
     try:
-        check_group("model", {key: value for key, value in model.items() if key != "image_shape"})
+        derived = ("image_shape", "prior", "classes")  # not settings of the group `model`
+        plain = {key: value for key, value in model.items() if key not in derived}
+        check_group("model", plain | {"conditional": "classes" in model})
+        check_group("prior", model.get("prior", {"name": "standard"}))
         check_group("data", data)
         check_weights(content["state_dict"], model, data)
     except Exception as error:

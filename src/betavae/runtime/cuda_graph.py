@@ -87,7 +87,7 @@ class CUDAGraphSteps:
         """Compute one step from inputs on the device, and return its terms."""
         module, group = self.module, self.optimizer.param_groups[0]
         noise = torch.randn(module.k, len(x), module.vae.latent_dim, dtype=x.dtype, device=x.device)
-        loss, sums = module.loss(x, noise, beta)
+        loss, sums = module.loss(x, None, noise, beta)
         self.optimizer.zero_grad()
         loss.backward()
         if module.clip:

@@ -83,7 +83,15 @@ class Model(ExtensibleGroup):
     hidden_dims: Annotated[list[PositiveInt], Field(min_length=1, examples=[[512, 256]])]
     latent_dim: PositiveInt
     activation: Annotated[str, RegisteredName("betavae.models.networks", "ACTIVATIONS")]
+    conditional: bool
     likelihood: Annotated[str, RegisteredName("betavae.models.likelihoods", "LIKELIHOODS")]
+
+
+class Prior(ExtensibleGroup):
+    name: Annotated[str, RegisteredName("betavae.models.priors", "PRIORS")]
+    components: PositiveInt = UNSET
+    transforms: PositiveInt = UNSET
+    hidden_dims: Annotated[list[PositiveInt], Field(min_length=1)] = UNSET
 
 
 class Data(ExtensibleGroup):
@@ -209,6 +217,7 @@ class TrainConfig(Settings):
     debug: bool
     model: Model
     data: Data
+    prior: Prior
     objective: Objective
     beta_schedule: BetaSchedule
     optimizer: Optimizer
@@ -357,5 +366,10 @@ def check_settings(values: Config) -> None:
         raise UserError("objective.num_train_images is not a setting: it is the number of training images")
     if set(trainer["max_time"] or "1") <= {"0", ":"}:
         raise UserError(f"trainer.max_time={trainer['max_time']} is invalid: expected null or a time above 0")
+    from betavae.objectives import check_prior  # imported late: torch takes a second
+
+    check_prior(objective, values["prior"]["name"])
+    if values["model"]["conditional"] and values["prior"]["name"] == "vamp":
+        raise UserError("model.conditional=true is invalid with prior=vamp, whose pseudo-inputs have no labels")
     if steps > 1 and values["optimizer"]["name"] == "LBFGS":
         raise UserError(f"trainer.steps_per_batch={steps} is invalid: expected 1 with LBFGS (trainer=fast sets 10)")

@@ -22,8 +22,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 
 from betavae.data.datamodule import ImageDataModule
+from betavae.data.loader import BatchLoader
 from betavae.errors import DivergenceError, RunInterrupted, TrialPruned, UserError, first_line
 from betavae.models.precision import set_float32_precision
+from betavae.models.priors import Prior, VampPrior
 from betavae.module import VAEModule
 from betavae.objectives import OBJECTIVES, select_objective_kwargs
 from betavae.objectives.schedules import BETA_SCHEDULES
@@ -135,12 +137,28 @@ def module_arguments(settings: Config, datamodule: ImageDataModule) -> Config:
     clips, precision = settings["trainer"]["gradient_clip_val"], settings["trainer"]["precision"]
     if clips and "mixed" in precision and "fused" in optimizer:
         optimizer["fused"] = False  # a fused optimizer unscales gradients itself, after the clipping
+    model = {key: value for key, value in settings["model"].items() if key != "conditional"}
+    model |= {"image_shape": datamodule.image_shape, "prior": settings["prior"]}
+    if settings["model"]["conditional"]:
+        model["classes"] = datamodule.classes
     return {
-        "model": settings["model"] | {"image_shape": datamodule.image_shape},
+        "model": model,
         "objective": objective,
         "optimizer": optimizer,
         **{key: settings[key] for key in ("beta", "beta_schedule", "lr_schedule")},
     }
+
+
+def init_vamp_prior(prior: Prior, datamodule: ImageDataModule) -> None:
+    """Start the pseudo-inputs of a `VampPrior` at random training images. Raise UserError if there are too few."""
+    if not isinstance(prior, VampPrior):
+        return
+    images, components = datamodule.splits["train"], len(prior.pseudo_inputs)
+    if components > len(images):
+        most = f"at most {len(images)}, the training images"
+        raise UserError(f"prior.components={components} is invalid: expected {most}")
+    chosen = torch.randperm(len(images))[:components]
+    prior.init_from_images(BatchLoader(images, components, binarize=datamodule.binarize).batch(chosen)[0])
 
 
 def as_user_error(error: BaseException) -> BaseException:
@@ -210,6 +228,7 @@ class TrainingRun:
                 self.module.vae.init_from_mean_image(pixels.float().mean(0) / 255)
             except ValueError as error:
                 raise UserError(str(error)) from error
+        init_vamp_prior(self.module.vae.prior, self.datamodule)
         self.callbacks = build_callbacks(settings, folder, self.signals, len(splits["validation"]) > 0)
         self.trainer = build_trainer(settings, self.module, self.datamodule, self.callbacks)
         # After the checkpoint callbacks, which Lightning moves to the end: a pruned epoch is saved first.
@@ -409,7 +428,7 @@ class TrainingRun:
 def flatten_hparams(settings: Config) -> Config:
     """Return settings for a table of hyper-parameters, with values of one type per column; null is left out."""
     values: Config = {"seed": settings["seed"], "beta": settings["beta"]}
-    for group in ("model", "data", "objective", "beta_schedule", "optimizer", "lr_schedule", "trainer"):
+    for group in ("model", "data", "prior", "objective", "beta_schedule", "optimizer", "lr_schedule", "trainer"):
         for key, value in settings[group].items():
             number = isinstance(value, int | float) and not accepts_text(group, key)
             if value is not None:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from betavae.models.vae import VAE, Posterior
 from betavae.objectives import elbo
-from betavae.objectives.elbo import gaussian_kl
 from betavae.objectives.importance_weighted import log_mean_exp, log_prior_over_posterior
 
 
@@ -50,7 +49,7 @@ def neg_elbo(vae: VAE, x: Tensor) -> Tensor:
 def nll(vae: VAE, x: Tensor, pairs: int = 32) -> Tensor:
     """Bound -log p(x) by importance weighting of 2 * pairs samples, `(N,)` in nats (Burda et al. 2016)."""
     posterior, z, params = vae(x, antithetic_noise(vae, pairs).expand(-1, len(x), -1))
-    return -log_mean_exp(vae.likelihood.log_prob(x, params) + log_prior_over_posterior(z, posterior))
+    return -log_mean_exp(vae.likelihood.log_prob(x, params) + log_prior_over_posterior(vae, z, posterior))
 
 
 def likelihood_regret(vae: VAE, x: Tensor, steps: int = 50, lr: float = 0.1) -> Tensor:
@@ -67,8 +66,9 @@ def likelihood_regret(vae: VAE, x: Tensor, steps: int = 50, lr: float = 0.1) -> 
         optimizer = torch.optim.Adam([mean, logvar], lr)
         for _ in range(steps + 1):
             posterior = Posterior(mean, logvar)
-            log_px = vae.likelihood.log_prob(x, vae.decode_params(posterior.rsample(noise))).mean(0)
-            bound = log_px - gaussian_kl(posterior).sum(1)
+            z = posterior.rsample(noise)
+            log_px = vae.likelihood.log_prob(x, vae.decode_params(z)).mean(0)
+            bound = log_px - vae.kl(posterior, z).sum(1)
             bounds.append(bound.detach())
             mean.grad, logvar.grad = torch.autograd.grad(-bound.sum(), [mean, logvar])
             optimizer.step()
@@ -92,9 +92,10 @@ def statistics(vae: VAE, x: Tensor) -> Tensor:
     They are the neg. ELBO, recon, KL, |mean|^2, the sum of the posterior variances, the sum of the posterior
     log-variances, and the squared error and `unexplained_nats` of the reconstruction.
     """
-    mean, logvar = vae.encode(x)
+    posterior = vae.encode(x)
+    mean, logvar = posterior
     reconstruction = vae.decode(mean)
-    kl = gaussian_kl(Posterior(mean, logvar)).sum(1)
+    kl = vae.kl(posterior, posterior.rsample(antithetic_noise(vae, 4))).sum(1)
     bound = neg_elbo(vae, x)
     squares = (x - reconstruction).square().sum((1, 2, 3))
     rows = (bound, bound - kl, kl, mean.square().sum(1), logvar.exp().sum(1), logvar.sum(1), squares)

@@ -19,7 +19,6 @@ from betavae.data.image_set import ImageSet
 from betavae.errors import UserError
 from betavae.metrics.likelihood import importance_bounds
 from betavae.models.vae import VAE, Posterior
-from betavae.objectives.elbo import gaussian_kl
 
 MAX_MODELS = 8
 MAX_MAP_IMAGES = 10_000
@@ -139,7 +138,9 @@ def load_model(name: str, run: TrainedRun, images: ImageSet, p_values: PValueFun
     index = torch.linspace(0, len(images) - 1, min(REFERENCE_IMAGES, len(images))).round().long()
     groups = importance_bounds(run.vae, select_pixels(images, index), [ELBO_SAMPLES])
     reference = torch.cat([group.recon + group.kl.sum(1) for group in groups])
-    return LoadedModel(name, run, posterior.mean, gaussian_kl(posterior).mean(0), reference.sort().values, p_values)
+    return LoadedModel(
+        name, run, posterior.mean, run.vae.kl_per_dimension(posterior).mean(0), reference.sort().values, p_values
+    )
 
 
 def select_pixels(images: ImageSet, index: Tensor) -> Tensor:
@@ -218,7 +219,7 @@ def encode_image(model: LoadedModel, x: Tensor) -> tuple[Tensor, list[Score]]:
     scores = [
         Score("neg. ELBO", recon + kl, "nats", f"recon + KL, from {ELBO_SAMPLES} posterior samples"),
         Score("recon", recon, "nats", "-E log p(x|z)"),
-        Score("KL", kl, "nats", "KL(q(z|x) || N(0, I))"),
+        Score("KL", kl, "nats", "KL(q(z|x) || p(z))"),
         Score("anomaly", percentile, "%", f"share of {len(model.reference):,} test images with a lower neg. ELBO"),
     ]
     if model.compute_p_values:

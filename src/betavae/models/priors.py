@@ -1,0 +1,225 @@
+"""p(z): the standard normal prior and learned ones, each with log-probability, samples and moments.
+
+The KL to a learned prior has no closed form; it is estimated from samples of the posterior (`VAE.kl`). To add a prior,
+write a class with the methods of `Prior` and name it in `PRIORS`. Its constructor takes `latent_dim`, and if it has
+such parameters the VAE's `image_shape` and `encode`; the others are settings of the group `prior`.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from betavae.errors import UserError
+from betavae.models.precision import at_least_float32, to_float64
+
+LOG_2PI = math.log(2 * math.pi)
+Encode = Callable[[Tensor], tuple[Tensor, Tensor]]  # from images (B, C, H, W) to mean and log-variance (B, latent_dim)
+NUM_MOMENT_SAMPLES = 10_000
+MAX_LOG_SCALE = 7.0  # of a coupling layer: factors from about 1/1000 to 1000
+
+
+class Prior(nn.Module):
+    """Base class of the priors."""
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Return log p(z) in nats, `(..., B)`, for z `(..., B, latent_dim)`."""
+        raise NotImplementedError
+
+    def sample(self, n: int, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+        """Draw z, `(n, latent_dim)`; `temperature` is a factor of the noise, so that 0 gives modes.
+
+        Random numbers are drawn on the CPU, so that one seed gives the same samples on every device.
+        """
+        raise NotImplementedError
+
+    def closed_form_kl(self, mean: Tensor, logvar: Tensor) -> Tensor | None:
+        """Return KL(N(mean, diag(exp(logvar))) || p) per latent dimension, `(B, latent_dim)`, if there is a formula."""
+        return None
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation of each latent dimension, `(latent_dim,)` each."""
+        z = self.sample(NUM_MOMENT_SAMPLES, generator=torch.Generator().manual_seed(0))
+        return z.mean(0), z.std(0)
+
+
+class StandardNormal(Prior):
+    """N(0, I) (Kingma & Welling 2014)."""
+
+    def __init__(self, latent_dim: int):
+        super().__init__()
+        self.latent_dim = latent_dim
+        self.register_buffer("zero", torch.zeros(()), persistent=False)  # has the device of the model
+        self.zero: Tensor
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        return -0.5 * (z**2 + LOG_2PI).sum(-1)
+
+    def sample(self, n: int, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+        return (temperature * torch.randn(n, self.latent_dim, generator=generator)).to(self.zero.device)
+
+    def closed_form_kl(self, mean: Tensor, logvar: Tensor) -> Tensor:
+        return 0.5 * (mean**2 + logvar.exp() - 1 - logvar)
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        mean = self.zero.expand(self.latent_dim)
+        return mean, mean + 1
+
+
+def mixture_log_prob(z: Tensor, mean: Tensor, logvar: Tensor, log_weights: Tensor) -> Tensor:
+    """Return log sum_k w_k N(z; mean_k, diag(exp(logvar_k))), `(..., B)` in nats.
+
+    Args:
+        z: `(..., B, D)`.
+        mean: `(K, D)`.
+        logvar: `(K, D)`.
+        log_weights: `(K,)`, whose exponentials sum to 1.
+    """
+    # The squares (z - mean)^2 / var as two matrix products, which lose digits to cancellation: hence double precision,
+    # which autocast and faster products of float32 leave alone.
+    values, mean, logvar = to_float64(z), to_float64(mean), to_float64(logvar)
+    precision = torch.exp(-logvar)
+    constant = (mean**2 * precision + logvar + LOG_2PI).sum(1) - 2 * to_float64(log_weights)
+    distances = values**2 @ precision.T - 2 * values @ (mean * precision).T + constant
+    return torch.logsumexp(-0.5 * distances, -1).to(z)
+
+
+class GaussianComponents(Prior):
+    """Base class of the mixtures of K normal distributions with diagonal covariance."""
+
+    log_weights: nn.Parameter  # (K,), before the softmax
+
+    def components(self) -> tuple[Tensor, Tensor]:
+        """Return the means and log-variances, `(K, latent_dim)` each."""
+        raise NotImplementedError
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        return mixture_log_prob(z, *self.components(), self.log_weights.log_softmax(0))
+
+    def sample(self, n: int, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+        mean, logvar = self.components()
+        weights = self.log_weights.detach().float().softmax(0).cpu()
+        chosen = torch.multinomial(weights, n, replacement=True, generator=generator).to(mean.device)
+        noise = temperature * torch.randn(n, mean.shape[1], generator=generator)
+        return mean[chosen] + torch.exp(0.5 * logvar[chosen]) * noise.to(mean)
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        mean, logvar = self.components()
+        weights = self.log_weights.softmax(0)
+        center = weights @ mean
+        return center, (weights @ (logvar.exp() + (mean - center) ** 2)).sqrt()
+
+
+class Mixture(GaussianComponents):
+    """Mixture of Gaussians with learned means, scales and weights."""
+
+    def __init__(self, latent_dim: int, components: int):
+        super().__init__()
+        # Close to N(0, I), and different enough to become different components.
+        self.mean = nn.Parameter(0.3 * torch.randn(components, latent_dim))
+        self.log_scale = nn.Parameter(torch.zeros(components, latent_dim))
+        self.log_weights = nn.Parameter(torch.zeros(components))
+
+    def components(self) -> tuple[Tensor, Tensor]:
+        return self.mean, 2 * self.log_scale
+
+    def closed_form_kl(self, mean: Tensor, logvar: Tensor) -> Tensor | None:
+        if len(self.mean) > 1:
+            return None
+        ratio = logvar - 2 * self.log_scale
+        return 0.5 * ((mean - self.mean) ** 2 * torch.exp(-2 * self.log_scale) + ratio.exp() - 1 - ratio)
+
+
+class VampPrior(GaussianComponents):
+    """Mixture of the posteriors of K learned pseudo-inputs (Tomczak & Welling 2018), with learned weights."""
+
+    def __init__(self, latent_dim: int, components: int, image_shape: Sequence[int], encode: Encode):
+        super().__init__()
+        self.encode = encode
+        self.pseudo_inputs = nn.Parameter(torch.rand(components, *image_shape))
+        self.log_weights = nn.Parameter(torch.zeros(components))
+
+    @torch.no_grad()
+    def init_from_images(self, x: Tensor) -> None:
+        """Start at images `(K, C, H, W)`, as the network sees them."""
+        self.pseudo_inputs.copy_(x)
+
+    def components(self) -> tuple[Tensor, Tensor]:
+        return self.encode(self.pseudo_inputs)
+
+
+class Coupling(nn.Module):
+    """Affine coupling layer: z = (a, b) -> (b * exp(s(a)) + t(a), a), so that the next layer changes `a`.
+
+    Args:
+        num_fixed: The number of values in `a`.
+        num_changed: The number of values in `b`.
+        hidden_dims: The hidden widths of the network for s and t.
+    """
+
+    def __init__(self, num_fixed: int, num_changed: int, hidden_dims: Sequence[int]):
+        super().__init__()
+        self.sizes = (num_fixed, num_changed)
+        widths = [num_fixed, *hidden_dims]
+        layers: list[nn.Module] = []
+        for n_in, n_out in pairwise(widths):
+            layers += [nn.Linear(n_in, n_out), nn.ReLU()]
+        last = nn.Linear(widths[-1], 2 * num_changed)
+        nn.init.zeros_(last.weight)  # the identity
+        nn.init.zeros_(last.bias)
+        self.network = nn.Sequential(*layers, last)
+
+    def scale_and_shift(self, fixed: Tensor) -> tuple[Tensor, Tensor]:
+        """Return s and t; s is bounded, softly, to (-`MAX_LOG_SCALE`, `MAX_LOG_SCALE`)."""
+        log_scale, shift = at_least_float32(self.network(fixed)).chunk(2, -1)
+        return log_scale / (1 + log_scale.abs() / MAX_LOG_SCALE), shift
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the transformed z and the log-determinant `(B,)` of the Jacobian, for z `(B, D)`."""
+        fixed, changed = z.split(self.sizes, -1)
+        log_scale, shift = self.scale_and_shift(fixed)
+        return torch.cat((changed * log_scale.exp() + shift, fixed), -1), log_scale.sum(-1)
+
+    def invert(self, z: Tensor) -> Tensor:
+        """Return the z that `forward` maps to this one."""
+        changed, fixed = z.split(self.sizes[::-1], -1)
+        log_scale, shift = self.scale_and_shift(fixed)
+        return torch.cat((fixed, (changed - shift) * torch.exp(-log_scale)), -1)
+
+
+class Flow(Prior):
+    """RealNVP (Dinh et al. 2017): z becomes N(0, I) in affine coupling layers. It starts as N(0, I)."""
+
+    def __init__(self, latent_dim: int, transforms: int, hidden_dims: Sequence[int]):
+        super().__init__()
+        if latent_dim < 2:
+            raise UserError(f"prior=flow needs model.latent_dim of at least 2, and it is {latent_dim}")
+        sizes = (latent_dim // 2, latent_dim - latent_dim // 2)
+        self.latent_dim = latent_dim
+        self.layers = nn.ModuleList(
+            Coupling(*(sizes if number % 2 == 0 else sizes[::-1]), hidden_dims) for number in range(transforms)
+        )
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        noise = at_least_float32(z).flatten(0, -2)
+        log_det = noise.new_zeros(len(noise))
+        for layer in self.layers:
+            noise, change = layer(noise)
+            log_det = log_det + change
+        return (log_det - 0.5 * (noise**2 + LOG_2PI).sum(-1)).unflatten(0, z.shape[:-1])
+
+    def sample(self, n: int, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+        z = (temperature * torch.randn(n, self.latent_dim, generator=generator)).to(next(self.parameters()))
+        for layer in reversed(self.layers):
+            z = layer.invert(z)  # type: ignore[operator]
+        return z
+
+
+PRIORS: dict[str, type[Prior]] = {
+    "standard": StandardNormal,
+    "mixture": Mixture,
+    "vamp": VampPrior,
+    "flow": Flow,
+}
