@@ -1,17 +1,20 @@
 """Measure the aggregate posterior of a trained VAE, and classify labels from its posterior means."""
 
+import itertools
 import math
 import warnings
 
 import torch
 from torch import Tensor
 
+from betavae.models.priors import Prior, StandardNormal
 from betavae.models.vae import VAE, Posterior
 
 NEIGHBORS = 5  # of the nearest-neighbor classifier, which needs as many training images
 
 
-def decompose_kl(posterior: Posterior, seed: int = 0, chunk_size: int = 500) -> dict[str, float]:
+@torch.no_grad()
+def decompose_kl(posterior: Posterior, prior: Prior, seed: int = 0, chunk_size: int = 500) -> dict[str, float]:
     """Split the mean KL of N images into mutual information and marginal KL (Hoffman & Johnson 2016).
 
     Both depend on the aggregate posterior q(z) = 1/N sum_n q(z|x_n). Both are estimated with one sample z of each
@@ -20,13 +23,14 @@ def decompose_kl(posterior: Posterior, seed: int = 0, chunk_size: int = 500) -> 
 
     Args:
         posterior: Of N images, in double precision.
+        prior: p(z).
         seed: Seed of the samples z.
         chunk_size: Samples z that are compared with all N posteriors at once.
 
     Returns:
         In nats: `mutual_information` of z and the image number n, its limit log N as `mutual_information_limit`,
-        `marginal_kl` = KL(q(z) || p(z)), and `moments_kl`, the KL of a normal distribution with the mean and covariance
-        of q(z). The last is a lower bound of `marginal_kl` that does not suffer from few images.
+        `marginal_kl` = KL(q(z) || p(z)), and for p(z) = N(0, I) `moments_kl`, the KL of a normal distribution with the
+        mean and covariance of q(z). The last is a lower bound of `marginal_kl` that does not suffer from few images.
     """
     mean, logvar = posterior
     n, dimensions = mean.shape
@@ -41,17 +45,18 @@ def decompose_kl(posterior: Posterior, seed: int = 0, chunk_size: int = 500) -> 
         ]
     )
     # Both as in log_q, without the constant that all three share.
-    log_p = -0.5 * (z**2).sum(1)
+    like = next(itertools.chain(prior.parameters(), prior.buffers()))
+    log_p = prior.log_prob(z.to(like)).to(z) + 0.5 * dimensions * math.log(2 * math.pi)
     log_q_given_x = -0.5 * ((z - mean) ** 2 * precision + logvar).sum(1)
     centered = mean - mean.mean(0)
     covariance = centered.T @ centered / n + torch.diag(logvar.exp().mean(0))
     moments_kl = 0.5 * (covariance.trace() + (mean.mean(0) ** 2).sum() - dimensions - covariance.logdet())
-    return {
+    result = {
         "mutual_information": (log_q_given_x - log_q).mean().item(),
         "mutual_information_limit": math.log(n),
         "marginal_kl": (log_q - log_p).mean().item(),
-        "moments_kl": moments_kl.item(),
     }
+    return result | ({"moments_kl": moments_kl.item()} if isinstance(prior, StandardNormal) else {})
 
 
 @torch.no_grad()

@@ -139,16 +139,19 @@ def standard_error(values: Tensor) -> float:
     return values.std().item() / math.sqrt(len(values))
 
 
-def summarize(per_image: PerImageBounds, ks: list[int]) -> dict[str, Any]:
+def summarize(vae: VAE, per_image: PerImageBounds, ks: list[int]) -> dict[str, Any]:
     """Return the means over images with their standard errors, as in evaluation.json."""
+    posterior = Posterior(per_image.mean, per_image.logvar)
+    device, dtype = next(vae.parameters()).device, next(vae.parameters()).dtype
+    per_dimension = vae.kl_per_dimension(Posterior(*(part.to(device, dtype) for part in posterior)))
     kl = per_image.kl.sum(1)
     terms = {"neg_elbo": per_image.recon + kl, "recon": per_image.recon, "kl": kl}
     terms |= {f"nll_{k}": per_image.nll[:, number] for number, k in enumerate(ks)}
     is_active = per_image.mean.var(0, correction=0) > ACTIVE_UNIT_THRESHOLD
     return {name: {"mean": values.mean().item(), "se": standard_error(values)} for name, values in terms.items()} | {
         "active_units": int(is_active.sum()),
-        "kl_per_dimension": per_image.kl.mean(0).tolist(),
-        "aggregate": decompose_kl(Posterior(per_image.mean, per_image.logvar)),
+        "kl_per_dimension": per_dimension.double().mean(0).tolist(),
+        "aggregate": decompose_kl(posterior, vae.prior),
     }
 
 
@@ -168,9 +171,10 @@ def format_summary(result: dict[str, Any]) -> str:
         f"KL {aggregate['mutual_information'] + aggregate['marginal_kl']:.2f} = mutual information "
         f"{aggregate['mutual_information']:.2f} (at most log {result['images']} = "
         f"{aggregate['mutual_information_limit']:.2f})",
-        f"  + KL(aggregate posterior || prior) {aggregate['marginal_kl']:.2f}, at least {aggregate['moments_kl']:.2f} "
-        "by its mean and covariance",
+        f"  + KL(aggregate posterior || prior) {aggregate['marginal_kl']:.2f}",
     ]
+    if "moments_kl" in aggregate:
+        lines[-1] += f", at least {aggregate['moments_kl']:.2f} by its mean and covariance"
     if "knn_accuracy" in result:
         lines.append(
             f"labels from posterior means: 5 nearest neighbors {result['knn_accuracy']:.2%}, linear "

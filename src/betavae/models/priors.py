@@ -18,7 +18,7 @@ from betavae.models.precision import at_least_float32, to_float64
 LOG_2PI = math.log(2 * math.pi)
 Encode = Callable[[Tensor], tuple[Tensor, Tensor]]  # from images (B, C, H, W) to mean and log-variance (B, latent_dim)
 NUM_MOMENT_SAMPLES = 10_000
-MAX_LOG_SCALE = 7.0  # of a coupling layer: factors from about 1/1000 to 1000
+MAX_LOG_SCALE = 3.0  # of a coupling layer: factors from 1/20 to 20
 
 
 class Prior(nn.Module):
