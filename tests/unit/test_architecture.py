@@ -69,7 +69,7 @@ def test_imports_have_no_cycles():
 
 def test_the_research_code_is_one_sitting():
     lines = {name: len(FILES[name].read_text().splitlines()) for name in READ_FIRST}
-    assert sum(lines.values()) <= 1200, lines
+    assert sum(lines.values()) <= 1400, lines
 
 
 def test_no_assert_statements_outside_of_tests():

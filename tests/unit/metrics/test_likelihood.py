@@ -74,7 +74,7 @@ def test_bounds_tighten_to_the_exact_likelihood(linear):
     expected = 0.5 * torch.logdet(
         2 * math.pi * math.e * D.MultivariateNormal(torch.zeros(12).double(), covariance(vae)).covariance_matrix
     )
-    nll = summarize(result, KS)["nll_1000"]
+    nll = summarize(vae, result, KS)["nll_1000"]
     assert abs(nll["mean"] - expected) < 4 * nll["se"] and 0.05 < nll["se"] < 0.3
 
 
