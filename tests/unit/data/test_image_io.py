@@ -113,7 +113,7 @@ def test_16_bit_tiffs_of_both_byte_orders_are_read(tmp_path):
         assert torch.equal(pixels, chw((color >> 8).astype(np.uint8)))
 
 
-# The transformation of each orientation in the EXIF standard.
+# The transformation of each orientation in the EXIF standard, and of a number that it does not have.
 TURNS = {
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
@@ -123,6 +123,7 @@ TURNS = {
     6: lambda a: np.rot90(a, -1),
     7: lambda a: np.rot90(a, 2).swapaxes(0, 1),
     8: lambda a: np.rot90(a),
+    9: lambda a: a,
 }
 
 
@@ -138,7 +139,7 @@ def test_exif_orientation_is_applied(tmp_path, suffix, orientation):
     pixels, notes = read_image(path, (3, *expected.shape[:2]))
     difference = (pixels.int() - chw(expected).int()).abs().float().mean()
     assert difference < 2 if suffix == "jpg" else difference == 0
-    assert notes == (["rotated by its EXIF orientation"] if orientation > 1 else [])
+    assert notes == (["rotated by its EXIF orientation"] if 1 < orientation < 9 else [])
 
 
 def test_alpha_is_composited_before_resizing(tmp_path):
