@@ -112,7 +112,7 @@ OmegaConf.register_new_resolver("safe_name", safe_name)
 
 
 def config_folders() -> list[Path]:
-    """List the config folders in the order of their search: the user's `configs/`, if there is one, and the package's."""
+    """List the config folders in search order: the user's `configs/`, if there is one, and the package's."""
     own = Path("configs").absolute()
     return [own, CONFIGS] if own.is_dir() and not own.samefile(CONFIGS) else [CONFIGS]
 
