@@ -5,6 +5,7 @@ import contextlib
 import errno
 import gc
 import io
+import os
 import re
 import shlex
 import signal
@@ -112,6 +113,14 @@ def argument(key: str, value: str | Path) -> str:
     return shlex.quote(f"{key}={text}")
 
 
+def adapt_commands(text: str) -> str:
+    """Replace the commands of a clone in a message by those of `betavae`, if that command started this process."""
+    if "BETAVAE_CONSOLE" not in os.environ:
+        return text
+    text = re.sub(r'pip install -e "\.(\[\w+\])"', r'pip install "betavae\1"', text)
+    return re.sub(r"python (?:scripts/)?(\w+)\.py", r"betavae \1", text)
+
+
 def describe_error(error: Exception) -> str | None:
     """Describe an error in one sentence for the user, or return None for a bug of this project."""
     if isinstance(error, OSError) and error.errno in USER_ERRNOS:
@@ -141,7 +150,7 @@ def report_errors(describe: Callable[[Exception], str | None]) -> Iterator[None]
     except Exception as error:
         if debug or not (sentence := describe(error)):
             raise
-        print(f"[rank {rank}] error: {sentence}" if rank else f"error: {sentence}", file=sys.stderr)
+        print(f"[rank {rank}] " * bool(rank) + f"error: {adapt_commands(sentence)}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -11,8 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, OverrideParseException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -22,8 +25,8 @@ from betavae.runtime import distributed
 from betavae.runtime.cli import argument, describe_error, report_errors
 from betavae.runtime.settings import flatten, suggest
 
-# Beside the sources; if the package is installed elsewhere, beside the script that runs or its folder.
-CONFIG_ROOTS = (Path(__file__).parents[3], *Path(sys.argv[0]).resolve().parents[:2])
+# Beside the sources; if the package is installed elsewhere, beside the script that runs, its folder or in the package.
+CONFIG_ROOTS = (Path(__file__).parents[3], *Path(sys.argv[0]).resolve().parents[:2], Path(__file__).parents[1])
 CONFIGS = next((root / "configs" for root in CONFIG_ROOTS if (root / "configs/train.yaml").is_file()), Path("configs"))
 LAUNCHER_EXTRAS = {"joblib": "sweep", "submitit": "slurm", "ray": "ray"}  # the optional dependencies of each
 
@@ -108,6 +111,20 @@ OmegaConf.register_new_resolver("job_name", job_name)
 OmegaConf.register_new_resolver("safe_name", safe_name)
 
 
+def config_folders() -> list[Path]:
+    """List the config folders in search order: the user's `configs/`, if there is one, and the package's."""
+    own = Path("configs").absolute()
+    return [own, CONFIGS] if own.is_dir() and not own.samefile(CONFIGS) else [CONFIGS]
+
+
+class UserConfigs(SearchPathPlugin):
+    """Search the user's folder of configs before the package's."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        for folder in config_folders()[:-1]:
+            search_path.prepend("user", f"file://{folder}", anchor="main")
+
+
 class JobOutcome:
     """The state of the only job of this process."""
 
@@ -125,6 +142,7 @@ def hydra_command() -> Iterator[None]:
     warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/submitit_slurm' is validated")
     logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it reports the font cache that it makes
     run_dir.note_named_folders(sys.argv[1:])
+    Plugins.instance().register(UserConfigs)
     with report_errors(lambda error: describe_config_error(error, not JobOutcome.composed, all_keys())):
         yield
         if JobOutcome.error:
@@ -179,7 +197,7 @@ def describe_config_error(error: Exception, composing: bool, keys: list[str]) ->
         key, value = match[1].split("=", 1)
         return f"{match[1]} has a comma: pass -m for a sweep, or quote one value twice: {argument(key, value)}"
     if match := re.search(r"(?:In '[^']+': )?Could not find '([^'/]+)/([^']+)'", text):
-        options = sorted(path.stem for path in (CONFIGS / match[1]).glob("*.yaml"))
+        options = sorted({path.stem for folder in config_folders() for path in (folder / match[1]).glob("*.yaml")})
         return f"{match[1]}={match[2]} is invalid: expected one of {', '.join(options)}"
     return first_line(error)
 

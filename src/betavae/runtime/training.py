@@ -33,7 +33,7 @@ from betavae.runtime import loggers
 from betavae.runtime.builders import build_callbacks, build_data, build_trainer
 from betavae.runtime.callbacks import DISPLAY_NAMES, EpochProgressBar, EpochSummary, ImageLogger, LastValidationMetrics
 from betavae.runtime.checkpoint import Checkpoint
-from betavae.runtime.cli import argument
+from betavae.runtime.cli import adapt_commands, argument
 from betavae.runtime.distributed import ONE_DEVICE_MESSAGE, broadcast_from_rank_zero, rank, started_by_lightning
 from betavae.runtime.hydra_config import is_multirun, to_plain
 from betavae.runtime.resume import SignalHandler, load_resumed_config
@@ -359,7 +359,7 @@ class TrainingRun:
             log.info("run   %s", self.folder.path)
             commands = [logger.view_command for logger in run_loggers(self.trainer) if logger.view_command]
             commands.append(f"python scripts/sample.py {argument('ckpt', self.tested_checkpoint)}")
-            log.info("next  %s", "\n      ".join(commands))
+            log.info("next  %s", adapt_commands("\n      ".join(commands)))
         self.end_loggers("finished")
 
     def log_test_metrics(self, scalars: dict[str, float]) -> None:
@@ -396,7 +396,7 @@ class TrainingRun:
         return RunInterrupted(128 + (received or signal.SIGINT))
 
     def record_failure(self, error: BaseException, stopped: bool) -> None:
-        resume_command = f"  python train.py {argument('resume', self.folder.path)}"
+        resume_command = adapt_commands(f"  python train.py {argument('resume', self.folder.path)}")
         if self.record["status"] == "finished":
             log.info("stopped after the test, while figures were drawn; draw them by\n%s", resume_command)
             self.end_loggers("finished")

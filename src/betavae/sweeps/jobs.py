@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 
 from betavae.errors import TrialPruned, UserError
 from betavae.runtime import distributed
-from betavae.runtime.cli import argument, gc_paused
+from betavae.runtime.cli import adapt_commands, argument, gc_paused
 from betavae.runtime.distributed import ONE_DEVICE_MESSAGE
 from betavae.runtime.hydra_config import to_plain
 from betavae.runtime.run_folder import MARKER_FILE, RUN, SWEEP, UNFINISHED, RunFolder, claim_folder
@@ -203,7 +203,7 @@ def print_summary(is_interrupted: bool = False) -> bool:
         again = argument("hydra.sweep.dir", folder)
         print(f"the same command with {again} keeps finished jobs and retries the others")
     print(f"sweep {folder}")
-    print(f"next  python scripts/sweep_report.py {argument('sweep', folder)}", flush=True)
+    print(adapt_commands(f"next  python scripts/sweep_report.py {argument('sweep', folder)}"), flush=True)
     if any(next(job.folder.glob("events.out.tfevents.*"), None) for job in jobs):  # other loggers say it for each job
         print(f"      tensorboard --logdir {shlex.quote(str(folder))}", flush=True)
     if SweepCallback.is_search:  # some settings may fail
