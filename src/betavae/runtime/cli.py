@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 from pydantic import Field
 
 from betavae.errors import RunInterrupted, UserError
-from betavae.runtime import distributed
-from betavae.runtime.settings import PathStr, Seed63, Settings, format_value, validate
+from betavae.runtime import distributed, plugins
+from betavae.runtime.settings import NonEmptyStr, PathStr, Seed63, Settings, format_value, validate
 
 # Errors of the machine or its permissions, which the user can fix; any other OSError is a bug of this project.
 USER_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG)
@@ -28,6 +28,7 @@ class ScriptSettings(Settings):
     """Settings of every script. A script subclasses it; a field's title is its line in `--help`."""
 
     debug: bool = Field(False, title="true: show the traceback of an error")
+    plugins: list[NonEmptyStr] = Field([], title="modules to import first, such as [mypkg.nets]: see docs/extending.md")
 
 
 class RunsSettings(ScriptSettings):
@@ -68,7 +69,9 @@ def script_command(settings: type[S]) -> Callable[[Callable[[S], None]], Callabl
                     for key, field in settings.model_fields.items():
                         print(f"  {key}={format_value(field.default)}".ljust(28) + f"  {field.title}")
                 else:
-                    task(validate(settings, parse_arguments(sys.argv[1:])))
+                    values = validate(settings, parse_arguments(sys.argv[1:]))
+                    plugins.load_plugins(values.plugins)
+                    task(values)
 
         return command
 
@@ -110,6 +113,12 @@ def argument(key: str, value: str | Path) -> str:
         escaped = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
         text = '"' + re.sub(r'(\\*)("|\Z)', lambda m: 2 * m[1] + ("\\" + m[2] if m[2] else ""), escaped) + '"'
     return shlex.quote(f"{key}={text}")
+
+
+def run_argument(key: str, path: str | Path) -> str:
+    """Format the path of a run for a shell, and the `plugins=[...]` of this process."""
+    named = ",".join(name for name, package in plugins.LOADED.items() if not package)
+    return argument(key, path) + (f" 'plugins=[{named}]'" if named else "")
 
 
 def describe_error(error: Exception) -> str | None:

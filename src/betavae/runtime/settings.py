@@ -190,8 +190,8 @@ class MLflow(Settings):
     tracking_uri: NonEmptyStr
 
 
-class Loggers(Settings):
-    """Any number of loggers."""
+class Loggers(ExtensibleGroup):
+    """Any number of loggers. Further names are those of plugins in LOGGERS."""
 
     tensorboard: NoSettings = UNSET
     csv: NoSettings = UNSET
@@ -206,6 +206,7 @@ class TrainConfig(Settings):
     name: str | int | Annotated[float, Field(allow_inf_nan=True)]
     runs: NonEmptyStr
     resume: NonEmptyStr | None
+    plugins: list[NonEmptyStr]
     debug: bool
     model: Model
     data: Data
@@ -342,6 +343,11 @@ def check_signature(group: str, function: Callable[..., Any], settings: Mapping[
 def check_settings(values: Config) -> None:
     """Raise UserError for an invalid setting of a training run, or two that exclude each other."""
     validate(TrainConfig, values)
+    for name in values["logger"].keys() - Loggers.model_fields:
+        if name not in (known := RegisteredName("betavae.runtime.loggers", "LOGGERS").names()):
+            raise UserError(f"logger.{name} is not a logger: expected one of {', '.join(known)}{suggest(name, known)}")
+        if not isinstance(values["logger"][name], dict):
+            raise UserError(f"logger.{name}={format_value(values['logger'][name])} is invalid: expected its settings")
     trainer, objective = values["trainer"], values["objective"]
     clip, algorithm, steps = (
         trainer[key] for key in ("gradient_clip_val", "gradient_clip_algorithm", "steps_per_batch")

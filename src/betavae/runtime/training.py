@@ -31,9 +31,10 @@ from betavae.runtime import loggers
 from betavae.runtime.builders import build_callbacks, build_data, build_trainer
 from betavae.runtime.callbacks import DISPLAY_NAMES, EpochProgressBar, EpochSummary, ImageLogger, LastValidationMetrics
 from betavae.runtime.checkpoint import Checkpoint
-from betavae.runtime.cli import argument
+from betavae.runtime.cli import run_argument
 from betavae.runtime.distributed import ONE_DEVICE_MESSAGE, broadcast_from_rank_zero, rank, started_by_lightning
 from betavae.runtime.hydra_config import is_multirun, to_plain
+from betavae.runtime.plugins import LOADED, load_plugins
 from betavae.runtime.resume import SignalHandler, load_resumed_config
 from betavae.runtime.run_folder import RUN, Record, RunFolder, claim_folder, git_commit
 from betavae.runtime.run_logger import run_loggers
@@ -65,13 +66,17 @@ def train(cfg: DictConfig, callbacks: Sequence[Callback] = (), needs_validation:
     sweep, overrides = is_multirun(), list(HydraConfig.get().overrides.task)
     folder = RunFolder(os.path.relpath(HydraConfig.get().runtime.output_dir))
     settings, state = to_plain(cfg), None
+    load_plugins(settings["plugins"])
     resume = settings["resume"] is not None
     if resume:
         # A job of a sweep resumes with exactly the settings it has.
         settings, state = load_resumed_config(folder, cfg, [] if sweep else overrides)
         done = folder.read_metrics()
-        if done.get("status") == "finished" and done.get("displayed", True) and len(overrides) == 1:
-            print(f"{folder.path} is finished; train longer by {argument('resume', folder.path)} trainer.max_epochs=N")
+        unchanged = all(item.startswith(("resume=", "plugins=")) for item in overrides)
+        if done.get("status") == "finished" and done.get("displayed", True) and unchanged:
+            print(
+                f"{folder.path} is finished; train longer by {run_argument('resume', folder.path)} trainer.max_epochs=N"
+            )
             return done["test"]["neg_elbo"]
     check_settings(settings)
     if state and settings["trainer"]["max_epochs"] <= state["epoch"]:
@@ -104,8 +109,8 @@ def claim_run_folder(folder: RunFolder, new: bool, sweep: bool) -> Iterator[None
         # A run that was killed before it wrote its settings has left only the marker.
         if new and not made and (folder.path / "config.yaml").exists():
             raise UserError(
-                f"{folder.path} already holds a run; resume it by {argument('resume', folder.path)}, or pass another "
-                "folder"
+                f"{folder.path} already holds a run; resume it by {run_argument('resume', folder.path)}, or pass "
+                "another folder"
             )
         lock.enter_context(folder.lock())
         return made
@@ -279,6 +284,8 @@ class TrainingRun:
             "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {device_name}",
             "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
         }
+        if LOADED:
+            self.record["plugins"] = dict(LOADED)
         if ids := {name: logger.version for name, logger in named.items() if logger.version}:
             self.record["loggers"] = ids
         folder.write_record(self.record)
@@ -339,7 +346,7 @@ class TrainingRun:
             log.info("      docs/numbers.md explains these numbers")
             log.info("run   %s", self.folder.path)
             commands = [logger.view_command for logger in run_loggers(self.trainer) if logger.view_command]
-            commands.append(f"python scripts/sample.py {argument('ckpt', self.tested_checkpoint)}")
+            commands.append(f"python scripts/sample.py {run_argument('ckpt', self.tested_checkpoint)}")
             log.info("next  %s", "\n      ".join(commands))
         self.end_loggers("finished")
 
@@ -377,7 +384,7 @@ class TrainingRun:
         return RunInterrupted(128 + (received or signal.SIGINT))
 
     def record_failure(self, error: BaseException, stopped: bool) -> None:
-        resume_command = f"  python train.py {argument('resume', self.folder.path)}"
+        resume_command = f"  python train.py {run_argument('resume', self.folder.path)}"
         if self.record["status"] == "finished":
             log.info("stopped after the test, while figures were drawn; draw them by\n%s", resume_command)
             self.end_loggers("finished")
