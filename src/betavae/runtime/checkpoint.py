@@ -142,6 +142,31 @@ def load(ckpt: str | Path | None = None, runs: str = "runs", plugins: Sequence[s
     return TrainedRun(vae, path, settings, data, content.get("fingerprints", {}))
 
 
+def load_weights(vae: VAE, ckpt: str, model: Config) -> None:
+    """Load the weights of a trained model into one of the same shapes.
+
+    Args:
+        vae: The model to change.
+        ckpt: A checkpoint file or a run folder.
+        model: The settings of `vae`.
+
+    Raises:
+        UserError: If the file is not a checkpoint, or its weights have other names or shapes.
+    """
+    path = find_checkpoint(Path(ckpt).expanduser()) or Path(ckpt).expanduser()
+    try:
+        content = read_checkpoint(path)
+    except UserError as error:
+        raise UserError(f"init_from{str(error).removeprefix('ckpt')}") from error
+    weights = {key.removeprefix("vae."): value for key, value in content["state_dict"].items()}
+    if {key: value.shape for key, value in weights.items()} != {k: v.shape for k, v in vae.state_dict().items()}:
+        saved = content["hyper_parameters"]["model"]
+        keys = [key for key in {**saved, **model} if saved.get(key) != model.get(key)]
+        theirs, ours = (", ".join(f"{key}={group.get(key)}" for key in keys) for group in (saved, model))
+        raise UserError(f"init_from: the weights of {path} do not fit: its model has {theirs}, and this run's {ours}")
+    vae.load_state_dict(weights)
+
+
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint: tensors and plain values, with exactly the weights that its settings describe.
 

@@ -19,7 +19,7 @@ from betavae.errors import TrialPruned, UserError
 from betavae.runtime import distributed
 from betavae.runtime.cli import argument, gc_paused, run_argument
 from betavae.runtime.distributed import ONE_DEVICE_MESSAGE
-from betavae.runtime.hydra_config import to_plain
+from betavae.runtime.hydra_config import drop_optimizer_defaults, to_plain
 from betavae.runtime.plugins import load_plugins
 from betavae.runtime.run_folder import MARKER_FILE, RUN, SWEEP, UNFINISHED, RunFolder, claim_folder
 from betavae.runtime.settings import flatten
@@ -85,6 +85,7 @@ def run_job(cfg: DictConfig) -> float:
         UserError: If the folder holds other files, or a job with other settings.
     """
     hydra_cfg = HydraConfig.get()
+    drop_optimizer_defaults(cfg)
     run = RunFolder(os.path.relpath(hydra_cfg.runtime.output_dir))
     claim_folder(run.path, RUN, "hydra.sweep.dir")
     with run.lock(wait=True):
@@ -106,7 +107,7 @@ def run_job(cfg: DictConfig) -> float:
         except Exception as error:
             mark_failed(run, error)
             print(f"failed: {error} ({run.path / 'train.log'})")
-            if cfg.debug:
+            if cfg.traceback:
                 traceback.print_exc()
             return math.nan  # for an error, Hydra would skip the remaining batches of jobs
         return read_monitored_metric(run, cfg)
