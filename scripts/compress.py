@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import Field
 
 from betavae.errors import UserError
-from betavae.runtime.cli import DataSettings, adapt_commands, argument, gc_paused, script_command
+from betavae.runtime.cli import DataSettings, adapt_commands, argument, gc_paused, run_argument, script_command
 from betavae.runtime.settings import ImageSpec, PathStr, PositiveInt
 
 
@@ -69,7 +69,7 @@ def main(settings: Settings) -> None:
     bits = f"{size:,} bytes, {rows['this file'][1]:.4f} bits per dimension"
     verified = ", decompressed and compared" if settings.verify else ""
     print(f"{n:,} images compressed to {out}: {bits}{verified}")
-    command = f"python scripts/decompress.py {argument('file', out)} out=FOLDER {argument('ckpt', run.path)}"
+    command = f"python scripts/decompress.py {argument('file', out)} out=FOLDER {run_argument('ckpt', run.path)}"
     print(adapt_commands(f"next  {command}"))
 
 

@@ -410,9 +410,11 @@ def test_decompression_bombs_are_rejected(workdir, tmp_path, kind):
         assert DSPRITES in reject(workdir, "train.py", "data=dsprites", f"data.root={tmp_path}")
 
 
-def test_debug_shows_the_traceback_of_an_error(workdir):
+def test_an_error_is_one_line_unless_traceback_is_true(workdir):
     before = contents(workdir)
-    debug = run("model.latent_dim=0", "debug=true", "runs=new", cwd=workdir, code=1)
+    mistake = fresh(str(REPO / "train.py"), "model.latent_dim=0", "runs=new", cwd=workdir, code=1)
+    assert mistake.startswith("error: ") and mistake.count("\n") == 1
+    debug = run("model.latent_dim=0", "traceback=true", "runs=new", cwd=workdir, code=1)
     assert "Traceback" in debug and "model.latent_dim=0" in debug
     assert contents(workdir) == before
 

@@ -1,6 +1,7 @@
 """Load a trained model from its checkpoint without Lightning, and without running code that the file names."""
 
 import io
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from betavae.data.loader import binarize_images
 from betavae.data.source import DataSource
 from betavae.errors import UserError, first_line
 from betavae.models.vae import VAE
+from betavae.runtime.plugins import describe_missing, load_plugins
 from betavae.runtime.run_folder import read_json
 from betavae.runtime.settings import Config, check_group
 from betavae.storage.files import atomic_write_bytes
@@ -118,16 +120,18 @@ def latest_run(runs: Path) -> Path:
     raise UserError(f"no finished run in {runs}/; train one by `python train.py`, or pass ckpt=PATH")
 
 
-def load(ckpt: str | Path | None = None, runs: str = "runs") -> TrainedRun:
+def load(ckpt: str | Path | None = None, runs: str = "runs", plugins: Sequence[str] = ()) -> TrainedRun:
     """Load a trained model to the CPU.
 
     Args:
         ckpt: A checkpoint file, or a run folder, for its best checkpoint or else its last one.
         runs: Without `ckpt`, the folder in which the newest finished run is loaded.
+        plugins: Modules to import first, besides the installed plugins, as the setting `plugins` does.
 
     Raises:
         UserError: If the file is not a complete checkpoint of betavae.
     """
+    load_plugins(plugins)
     path = Path(ckpt).expanduser() if ckpt else latest_run(Path(runs).expanduser())
     path = find_checkpoint(path) or path
     content = read_checkpoint(path)
@@ -136,6 +140,31 @@ def load(ckpt: str | Path | None = None, runs: str = "runs") -> TrainedRun:
     vae.load_state_dict({key.removeprefix("vae."): value for key, value in content["state_dict"].items()})
     vae = vae.eval().requires_grad_(False)
     return TrainedRun(vae, path, settings, data, content.get("fingerprints", {}))
+
+
+def load_weights(vae: VAE, ckpt: str, model: Config) -> None:
+    """Load the weights of a trained model into one of the same shapes.
+
+    Args:
+        vae: The model to change.
+        ckpt: A checkpoint file or a run folder.
+        model: The settings of `vae`.
+
+    Raises:
+        UserError: If the file is not a checkpoint, or its weights have other names or shapes.
+    """
+    path = find_checkpoint(Path(ckpt).expanduser()) or Path(ckpt).expanduser()
+    try:
+        content = read_checkpoint(path)
+    except UserError as error:
+        raise UserError(f"init_from{str(error).removeprefix('ckpt')}") from error
+    weights = {key.removeprefix("vae."): value for key, value in content["state_dict"].items()}
+    if {key: value.shape for key, value in weights.items()} != {k: v.shape for k, v in vae.state_dict().items()}:
+        saved = content["hyper_parameters"]["model"]
+        keys = [key for key in {**saved, **model} if saved.get(key) != model.get(key)]
+        theirs, ours = (", ".join(f"{key}={group.get(key)}" for key in keys) for group in (saved, model))
+        raise UserError(f"init_from: the weights of {path} do not fit: its model has {theirs}, and this run's {ours}")
+    vae.load_state_dict(weights)
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -170,6 +199,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         check_group("data", data)
         check_weights(content["state_dict"], model, data)
     except Exception as error:
+        if missing := describe_missing(content.get("plugins")):
+            raise UserError(f"ckpt: {path} was {missing} ({first_line(error)})") from error
         raise UserError(f"ckpt: {path} is not a valid checkpoint: {first_line(error)}") from error
     return content
 

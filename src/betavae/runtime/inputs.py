@@ -11,13 +11,12 @@ from betavae.data.image_set import ImageSet
 from betavae.errors import UserError
 from betavae.runtime.checkpoint import TrainedRun
 
-BUILTIN_DATASETS = set(DATASETS) - set(USER_DATASETS)
 SPLITS = ("test", "validation", "train")
 
 
 def is_dataset_name(where: str | list[str]) -> bool:
     """Return True for the name of a built-in data set, unless a file or folder has this name."""
-    return isinstance(where, str) and where in BUILTIN_DATASETS and not Path(where).exists()
+    return isinstance(where, str) and where in DATASETS and where not in USER_DATASETS and not Path(where).exists()
 
 
 def resolve_images(run: TrainedRun, where: str | list[str], data_root: str | None = None) -> LoadedImages:

@@ -54,6 +54,8 @@ def never_validates(settings: Config, sets: Mapping[str, "ImageSet"] | None, pro
         processes: The number of processes of the run.
     """
     trainer = settings["trainer"]
+    if trainer.get("fast_dev_run"):
+        return "trainer.fast_dev_run saves no checkpoint"
     every, epochs, most = (trainer[key] for key in ("check_val_every_n_epoch", "max_epochs", "max_steps"))
     if every > epochs:
         return f"trainer.check_val_every_n_epoch={every} is above trainer.max_epochs={epochs}"
@@ -75,6 +77,8 @@ def never_validates(settings: Config, sets: Mapping[str, "ImageSet"] | None, pro
 def check_validation(settings: Config, sets: Mapping[str, "ImageSet"], module: "VAEModule", processes: int) -> None:
     """Raise UserError if settings of callbacks need validation metrics that a run will not have."""
     wanted = settings["callbacks"]
+    if settings["trainer"].get("fast_dev_run"):
+        return
     why = never_validates(settings, sets, processes)
     for key, default in DEFAULTS.items():
         if why and wanted[key] != default:

@@ -20,7 +20,10 @@ from betavae.runtime.yaml_files import read_yaml
 STATUSES = ("finished", "failed", "diverged", "pruned", "interrupted", "running", "missing")
 SEED_KEY = "seed"  # jobs that differ by it only repeat one setting
 # Settings that do not change a result, so jobs that differ by them only are the same.
-IGNORED_KEYS = ("runs", "resume", "debug", "name", "callbacks.figures_every_n_epochs", "trainer.enable_progress_bar")
+IGNORED_KEYS = (
+    *("runs", "resume", "plugins", "tags", "traceback", "name"),
+    *("callbacks.figures_every_n_epochs", "trainer.enable_progress_bar"),
+)
 MAX_PLANNED_VALUES = 1_000_000  # values of all planned jobs of a sweep
 SEARCH_FILE = "search.json"  # in the folder of a search: its objectives
 RECORD_OBJECTIVES = ("seconds", "parameters")  # objectives of a search that are not validation metrics

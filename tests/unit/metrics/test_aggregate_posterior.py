@@ -41,5 +41,7 @@ def test_kl_parts_match_a_known_aggregate_posterior():
     information = 0.5 * (1 + torch.tensor([1.2**2 / 0.2, 0.3**2 / 0.5])).log().sum()
     assert result["mutual_information"] == pytest.approx(information.item(), abs=0.06)
     # Posteriors that do not overlap identify the image.
-    apart = decompose_kl(Posterior(1000 * torch.randn(50, d).double(), torch.zeros(50, d).double()), StandardNormal(d).double())
+    apart = decompose_kl(
+        Posterior(1000 * torch.randn(50, d).double(), torch.zeros(50, d).double()), StandardNormal(d).double()
+    )
     assert apart["mutual_information"] == pytest.approx(math.log(50), abs=1e-6)
