@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from betavae.data.scaling import FULL_SCALE
 from betavae.errors import UserError
 
 
@@ -49,7 +50,7 @@ class ArrayFile:
             raise UserError(f"{self.path}: {key} is not a plain array: {error}") from error
 
     def read_pixels(self, key: str | None = None) -> Tensor:
-        """Read images in one of the layouts (N, H, W), (N, H, W, C) and (N, C, H, W), with C 1 or 3.
+        """Read images in one of the layouts (N, H, W), (N, H, W, C) and (N, C, H, W), with C 1 or 3, in their own type.
 
         An array of either of the last two layouts is taken as (N, C, H, W).
 
@@ -57,7 +58,7 @@ class ArrayFile:
             key: The name of the array. None takes `images`, or else the only array beside `labels`.
 
         Returns:
-            (N, C, H, W), uint8.
+            (N, C, H, W), of one of the types of `FULL_SCALE`.
 
         Raises:
             UserError: If there is no such array. For another type, the message says how to convert it.
@@ -69,13 +70,8 @@ class ArrayFile:
                 raise UserError(f"{self.path} holds {found}: expected one array of images; name it images")
             key = "images" if "images" in self.arrays else candidates[0]
         array = self.read(key)
-        if array.dtype != np.uint8:
-            scale = " * 255" if array.dtype.kind in "fb" else " / 257" if array.dtype == np.uint16 else ""
-            found = "floats in [0, 1]" if array.dtype.kind == "f" else str(array.dtype)
-            raise UserError(
-                f"{self.path}: {key} holds {found}: expected bytes (uint8, 0 to 255); convert it once with "
-                f"`pixels = ({key}{scale}).round().clip(0, 255).astype('uint8')`"
-            )
+        if array.dtype.name not in FULL_SCALE or not array.dtype.isnative:
+            raise UserError(f"{self.path}: {key} {describe_type(array)}")
         if array.ndim == 3:
             array = array[:, None]
         elif array.ndim == 4 and array.shape[1] not in (1, 3) and array.shape[3] in (1, 3):
@@ -102,6 +98,26 @@ class ArrayFile:
             )
         integers = torch.from_numpy(labels.astype(np.int64))
         return integers[:, 0] if integers.shape[1:] == (1,) else integers
+
+
+def describe_type(array: np.ndarray) -> str:
+    """Describe an array of a type that is not read, and how to convert it without a loss."""
+    expected = ", ".join(FULL_SCALE)
+    if array.dtype.kind not in "iuf" or not array.size:
+        return f"is of type {array.dtype}: expected one of {expected}"
+    low, high = array.min(), array.max()
+    if array.dtype.name in FULL_SCALE:  # in the other byte order
+        name = array.dtype.name
+    elif array.dtype.kind == "f":
+        name = "float64"
+    else:
+        exact = {"uint8": (0, 2**8 - 1), "uint16": (0, 2**16 - 1), "float32": (-(2**24), 2**24)}
+        name = next((name for name, (least, most) in exact.items() if least <= low and high <= most), "float64")
+    scaling = " and pass data.scaling=minmax or standardize" if name.startswith("float") else ""
+    return (
+        f"holds {array.dtype} from {low} to {high}: expected one of {expected}; convert it once by "
+        f"`images = images.astype('{name}')`{scaling}"
+    )
 
 
 def check_compression(archive: zipfile.ZipFile) -> None:

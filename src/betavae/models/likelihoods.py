@@ -21,6 +21,7 @@ class Likelihood(nn.Module):
     """Base class of the likelihoods; a density unless a subclass says otherwise."""
 
     params_per_channel = 1
+    support = "real numbers"  # or "[0, 1]", or "bytes / 255": the x that it is made for
 
     def log_prob(self, x: Tensor, params: Tensor) -> Tensor:
         """Return log p(x|z) `(..., B)` in nats, summed over pixels and channels."""
@@ -34,9 +35,9 @@ class Likelihood(nn.Module):
         """Draw x from p(x|z), `(..., C, H, W)`."""
         raise NotImplementedError
 
-    def describe(self, binarize: str) -> str:
-        """Say what its values mean for images with this `data.binarize`."""
-        return "a log-density of pixels in [0, 1], which may be above 0: compare it with other densities only"
+    def describe(self, binarize: str, values: str) -> str:
+        """Say what its numbers mean for images with this `data.binarize`, scaled to `values`, "pixels in [0, 1]"."""
+        return f"a log-density of {values}, which may be above 0: compare it with other densities only"
 
     def is_discrete(self, binarize: str) -> bool:
         """Return whether it is a probability of exactly such images, so that it has a number of bits."""
@@ -48,6 +49,8 @@ class Bernoulli(Likelihood):
 
     On gray pixels this is the tutorial's cross-entropy surrogate, not a log-probability of the data.
     """
+
+    support = "[0, 1]"
 
     def log_prob(self, x: Tensor, params: Tensor) -> Tensor:
         return -bce_with_logits(x, params)
@@ -62,7 +65,7 @@ class Bernoulli(Likelihood):
     def sample(self, params: Tensor, generator: torch.Generator | None = None) -> Tensor:
         return torch.bernoulli(torch.sigmoid(params), generator=generator)
 
-    def describe(self, binarize: str) -> str:
+    def describe(self, binarize: str, values: str) -> str:
         if not self.is_discrete(binarize):
             return "a Bernoulli likelihood of pixels that are not binary: the tutorial's surrogate, no log-likelihood"
         return "a log-likelihood of binarized images: compare it with others on images binarized the same way only"

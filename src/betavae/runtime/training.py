@@ -39,7 +39,7 @@ from betavae.runtime.run_folder import RUN, Record, RunFolder, claim_folder, git
 from betavae.runtime.run_logger import run_loggers
 from betavae.runtime.settings import Config, accepts_text, check_settings, check_signature
 from betavae.runtime.terminal_log import close_log, silence_libraries, start_log, warn_on_error
-from betavae.runtime.validation import check_validation, never_validates
+from betavae.runtime.validation import check_likelihood, check_validation, never_validates
 from betavae.runtime.yaml_files import write_yaml
 
 log = logging.getLogger(__name__)
@@ -204,10 +204,12 @@ class TrainingRun:
             if (described := as_user_error(error)) is error:
                 raise
             raise described from error
+        support = getattr(self.module.vae.likelihood, "support", "real numbers")
+        check_likelihood(settings["model"]["likelihood"], support, self.datamodule.scaling)
         if settings["init"] == "data":
             pixels = splits["train"].pixels.index_select(0, torch.arange(min(len(splits["train"]), 60_000)))
             try:
-                self.module.vae.init_from_mean_image(pixels.float().mean(0) / 255)
+                self.module.vae.init_from_mean_image(self.datamodule.scaling.apply(pixels.float().mean(0)))
             except ValueError as error:
                 raise UserError(str(error)) from error
         self.callbacks = build_callbacks(settings, folder, self.signals, len(splits["validation"]) > 0)
@@ -324,7 +326,7 @@ class TrainingRun:
             validation = self.callback(LastValidationMetrics).metrics
             record["validation"] = {name: round(value, 4) for name, value in validation.items()}
         if not likelihood.is_discrete(binarize):
-            record["note"] = likelihood.describe(binarize)
+            record["note"] = likelihood.describe(binarize, self.datamodule.scaling.describe())
         self.folder.write_record(record)
         self.record = record
         self.log_test_metrics(scalars)

@@ -1,4 +1,3 @@
-import re
 import zipfile
 
 import numpy as np
@@ -57,10 +56,7 @@ def test_labels_are_integers_or_factors(tmp_path, labels, expected):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.npy", GRAY / 255, r"floats in \[0, 1\].*\(images \* 255\)\.round\(\).*astype\('uint8'\)"),
-        ("a.npy", GRAY.astype(np.int64), r"int64.*\(images\)\.round\(\)"),
-        ("a.npy", GRAY * np.uint16(257), r"uint16.*\(images / 257\)\.round\(\)"),
-        ("a.npy", GRAY > 9, r"bool.*\* 255"),
+        ("a.npy", GRAY + 0j, r"images is of type complex128: expected one of bool, uint8, uint16, float16"),
         ("a.npy", GRAY[0], r"images has shape \(5, 7\): expected \(N, H, W\)"),
         ("a.npy", np.zeros((9, 8, 8, 4), np.uint8), r"\(9, 8, 8, 4\).*C 1 or 3"),
         ("a.npy", np.zeros((0, 8, 8), np.uint8), r"\(0, 1, 8, 8\)"),
@@ -78,14 +74,6 @@ def test_other_arrays_are_rejected_with_a_reason(tmp_path, name, content, messag
     with pytest.raises(UserError, match=rf"{name}.*{message}"):
         file = ArrayFile(path)
         file.read_labels("labels", len(file.read_pixels()))
-
-
-def test_the_conversion_in_the_error_message_is_right(tmp_path):
-    with pytest.raises(UserError) as error:
-        ArrayFile(save(tmp_path / "a.npy", GRAY / 255)).read_pixels()
-    converted = {}
-    exec(re.search("`(.*)`", str(error.value))[1], {"images": GRAY / 255}, converted)
-    assert np.array_equal(converted["pixels"], GRAY) and converted["pixels"].dtype == np.uint8
 
 
 @pytest.mark.parametrize("length", [0, 40, 500])

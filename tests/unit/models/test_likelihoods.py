@@ -53,7 +53,7 @@ def test_surrogates_are_noted_in_record_table_and_log(tmp_path):
     data = ["data=arrays", "data.root=x.npy", "data.validation_size=9", "data.test_size=9", "data.batch_size=9"]
     sweep = [f"model.likelihood={','.join(names)}", "hydra.sweep.dir=sweep", "trainer.max_epochs=1"]
     text = run("-m", *TINY, *data, *sweep, cwd=tmp_path)
-    notes = [LIKELIHOODS[name]().describe("none") for name in names[:2]]
+    notes = [LIKELIHOODS[name]().describe("none", "pixels in [0, 1]") for name in names[:2]]
     assert "may be above 0" in notes[1] and "surrogate" in notes[0]
     for name, note in zip(names, [*notes, notes[1], None], strict=True):
         (path,) = tmp_path.glob(f"sweep/*likelihood_{name},*/metrics.json")
