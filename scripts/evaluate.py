@@ -70,21 +70,17 @@ def main(settings: Settings) -> None:
             "checkpoint": str(run.path.relative_to(run.folder)),
             "data": f"{run.data['name']}, binarize={binarize}",
             "likelihood": run.settings["model"]["likelihood"],
-            "note": likelihood.describe(binarize, run.scaling.describe()),
+            "note": likelihood.describe(binarize, run.scaling.describe(run.vae.image_shape)),
             **request,
             "device": torch.cuda.get_device_name() if device == "cuda" else device,
             "sampling_seconds": round(seconds, 1),
         }
-        if run.scaling.mode != "unit":
-            result["data_units"] = round(run.scaling.log_volume(run.vae.image_shape), 4)
         result |= summarize(per_image, ks)
         if train is not None:
             means = encode_means(vae, run.scaling.apply(train.pixels))
             result |= probe_accuracy(means, train.labels, per_image.mean.float(), labels)
         path.write_text(json.dumps(result, indent=2) + "\n")
     print(format_summary(result))
-    if "data_units" in result:
-        print(f"in data units, a negative log-density has {result['data_units']:.2f} nats more")
     partial.unlink(missing_ok=True)
     bounds = [result[f"nll_{k}"] for k in ks]
     figure = plotting.plot_bounds(ks, bounds, result["kl_per_dimension"], result["active_units"])

@@ -17,8 +17,10 @@ SPLIT_FOLDERS = {
     "validation": "validation",
     "test": "test",
 }
-SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".jpe", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-SUFFIXES += (".ppm", ".pgm", ".avif", ".jp2")
+SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".jfif", ".jpe", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".avif", ".jp2"),
+)
 
 
 class FileEntry(NamedTuple):

@@ -28,8 +28,8 @@ from betavae.data.file_listing import (
 from betavae.data.scaling import FULL_SCALE, dtype_name
 from betavae.errors import UserError
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
-FORMATS += ("AVIF",) * bool(find_spec("PIL.AvifImagePlugin"))  # of Pillow 11.3
+AVIF = ("AVIF",) if find_spec("PIL.AvifImagePlugin") else ()  # of Pillow 11.3
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", *AVIF)
 FIT_MODES = ("crop", "pad")
 GRAY_MODES = ("1", "L", "LA", "La", "I;16", "I;16L", "I;16B", "I;16N")  # Pillow's modes
 NOT_UTF8 = "name that is not UTF-8, its other bytes written as \\xNN"

@@ -86,9 +86,12 @@ class Scaling:
         """Whether the training data are in [0, 1] after scaling."""
         return self.mode in ("unit", "minmax") or (self.mode == "none" and self.low >= 0 and self.high <= 1)
 
-    def describe(self) -> str:
-        """Name the values that a network sees."""
-        return "pixels in [0, 1]" if self.mode == "unit" else f"values scaled by data.scaling={self.mode}"
+    def describe(self, image_shape: tuple[int, ...]) -> str:
+        """Name the values of images of this shape that a network sees, with the difference to data units."""
+        if self.mode == "unit":
+            return "pixels in [0, 1]"
+        more = f"in data units, neg. ELBO and recon are {self.log_volume(image_shape):+.2f} nats"
+        return f"values scaled by data.scaling={self.mode} ({more})"
 
     def apply(self, values: Tensor) -> Tensor:
         """Scale stored values `(..., C, H, W)` to float32."""

@@ -84,6 +84,7 @@ class Model(ExtensibleGroup):
     latent_dim: PositiveInt
     activation: Annotated[str, RegisteredName("betavae.models.networks", "ACTIVATIONS")]
     likelihood: Annotated[str, RegisteredName("betavae.models.likelihoods", "LIKELIHOODS")]
+    scale: Literal["shared", "per_value"] = UNSET
 
 
 class Data(ExtensibleGroup):

@@ -312,7 +312,7 @@ class TrainingRun:
 
     def finish(self, scalars: dict[str, float]) -> None:
         """Write the record, then the figures, whose failure does not affect the run."""
-        likelihood, binarize = self.module.vae.likelihood, self.settings["data"]["binarize"]
+        vae, binarize = self.module.vae, self.settings["data"]["binarize"]
         record = self.record | {
             "status": "finished",
             "displayed": False,  # a run that is killed before is tested and displayed by a resume
@@ -325,8 +325,9 @@ class TrainingRun:
             # Lightning has restored the callback from the tested checkpoint.
             validation = self.callback(LastValidationMetrics).metrics
             record["validation"] = {name: round(value, 4) for name, value in validation.items()}
-        if not likelihood.is_discrete(binarize):
-            record["note"] = likelihood.describe(binarize, self.datamodule.scaling.describe())
+        if not vae.likelihood.is_discrete(binarize):
+            values = self.datamodule.scaling.describe(vae.image_shape)
+            record["note"] = vae.likelihood.describe(binarize, values)
         self.folder.write_record(record)
         self.record = record
         self.log_test_metrics(scalars)

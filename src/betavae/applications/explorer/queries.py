@@ -185,7 +185,7 @@ def build_page_state(explorer: Explorer) -> dict[str, Any]:
         "images": len(explorer.images),
         "labels": (labels[:, None] if labels.ndim == 1 else labels).T.tolist(),
         "classes": explorer.images.classes,
-        "note": run.vae.likelihood.describe(run.data["binarize"], run.scaling.describe()),
+        "note": run.vae.likelihood.describe(run.data["binarize"], run.scaling.describe(run.vae.image_shape)),
         "runs": [
             {
                 "name": model.name,
