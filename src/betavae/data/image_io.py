@@ -310,7 +310,10 @@ def read_images(
         file = ArrayFile(paths[0])
         stored = file.read_pixels()
         names = [str(i) for i in range(len(stored))]
-        labels = file.read_labels("labels", len(stored)).tolist() if "labels" in file.arrays else None
+        labels = None
+        if "labels" in file.arrays:
+            numbers, classes = file.read_labels("labels", len(stored))
+            labels = file.read("labels").reshape(-1).tolist() if classes else numbers.tolist()
         if stored.dtype != dtype and not (stored.is_floating_point() and dtype.is_floating_point):
             raise UserError(
                 f"{paths[0]} holds {dtype_name(stored.dtype)}, and the model was trained on {dtype_name(dtype)}; pass "

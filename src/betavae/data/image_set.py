@@ -31,6 +31,10 @@ class ImageSet:
     def __len__(self) -> int:
         return self.pixels.shape[0]
 
+    def find_label(self, label: int) -> int:
+        """Return the number of the class that has this name, or the label itself if there is none."""
+        return self.classes.index(str(label)) if str(label) in (self.classes or ()) else label
+
     @property
     def dtype(self) -> torch.dtype:
         return getattr(self.pixels, "dtype", torch.uint8)

@@ -59,8 +59,10 @@ def resolve_images(run: TrainedRun, where: str | list[str], data_root: str | Non
 def load_own_split(run: TrainedRun, split: str, data_root: str | None) -> LoadedImages:
     images = run.subset(split, data_root)
     labels: list | None = images.labels.tolist()
-    if images.names:  # from a folder, whose labels users know only by name
-        labels = [images.classes[label] for label in images.labels] if images.classes else None
+    if run.data["name"] in USER_DATASETS and images.classes:  # users know these labels only by name
+        labels = [images.classes[label] for label in images.labels]
+    elif images.names:
+        labels = None
     return LoadedImages(images.tensor(), images.names or index_names(len(images)), labels, [])
 
 

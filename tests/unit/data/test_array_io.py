@@ -42,15 +42,31 @@ def test_all_layouts_are_read_as_nchw(tmp_path, array, expected, suffix):
     [
         (np.arange(3)[:, None], [0, 1, 2]),
         (np.array([True, False, True]), [1, 0, 1]),
-        (np.array([9, 2**40, -1]), [9, 2**40, -1]),
+        (np.array([1, 2, 0], np.uint8), [1, 2, 0]),
         (np.arange(6).reshape(3, 2), [[0, 1], [2, 3], [4, 5]]),
     ],
 )
 def test_labels_are_integers_or_factors(tmp_path, labels, expected):
     file = ArrayFile(save(tmp_path / "a.npz", {"images": GRAY[:3], "labels": labels}))
-    found = file.read_labels("labels", 3)
-    assert found.dtype == torch.int64 and found.tolist() == expected
-    assert file.read_labels("y_train", 3).tolist() == [0, 0, 0]
+    found, classes = file.read_labels("labels", 3)
+    assert classes is None and found.dtype == torch.int64 and found.tolist() == expected
+    assert file.read_labels("y_train", 3)[0].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("labels", "numbers", "classes"),
+    [
+        (np.array([9, 2**40, -1]), [1, 2, 0], ["-1", "9", str(2**40)]),
+        (np.array([3, 8, 3]), [0, 1, 0], ["3", "8"]),
+        (np.array([[2**64 - 1], [5], [5]], np.uint64), [1, 0, 0], ["5", str(2**64 - 1)]),
+        (np.array(["img10", "img9", "Katze"]), [1, 0, 2], ["img9", "img10", "Katze"]),
+        (np.array([b"cat", b"dog", b"cat"]), [0, 1, 0], ["cat", "dog"]),
+    ],
+)
+def test_other_labels_are_numbered_and_named(tmp_path, labels, numbers, classes):
+    file = ArrayFile(save(tmp_path / "a.npz", {"images": GRAY[:3], "labels": labels}))
+    found, names = file.read_labels("labels", 3)
+    assert found.dtype == torch.int64 and found.tolist() == numbers and names == classes
 
 
 @pytest.mark.parametrize(
@@ -64,9 +80,13 @@ def test_labels_are_integers_or_factors(tmp_path, labels, expected):
         ("a.npz", {"a": GRAY, "b": GRAY}, "holds a, b: expected one array of images"),
         ("a.npz", {}, "holds no arrays"),
         ("a.npz", {"images": np.array([{}])}, "images is not a plain array"),
-        ("a.npz", {"images": GRAY, "labels": np.arange(3)}, r"labels is int64 \(3,\): expected integers, \(40,\)"),
+        (
+            "a.npz",
+            {"images": GRAY, "labels": np.arange(3)},
+            r"labels is int64 \(3,\): expected integers or text",
+        ),
         ("a.npz", {"images": GRAY, "labels": np.arange(40) / 2}, "float64 .*: expected integers"),
-        ("a.npz", {"images": GRAY, "labels": np.array(["cat"] * 40)}, "expected integers"),
+        ("a.npz", {"images": GRAY, "labels": np.array([["cat"] * 2] * 40)}, "expected integers"),
     ],
 )
 def test_other_arrays_are_rejected_with_a_reason(tmp_path, name, content, message):
