@@ -45,6 +45,11 @@ def main(settings: Settings) -> None:
             raise UserError(f"out={out} is invalid: expected FILE.bvae, since the figure of the report is {figure}")
         check_writable(figure)
     run = checkpoint.load(settings.ckpt, settings.runs)
+    if not run.scaling.is_bytes:
+        raise UserError(
+            f"{run.path} was trained on {run.scaling.dtype} with data.scaling={run.scaling.mode}: expected a model of "
+            "uint8 images with data.scaling=unit, which the codec compresses"
+        )
     images = resolve_images(run, settings.images, settings.data_root)
     n = len(images.pixels)
     png_filenames(images.names, "the folder of decompressed images")

@@ -10,27 +10,36 @@ from betavae.runtime.settings import PathStr
 
 class Settings(ModelSettings):
     latents: PathStr = Field("latents.npz", title="a file of encode.py, or FILE.npy of latents (N, latent_dim)")
-    out: PathStr = Field("decoded", title="folder for one PNG per image")
+    out: PathStr = Field("decoded", title="folder for one PNG per image; or FILE.npy, in the type of the training data")
 
 
 @script_command(Settings)
 def main(settings: Settings) -> None:
     with gc_paused():
+        import numpy as np
+        import torch
         from tqdm import tqdm
 
         from betavae import plotting
         from betavae.applications.latents import BATCH_SIZE, load_latents
         from betavae.data.file_listing import png_filenames
         from betavae.runtime import checkpoint
+        from betavae.storage.files import atomic_path
 
     run = checkpoint.load(settings.ckpt, settings.runs)
     names, z = load_latents(Path(settings.latents), run.vae.latent_dim)
+    if settings.out.endswith(".npy"):
+        values = torch.cat([run.scaling.to_stored(run.vae.decode(batch)) for batch in z.split(BATCH_SIZE)])
+        with atomic_path(settings.out) as path, open(path, "wb") as array:
+            np.save(array, values.numpy())
+        print(f"{len(z):,} images decoded by {run.path}, saved to {settings.out} as {run.scaling.dtype}")
+        return
     files = png_filenames(names, settings.out)
     with tqdm(total=len(z), desc="decoding", unit=" images", disable=None) as bar:
         for start in range(0, len(z), BATCH_SIZE):
             batch = slice(start, start + BATCH_SIZE)
             for file, image in zip(files[batch], run.vae.decode(z[batch]), strict=True):
-                plotting.save_image(image, Path(settings.out) / file, scale=1)
+                plotting.save_image(run.scaling.to_picture(image), Path(settings.out) / file, scale=1)
                 bar.update()
     print(f"{len(z):,} images decoded by {run.path}, saved to {settings.out}/")
 

@@ -23,7 +23,8 @@ def main(settings: Settings) -> None:
 
     run = checkpoint.load(settings.ckpt, settings.runs)
     images = resolve_images(run, settings.images, settings.data_root)
-    save_latents(encode_images(run.vae, images.pixels, settings.seed), images.names, images.labels, settings.out)
+    latents = encode_images(run.vae, images.pixels, settings.seed, run.scaling)
+    save_latents(latents, images.names, images.labels, settings.out)
     for note in images.notes:
         print(note)
     count, dimensions = len(images.names), run.vae.latent_dim

@@ -70,14 +70,14 @@ def main(settings: Settings) -> None:
             "checkpoint": str(run.path.relative_to(run.folder)),
             "data": f"{run.data['name']}, binarize={binarize}",
             "likelihood": run.settings["model"]["likelihood"],
-            "note": likelihood.describe(binarize),
+            "note": likelihood.describe(binarize, run.scaling.describe(run.vae.image_shape)),
             **request,
             "device": torch.cuda.get_device_name() if device == "cuda" else device,
             "sampling_seconds": round(seconds, 1),
         }
         result |= summarize(vae, per_image, ks)
         if train is not None:
-            means = encode_means(vae, train.pixels.float() / 255)
+            means = encode_means(vae, run.scaling.apply(train.pixels))
             result |= probe_accuracy(means, train.labels, per_image.mean.float(), labels)
         path.write_text(json.dumps(result, indent=2) + "\n")
     print(format_summary(result))

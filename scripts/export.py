@@ -1,5 +1,6 @@
 """Export a trained VAE for other programs and people: `python scripts/export.py [ckpt=PATH format=onnx out=export]`."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -31,10 +32,10 @@ def main(settings: Settings) -> None:
         export_folder(run, out, settings.seed)
         print(f"the model and its card, README.md, saved to {out}/; load it by betavae.load({str(out)!r})")
     elif settings.format == "safetensors":
-        result = export_weights(run.vae, model, out)
+        result = export_weights(run.vae, model, out, run.scaling)
         print(f"{len(result['tensors'])} tensors saved to {out / result['file']}, described in {out / 'model.json'}")
     else:
-        result = export_graphs(run.vae, model, settings.format, out)
+        result = export_graphs(run.vae, model, settings.format, out, run.scaling)
         for name, graph in result["graphs"].items():
             print(f"{out / graph['file']}  differs from torch by at most {result['difference'][name]:.1e}")
         print(f"shapes, ranges and units are in {out / 'model.json'}")
@@ -58,12 +59,13 @@ def export_folder(run: "TrainedRun", out: Path, seed: int) -> None:
     data = {key: value for key, value in run.data.items() if key not in ("root", "cache")}
     if data:
         content |= {"datamodule_hyper_parameters": data | {"root": "data"}, "fingerprints": run.fingerprints}
+        content["scaling"] = asdict(run.scaling)
     results = {name: read_json(run.folder / f"{name}.json") for name in ("metrics", "evaluation", "fidelity")}
     # Results of another checkpoint, or of an earlier file with this name, are left out.
     source = {"checkpoint": str(run.path.relative_to(run.folder)), "sha256": hash_file(run.path)}
     results = {k: v for k, v in results.items() if all(v.get(key, value) == value for key, value in source.items())}
     name = as_text(run.folder.resolve().name if run.path.parent.name == "checkpoints" else run.path.stem)
-    images = run.vae.sample(64, 1.0, torch.Generator().manual_seed(seed))
+    images = run.scaling.to_picture(run.vae.sample(64, 1.0, torch.Generator().manual_seed(seed)))
     with atomic_dir(out) as folder:
         checkpoint.save_checkpoint(content, folder / "checkpoints" / "best.ckpt")
         (folder / "README.md").write_text(format_model_card(name, run.settings, data, results))

@@ -40,6 +40,11 @@ def main(settings: Settings) -> None:
         from betavae.storage.files import STAMP, atomic_path
 
     run = checkpoint.load(settings.ckpt, settings.runs)
+    if not run.scaling.is_bytes:
+        raise UserError(
+            f"{run.path} was trained on {run.scaling.dtype} with data.scaling={run.scaling.mode}: expected a model of "
+            "uint8 images with data.scaling=unit, which the features are made for"
+        )
     folder = Path(settings.out) if settings.out else run.folder
     # The mean of p(x|z) is the gray value of a pixel that training binarizes again for every batch.
     gray = run._replace(data=run.data | {"binarize": "none"}) if run.data.get("binarize") == "dynamic" else run

@@ -40,7 +40,8 @@ def main(settings: Settings) -> None:
         x, labels = run.images("test", settings.data_root)
         starts, ends = draw_pairs(x, labels, settings.labels, settings.rows, settings.seed)
     elif isinstance(images, str) or not any(isinstance(image, int) for image in images):
-        x = resolve_images(run, images if isinstance(images, str) else list(map(str, images))).pixels.float() / 255
+        found = resolve_images(run, images if isinstance(images, str) else list(map(str, images)))
+        x = run.scaling.apply(found.pixels)
         if len(x) != 2:
             raise UserError(f"images={images} is invalid: expected two images, found {len(x)}")
         starts, ends = x.split(1)
@@ -49,7 +50,7 @@ def main(settings: Settings) -> None:
     rows = []
     for start, end in zip(starts.split(1), ends.split(1), strict=True):
         rows += [start, plotting.interpolate(run.vae, start, end, settings.steps), end]
-    plotting.save_image(plotting.make_grid(torch.cat(rows), settings.steps + 2), settings.out)
+    plotting.save_image(plotting.make_grid(run.scaling.to_picture(torch.cat(rows)), settings.steps + 2), settings.out)
     print(f"{len(starts)} interpolations by {run.path}, each between its two originals, saved to {settings.out}")
 
 

@@ -18,9 +18,8 @@ def main(settings: Settings) -> None:
         from betavae.runtime import checkpoint
 
     run = checkpoint.load(settings.ckpt, settings.runs)
-    plotting.save_image(
-        plotting.make_grid(plotting.decode_manifold(run.vae, settings.size), settings.size), settings.out
-    )
+    pictures = run.scaling.to_picture(plotting.decode_manifold(run.vae, settings.size))
+    plotting.save_image(plotting.make_grid(pictures, settings.size), settings.out)
     print(f"the manifold of {run.path}, {settings.size} x {settings.size} images, saved to {settings.out}")
 
 

@@ -24,8 +24,9 @@ def main(settings: Settings) -> None:
     run = checkpoint.load(settings.ckpt, settings.runs)
     images = resolve_images(run, settings.images, settings.data_root)
     order = torch.randperm(len(images.pixels), generator=torch.Generator().manual_seed(settings.seed))
-    x = images.pixels[order[: settings.n]].float() / 255
-    plotting.save_image(plotting.make_grid(plotting.stack_reconstructions(run.vae, x), min(8, len(x))), settings.out)
+    x = run.scaling.apply(images.pixels.index_select(0, order[: settings.n]))
+    rows = run.scaling.to_picture(plotting.stack_reconstructions(run.vae, x))
+    plotting.save_image(plotting.make_grid(rows, min(8, len(x))), settings.out)
     for note in images.notes:
         print(note)
     print(f"{len(x)} images, each row above its reconstructions by {run.path}, saved to {settings.out}")

@@ -42,15 +42,16 @@ def main(settings: Settings) -> None:
         sampler = load_or_fit_sampler(settings.sampler, run, settings.data_root, settings.label)
         images = run.vae.decode(sampler.sample(settings.n, generator))
     out = Path(settings.out)
-    plotting.save_image(plotting.make_grid(images, settings.columns), out)
+    pictures = run.scaling.to_picture(images)
+    plotting.save_image(plotting.make_grid(pictures, settings.columns), out)
     print(f"{settings.n} samples of {run.path}, sampler={settings.sampler}, saved to {out}")
     if settings.save_images:
         folder, digits = out.with_suffix(""), len(str(settings.n - 1))
-        for number, image in enumerate(images):
-            plotting.save_image(image, folder / f"{number:0{digits}d}.png", scale=1)
+        for number, picture in enumerate(pictures):
+            plotting.save_image(picture, folder / f"{number:0{digits}d}.png", scale=1)
         print(f"each image saved to {folder}/")
     if settings.save_tensor:
-        path = plotting.save_tensor(images, out.with_suffix(".pt"))
+        path = plotting.save_tensor(run.scaling.to_data_units(images), out.with_suffix(".pt"))
         print(f"a tensor {tuple(images.shape)} saved to {path}")
 
 

@@ -32,7 +32,7 @@ def main(settings: Settings) -> None:
     start = torch.zeros(run.vae.latent_dim) if settings.image is None else run.vae.encode(x[[settings.image]]).mean[0]
     values = torch.linspace(-settings.span, settings.span, settings.steps)
     rows = plotting.traverse(run.vae, start, order, values)
-    plotting.save_figure(plotting.plot_traversal(rows, values, order, kl), settings.out)
+    plotting.save_figure(plotting.plot_traversal(run.scaling.to_picture(rows), values, order, kl), settings.out)
     print(f"{len(order)} latent dimensions of {run.path}, ordered by KL, saved to {settings.out}")
 
 

@@ -2,10 +2,12 @@
 
 The three graphs take and return float32, for B images of `(C, H, W)` and D latent dimensions:
 
-- encoder: image `(B, C, H, W)` in [0, 1] -> mean, logvar of q(z|x), both `(B, D)`.
-- decoder: z `(B, D)` -> image `(B, C, H, W)` in [0, 1], the mean of p(x|z). To sample, decode z from N(0, I).
+- encoder: image `(B, C, H, W)` -> mean, logvar of q(z|x), both `(B, D)`.
+- decoder: z `(B, D)` -> image `(B, C, H, W)`, the mean of p(x|z). To sample, decode z from N(0, I).
 - score: image, noise `(B, D)` from N(0, I) -> recon, which is -log p(x|z) at z = mean + std * noise, and kl, which is
   KL(q(z|x) || N(0, I)), both `(B,)` in nats. Their sum is the negative ELBO from one sample.
+
+Images are in the units of the data, or with `data.scaling=unit` in [0, 1]: see `Scaling.to_data_units`.
 """
 
 import json
@@ -13,12 +15,15 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from betavae.data.loader import BYTES
+from betavae.data.scaling import Scaling
 from betavae.errors import UserError
 from betavae.models.vae import VAE
 from betavae.storage.files import STAMP, atomic_dir
@@ -41,9 +46,10 @@ class Graph(nn.Module):
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
 
-    def __init__(self, vae: VAE):
+    def __init__(self, vae: VAE, scaling: Scaling = BYTES):
         super().__init__()
         self.vae: VAE = vae
+        self.scaling = scaling
 
 
 class Encoder(Graph):
@@ -52,7 +58,7 @@ class Encoder(Graph):
     inputs, outputs = ("image",), ("mean", "logvar")
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        posterior = self.vae.encode(image)
+        posterior = self.vae.encode(self.scaling.from_data_units(image))
         return posterior.mean, posterior.logvar
 
 
@@ -62,7 +68,8 @@ class Decoder(Graph):
     inputs, outputs = ("z",), ("image",)
 
     def forward(self, z: Tensor) -> tuple[Tensor]:
-        return (self.vae.decode(z).clamp(0, 1),)
+        x = self.vae.decode(z)
+        return (x.clamp(0, 1) if self.scaling.mode == "unit" else self.scaling.invert(x).float(),)
 
 
 class Score(Graph):
@@ -71,9 +78,10 @@ class Score(Graph):
     inputs, outputs = ("image", "noise"), ("recon", "kl")
 
     def forward(self, image: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        posterior = self.vae.encode(image)
+        x = self.scaling.from_data_units(image)
+        posterior = self.vae.encode(x)
         z = posterior.rsample(noise)
-        log_px = self.vae.likelihood.log_prob(image, self.vae.decode_params(z))
+        log_px = self.vae.likelihood.log_prob(x, self.vae.decode_params(z))
         return -log_px, self.vae.kl(posterior, z).sum(1)
 
 
@@ -84,7 +92,7 @@ TENSOR_DOCS: dict[str, dict[str, Any]] = {
     "logvar": {"shape": "D", "unit": "log of the variance in latent space"},
     "z": {"shape": "D", "unit": "latent space, in which the prior is N(0, I)"},
     "noise": {"shape": "D", "unit": "samples of N(0, I)"},
-    "recon": {"shape": "", "unit": "nats per image, summed over pixels"},
+    "recon": {"shape": "", "unit": "nats per image, summed over pixels, of the scaled values that the network sees"},
     "kl": {"shape": "", "range": [0, None], "unit": "nats per image, summed over latent dimensions"},
 }
 
@@ -93,7 +101,7 @@ def make_inputs(graph: Graph, batch_size: int, seed: int = 0) -> tuple[Tensor, .
     """Draw random inputs of a graph."""
     generator, vae = torch.Generator().manual_seed(seed), graph.vae
     return tuple(
-        torch.rand(batch_size, *vae.image_shape, generator=generator)
+        graph.scaling.to_data_units(torch.rand(batch_size, *vae.image_shape, generator=generator)).float()
         if name == "image"
         else torch.randn(batch_size, vae.latent_dim, generator=generator)
         for name in graph.inputs
@@ -185,7 +193,9 @@ def measure_error(graph: Graph, run: Runner) -> float:
 
 
 @torch.no_grad()
-def export_graphs(vae: VAE, settings: Mapping[str, Any], form: str, out: str | Path) -> dict[str, Any]:
+def export_graphs(
+    vae: VAE, settings: Mapping[str, Any], form: str, out: str | Path, scaling: Scaling = BYTES
+) -> dict[str, Any]:
     """Write the three graphs to a new folder, with their description in `model.json`.
 
     Each file is read back and compared with the VAE.
@@ -195,6 +205,7 @@ def export_graphs(vae: VAE, settings: Mapping[str, Any], form: str, out: str | P
         settings: Its arguments, for the description.
         form: A key of `FORMATS`.
         out: The folder.
+        scaling: From the values of the data to those that the VAE sees.
 
     Returns:
         The content of `model.json`.
@@ -203,34 +214,36 @@ def export_graphs(vae: VAE, settings: Mapping[str, Any], form: str, out: str | P
         UserError: If `out` exists, or the format does not support a graph or changes its outputs.
     """
     suffix, write = FORMATS[form]
-    result: dict[str, Any] = build_metadata(vae, settings, form)
+    result: dict[str, Any] = build_metadata(vae, settings, form, scaling)
     result["difference"] = {"of": "outputs from torch, relative to the larger of 1 and the output"}
     result["graphs"] = {}
     with atomic_dir(out) as folder:
         for name, make in GRAPHS.items():
-            graph, path = make(vae), folder / f"{name}{suffix}"
+            graph, path = make(vae, scaling), folder / f"{name}{suffix}"
             try:
                 run = write(graph, path)
             except (RuntimeError, ValueError, TypeError) as error:  # raised for some custom networks and likelihoods
                 reason = next((line for line in str(error).splitlines() if line), type(error).__name__)
                 raise UserError(f"format={form} does not support the {name} of this model ({reason})") from error
             result["difference"][name] = measure_error(graph, run)
-            inputs, outputs = (describe_tensors(names, vae) for names in (graph.inputs, graph.outputs))
+            inputs, outputs = (describe_tensors(names, vae, scaling) for names in (graph.inputs, graph.outputs))
             result["graphs"][name] = {"file": path.name, "inputs": inputs, "outputs": outputs}
         write_metadata(result, folder)
     return result
 
 
-def describe_tensors(names: tuple[str, ...], vae: VAE) -> dict[str, dict[str, Any]]:
+def describe_tensors(names: tuple[str, ...], vae: VAE, scaling: Scaling) -> dict[str, dict[str, Any]]:
     """Describe inputs or outputs of a graph: shape, dtype, range and unit."""
+    docs = dict(TENSOR_DOCS)
+    if not scaling.is_bytes:
+        unit = f"of the type's range ({scaling.dtype})" if scaling.mode == "unit" else f"as stored ({scaling.dtype})"
+        span = [0, 1] if scaling.mode == "unit" else [None, None]
+        docs["image"] = {"shape": "C, H, W", "range": span, "unit": f"values {unit}"}
     shapes = {"C, H, W": vae.image_shape, "D": (vae.latent_dim,), "": ()}
-    return {
-        name: TENSOR_DOCS[name] | {"shape": ["batch", *shapes[TENSOR_DOCS[name]["shape"]]], "dtype": "float32"}
-        for name in names
-    }
+    return {name: docs[name] | {"shape": ["batch", *shapes[docs[name]["shape"]]], "dtype": "float32"} for name in names}
 
 
-def build_metadata(vae: VAE, settings: Mapping[str, Any], form: str) -> dict[str, Any]:
+def build_metadata(vae: VAE, settings: Mapping[str, Any], form: str, scaling: Scaling) -> dict[str, Any]:
     """Build the part of `model.json` that all formats share."""
     return {
         "made_by": STAMP,
@@ -239,6 +252,7 @@ def build_metadata(vae: VAE, settings: Mapping[str, Any], form: str) -> dict[str
         "model": dict(settings),
         "image_shape": list(vae.image_shape),
         "latent_dim": vae.latent_dim,
+        "scaling": asdict(scaling),
     }
 
 
@@ -247,7 +261,7 @@ def write_metadata(metadata: dict[str, Any], folder: Path) -> None:
     (folder / "model.json").write_text(json.dumps(metadata, indent=2) + "\n")
 
 
-def export_weights(vae: VAE, settings: Mapping[str, Any], out: str | Path) -> dict[str, Any]:
+def export_weights(vae: VAE, settings: Mapping[str, Any], out: str | Path, scaling: Scaling = BYTES) -> dict[str, Any]:
     """Write the weights to `model.safetensors` in a new folder.
 
     The settings are in its metadata and in `model.json`, whose content is returned.
@@ -261,7 +275,7 @@ def export_weights(vae: VAE, settings: Mapping[str, Any], out: str | Path) -> di
     except ImportError:
         raise UserError('format=safetensors needs safetensors: pip install -e ".[export]"') from None
     weights, name = {key: value.contiguous() for key, value in vae.state_dict().items()}, "model.safetensors"
-    result = build_metadata(vae, settings, "safetensors")
+    result = build_metadata(vae, settings, "safetensors", scaling)
     result |= {"file": name, "tensors": {key: list(value.shape) for key, value in weights.items()}}
     with atomic_dir(out) as folder:
         save_file(weights, folder / name, {"made_by": STAMP, "model": json.dumps(dict(settings))})

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from betavae.data.array_io import ArrayFile
+from betavae.data.loader import BYTES
+from betavae.data.scaling import Scaling
 from betavae.errors import UserError
 from betavae.models.vae import VAE
 from betavae.objectives import elbo
@@ -31,11 +33,11 @@ class Latents(NamedTuple):
 
 
 @torch.no_grad()
-def encode_images(vae: VAE, pixels: Tensor, seed: int = 0) -> Latents:
-    """Encode uint8 images `(N, C, H, W)`."""
+def encode_images(vae: VAE, pixels: Tensor, seed: int = 0, scaling: Scaling = BYTES) -> Latents:
+    """Encode stored images `(N, C, H, W)`."""
     generator, parts = torch.Generator().manual_seed(seed), []
     for batch in pixels.split(BATCH_SIZE):
-        x = batch.float() / 255
+        x = scaling.apply(batch)
         posterior = vae.encode(x)
         terms = elbo(vae, x, torch.randn(1, len(x), vae.latent_dim, generator=generator), 1.0)
         kl = terms.kl.sum(1)

@@ -139,7 +139,8 @@ def load_or_fit_sampler(
     key: dict[str, object] = {"sampler": name, "label": label, "checkpoint": checkpoint, "version": 2}
     images, suffix = None, ""
     if label is not None:
-        images, labels = select_label(*run.images("train", data_root, MAX_FIT_IMAGES), label)
+        train = run.subset("train", data_root, MAX_FIT_IMAGES)
+        images, labels = select_label(run.scaling.apply(train.pixels), train.labels, train.find_label(label))
         suffix, key["labels"] = f"_{label}", hashlib.sha256(labels.contiguous().numpy().data).hexdigest()[:16]
 
     def fit() -> dict[str, list[Tensor]]:

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from torch import Tensor
 
 from betavae import plotting
+from betavae.data.scaling import Scaling
 from betavae.models.vae import VAE
 from betavae.runtime.run_logger import run_loggers
 from betavae.runtime.terminal_log import warn_on_error
@@ -42,7 +43,7 @@ class ImageLogger(Callback):
         """Yield batches of the first `most` test images, with the device and dtype of the weights, and their labels."""
         test = trainer.datamodule.splits["test"]  # type: ignore[attr-defined]
         for index in torch.arange(min(most, len(test))).split(BATCH_SIZE):
-            x = test.pixels.index_select(0, index).float() / 255
+            x = trainer.datamodule.scaling.apply(test.pixels.index_select(0, index))  # type: ignore[attr-defined]
             yield x.to(next(vae.parameters())), test.labels[index]
 
     def draw(self, trainer: L.Trainer, vae: VAE) -> tuple[dict[str, Tensor], Tensor]:
@@ -53,14 +54,15 @@ class ImageLogger(Callback):
         by_kl = kl.argsort(descending=True).tolist()[:10]
         span = torch.linspace(-3, 3, 11, device=x.device)
         rows = plotting.traverse(vae, vae.encode(x[:1]).mean[0], by_kl, span)
-        figures = {
-            "reconstructions": plotting.make_grid(plotting.stack_reconstructions(vae, x), 8),
-            "samples": plotting.make_grid(vae.decode(z), 8),
-            "traversal": plotting.make_grid(rows, len(span)),
+        tiles = {
+            "reconstructions": (plotting.stack_reconstructions(vae, x), 8),
+            "samples": (vae.decode(z), 8),
+            "traversal": (rows, len(span)),
         }
         if vae.latent_dim == 2:
-            figures["manifold"] = plotting.make_grid(plotting.decode_manifold(vae, 20), 20)
-        return figures, kl
+            tiles["manifold"] = (plotting.decode_manifold(vae, 20), 20)
+        scaling: Scaling = trainer.datamodule.scaling  # type: ignore[attr-defined]
+        return {name: plotting.make_grid(scaling.to_picture(x), n) for name, (x, n) in tiles.items()}, kl
 
     @torch.no_grad()
     def log_figures(self, trainer: L.Trainer, vae: VAE) -> dict[str, Tensor]:
@@ -79,14 +81,15 @@ class ImageLogger(Callback):
     def log_embedding(self, trainer: L.Trainer, vae: VAE) -> None:
         """Send the posterior means of test images to every logger."""
         n = min(MAX_EMBEDDED, len(trainer.datamodule.splits["test"]))  # type: ignore[attr-defined]
+        to_picture = trainer.datamodule.scaling.to_picture  # type: ignore[attr-defined]
         side = plotting.MAX_SPRITE_SIDE // math.ceil(math.sqrt(n))
-        batches = [
-            (vae.encode(x).mean.cpu(), labels, plotting.make_tiles(x.float().cpu(), labels, side))
-            for x, labels in self.images(trainer, vae, n)
-        ]
-        means, labels, tiles = zip(*batches, strict=True)
+        batches = []
+        for x, labels in self.images(trainer, vae, n):
+            pictures = to_picture(x.float().cpu()).clamp(0, 1)
+            batches.append((vae.encode(x).mean.cpu(), labels, plotting.make_tiles(pictures, labels, side)))
+        means, names, tiles = (torch.cat(parts) for parts in zip(*batches, strict=True))
         for logger in run_loggers(trainer):
-            logger.log_embedding(torch.cat(means), torch.cat(labels).tolist(), torch.cat(tiles))
+            logger.log_embedding(means, names.tolist(), tiles)
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         epoch = trainer.current_epoch + 1

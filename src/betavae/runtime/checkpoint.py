@@ -15,10 +15,11 @@ from torch.nn.modules.module import (
 
 from betavae.data.holdout import SPLIT_SEED
 from betavae.data.image_set import ImageSet
-from betavae.data.loader import binarize_images
+from betavae.data.loader import BYTES, binarize_images
+from betavae.data.scaling import Scaling
 from betavae.data.source import DataSource
 from betavae.errors import UserError, first_line
-from betavae.models.vae import VAE
+from betavae.models.vae import VAE, Posterior
 from betavae.runtime.plugins import describe_missing, load_plugins
 from betavae.runtime.run_folder import read_json
 from betavae.runtime.settings import Config, check_group
@@ -38,6 +39,7 @@ class TrainedRun(NamedTuple):
     settings: Config  # the arguments of VAEModule
     data: Config  # the arguments of ImageDataModule
     fingerprints: dict[str, str] = {}  # noqa: RUF012 - of each split whose images can change
+    scaling: Scaling = BYTES  # from stored values to those that the model sees; a checkpoint from before it has bytes
 
     @property
     def folder(self) -> Path:
@@ -73,13 +75,21 @@ class TrainedRun(NamedTuple):
             max_images: The number of images to choose from a fixed seed, if there are more.
 
         Returns:
-            Images `(N, C, H, W)` in [0, 1], of dynamically binarized training images one draw, and their labels.
+            Images `(N, C, H, W)` scaled as in training, of dynamically binarized ones one draw, and their labels.
         """
         images = self.subset(split, root, max_images)
-        return images.pixels.float() / 255, images.labels
+        return self.scaling.apply(images.pixels), images.labels
+
+    def encode(self, values: Tensor) -> Posterior:
+        """Return the posterior of stored values `(B, C, H, W)`."""
+        return self.vae.encode(self.scaling.apply(values))
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Return the means of p(x|z), `(..., C, H, W)`, in the units of the stored values."""
+        return self.scaling.invert(self.vae.decode(z))
 
     def split(self, split: str, root: str | None = None) -> ImageSet:
-        """Return the uint8 images of a split, for evaluation binarized as in training.
+        """Return the stored images of a split, for evaluation binarized as in training.
 
         Raises:
             UserError: If they have changed since the training.
@@ -92,16 +102,16 @@ class TrainedRun(NamedTuple):
                 "has seen could count as unseen; restore the data or pass a copy by data_root=PATH, or pass other "
                 "images by images=PATH if the command takes it"
             )
-        return images if split == "train" else source.binarize_for_eval(images)
+        return images if split == "train" else source.binarize_for_eval(images, self.scaling)
 
     def subset(self, split: str, root: str | None = None, max_images: int | None = None) -> ImageSet:
-        """Return `images` as an `ImageSet` of uint8 in memory."""
+        """Return the stored values of `images` as an `ImageSet` in memory."""
         images = self.split(split, root)
         if max_images is not None and len(images) > max_images:
             chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(SPLIT_SEED))[:max_images]
             images = images.select(chosen.sort().values)
         if split == "train" and self.data["binarize"] != "none":
-            return binarize_images(images, self.data["binarize"])
+            return binarize_images(images, self.data["binarize"], self.scaling)
         return replace(images, pixels=images.tensor())
 
 
@@ -139,7 +149,8 @@ def load(ckpt: str | Path | None = None, runs: str = "runs", plugins: Sequence[s
     vae = VAE(**settings["model"])
     vae.load_state_dict({key.removeprefix("vae."): value for key, value in content["state_dict"].items()})
     vae = vae.eval().requires_grad_(False)
-    return TrainedRun(vae, path, settings, data, content.get("fingerprints", {}))
+    scaling = Scaling.from_dict(content["scaling"], vae.image_shape[0]) if "scaling" in content else BYTES
+    return TrainedRun(vae, path, settings, data, content.get("fingerprints", {}), scaling)
 
 
 def load_weights(vae: VAE, ckpt: str, model: Config) -> None:
@@ -198,6 +209,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         check_group("prior", model.get("prior", {"name": "standard"}))
         check_group("data", data)
         check_weights(content["state_dict"], model, data)
+        if "scaling" in content:
+            Scaling.from_dict(content["scaling"], model["image_shape"][0])
     except Exception as error:
         if missing := describe_missing(content.get("plugins")):
             raise UserError(f"ckpt: {path} was {missing} ({first_line(error)})") from error

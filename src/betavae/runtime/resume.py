@@ -5,6 +5,7 @@ import math
 import signal
 import sys
 import threading
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,10 @@ class ExactResume(Callback):
 
     def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: Checkpoint) -> None:
         checkpoint |= {"betavae_format": FORMAT, "plugins": dict(LOADED)}
-        checkpoint["fingerprints"] = getattr(getattr(trainer, "datamodule", None), "fingerprints", {})
+        datamodule = getattr(trainer, "datamodule", None)
+        checkpoint["fingerprints"] = getattr(datamodule, "fingerprints", {})
+        if scaling := getattr(datamodule, "scaling", None):
+            checkpoint["scaling"] = asdict(scaling)
         # A random state of each process.
         states: Any = trainer.strategy.all_gather(torch.get_rng_state().to(module.device))
         checkpoint["random_state"] = states.view(trainer.world_size, -1).cpu()

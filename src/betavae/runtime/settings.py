@@ -85,6 +85,7 @@ class Model(ExtensibleGroup):
     activation: Annotated[str, RegisteredName("betavae.models.networks", "ACTIVATIONS")]
     conditional: bool
     likelihood: Annotated[str, RegisteredName("betavae.models.likelihoods", "LIKELIHOODS")]
+    scale: Literal["shared", "per_value"] = UNSET
 
 
 class Prior(ExtensibleGroup):
@@ -104,6 +105,7 @@ class Data(ExtensibleGroup):
     batch_size: PositiveInt
     eval_batch_size: PositiveInt
     binarize: Literal["none", "threshold", "dynamic"]
+    scaling: Literal["unit", "minmax", "standardize", "none"] = UNSET  # runs from before it have none
     seed: Seed
 
 

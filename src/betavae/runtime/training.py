@@ -42,7 +42,7 @@ from betavae.runtime.run_folder import RUN, Record, RunFolder, claim_folder, git
 from betavae.runtime.run_logger import run_loggers
 from betavae.runtime.settings import PRECISION_ALIASES, Config, accepts_text, check_settings, check_signature
 from betavae.runtime.terminal_log import close_log, silence_libraries, start_log, warn_on_error
-from betavae.runtime.validation import check_validation, count_batches, never_validates
+from betavae.runtime.validation import check_likelihood, check_validation, count_batches, never_validates
 from betavae.runtime.yaml_files import write_yaml
 
 log = logging.getLogger(__name__)
@@ -170,7 +170,8 @@ def init_vamp_prior(prior: Prior, datamodule: ImageDataModule) -> None:
         most = f"at most {len(images)}, the training images"
         raise UserError(f"prior.components={components} is invalid: expected {most}")
     chosen = torch.randperm(len(images))[:components]
-    prior.init_from_images(BatchLoader(images, components, binarize=datamodule.binarize).batch(chosen)[0])
+    batches = BatchLoader(images, components, binarize=datamodule.binarize, scaling=datamodule.scaling)
+    prior.init_from_images(batches.batch(chosen)[0])
 
 
 def as_user_error(error: BaseException) -> BaseException:
@@ -237,10 +238,12 @@ class TrainingRun:
             if (described := as_user_error(error)) is error:
                 raise
             raise described from error
+        support = getattr(self.module.vae.likelihood, "support", "real numbers")
+        check_likelihood(settings["model"]["likelihood"], support, self.datamodule.scaling)
         if settings["init"] == "data":
             pixels = splits["train"].pixels.index_select(0, torch.arange(min(len(splits["train"]), 60_000)))
             try:
-                self.module.vae.init_from_mean_image(pixels.float().mean(0) / 255)
+                self.module.vae.init_from_mean_image(self.datamodule.scaling.apply(pixels.float().mean(0)))
             except ValueError as error:
                 raise UserError(str(error)) from error
         init_vamp_prior(self.module.vae.prior, self.datamodule)
@@ -361,7 +364,7 @@ class TrainingRun:
             self.log_test_metrics(scalars)
             log.info("fast_dev_run: training, validation and test ran without an error, and no file is kept")
             return
-        likelihood, binarize = self.module.vae.likelihood, self.settings["data"]["binarize"]
+        vae, binarize = self.module.vae, self.settings["data"]["binarize"]
         record = self.record | {
             "status": "finished",
             "displayed": False,  # a run that is killed before is tested and displayed by a resume
@@ -375,8 +378,9 @@ class TrainingRun:
             # Lightning has restored the callback from the tested checkpoint.
             validation = self.callback(LastValidationMetrics).metrics
             record["validation"] = {name: round(value, 4) for name, value in validation.items()}
-        if not likelihood.is_discrete(binarize):
-            record["note"] = likelihood.describe(binarize)
+        if not vae.likelihood.is_discrete(binarize):
+            values = self.datamodule.scaling.describe(vae.image_shape)
+            record["note"] = vae.likelihood.describe(binarize, values)
         self.folder.write_record(record)
         self.record = record
         self.log_test_metrics(scalars)

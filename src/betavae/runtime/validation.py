@@ -8,6 +8,7 @@ from betavae.runtime.settings import Config, suggest
 
 if TYPE_CHECKING:
     from betavae.data.image_set import ImageSet
+    from betavae.data.scaling import Scaling
     from betavae.module import VAEModule
 
 METRICS = ("loss", "recon", "kl", "neg_elbo", "active_units")  # of every validation; an objective may add terms
@@ -87,6 +88,28 @@ def check_validation(settings: Config, sets: Mapping[str, "ImageSet"], module: "
         check_names("callbacks.monitor", [wanted["monitor"]], METRICS, settings, lambda: (sets["validation"], module))
 
 
+def check_likelihood(name: str, support: str, scaling: "Scaling") -> None:
+    """Raise UserError if a likelihood is not made for values scaled in this way.
+
+    Args:
+        name: The setting `model.likelihood`.
+        support: As `Likelihood.support`.
+        scaling: The scaling of the training data.
+    """
+    if support == "bytes / 255" and not scaling.is_bytes:
+        found = f"{scaling.dtype} with data.scaling={scaling.mode}"
+        remedy = "data.scaling=unit" if scaling.dtype == "uint8" else "images of type uint8 with data.scaling=unit"
+        needs = "images of 8 bits"
+    elif support == "[0, 1]" and not scaling.is_unit_interval:
+        needs, found, remedy = "values in [0, 1]", f"data.scaling={scaling.mode}", "data.scaling=minmax"
+    else:
+        return
+    raise UserError(
+        f"model.likelihood={name} is invalid: it needs {needs} (found {found}, with stored values from "
+        f"{scaling.low:.6g} to {scaling.high:.6g}); pass {remedy}, or model.likelihood=gaussian or laplace"
+    )
+
+
 def check_names(
     key: str,
     names: Sequence[str],
@@ -108,12 +131,12 @@ def check_names(
 
 
 def objective_terms(images: "ImageSet", module: "VAEModule") -> list[str]:
-    """Return the names of the terms of a module's objective, from its value for two images."""
+    """Return the names of the terms of a module's objective, from its value for two gray images."""
     import torch
 
     from betavae.runtime.callbacks import evaluating
 
-    x = images.pixels.index_select(0, torch.arange(min(2, len(images)))).float() / 255
+    x = torch.full((min(2, len(images)), *images.pixels.shape[1:]), 0.5)
     noise = torch.zeros(module.k, len(x), module.vae.latent_dim)
     with torch.random.fork_rng(devices=[]), torch.no_grad(), evaluating(module.vae):
         return list(module.objective(module.vae, x, noise, module.beta).batch_sums())

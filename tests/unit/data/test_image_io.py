@@ -219,7 +219,7 @@ def test_unreadable_images_have_a_reason(tmp_path, monkeypatch):
             read_image(tmp_path / name, (3, 8, 8))
         reasons[name] = str(error.value)
     assert "truncated" in reasons["cut.jpg"] and reasons["text.png"] == reasons["page.tif"] == (
-        "not a PNG, JPEG, WebP, BMP, GIF or TIFF"
+        "not a PNG, JPEG, WEBP, BMP, GIF, TIFF, PPM, JPEG2000, AVIF"
     )
     os.mkfifo(tmp_path / "pipe.png")  # reading it would block
     (tmp_path / "link.png").symlink_to("/dev/zero")
@@ -268,7 +268,7 @@ def test_a_folder_is_read_in_natural_order_with_labels(folder):
     assert images.names == ["a/deep/er/1.png", "a/grün 猫.png", "b/9.PNG", "b/10.png"]
     assert images.labels == ["a", "a", "b", "b"]
     assert torch.equal(images.pixels, chw(COLOR[:, 1:7]).expand(4, 3, 6, 6))
-    reason = "not a PNG, JPEG, WebP, BMP, GIF or TIFF"
+    reason = "not a PNG, JPEG, WEBP, BMP, GIF, TIFF, PPM, JPEG2000, AVIF"
     assert images.notes == ["4 of 4 images: center-cropped", f"1 could not be read: b/11.png ({reason})"]
     assert images.skipped == [("b/11.png", reason)]
 

@@ -130,22 +130,24 @@ def identify_test_images(run: TrainedRun) -> dict[str, Any]:
 @torch.no_grad()
 def load_model(name: str, run: TrainedRun, images: ImageSet, p_values: PValueFunction | None = None) -> LoadedModel:
     """Encode the test images with the model of a run."""
-    batches = [run.vae.encode(select_pixels(images, index)) for index in torch.arange(len(images)).split(BATCH_SIZE)]
+    batches = [
+        run.vae.encode(select_images(run, images, index)) for index in torch.arange(len(images)).split(BATCH_SIZE)
+    ]
     posterior = Posterior(*(torch.cat(rows) for rows in zip(*batches, strict=True)))
     if not all(part.isfinite().all() for part in posterior):
         raise UserError(f"ckpt: {run.path} has outputs that are not finite; name another checkpoint")
     # Evenly spaced, since a test set may be sorted.
     index = torch.linspace(0, len(images) - 1, min(REFERENCE_IMAGES, len(images))).round().long()
-    groups = importance_bounds(run.vae, select_pixels(images, index), [ELBO_SAMPLES])
+    groups = importance_bounds(run.vae, select_images(run, images, index), [ELBO_SAMPLES])
     reference = torch.cat([group.recon + group.kl.sum(1) for group in groups])
     return LoadedModel(
         name, run, posterior.mean, run.vae.kl_per_dimension(posterior).mean(0), reference.sort().values, p_values
     )
 
 
-def select_pixels(images: ImageSet, index: Tensor) -> Tensor:
-    """Select images as floats in [0, 1]: `(B, C, H, W)`."""
-    return images.pixels.index_select(0, index).float() / 255
+def select_images(run: TrainedRun, images: ImageSet, index: Tensor) -> Tensor:
+    """Select images as the model of a run sees them: `(B, C, H, W)`."""
+    return run.scaling.apply(images.pixels.index_select(0, index))
 
 
 def label_runs(runs: Sequence[TrainedRun]) -> list[str]:
@@ -184,7 +186,7 @@ def build_page_state(explorer: Explorer) -> dict[str, Any]:
         "images": len(explorer.images),
         "labels": (labels[:, None] if labels.ndim == 1 else labels).T.tolist(),
         "classes": explorer.images.classes,
-        "note": run.vae.likelihood.describe(run.data["binarize"]),
+        "note": run.vae.likelihood.describe(run.data["binarize"], run.scaling.describe(run.vae.image_shape)),
         "runs": [
             {
                 "name": model.name,
@@ -206,13 +208,13 @@ def sort_by_kl(model: LoadedModel) -> Tensor:
 
 @torch.no_grad()
 def decode_latents(model: LoadedModel, z: Tensor) -> Tensor:
-    """Decode `(B, latent_dim)` to means of p(x|z), `(B, C, H, W)` in [0, 1]."""
-    return model.vae.decode(z).clamp(0, 1)
+    """Decode `(B, latent_dim)` to pictures of the means of p(x|z), `(B, C, H, W)` in [0, 1]."""
+    return model.run.scaling.to_picture(model.vae.decode(z)).clamp(0, 1)
 
 
 @torch.no_grad()
 def encode_image(model: LoadedModel, x: Tensor) -> tuple[Tensor, list[Score]]:
-    """Compute the posterior mean `(latent_dim,)` and the scores of an image `(C, H, W)` in [0, 1]."""
+    """Compute the posterior mean `(latent_dim,)` and the scores of an image `(C, H, W)`, as the model sees it."""
     (bounds,) = importance_bounds(model.vae, x[None], [ELBO_SAMPLES], SEED)
     recon, kl = bounds.recon.item(), bounds.kl.sum().item()
     percentile = compute_percentile(model.reference, recon + kl)

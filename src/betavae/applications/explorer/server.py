@@ -23,6 +23,7 @@ from torch import Tensor
 
 from betavae.applications.explorer import queries, uploads
 from betavae.applications.explorer.queries import Explorer
+from betavae.data.scaling import Scaling
 from betavae.errors import UserError
 
 MAX_JSON_BYTES = 2**20
@@ -137,15 +138,17 @@ def build_app(explorer: Explorer, names: set[str], loopback: bool = True) -> Sta
         index = (await parse_body(request, ImageRequest)).index
         if index >= len(explorer.images):
             raise UserError(f"index={index} is invalid: expected 0 to {len(explorer.images) - 1}")
-        return build_encode_response(explorer, queries.select_pixels(explorer.images, torch.tensor([index])))
+        return build_encode_response(explorer, explorer.images.pixels.index_select(0, torch.tensor([index])))
 
     async def post_upload(request: Request) -> Response:
         options = UploadOptions.model_validate(dict(request.query_params))
         content = await read_body(request, "application/octet-stream", uploads.MAX_UPLOAD_BYTES)
-        data = explorer.models[0].run.data
+        data, scaling = explorer.models[0].run.data, explorer.models[0].run.scaling
         look = {key: data[key] for key in ("binarize", "fit", "background") if key in data}
         pixels = uploads.read_upload(content, explorer.image_shape, options.center, options.invert, **look)
-        return build_encode_response(explorer, pixels[None].float() / 255)
+        if not scaling.is_bytes:
+            pixels = scaling.to_stored(scaling.from_picture(Scaling.unit().apply(pixels)))
+        return build_encode_response(explorer, pixels[None])
 
     return Starlette(
         routes=[
@@ -219,15 +222,17 @@ def parse_latents(explorer: Explorer, values: list[list[float]]) -> list[Tensor]
     return [torch.tensor(z) for z in values]
 
 
-def build_encode_response(explorer: Explorer, x: Tensor) -> Response:
-    """Encode and score one image `(1, C, H, W)` in [0, 1] with all models."""
+def build_encode_response(explorer: Explorer, pixels: Tensor) -> Response:
+    """Encode and score one stored image `(1, C, H, W)` with all models."""
     rows = []
     for model in explorer.models:
-        mean, scores = queries.encode_image(model, x[0])
+        mean, scores = queries.encode_image(model, model.run.scaling.apply(pixels)[0])
         # JSON has no number that is not finite.
         values = [score._asdict() | {"value": score.value if math.isfinite(score.value) else None} for score in scores]
         rows.append({"mean": mean.tolist(), "scores": values})
-    return JSONResponse({"image": uploads.to_base64(x)[0], "runs": rows})
+    scaling = explorer.models[0].run.scaling
+    picture = scaling.to_picture(scaling.apply(pixels)).clamp(0, 1)
+    return JSONResponse({"image": uploads.to_base64(picture)[0], "runs": rows})
 
 
 def open_socket(host: str, port: int) -> socket.socket:
