@@ -12,7 +12,9 @@ REPEATED_KEYS = ("seed", "data.seed", "data.root", *IGNORED_KEYS)  # settings th
 
 def format_row(runs: list[EvaluatedRun]) -> str:
     """Format the runs of one setting as a row of the table."""
-    command = [word for word in runs[0].overrides if not word.startswith(("seed=", "runs=", "hydra.", "data.root="))]
+    command = [
+        word for word in runs[0].overrides if not word.startswith(("seed=", "sweep=", "runs=", "hydra.", "data.root="))
+    ]
     results, k = [run.evaluation for run in runs], runs[0].evaluation["k"][-1]
     records = [run.record for run in runs]
     machines = {f"{run['machine']}, {run['threads']} thread{'s' * (run['threads'] > 1)}" for run in records}

@@ -173,6 +173,33 @@ def test_similar_values_get_separate_jobs(tmp_path: Path, data: str) -> None:
     ) == sorted(names)
 
 
+@pytest.mark.slow
+def test_paired_lists_train_one_job_per_pair_and_seed(tmp_path: Path, data: str) -> None:
+    words = ["-m", "sweep=paired", "beta=4,1", *SMALL, data, "trainer.max_epochs=1", "hydra.sweep.dir=s"]
+    words += ["model.latent_dim=2,3", "seed=7,8"]
+    assert "4 jobs: 4 finished" in run(*words, cwd=tmp_path)
+    jobs = results.read_jobs(tmp_path / "s")
+    trained = {tuple(job.overrides[key] for key in ("beta", "model.latent_dim", "seed")) for job in jobs}
+    assert trained == {("4", "2", "7"), ("4", "2", "8"), ("1", "3", "7"), ("1", "3", "8")}
+    (jobs[0].folder / "metrics.json").unlink()
+    again = run(*words, cwd=tmp_path)
+    assert again.count("is already finished") == 3 and "4 jobs: 4 finished" in again
+    text = run("sweep=s", "out=report", cwd=tmp_path, script="scripts/sweep_report.py")
+    assert "| 1 | 3 | 2/2 |" in text and "| 4 | 2 | 2/2 |" in text, text
+
+
+def test_invalid_paired_lists_are_rejected_in_one_line(tmp_path: Path, data: str) -> None:
+    for words, message in (
+        (
+            "2,3,4",
+            "sweep=paired: beta has 2 values and model.latent_dim has 3 values; expected lists of the same length",
+        ),
+        ("interval(1,2)", "model.latent_dim=interval(1,2) is invalid: expected a list of values, since no search runs"),
+    ):
+        error = run("-m", "sweep=paired", "beta=4,1", f"model.latent_dim={words}", data, cwd=tmp_path, code=1)
+        assert error == f"error: {message}\n" and not any(path.is_file() for path in tmp_path.rglob("*"))
+
+
 def test_invalid_sweeps_are_rejected_in_one_line(tmp_path: Path, data: str) -> None:
     many = run("-m", "trainer=ddp", "beta=1,2", data, cwd=tmp_path, code=1)
     assert many == f"error: {ONE_DEVICE_MESSAGE}\n"
