@@ -18,6 +18,7 @@ def main(settings: Settings) -> None:
         import torch
 
         from betavae import plotting
+        from betavae.metrics.collapse import MAX_IMAGES, diagnose_collapse
         from betavae.runtime import checkpoint
         from betavae.runtime.inputs import resolve_images
 
@@ -28,6 +29,8 @@ def main(settings: Settings) -> None:
     plotting.save_image(plotting.make_grid(plotting.stack_reconstructions(run.vae, x), min(8, len(x))), settings.out)
     for note in images.notes:
         print(note)
+    if collapse := diagnose_collapse(run.vae, images.pixels[order[:MAX_IMAGES]].float() / 255):
+        print(f"note  {collapse}")
     print(f"{len(x)} images, each row above its reconstructions by {run.path}, saved to {settings.out}")
 
 

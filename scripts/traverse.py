@@ -21,6 +21,7 @@ def main(settings: Settings) -> None:
 
         from betavae import plotting
         from betavae.errors import UserError
+        from betavae.metrics.collapse import count_active_units, describe_collapse
         from betavae.objectives.elbo import gaussian_kl
         from betavae.runtime import checkpoint
 
@@ -28,13 +29,16 @@ def main(settings: Settings) -> None:
     x, _ = run.images("test", settings.data_root)
     if settings.image is not None and settings.image >= len(x):
         raise UserError(f"image={settings.image} is invalid: expected the number of a test image, 0 to {len(x) - 1}")
-    kl = gaussian_kl(run.vae.encode(x)).mean(0)
+    posterior = run.vae.encode(x)
+    kl = gaussian_kl(posterior).mean(0)
     order = kl.argsort(descending=True)[: settings.dimensions].tolist()
     start = torch.zeros(run.vae.latent_dim) if settings.image is None else run.vae.encode(x[[settings.image]]).mean[0]
     values = torch.linspace(-settings.span, settings.span, settings.steps)
     rows = plotting.traverse(run.vae, start, order, values)
     plotting.save_figure(plotting.plot_traversal(rows, values, order, kl), settings.out)
     print(f"{len(order)} latent dimensions of {run.path}, ordered by KL, saved to {settings.out}")
+    if collapse := describe_collapse(count_active_units(posterior.mean), run.vae.latent_dim, kl.sum().item()):
+        print(f"note  {collapse}")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from omegaconf import DictConfig
 
 from betavae.data.datamodule import ImageDataModule
 from betavae.errors import DivergenceError, RunInterrupted, TrialPruned, UserError, first_line
+from betavae.metrics.collapse import describe_collapse
 from betavae.models.precision import set_float32_precision
 from betavae.module import VAEModule
 from betavae.objectives import OBJECTIVES, select_objective_kwargs
@@ -325,6 +326,8 @@ class TrainingRun:
             record["validation"] = {name: round(value, 4) for name, value in validation.items()}
         if not likelihood.is_discrete(binarize):
             record["note"] = likelihood.describe(binarize)
+        if collapse := describe_collapse(scalars["active_units"], self.module.vae.latent_dim, scalars["kl"]):
+            record["posterior_collapse"] = collapse
         self.folder.write_record(record)
         self.record = record
         self.log_test_metrics(scalars)
@@ -358,6 +361,8 @@ class TrainingRun:
             log.info("      %.4f bits per dimension", scalars["bits_per_dimension"])
         if "note" in self.record:
             log.info("note  %s", self.record["note"])
+        if "posterior_collapse" in self.record:
+            log.info("note  %s", self.record["posterior_collapse"])
 
     def end_loggers(self, status: str) -> None:
         for logger in run_loggers(self.trainer):
