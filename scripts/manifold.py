@@ -14,13 +14,12 @@ class Settings(ModelSettings):
 @script_command(Settings)
 def main(settings: Settings) -> None:
     with gc_paused():
-        from betavae import plotting
+        from betavae import grids
         from betavae.runtime import checkpoint
 
     run = checkpoint.load(settings.ckpt, settings.runs)
-    plotting.save_image(
-        plotting.make_grid(plotting.decode_manifold(run.vae, settings.size), settings.size), settings.out
-    )
+    caption = f"z0 to the right, z1 up, at quantiles of the prior; {run.caption}"
+    grids.save_grids([grids.make_manifold_grid(run.vae, settings.size)], settings.out, caption)
     print(f"the manifold of {run.path}, {settings.size} x {settings.size} images, saved to {settings.out}")
 
 

@@ -17,7 +17,7 @@ def main(settings: Settings) -> None:
     with gc_paused():
         import torch
 
-        from betavae import plotting
+        from betavae import grids
         from betavae.metrics.collapse import MAX_IMAGES, diagnose_collapse
         from betavae.runtime import checkpoint
         from betavae.runtime.inputs import resolve_images
@@ -26,7 +26,7 @@ def main(settings: Settings) -> None:
     images = resolve_images(run, settings.images, settings.data_root)
     order = torch.randperm(len(images.pixels), generator=torch.Generator().manual_seed(settings.seed))
     x = images.pixels[order[: settings.n]].float() / 255
-    plotting.save_image(plotting.make_grid(plotting.stack_reconstructions(run.vae, x), min(8, len(x))), settings.out)
+    grids.save_grids([grids.make_reconstruction_grid(run.vae, x)], settings.out, run.caption)
     for note in images.notes:
         print(note)
     if collapse := diagnose_collapse(run.vae, images.pixels[order[:MAX_IMAGES]].float() / 255):

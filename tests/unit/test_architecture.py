@@ -9,7 +9,19 @@ from tests.commands import REPO
 
 SOURCE = REPO / "src" / "betavae"
 # Each layer may import itself and those after it.
-LAYERS = ["sweeps", "runtime", "applications", "module", "plotting", "metrics", "objectives", "models", "data", "optim"]
+LAYERS = [
+    "sweeps",
+    "runtime",
+    "applications",
+    "module",
+    "grids",
+    "plotting",
+    "metrics",
+    "objectives",
+    "models",
+    "data",
+    "optim",
+]
 LAYERS += ["storage", "errors"]
 FILES = {".".join(path.relative_to(SOURCE).with_suffix("").parts): path for path in sorted(SOURCE.rglob("*.py"))}
 FILES = {name.removesuffix(".__init__"): path for name, path in FILES.items() if name != "__init__"}

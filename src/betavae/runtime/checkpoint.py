@@ -1,5 +1,6 @@
 """Load a trained model from its checkpoint without Lightning, and without running code that the file names."""
 
+import contextlib
 import io
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
+from betavae.data.file_listing import as_text
 from betavae.data.holdout import SPLIT_SEED
 from betavae.data.image_set import ImageSet
 from betavae.data.loader import binarize_images
@@ -36,6 +38,7 @@ class TrainedRun(NamedTuple):
     settings: Config  # the arguments of VAEModule
     data: Config  # the arguments of ImageDataModule
     fingerprints: dict[str, str] = {}  # noqa: RUF012 - of each split whose images can change
+    caption: str = ""  # for figures: the run, its epoch and its validation neg. ELBO
 
     @property
     def folder(self) -> Path:
@@ -135,7 +138,21 @@ def load(ckpt: str | Path | None = None, runs: str = "runs") -> TrainedRun:
     vae = VAE(**settings["model"])
     vae.load_state_dict({key.removeprefix("vae."): value for key, value in content["state_dict"].items()})
     vae = vae.eval().requires_grad_(False)
-    return TrainedRun(vae, path, settings, data, content.get("fingerprints", {}))
+    return TrainedRun(vae, path, settings, data, content.get("fingerprints", {}), format_caption(path, content))
+
+
+def format_caption(path: Path, content: Checkpoint) -> str:
+    """Format the run of a checkpoint, its epoch and its validation neg. ELBO, as far as they are known."""
+    path = path.resolve()
+    caption = as_text(path.parent.parent.name if path.parent.name == "checkpoints" else path.name)
+    with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
+        caption += f", epoch {content['epoch'] + 1:d}"
+        neg_elbo = content["callbacks"]["LastValidationMetrics"]["metrics"]["neg_elbo"]
+        caption += f", validation neg. ELBO {neg_elbo:.2f} nats"
+        settings, data = content["hyper_parameters"], content["datamodule_hyper_parameters"]
+        if settings["model"]["likelihood"] == "bernoulli" and data["binarize"] == "none":
+            caption += " (surrogate)"
+    return caption
 
 
 def read_checkpoint(path: Path) -> Checkpoint:

@@ -335,7 +335,7 @@ class TrainingRun:
         for logger in run_loggers(self.trainer):
             with warn_on_error(f"sending test metrics to {type(logger).__name__}"):
                 logger.log_final_metrics(flatten_hparams(self.settings), named)
-        self.callback(ImageLogger).finish(self.trainer, self.module.vae)
+        self.callback(ImageLogger).finish(self.trainer, self.module.vae, self.tested_checkpoint)
         with warn_on_error("writing to metrics.json that the figures are drawn"):
             self.folder.write_record(record | {"displayed": True})
         if not self.sweep:
