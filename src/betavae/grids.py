@@ -195,7 +195,7 @@ def draw_vectors(drawing: Drawing) -> "Figure":
 
 
 @cache
-def load_font() -> "ImageFont.FreeTypeFont":
+def load_font() -> "ImageFont.FreeTypeFont | ImageFont.ImageFont":
     """Load Matplotlib's own font, which has Greek letters, without an import of Matplotlib."""
     from PIL import ImageFont
 
