@@ -45,7 +45,7 @@ def export_folder(run: "TrainedRun", out: Path, seed: int) -> None:
     """Write a checkpoint without the paths of this machine, samples, and a model card to a new folder."""
     import torch
 
-    from betavae import plotting
+    from betavae import grids
     from betavae.applications.export import format_model_card
     from betavae.data.file_listing import as_text
     from betavae.runtime import checkpoint
@@ -69,7 +69,7 @@ def export_folder(run: "TrainedRun", out: Path, seed: int) -> None:
     with atomic_dir(out) as folder:
         checkpoint.save_checkpoint(content, folder / "checkpoints" / "best.ckpt")
         (folder / "README.md").write_text(format_model_card(name, run.settings, data, results))
-        plotting.save_image(plotting.make_grid(images, 8), folder / "samples.png")
+        grids.save_grids([grids.Grid(images, 8)], folder / "samples.png", f"64 samples; {run.caption}")
         saved = checkpoint.load(folder).vae.state_dict()
         if not all(torch.equal(saved[key], value) for key, value in weights.items()):
             raise RuntimeError(f"{out} does not contain the weights that were written to it")

@@ -29,7 +29,7 @@ def main(settings: Settings) -> None:
     with gc_paused():
         import torch
 
-        from betavae import plotting
+        from betavae import grids
         from betavae.applications.sampling import SAMPLERS, load_or_fit_sampler
         from betavae.errors import UserError
         from betavae.metrics.features import load_or_train
@@ -109,7 +109,9 @@ def main(settings: Settings) -> None:
     samples = run.vae.decode(latents[best][rows]).clamp(0, 1)
     grid = torch.cat((samples[:, None], x[nearest].float() / 255), 1).flatten(0, 1)
     figure = folder / "figures" / "fidelity.png"
-    plotting.save_image(plotting.make_grid(grid, 1 + nearest.shape[1]), figure)
+    ranks = ["sample", *(str(rank) for rank in range(1, 1 + nearest.shape[1]))]
+    caption = f"samples of sampler={best} that may be copies, and their nearest training images; {run.caption}"
+    grids.save_grids([grids.Grid(grid, len(ranks), column_labels=ranks)], figure, caption)
     print(f"wrote {folder / 'fidelity.json'} and {figure}")
     print(f"each row of the figure: a sample of sampler={best} that may be a copy, and its 7 nearest training images")
 

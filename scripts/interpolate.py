@@ -26,7 +26,7 @@ def main(settings: Settings) -> None:
     with gc_paused():
         import torch
 
-        from betavae import plotting
+        from betavae import grids, plotting
         from betavae.applications.interpolation import draw_pairs, select_pair
         from betavae.runtime import checkpoint
         from betavae.runtime.inputs import resolve_images
@@ -50,7 +50,12 @@ def main(settings: Settings) -> None:
     rows = []
     for start, end in zip(starts.split(1), ends.split(1), strict=True):
         rows += [start, plotting.interpolate(run.vae, start, end, settings.steps), end]
-    plotting.save_image(plotting.make_grid(run.scaling.to_picture(torch.cat(rows)), settings.steps + 2), settings.out)
+    weights = [f"{weight:.2g}" for weight in torch.linspace(0, 1, settings.steps).tolist()]
+    grid = grids.Grid(
+        run.scaling.to_picture(torch.cat(rows)), settings.steps + 2, column_labels=["start", *weights, "end"]
+    )
+    caption = f"between posterior means; start and end are the images; {run.caption}"
+    grids.save_grids([grid], settings.out, caption)
     print(f"{len(starts)} interpolations by {run.path}, each between its two originals, saved to {settings.out}")
 
 

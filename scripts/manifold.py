@@ -14,12 +14,13 @@ class Settings(ModelSettings):
 @script_command(Settings)
 def main(settings: Settings) -> None:
     with gc_paused():
-        from betavae import plotting
+        from betavae import grids
         from betavae.runtime import checkpoint
 
     run = checkpoint.load(settings.ckpt, settings.runs)
-    pictures = run.scaling.to_picture(plotting.decode_manifold(run.vae, settings.size))
-    plotting.save_image(plotting.make_grid(pictures, settings.size), settings.out)
+    caption = f"z0 to the right, z1 up, at quantiles of the prior; {run.caption}"
+    grid = grids.make_manifold_grid(run.vae, settings.size)
+    grids.save_grids([grid._replace(images=run.scaling.to_picture(grid.images))], settings.out, caption)
     print(f"the manifold of {run.path}, {settings.size} x {settings.size} images, saved to {settings.out}")
 
 

@@ -17,7 +17,8 @@ def main(settings: Settings) -> None:
     with gc_paused():
         import torch
 
-        from betavae import plotting
+        from betavae import grids
+        from betavae.metrics.collapse import MAX_IMAGES, diagnose_collapse
         from betavae.runtime import checkpoint
         from betavae.runtime.inputs import resolve_images
 
@@ -25,10 +26,12 @@ def main(settings: Settings) -> None:
     images = resolve_images(run, settings.images, settings.data_root)
     order = torch.randperm(len(images.pixels), generator=torch.Generator().manual_seed(settings.seed))
     x = run.scaling.apply(images.pixels.index_select(0, order[: settings.n]))
-    rows = run.scaling.to_picture(plotting.stack_reconstructions(run.vae, x))
-    plotting.save_image(plotting.make_grid(rows, min(8, len(x))), settings.out)
+    grid = grids.make_reconstruction_grid(run.vae, x)
+    grids.save_grids([grid._replace(images=run.scaling.to_picture(grid.images))], settings.out, run.caption)
     for note in images.notes:
         print(note)
+    if collapse := diagnose_collapse(run.vae, images.pixels[order[:MAX_IMAGES]].float() / 255):
+        print(f"note  {collapse}")
     print(f"{len(x)} images, each row above its reconstructions by {run.path}, saved to {settings.out}")
 
 

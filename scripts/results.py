@@ -13,7 +13,9 @@ REPEATED_KEYS = ("seed", "data.seed", "data.root", *IGNORED_KEYS)  # settings th
 def format_row(runs: list[EvaluatedRun]) -> str:
     """Format the runs of one setting as a row of the table, with their tags behind the command."""
     command = [
-        word for word in runs[0].overrides if not word.startswith(("seed=", "runs=", "tags=", "hydra.", "data.root="))
+        word
+        for word in runs[0].overrides
+        if not word.startswith(("seed=", "sweep=", "runs=", "tags=", "hydra.", "data.root="))
     ]
     results, k = [run.evaluation for run in runs], runs[0].evaluation["k"][-1]
     records = [run.record for run in runs]

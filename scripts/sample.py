@@ -27,7 +27,7 @@ def main(settings: Settings) -> None:
     with gc_paused():
         import torch
 
-        from betavae import plotting
+        from betavae import grids, plotting
         from betavae.applications.sampling import load_or_fit_sampler
         from betavae.errors import UserError
         from betavae.runtime import checkpoint
@@ -42,8 +42,10 @@ def main(settings: Settings) -> None:
         sampler = load_or_fit_sampler(settings.sampler, run, settings.data_root, settings.label)
         images = run.vae.decode(sampler.sample(settings.n, generator))
     out = Path(settings.out)
-    pictures = run.scaling.to_picture(images)
-    plotting.save_image(plotting.make_grid(pictures, settings.columns), out)
+    label = "" if settings.label is None else f", label {settings.label}"
+    heat = "" if settings.temperature == 1 else f", temperature {settings.temperature:g}"
+    caption = f"{settings.n} samples, sampler={settings.sampler}{label}{heat}; {run.caption}"
+    grids.save_grids([grids.Grid(run.scaling.to_picture(images), min(settings.columns, settings.n))], out, caption)
     print(f"{settings.n} samples of {run.path}, sampler={settings.sampler}, saved to {out}")
     if settings.save_images:
         folder, digits = out.with_suffix(""), len(str(settings.n - 1))

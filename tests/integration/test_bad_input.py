@@ -177,7 +177,7 @@ def test_training_rejects_an_invalid_setting(workdir, mistake, said):
         ("sample", "temperature=-1", "temperature=-1"),
         ("sample", "out=/proc/nowhere/x.png", "out: .*/proc/nowhere"),
         ("sample", "out=x.nope", "out=x.nope is invalid: expected a name that ends in .png, .jpg"),
-        ("sample", "out=x.svg", "out=x.svg is invalid: expected a name that ends in .png, .jpg"),
+        ("sample", "out=x.bmp", "out=x.bmp is invalid: expected a name that ends in .png, .jpg"),
         ("traverse", "out=x.gif", "out=x.gif is invalid: .* .tiff, .pdf, .svg"),
         ("sample", "ckpt=nowhere", "ckpt: nowhere does not exist"),
         ("sample", "ckpt=data", "ckpt: data is a folder"),

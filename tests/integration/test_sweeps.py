@@ -7,14 +7,12 @@ import os
 import signal
 import sys
 import textwrap
-import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from betavae.plotting import save_figure
 from betavae.runtime import checkpoint
 from betavae.runtime.distributed import ONE_DEVICE_MESSAGE
 from betavae.runtime.hydra_config import job_name
@@ -151,13 +149,12 @@ def test_the_report_has_tables_and_figures(killed_and_resumed: KilledSweep) -> N
     assert error == "error: over=betaa is invalid: expected a swept setting (beta)\n"
 
 
-@pytest.mark.slow
-def test_a_figure_of_samples_has_room_for_long_titles(killed_and_resumed: KilledSweep, tmp_path: Path) -> None:
-    groups = [group for group in results.group_jobs(killed_and_resumed[0] / "sweep") if group.finished]
-    many = [group._replace(values={f"key_{i}": "value" for i in range(30)}) for group in groups]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # Matplotlib warns if axes have no room
-        save_figure(figures.plot_samples(many, 0), tmp_path / "samples.png")
+def test_samples_of_a_sweep_have_the_settings_as_titles(killed_and_resumed: KilledSweep) -> None:
+    groups = results.group_jobs(killed_and_resumed[0] / "sweep")
+    grids, across = figures.draw_samples(groups, 0)
+    assert [grid.title for grid in grids] == ["beta=0.5", "beta=2", "beta=3", "beta=4"] and across == 4
+    vae = checkpoint.load(find_job(killed_and_resumed[0] / "sweep", "beta_3,")).vae
+    torch.testing.assert_close(grids[2].images, vae.sample(16, 1.0, torch.Generator().manual_seed(0)))
 
 
 @pytest.mark.slow
@@ -175,6 +172,33 @@ def test_similar_values_get_separate_jobs(tmp_path: Path, data: str) -> None:
     assert sorted(
         results.read_job(path.parent).overrides["name"] for path in tmp_path.glob("s/*/metrics.json")
     ) == sorted(names)
+
+
+@pytest.mark.slow
+def test_paired_lists_train_one_job_per_pair_and_seed(tmp_path: Path, data: str) -> None:
+    words = ["-m", "sweep=paired", "beta=4,1", *SMALL, data, "trainer.max_epochs=1", "hydra.sweep.dir=s"]
+    words += ["model.latent_dim=2,3", "seed=7,8"]
+    assert "4 jobs: 4 finished" in run(*words, cwd=tmp_path)
+    jobs = results.read_jobs(tmp_path / "s")
+    trained = {tuple(job.overrides[key] for key in ("beta", "model.latent_dim", "seed")) for job in jobs}
+    assert trained == {("4", "2", "7"), ("4", "2", "8"), ("1", "3", "7"), ("1", "3", "8")}
+    (jobs[0].folder / "metrics.json").unlink()
+    again = run(*words, cwd=tmp_path)
+    assert again.count("is already finished") == 3 and "4 jobs: 4 finished" in again
+    text = run("sweep=s", "out=report", cwd=tmp_path, script="scripts/sweep_report.py")
+    assert "| 1 | 3 | 2/2 |" in text and "| 4 | 2 | 2/2 |" in text, text
+
+
+def test_invalid_paired_lists_are_rejected_in_one_line(tmp_path: Path, data: str) -> None:
+    for words, message in (
+        (
+            "2,3,4",
+            "sweep=paired: beta has 2 values and model.latent_dim has 3 values; expected lists of the same length",
+        ),
+        ("interval(1,2)", "model.latent_dim=interval(1,2) is invalid: expected a list of values, since no search runs"),
+    ):
+        error = run("-m", "sweep=paired", "beta=4,1", f"model.latent_dim={words}", data, cwd=tmp_path, code=1)
+        assert error == f"error: {message}\n" and not any(path.is_file() for path in tmp_path.rglob("*"))
 
 
 def test_invalid_sweeps_are_rejected_in_one_line(tmp_path: Path, data: str) -> None:

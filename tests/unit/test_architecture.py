@@ -15,6 +15,7 @@ LAYERS = [
     "runtime",
     "applications",
     "module",
+    "grids",
     "plotting",
     "metrics",
     "objectives",

@@ -14,11 +14,14 @@ from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from torch import Tensor
 
-from betavae import plotting
+from betavae import grids, plotting
 from betavae.data.scaling import Scaling
+from betavae.grids import Grid
 from betavae.models.vae import VAE
+from betavae.runtime.checkpoint import format_caption
 from betavae.runtime.run_logger import run_loggers
 from betavae.runtime.terminal_log import warn_on_error
+from betavae.storage.torch_file import load_torch_file
 
 log = logging.getLogger(__name__)
 # Custom callbacks by name. A config gives each its arguments: `callbacks: {custom: {my_callback: {every: 2}}}`.
@@ -46,34 +49,33 @@ class ImageLogger(Callback):
             x = trainer.datamodule.scaling.apply(test.pixels.index_select(0, index))  # type: ignore[attr-defined]
             yield x.to(next(vae.parameters())), test.labels[index]
 
-    def draw(self, trainer: L.Trainer, vae: VAE) -> tuple[dict[str, Tensor], Tensor]:
-        """Return figures `(C, H, W)` in [0, 1] by name, and the KL per latent dimension in nats."""
+    def draw(self, trainer: L.Trainer, vae: VAE) -> tuple[dict[str, Grid], Tensor]:
+        """Return grids of images by name, and the KL per latent dimension in nats."""
         kl = torch.cat([vae.kl_per_dimension(vae.encode(x)) for x, _ in self.images(trainer, vae, 1000)]).mean(0).cpu()
         x, _ = next(self.images(trainer, vae, 16))
         z = torch.randn(64, vae.latent_dim, generator=torch.Generator().manual_seed(0)).to(x.device)
-        by_kl = kl.argsort(descending=True).tolist()[:10]
         span = torch.linspace(-3, 3, 11, device=x.device)
-        rows = plotting.traverse(vae, vae.encode(x[:1]).mean[0], by_kl, span)
-        tiles = {
-            "reconstructions": (plotting.stack_reconstructions(vae, x), 8),
-            "samples": (vae.decode(z), 8),
-            "traversal": (rows, len(span)),
+        figures = {
+            "reconstructions": grids.make_reconstruction_grid(vae, x),
+            "samples": Grid(vae.decode(z), 8),
+            "traversal": grids.make_traversal_grid(vae, vae.encode(x[:1]).mean[0], span, kl, rows=10),
         }
         if vae.latent_dim == 2:
-            tiles["manifold"] = (plotting.decode_manifold(vae, 20), 20)
+            figures["manifold"] = grids.make_manifold_grid(vae, 20)
         scaling: Scaling = trainer.datamodule.scaling  # type: ignore[attr-defined]
-        return {name: plotting.make_grid(scaling.to_picture(x), n) for name, (x, n) in tiles.items()}, kl
+        return {name: grid._replace(images=scaling.to_picture(grid.images)) for name, grid in figures.items()}, kl
 
     @torch.no_grad()
-    def log_figures(self, trainer: L.Trainer, vae: VAE) -> dict[str, Tensor]:
+    def log_figures(self, trainer: L.Trainer, vae: VAE) -> dict[str, Grid]:
         """Draw the model and send the figures to every logger; return them, or nothing if drawing failed."""
-        figures: dict[str, Tensor] = {}
+        figures: dict[str, Grid] = {}
         with evaluating(vae), warn_on_error("drawing figures of the model"):
             figures, kl = self.draw(trainer, vae)
         for logger in run_loggers(trainer) if figures else []:
             with warn_on_error(f"sending figures to {type(logger).__name__}"):
-                for name, image in figures.items():
-                    logger.log_image_grid(name, image, trainer.global_step)
+                for name, grid in figures.items():
+                    picture = plotting.make_grid(grid.images, grid.columns)
+                    logger.log_image_grid(name, picture, trainer.global_step)
                 logger.log_figure("latent/kl_per_dimension", plotting.plot_kl(kl), trainer.global_step)
         return figures
 
@@ -96,14 +98,15 @@ class ImageLogger(Callback):
         if self.every and epoch % self.every == 0 and epoch != trainer.max_epochs and trainer.is_global_zero:
             self.log_figures(trainer, module.vae)  # type: ignore[arg-type]
 
-    def finish(self, trainer: L.Trainer, vae: VAE) -> None:
-        """Draw everything after the test metrics are on disk."""
+    def finish(self, trainer: L.Trainer, vae: VAE, checkpoint: Path) -> None:
+        """Draw everything after the test metrics of a checkpoint are on disk."""
         with warn_on_error("drawing figures of the model"):
             vae.to(trainer.strategy.root_device)  # Lightning has moved it to the CPU
         figures = self.log_figures(trainer, vae)
         with warn_on_error(f"writing figures to {self.folder}"):
-            for name, image in figures.items():
-                plotting.save_image(image, self.folder / f"{name}.png")
+            caption = format_caption(checkpoint, load_torch_file(checkpoint))
+            for name, grid in figures.items():
+                grids.save_grids([grid], self.folder / f"{name}.png", f"{name} of {caption}")
         with evaluating(vae), warn_on_error("drawing the embedding projector"):
             self.log_embedding(trainer, vae)
 

@@ -1,5 +1,6 @@
 """Load a trained model from its checkpoint without Lightning, and without running code that the file names."""
 
+import contextlib
 import io
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,6 +14,7 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
+from betavae.data.file_listing import as_text
 from betavae.data.holdout import SPLIT_SEED
 from betavae.data.image_set import ImageSet
 from betavae.data.loader import BYTES, binarize_images
@@ -40,6 +42,7 @@ class TrainedRun(NamedTuple):
     data: Config  # the arguments of ImageDataModule
     fingerprints: dict[str, str] = {}  # noqa: RUF012 - of each split whose images can change
     scaling: Scaling = BYTES  # from stored values to those that the model sees; a checkpoint from before it has bytes
+    caption: str = ""  # for figures: the run, its epoch and its validation neg. ELBO
 
     @property
     def folder(self) -> Path:
@@ -150,7 +153,9 @@ def load(ckpt: str | Path | None = None, runs: str = "runs", plugins: Sequence[s
     vae.load_state_dict({key.removeprefix("vae."): value for key, value in content["state_dict"].items()})
     vae = vae.eval().requires_grad_(False)
     scaling = Scaling.from_dict(content["scaling"], vae.image_shape[0]) if "scaling" in content else BYTES
-    return TrainedRun(vae, path, settings, data, content.get("fingerprints", {}), scaling)
+    return TrainedRun(
+        vae, path, settings, data, content.get("fingerprints", {}), scaling, format_caption(path, content)
+    )
 
 
 def load_weights(vae: VAE, ckpt: str, model: Config) -> None:
@@ -176,6 +181,20 @@ def load_weights(vae: VAE, ckpt: str, model: Config) -> None:
         theirs, ours = (", ".join(f"{key}={group.get(key)}" for key in keys) for group in (saved, model))
         raise UserError(f"init_from: the weights of {path} do not fit: its model has {theirs}, and this run's {ours}")
     vae.load_state_dict(weights)
+
+
+def format_caption(path: Path, content: Checkpoint) -> str:
+    """Format the run of a checkpoint, its epoch and its validation neg. ELBO, as far as they are known."""
+    path = path.resolve()
+    caption = as_text(path.parent.parent.name if path.parent.name == "checkpoints" else path.name)
+    with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
+        caption += f", epoch {content['epoch'] + 1:d}"
+        neg_elbo = content["callbacks"]["LastValidationMetrics"]["metrics"]["neg_elbo"]
+        caption += f", validation neg. ELBO {neg_elbo:.2f} nats"
+        settings, data = content["hyper_parameters"], content["datamodule_hyper_parameters"]
+        if settings["model"]["likelihood"] == "bernoulli" and data["binarize"] == "none":
+            caption += " (surrogate)"
+    return caption
 
 
 def read_checkpoint(path: Path) -> Checkpoint:

@@ -24,6 +24,7 @@ from omegaconf import DictConfig
 from betavae.data.datamodule import ImageDataModule
 from betavae.data.loader import BatchLoader
 from betavae.errors import DivergenceError, RunInterrupted, TrialPruned, UserError, first_line
+from betavae.metrics.collapse import describe_collapse
 from betavae.models.precision import set_float32_precision
 from betavae.models.priors import Prior, VampPrior
 from betavae.module import VAEModule
@@ -381,6 +382,8 @@ class TrainingRun:
         if not vae.likelihood.is_discrete(binarize):
             values = self.datamodule.scaling.describe(vae.image_shape)
             record["note"] = vae.likelihood.describe(binarize, values)
+        if collapse := describe_collapse(scalars["active_units"], vae.latent_dim, scalars["kl"]):
+            record["posterior_collapse"] = collapse
         self.folder.write_record(record)
         self.record = record
         self.log_test_metrics(scalars)
@@ -388,7 +391,7 @@ class TrainingRun:
         for logger in run_loggers(self.trainer):
             with warn_on_error(f"sending test metrics to {type(logger).__name__}"):
                 logger.log_final_metrics(flatten_hparams(self.settings), named)
-        self.callback(ImageLogger).finish(self.trainer, self.module.vae)
+        self.callback(ImageLogger).finish(self.trainer, self.module.vae, self.tested_checkpoint)
         with warn_on_error("writing to metrics.json that the figures are drawn"):
             self.folder.write_record(record | {"displayed": True})
         if not self.sweep:
@@ -416,6 +419,8 @@ class TrainingRun:
             log.info("      %.4f bits per dimension", scalars["bits_per_dimension"])
         if "note" in self.record:
             log.info("note  %s", self.record["note"])
+        if "posterior_collapse" in self.record:
+            log.info("note  %s", self.record["posterior_collapse"])
 
     def count_test_images(self) -> int:
         """Return the number of test images that the test metrics cover."""

@@ -62,7 +62,7 @@ class SweepCallback(Callback):
 
 def is_search(hydra_cfg: HydraConf) -> bool:
     """Return whether the sweeper chooses settings by the results of earlier jobs."""
-    return not hydra_cfg.sweeper["_target_"].endswith(".BasicSweeper")
+    return not hydra_cfg.sweeper["_target_"].endswith((".BasicSweeper", ".Paired"))
 
 
 def needs_validation(hydra_cfg: HydraConf) -> bool:

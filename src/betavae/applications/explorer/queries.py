@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -17,11 +18,13 @@ from betavae.applications.trained_run import TrainedRun
 from betavae.data.file_listing import as_text
 from betavae.data.image_set import ImageSet
 from betavae.errors import UserError
+from betavae.metrics.embedding import compute_tsne
 from betavae.metrics.likelihood import importance_bounds
 from betavae.models.vae import VAE, Posterior
 
 MAX_MODELS = 8
 MAX_MAP_IMAGES = 10_000
+MAX_TSNE_IMAGES = 2000  # a t-SNE of more takes too long to wait for
 REFERENCE_IMAGES = 500  # test images with which the neg. ELBO of an image is compared
 ELBO_SAMPLES = 32
 SEED = 0
@@ -46,6 +49,11 @@ class LoadedModel:
     @property
     def vae(self) -> VAE:
         return self.run.vae
+
+    @cached_property
+    def tsne(self) -> Tensor:
+        """The t-SNE of the first posterior means, `(N, 2)`."""
+        return compute_tsne(self.means[:MAX_TSNE_IMAGES], SEED)
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ class MapRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     run: Annotated[int, Field(ge=0)] = 0
-    axes: Literal["pca", "largest"] = "pca"
+    axes: Literal["pca", "largest", "tsne"] = "pca"
 
 
 class UploadOptions(BaseModel):
@@ -119,9 +119,12 @@ def build_app(explorer: Explorer, names: set[str], loopback: bool = True) -> Sta
         query = MapRequest.model_validate(dict(request.query_params))
         if query.run >= len(explorer.models):
             raise UserError(f"run={query.run} is invalid: expected 0 to {len(explorer.models) - 1}")
-        points, center, axes, share = queries.compute_map(explorer.models[query.run], query.axes)
-        rounded = [[round(value, 4) for value in point] for point in points.tolist()]
-        return JSONResponse({"points": rounded, "center": center.tolist(), "axes": axes.tolist(), "share": share})
+        model = explorer.models[query.run]
+        if query.axes == "tsne":  # no plane, so z has no place on it
+            return JSONResponse({"points": round_points(model.tsne)})
+        points, center, axes, share = queries.compute_map(model, query.axes)
+        plane = {"center": center.tolist(), "axes": axes.tolist(), "share": share}
+        return JSONResponse({"points": round_points(points), **plane})
 
     async def post_decode(request: Request) -> Response:
         zs = parse_latents(explorer, (await parse_body(request, DecodeRequest)).z)
@@ -163,6 +166,11 @@ def build_app(explorer: Explorer, names: set[str], loopback: bool = True) -> Sta
         middleware=[Middleware(BaseHTTPMiddleware, dispatch=guard)],
         exception_handlers=dict.fromkeys((UserError, ValidationError, HTTPException), build_error_response),
     )
+
+
+def round_points(points: Tensor) -> list[list[float]]:
+    """Round points `(N, 2)` for a shorter answer."""
+    return [[round(value, 4) for value in point] for point in points.tolist()]
 
 
 def find_rejection_reason(request: Request, names: set[str], loopback: bool) -> str | None:
