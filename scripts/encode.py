@@ -31,7 +31,7 @@ def main(settings: Settings) -> None:
         check_tsne(len(images.names))
     for note in images.notes:
         print(note)
-    latents = encode_images(run.vae, images.pixels, settings.seed)
+    latents = encode_images(run.vae, images.pixels, settings.seed, run.scaling)
     if settings.tsne:
         print(f"computing a t-SNE of {len(images.names):,} images; 10,000 take a few minutes", flush=True)
         latents = latents._replace(tsne=compute_tsne(latents.mean, settings.seed))

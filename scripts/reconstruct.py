@@ -30,7 +30,7 @@ def main(settings: Settings) -> None:
     grids.save_grids([grid._replace(images=run.scaling.to_picture(grid.images))], settings.out, run.caption)
     for note in images.notes:
         print(note)
-    if collapse := diagnose_collapse(run.vae, images.pixels[order[:MAX_IMAGES]].float() / 255):
+    if collapse := diagnose_collapse(run.vae, run.scaling.apply(images.pixels[order[:MAX_IMAGES]])):
         print(f"note  {collapse}")
     print(f"{len(x)} images, each row above its reconstructions by {run.path}, saved to {settings.out}")
 

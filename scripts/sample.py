@@ -45,7 +45,8 @@ def main(settings: Settings) -> None:
     label = "" if settings.label is None else f", label {settings.label}"
     heat = "" if settings.temperature == 1 else f", temperature {settings.temperature:g}"
     caption = f"{settings.n} samples, sampler={settings.sampler}{label}{heat}; {run.caption}"
-    grids.save_grids([grids.Grid(run.scaling.to_picture(images), min(settings.columns, settings.n))], out, caption)
+    pictures = run.scaling.to_picture(images)
+    grids.save_grids([grids.Grid(pictures, min(settings.columns, settings.n))], out, caption)
     print(f"{settings.n} samples of {run.path}, sampler={settings.sampler}, saved to {out}")
     if settings.save_images:
         folder, digits = out.with_suffix(""), len(str(settings.n - 1))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from betavae.models.vae import VAE
-from betavae.objectives.elbo import ACTIVE_UNIT_THRESHOLD, gaussian_kl
+from betavae.objectives.elbo import ACTIVE_UNIT_THRESHOLD
 
 ONE_BIT = math.log(2)  # nats
 MAX_IMAGES = 1000  # enough for a diagnosis
@@ -44,6 +44,6 @@ def diagnose_collapse(vae: VAE, x: Tensor) -> str | None:
     if len(x) < MIN_IMAGES:
         return None
     posterior = vae.encode(x)
-    return describe_collapse(
-        count_active_units(posterior.mean), vae.latent_dim, gaussian_kl(posterior).sum(1).mean().item()
-    )
+    noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(0))
+    kl = vae.kl(posterior, posterior.rsample(noise.to(posterior.mean))).sum(1).mean().item()
+    return describe_collapse(count_active_units(posterior.mean), vae.latent_dim, kl)
