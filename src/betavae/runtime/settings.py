@@ -120,6 +120,9 @@ class Objective(ExtensibleGroup):
     diagonal: NonNegativeFloat = UNSET
     gamma: NonNegativeFloat = UNSET
     sampling: Literal["stratified", "weighted"] = UNSET
+    elbo_weight: Fraction = UNSET
+    groups: PositiveInt = UNSET
+    mmd_weight: NonNegativeFloat = UNSET
 
 
 class BetaSchedule(ExtensibleGroup):
@@ -414,6 +417,9 @@ def check_settings(values: Config) -> None:
     if (objective.get("resample") or 0) >= objective["k"]:
         resample, k = objective["resample"], objective["k"]
         raise UserError(f"objective.resample={resample} is invalid: expected null or fewer than objective.k={k}")
+    if objective["k"] % objective.get("groups", 1):
+        groups, k = objective["groups"], objective["k"]
+        raise UserError(f"objective.groups={groups} is invalid: expected a divisor of objective.k={k}")
     if "num_train_images" in objective:
         raise UserError("objective.num_train_images is not a setting: it is the number of training images")
     if set(trainer["max_time"] or "1") <= {"0", ":"}:
