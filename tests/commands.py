@@ -116,8 +116,8 @@ class Child:
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(output, 1)
         os.dup2(output, 2)
-        sys.stdin, sys.stdout = os.fdopen(0), os.fdopen(1, "w", 1)
-        sys.stderr = os.fdopen(2, "w", 1, errors="backslashreplace")
+        sys.stdin, sys.stdout = os.fdopen(0, closefd=False), os.fdopen(1, "w", 1, closefd=False)
+        sys.stderr = os.fdopen(2, "w", 1, errors="backslashreplace", closefd=False)
         sys.excepthook = sys.__excepthook__
         for handler in logging.root.handlers[:]:
             logging.root.removeHandler(handler)
