@@ -4,11 +4,11 @@ from pathlib import Path
 
 from pydantic import Field
 
-from betavae.runtime.cli import ModelSettings, gc_paused, script_command
+from betavae.runtime.cli import LabelSettings, ModelSettings, gc_paused, script_command
 from betavae.runtime.settings import PathStr
 
 
-class Settings(ModelSettings):
+class Settings(ModelSettings, LabelSettings):
     latents: PathStr = Field("latents.npz", title="a file of encode.py, or FILE.npy of latents (N, latent_dim)")
     out: PathStr = Field("decoded", title="folder for one PNG per image")
 
@@ -21,15 +21,17 @@ def main(settings: Settings) -> None:
         from betavae import plotting
         from betavae.applications.latents import BATCH_SIZE, load_latents
         from betavae.data.file_listing import png_filenames
+        from betavae.data.labels import match_labels
         from betavae.runtime import checkpoint
 
     run = checkpoint.load(settings.ckpt, settings.runs)
-    names, z = load_latents(Path(settings.latents), run.vae.latent_dim)
+    names, z, own = load_latents(Path(settings.latents), run.vae.latent_dim)
+    labels = match_labels(run.vae.classes, len(z), settings.label, own, settings.latents)
     files = png_filenames(names, settings.out)
     with tqdm(total=len(z), desc="decoding", unit=" images", disable=None) as bar:
         for start in range(0, len(z), BATCH_SIZE):
             batch = slice(start, start + BATCH_SIZE)
-            for file, image in zip(files[batch], run.vae.decode(z[batch]), strict=True):
+            for file, image in zip(files[batch], run.vae.given(labels[batch]).decode(z[batch]), strict=True):
                 plotting.save_image(image, Path(settings.out) / file, scale=1)
                 bar.update()
     print(f"{len(z):,} images decoded by {run.path}, saved to {settings.out}/")

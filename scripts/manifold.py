@@ -7,6 +7,7 @@ from betavae.runtime.settings import NonEmptyStr, PositiveInt
 
 
 class Settings(ModelSettings):
+    label: int | NonEmptyStr | None = Field(None, title="the label, which a conditional model needs")
     size: PositiveInt = Field(20, title="images along each side, at quantiles of the prior")
     out: NonEmptyStr = Field("manifold.png", title="image file for the grid")
 
@@ -15,12 +16,12 @@ class Settings(ModelSettings):
 def main(settings: Settings) -> None:
     with gc_paused():
         from betavae import plotting
+        from betavae.data.labels import match_labels
         from betavae.runtime import checkpoint
 
     run = checkpoint.load(settings.ckpt, settings.runs)
-    plotting.save_image(
-        plotting.make_grid(plotting.decode_manifold(run.vae, settings.size), settings.size), settings.out
-    )
+    vae = run.vae.given(match_labels(run.vae.classes, 1, settings.label, None, "the manifold"))
+    plotting.save_image(plotting.make_grid(plotting.decode_manifold(vae, settings.size), settings.size), settings.out)
     print(f"the manifold of {run.path}, {settings.size} x {settings.size} images, saved to {settings.out}")
 
 

@@ -2,11 +2,11 @@
 
 from pydantic import Field
 
-from betavae.runtime.cli import DataSettings, SeedSettings, gc_paused, script_command
+from betavae.runtime.cli import DataSettings, LabelSettings, SeedSettings, gc_paused, script_command
 from betavae.runtime.settings import ImageSpec, NonEmptyStr, PositiveInt
 
 
-class Settings(DataSettings, SeedSettings):
+class Settings(DataSettings, SeedSettings, LabelSettings):
     images: ImageSpec = Field("test", title="images: a folder, file or list; .npy, .npz; test, train, ...; a data set")
     n: PositiveInt = Field(32, title="number of images, drawn at random")
     out: NonEmptyStr = Field("reconstructions.png", title="image file for the grid")
@@ -19,13 +19,14 @@ def main(settings: Settings) -> None:
 
         from betavae import plotting
         from betavae.runtime import checkpoint
-        from betavae.runtime.inputs import resolve_images
+        from betavae.runtime.inputs import resolve_images, resolve_labels
 
     run = checkpoint.load(settings.ckpt, settings.runs)
     images = resolve_images(run, settings.images, settings.data_root)
+    labels = resolve_labels(run, settings.images, images, settings.label)
     order = torch.randperm(len(images.pixels), generator=torch.Generator().manual_seed(settings.seed))
-    x = images.pixels[order[: settings.n]].float() / 255
-    plotting.save_image(plotting.make_grid(plotting.stack_reconstructions(run.vae, x), min(8, len(x))), settings.out)
+    x, vae = images.pixels[order[: settings.n]].float() / 255, run.vae.given(labels[order[: settings.n]])
+    plotting.save_image(plotting.make_grid(plotting.stack_reconstructions(vae, x), min(8, len(x))), settings.out)
     for note in images.notes:
         print(note)
     print(f"{len(x)} images, each row above its reconstructions by {run.path}, saved to {settings.out}")

@@ -2,14 +2,14 @@
 
 from pydantic import Field
 
-from betavae.runtime.cli import DataSettings, gc_paused, script_command
+from betavae.runtime.cli import DataSettings, LabelSettings, gc_paused, script_command
 from betavae.runtime.settings import IntAtLeast2, NonEmptyStr, NonNegativeInt, PositiveFloat, PositiveInt
 
 
-class Settings(DataSettings):
+class Settings(DataSettings, LabelSettings):
     image: NonNegativeInt | None = Field(0, title="number of the test image to start from; null: the prior's mean")
     dimensions: PositiveInt | None = Field(None, title="number of dimensions, those with the largest KL; null: all")
-    span: PositiveFloat = Field(3.0, title="each dimension goes from -span to span")
+    span: PositiveFloat = Field(3.0, title="each dimension goes from -span to span standard deviations of the prior")
     steps: IntAtLeast2 = Field(11, title="images per dimension")
     out: NonEmptyStr = Field("traversal.png", title="file for the figure")
 
@@ -20,18 +20,25 @@ def main(settings: Settings) -> None:
         import torch
 
         from betavae import plotting
+        from betavae.data.labels import match_labels
         from betavae.errors import UserError
         from betavae.runtime import checkpoint
 
     run = checkpoint.load(settings.ckpt, settings.runs)
-    x, _ = run.images("test", settings.data_root)
+    x, labels = run.images("test", settings.data_root)
     if settings.image is not None and settings.image >= len(x):
         raise UserError(f"image={settings.image} is invalid: expected the number of a test image, 0 to {len(x) - 1}")
-    kl = run.vae.kl_per_dimension(run.vae.encode(x)).mean(0)
+    kl = run.vae.kl_per_dimension(run.vae.given(labels).encode(x)).mean(0)
     order = kl.argsort(descending=True)[: settings.dimensions].tolist()
-    start = torch.zeros(run.vae.latent_dim) if settings.image is None else run.vae.encode(x[[settings.image]]).mean[0]
+    if settings.image is None:
+        start, label = run.vae.prior.moments()[0], None
+    else:
+        label = labels[[settings.image]]
+        start = run.vae.given(label).encode(x[[settings.image]]).mean[0]
+    if label is None or settings.label is not None:
+        label = match_labels(run.vae.classes, 1, settings.label, None, "image=null")
     values = torch.linspace(-settings.span, settings.span, settings.steps)
-    rows = plotting.traverse(run.vae, start, order, values)
+    rows = plotting.traverse(run.vae.given(label), start, order, values)
     plotting.save_figure(plotting.plot_traversal(rows, values, order, kl), settings.out)
     print(f"{len(order)} latent dimensions of {run.path}, ordered by KL, saved to {settings.out}")
 

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from torch import Tensor
 
 from betavae import plotting
+from betavae.data.labels import count_columns, cycle_labels
 from betavae.models.vae import VAE
 from betavae.runtime.run_logger import run_loggers
 from betavae.runtime.terminal_log import warn_on_error
@@ -30,8 +31,10 @@ DISPLAY_NAMES = {"kl": "KL", "neg_elbo": "neg. ELBO"}
 class ImageLogger(Callback):
     """Draw the model every `every` epochs (0: never), and once more when `finish` is called after the test.
 
-    The figures are reconstructions of fixed test images, samples from fixed z, a latent traversal, the KL per
-    dimension, for two dimensions the manifold, and after the test the embedding projector. After the test they are also
+    The figures are reconstructions of fixed test images, samples of the prior from a fixed seed, a latent traversal,
+    the KL per dimension, for two dimensions the manifold, and after the test the embedding projector. A conditional
+    model is shown with the labels of the images, in the traversal and the manifold that of the first image, and with a
+    column of samples per class. After the test they are also
     written to `folder`. A figure that fails is a warning.
     """
 
@@ -47,19 +50,24 @@ class ImageLogger(Callback):
 
     def draw(self, trainer: L.Trainer, vae: VAE) -> tuple[dict[str, Tensor], Tensor]:
         """Return figures `(C, H, W)` in [0, 1] by name, and the KL per latent dimension in nats."""
-        kl = torch.cat([vae.kl_per_dimension(vae.encode(x)) for x, _ in self.images(trainer, vae, 1000)]).mean(0).cpu()
-        x, _ = next(self.images(trainer, vae, 16))
-        z = torch.randn(64, vae.latent_dim, generator=torch.Generator().manual_seed(0)).to(x.device)
+        posteriors = [vae.given(labels).encode(x) for x, labels in self.images(trainer, vae, 1000)]
+        kl = torch.cat([vae.kl_per_dimension(posterior) for posterior in posteriors]).mean(0).cpu()
+        x, labels = next(self.images(trainer, vae, 16))
+        columns = count_columns(vae.classes, 8)
+        sampled = vae.given(cycle_labels(vae.classes, 8 * columns))
+        first = vae.given(labels[:1])
         by_kl = kl.argsort(descending=True).tolist()[:10]
         span = torch.linspace(-3, 3, 11, device=x.device)
-        rows = plotting.traverse(vae, vae.encode(x[:1]).mean[0], by_kl, span)
+        rows = plotting.traverse(first, first.encode(x[:1]).mean[0], by_kl, span)
         figures = {
-            "reconstructions": plotting.make_grid(plotting.stack_reconstructions(vae, x), 8),
-            "samples": plotting.make_grid(vae.decode(z), 8),
+            "reconstructions": plotting.make_grid(plotting.stack_reconstructions(vae.given(labels), x), 8),
+            "samples": plotting.make_grid(
+                sampled.sample(8 * columns, generator=torch.Generator().manual_seed(0)), columns
+            ),
             "traversal": plotting.make_grid(rows, len(span)),
         }
         if vae.latent_dim == 2:
-            figures["manifold"] = plotting.make_grid(plotting.decode_manifold(vae, 20), 20)
+            figures["manifold"] = plotting.make_grid(plotting.decode_manifold(first, 20), 20)
         return figures, kl
 
     @torch.no_grad()
@@ -81,7 +89,7 @@ class ImageLogger(Callback):
         n = min(MAX_EMBEDDED, len(trainer.datamodule.splits["test"]))  # type: ignore[attr-defined]
         side = plotting.MAX_SPRITE_SIDE // math.ceil(math.sqrt(n))
         batches = [
-            (vae.encode(x).mean.cpu(), labels, plotting.make_tiles(x.float().cpu(), labels, side))
+            (vae.given(labels).encode(x).mean.cpu(), labels, plotting.make_tiles(x.float().cpu(), labels, side))
             for x, labels in self.images(trainer, vae, n)
         ]
         means, labels, tiles = zip(*batches, strict=True)

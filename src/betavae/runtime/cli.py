@@ -18,7 +18,7 @@ from pydantic import Field
 
 from betavae.errors import RunInterrupted, UserError
 from betavae.runtime import distributed
-from betavae.runtime.settings import PathStr, Seed63, Settings, format_value, validate
+from betavae.runtime.settings import NonEmptyStr, PathStr, Seed63, Settings, format_value, validate
 
 # Errors of the machine or its permissions, which the user can fix; any other OSError is a bug of this project.
 USER_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG)
@@ -52,6 +52,14 @@ class SeedSettings(ScriptSettings):
     """Settings of a script that draws random numbers."""
 
     seed: Seed63 = Field(0, title="random seed; the same seed gives the same output")
+
+
+class LabelSettings(ScriptSettings):
+    """Settings of a script that passes images to a conditional model."""
+
+    label: int | NonEmptyStr | None = Field(
+        None, title="label of all images, for a conditional model; null: their own labels"
+    )
 
 
 S = TypeVar("S", bound=ScriptSettings)

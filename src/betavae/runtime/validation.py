@@ -112,4 +112,4 @@ def objective_terms(images: "ImageSet", module: "VAEModule") -> list[str]:
     x = images.pixels.index_select(0, torch.arange(min(2, len(images)))).float() / 255
     noise = torch.zeros(module.k, len(x), module.vae.latent_dim)
     with torch.random.fork_rng(devices=[]), torch.no_grad(), evaluating(module.vae):
-        return list(module.objective(module.vae, x, noise, module.beta).batch_sums())
+        return list(module.objective(module.vae.given(images.labels[: len(x)]), x, noise, module.beta).batch_sums())

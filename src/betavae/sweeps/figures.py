@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from betavae import plotting
+from betavae.data.labels import cycle_labels
 from betavae.runtime import checkpoint
 from betavae.sweeps.results import METRIC_NAMES, SettingGroup, get_sort_key
 
@@ -121,7 +122,7 @@ def plot_samples(groups: Sequence[SettingGroup], seed: int) -> "Figure":
     for number, (group, title) in enumerate(zip(finished, titles, strict=True), start=1):
         vae = checkpoint.load(str(group.finished[0].folder), "").vae
         axes = figure.add_subplot(rows, columns, number)
-        images = vae.sample(16, 1.0, torch.Generator().manual_seed(seed))
+        images = vae.given(cycle_labels(vae.classes, 16)).sample(16, 1.0, torch.Generator().manual_seed(seed))
         plotting.draw_image(axes, plotting.make_grid(images, 4))
         axes.set_title(title, fontsize=7)
     return figure
