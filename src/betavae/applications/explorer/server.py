@@ -42,6 +42,7 @@ STATIC_ROUTES = {"/": "index.html"} | {
 MIME_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 
 Latent = list[Annotated[float, Field(ge=-MAX_ABS_Z, le=MAX_ABS_Z, allow_inf_nan=False)]]
+Label = Annotated[int, Field(ge=0)] | None  # number of a class
 
 
 class RequestBody(BaseModel):
@@ -54,9 +55,10 @@ Body = TypeVar("Body", bound=RequestBody)
 
 
 class DecodeRequest(RequestBody):
-    """One latent per run."""
+    """One latent per run, and the label for conditional models."""
 
     z: list[Latent]
+    label: Label = None
 
 
 class PathRequest(RequestBody):
@@ -65,6 +67,7 @@ class PathRequest(RequestBody):
     start: list[Latent]
     end: list[Latent]
     steps: Annotated[int, Field(ge=2, le=50)]
+    label: Label = None
 
 
 class ImageRequest(RequestBody):
@@ -87,6 +90,7 @@ class UploadOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
     center: bool = False
     invert: bool = False
+    label: Label = None
 
 
 def build_app(explorer: Explorer, names: set[str], loopback: bool = True) -> Starlette:
@@ -122,22 +126,29 @@ def build_app(explorer: Explorer, names: set[str], loopback: bool = True) -> Sta
         rounded = [[round(value, 4) for value in point] for point in points.tolist()]
         return JSONResponse({"points": rounded, "center": center.tolist(), "axes": axes.tolist(), "share": share})
 
+    def get_sample(request: Request) -> Response:
+        return JSONResponse({"z": [z.tolist() for z in queries.sample_prior(explorer)]})
+
     async def post_decode(request: Request) -> Response:
-        zs = parse_latents(explorer, (await parse_body(request, DecodeRequest)).z)
-        images = [queries.decode_latents(model, z[None])[0] for model, z in zip(explorer.models, zs, strict=True)]
+        body = await parse_body(request, DecodeRequest)
+        zs, label = parse_latents(explorer, body.z), explorer.check_label(body.label)
+        pairs = zip(explorer.models, zs, strict=True)
+        images = [queries.decode_latents(model, z[None], label)[0] for model, z in pairs]
         return JSONResponse({"images": uploads.to_base64(torch.stack(images))})
 
     async def post_path(request: Request) -> Response:
         body = await parse_body(request, PathRequest)
         starts, ends = parse_latents(explorer, body.start), parse_latents(explorer, body.end)
-        paths = [queries.decode_path(*line, body.steps) for line in zip(explorer.models, starts, ends, strict=True)]
+        lines, label = zip(explorer.models, starts, ends, strict=True), explorer.check_label(body.label)
+        paths = [queries.decode_path(*line, body.steps, label) for line in lines]
         return JSONResponse({"images": [uploads.to_base64(path) for path in paths]})
 
     async def post_image(request: Request) -> Response:
         index = (await parse_body(request, ImageRequest)).index
         if index >= len(explorer.images):
             raise UserError(f"index={index} is invalid: expected 0 to {len(explorer.images) - 1}")
-        return build_encode_response(explorer, queries.select_pixels(explorer.images, torch.tensor([index])))
+        x, label = queries.select_pixels(explorer.images, torch.tensor([index])), explorer.images.labels[[index]]
+        return build_encode_response(explorer, x, label)
 
     async def post_upload(request: Request) -> Response:
         options = UploadOptions.model_validate(dict(request.query_params))
@@ -145,13 +156,14 @@ def build_app(explorer: Explorer, names: set[str], loopback: bool = True) -> Sta
         data = explorer.models[0].run.data
         look = {key: data[key] for key in ("binarize", "fit", "background") if key in data}
         pixels = uploads.read_upload(content, explorer.image_shape, options.center, options.invert, **look)
-        return build_encode_response(explorer, pixels[None].float() / 255)
+        return build_encode_response(explorer, pixels[None].float() / 255, explorer.check_label(options.label))
 
     return Starlette(
         routes=[
             *(Route(url, serve_file(file)) for url, file in STATIC_ROUTES.items()),
             Route("/api/state", get_state),
             Route("/api/map", get_map),
+            Route("/api/sample", get_sample),
             Route("/api/decode", post_decode, methods=["POST"]),
             Route("/api/path", post_path, methods=["POST"]),
             Route("/api/image", post_image, methods=["POST"]),
@@ -219,11 +231,11 @@ def parse_latents(explorer: Explorer, values: list[list[float]]) -> list[Tensor]
     return [torch.tensor(z) for z in values]
 
 
-def build_encode_response(explorer: Explorer, x: Tensor) -> Response:
-    """Encode and score one image `(1, C, H, W)` in [0, 1] with all models."""
+def build_encode_response(explorer: Explorer, x: Tensor, label: Tensor | None) -> Response:
+    """Encode and score one image `(1, C, H, W)` in [0, 1], with its `label` (1,), with all models."""
     rows = []
     for model in explorer.models:
-        mean, scores = queries.encode_image(model, x[0])
+        mean, scores = queries.encode_image(model, x[0], label)
         # JSON has no number that is not finite.
         values = [score._asdict() | {"value": score.value if math.isfinite(score.value) else None} for score in scores]
         rows.append({"mean": mean.tolist(), "scores": values})
