@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import Field
 
 from betavae.errors import UserError
-from betavae.runtime.cli import DataSettings, argument, gc_paused, script_command
+from betavae.runtime.cli import DataSettings, adapt_commands, argument, gc_paused, run_argument, script_command
 from betavae.runtime.settings import ImageSpec, PathStr, PositiveInt
 
 
@@ -45,6 +45,11 @@ def main(settings: Settings) -> None:
             raise UserError(f"out={out} is invalid: expected FILE.bvae, since the figure of the report is {figure}")
         check_writable(figure)
     run = checkpoint.load(settings.ckpt, settings.runs)
+    if not run.scaling.is_bytes:
+        raise UserError(
+            f"{run.path} was trained on {run.scaling.dtype} with data.scaling={run.scaling.mode}: expected a model of "
+            "uint8 images with data.scaling=unit, which the codec compresses"
+        )
     images = resolve_images(run, settings.images, settings.data_root)
     n = len(images.pixels)
     png_filenames(images.names, "the folder of decompressed images")
@@ -69,7 +74,8 @@ def main(settings: Settings) -> None:
     bits = f"{size:,} bytes, {rows['this file'][1]:.4f} bits per dimension"
     verified = ", decompressed and compared" if settings.verify else ""
     print(f"{n:,} images compressed to {out}: {bits}{verified}")
-    print(f"next  python scripts/decompress.py {argument('file', out)} out=FOLDER {argument('ckpt', run.path)}")
+    command = f"python scripts/decompress.py {argument('file', out)} out=FOLDER {run_argument('ckpt', run.path)}"
+    print(adapt_commands(f"next  {command}"))
 
 
 if __name__ == "__main__":

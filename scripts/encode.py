@@ -1,6 +1,7 @@
 """Encode images into a file of latents: `python scripts/encode.py images=PATH out=latents.npz [ckpt=PATH]`.
 
-The file has each image's name, posterior mean and log-variance, label (if there is one), KL and neg. ELBO in nats.
+The file has each image's name, posterior mean and log-variance, label (if there is one), KL and neg. ELBO in nats. With
+tsne=true it also has a t-SNE of the posterior means.
 """
 
 from pydantic import Field
@@ -12,23 +13,31 @@ from betavae.runtime.settings import ImageSpec, NonEmptyStr
 class Settings(DataSettings, SeedSettings, LabelSettings):
     images: ImageSpec = Field("test", title="images: a folder, file or list; .npy, .npz; test, train, ...; a data set")
     out: NonEmptyStr = Field("latents.npz", title="FILE.npz, FILE.csv or FILE.parquet")
+    tsne: bool = Field(False, title="also save a t-SNE of the posterior means, for at most 10,000 images")
 
 
 @script_command(Settings)
 def main(settings: Settings) -> None:
     with gc_paused():
-        from betavae.applications.latents import encode_images, save_latents
+        from betavae.applications.latents import check_format, encode_images, save_latents
+        from betavae.metrics.embedding import check_tsne, compute_tsne
         from betavae.runtime import checkpoint
         from betavae.runtime.inputs import resolve_images, resolve_labels
 
     run = checkpoint.load(settings.ckpt, settings.runs)
     images = resolve_images(run, settings.images, settings.data_root)
     labels = resolve_labels(run, settings.images, images, settings.label)
-    latents = encode_images(run.vae, images.pixels, settings.seed, labels)
-    names = images.labels if settings.label is None else [run.vae.classes[number] for number in labels]
-    save_latents(latents, images.names, names, settings.out)
+    check_format(settings.out)
+    if settings.tsne:
+        check_tsne(len(images.names))
     for note in images.notes:
         print(note)
+    latents = encode_images(run.vae, images.pixels, settings.seed, run.scaling, labels)
+    if settings.tsne:
+        print(f"computing a t-SNE of {len(images.names):,} images; 10,000 take a few minutes", flush=True)
+        latents = latents._replace(tsne=compute_tsne(latents.mean, settings.seed))
+    names = images.labels if settings.label is None else [run.vae.classes[number] for number in labels]
+    save_latents(latents, images.names, names, settings.out)
     count, dimensions = len(images.names), run.vae.latent_dim
     print(f"{count:,} images encoded by {run.path} to {dimensions} latent dimensions, saved to {settings.out}")
 

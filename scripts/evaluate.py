@@ -31,6 +31,7 @@ def main(settings: Settings) -> None:
         from betavae import plotting
         from betavae.errors import UserError, first_line
         from betavae.metrics.aggregate_posterior import encode_means, probe_accuracy
+        from betavae.metrics.collapse import describe_collapse
         from betavae.metrics.likelihood import evaluate_resumable, format_summary, summarize
         from betavae.models.precision import set_float32_precision
         from betavae.runtime import checkpoint
@@ -70,17 +71,19 @@ def main(settings: Settings) -> None:
             "checkpoint": str(run.path.relative_to(run.folder)),
             "data": f"{run.data['name']}, binarize={binarize}",
             "likelihood": run.settings["model"]["likelihood"],
-            "note": likelihood.describe(binarize),
+            "note": likelihood.describe(binarize, run.scaling.describe(run.vae.image_shape)),
             **request,
             "device": torch.cuda.get_device_name() if device == "cuda" else device,
             "sampling_seconds": round(seconds, 1),
         }
         result |= summarize(vae, per_image, ks)
         if train is not None:
-            means = encode_means(vae, train.pixels.float() / 255, train.labels)
+            means = encode_means(vae, run.scaling.apply(train.pixels), train.labels)
             result |= probe_accuracy(means, train.labels, per_image.mean.float(), labels)
         path.write_text(json.dumps(result, indent=2) + "\n")
     print(format_summary(result))
+    if collapse := describe_collapse(result["active_units"], vae.latent_dim, result["kl"]["mean"]):
+        print(f"note  {collapse}")
     partial.unlink(missing_ok=True)
     bounds = [result[f"nll_{k}"] for k in ks]
     figure = plotting.plot_bounds(ks, bounds, result["kl_per_dimension"], result["active_units"])

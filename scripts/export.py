@@ -1,5 +1,6 @@
 """Export a trained VAE for other programs and people: `python scripts/export.py [ckpt=PATH format=onnx out=export]`."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -31,10 +32,10 @@ def main(settings: Settings) -> None:
         export_folder(run, out, settings.seed)
         print(f"the model and its card, README.md, saved to {out}/; load it by betavae.load({str(out)!r})")
     elif settings.format == "safetensors":
-        result = export_weights(run.vae, model, out)
+        result = export_weights(run.vae, model, out, run.scaling)
         print(f"{len(result['tensors'])} tensors saved to {out / result['file']}, described in {out / 'model.json'}")
     else:
-        result = export_graphs(run.vae, model, settings.format, out)
+        result = export_graphs(run.vae, model, settings.format, out, run.scaling)
         for name, graph in result["graphs"].items():
             print(f"{out / graph['file']}  differs from torch by at most {result['difference'][name]:.1e}")
         print(f"shapes, ranges and units are in {out / 'model.json'}")
@@ -44,7 +45,7 @@ def export_folder(run: "TrainedRun", out: Path, seed: int) -> None:
     """Write a checkpoint without the paths of this machine, samples, and a model card to a new folder."""
     import torch
 
-    from betavae import plotting
+    from betavae import grids
     from betavae.applications.export import format_model_card
     from betavae.data.file_listing import as_text
     from betavae.data.labels import count_columns, cycle_labels
@@ -59,6 +60,7 @@ def export_folder(run: "TrainedRun", out: Path, seed: int) -> None:
     data = {key: value for key, value in run.data.items() if key not in ("root", "cache")}
     if data:
         content |= {"datamodule_hyper_parameters": data | {"root": "data"}, "fingerprints": run.fingerprints}
+        content["scaling"] = asdict(run.scaling)
     results = {name: read_json(run.folder / f"{name}.json") for name in ("metrics", "evaluation", "fidelity")}
     # Results of another checkpoint, or of an earlier file with this name, are left out.
     source = {"checkpoint": str(run.path.relative_to(run.folder)), "sha256": hash_file(run.path)}
@@ -66,11 +68,12 @@ def export_folder(run: "TrainedRun", out: Path, seed: int) -> None:
     name = as_text(run.folder.resolve().name if run.path.parent.name == "checkpoints" else run.path.stem)
     columns = count_columns(run.vae.classes, 8)
     vae = run.vae.given(cycle_labels(run.vae.classes, 8 * columns))
-    images = vae.sample(8 * columns, 1.0, torch.Generator().manual_seed(seed))
+    images = run.scaling.to_picture(vae.sample(8 * columns, 1.0, torch.Generator().manual_seed(seed)))
+    samples = grids.Grid(images, columns, column_labels=run.vae.classes[:columns])
     with atomic_dir(out) as folder:
         checkpoint.save_checkpoint(content, folder / "checkpoints" / "best.ckpt")
         (folder / "README.md").write_text(format_model_card(name, run.settings, data, results))
-        plotting.save_image(plotting.make_grid(images, columns), folder / "samples.png")
+        grids.save_grids([samples], folder / "samples.png", f"{len(images)} samples; {run.caption}")
         saved = checkpoint.load(folder).vae.state_dict()
         if not all(torch.equal(saved[key], value) for key, value in weights.items()):
             raise RuntimeError(f"{out} does not contain the weights that were written to it")

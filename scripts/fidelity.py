@@ -29,7 +29,7 @@ def main(settings: Settings) -> None:
     with gc_paused():
         import torch
 
-        from betavae import plotting
+        from betavae import grids
         from betavae.applications.sampling import SAMPLERS, load_or_fit_sampler
         from betavae.errors import UserError
         from betavae.metrics.features import load_or_train
@@ -40,6 +40,11 @@ def main(settings: Settings) -> None:
         from betavae.storage.files import STAMP, atomic_path
 
     run = checkpoint.load(settings.ckpt, settings.runs)
+    if not run.scaling.is_bytes:
+        raise UserError(
+            f"{run.path} was trained on {run.scaling.dtype} with data.scaling={run.scaling.mode}: expected a model of "
+            "uint8 images with data.scaling=unit, which the features are made for"
+        )
     folder = Path(settings.out) if settings.out else run.folder
     # The mean of p(x|z) is the gray value of a pixel that training binarizes again for every batch.
     gray = run._replace(data=run.data | {"binarize": "none"}) if run.data.get("binarize") == "dynamic" else run
@@ -111,7 +116,9 @@ def main(settings: Settings) -> None:
     samples = run.vae.given(sampled_labels[rows]).decode(latents[best][rows]).clamp(0, 1)
     grid = torch.cat((samples[:, None], x[nearest].float() / 255), 1).flatten(0, 1)
     figure = folder / "figures" / "fidelity.png"
-    plotting.save_image(plotting.make_grid(grid, 1 + nearest.shape[1]), figure)
+    ranks = ["sample", *(str(rank) for rank in range(1, 1 + nearest.shape[1]))]
+    caption = f"samples of sampler={best} that may be copies, and their nearest training images; {run.caption}"
+    grids.save_grids([grids.Grid(grid, len(ranks), column_labels=ranks)], figure, caption)
     print(f"wrote {folder / 'fidelity.json'} and {figure}")
     print(f"each row of the figure: a sample of sampler={best} that may be a copy, and its 7 nearest training images")
 

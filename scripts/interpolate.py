@@ -29,7 +29,7 @@ def main(settings: Settings) -> None:
     with gc_paused():
         import torch
 
-        from betavae import plotting
+        from betavae import grids, plotting
         from betavae.applications.interpolation import draw_pairs, select_pair
         from betavae.data.labels import match_labels
         from betavae.runtime import checkpoint
@@ -47,7 +47,7 @@ def main(settings: Settings) -> None:
     elif isinstance(images, str) or not any(isinstance(image, int) for image in images):
         files = images if isinstance(images, str) else list(map(str, images))
         found = resolve_images(run, files)
-        x, pairs = found.pixels.float() / 255, resolve_labels(run, files, found, settings.label)[None]
+        x, pairs = run.scaling.apply(found.pixels), resolve_labels(run, files, found, settings.label)[None]
         if len(x) != 2:
             raise UserError(f"images={images} is invalid: expected two images, found {len(x)}")
         starts, ends = x.split(1)
@@ -61,7 +61,12 @@ def main(settings: Settings) -> None:
     for start, end, labels in zip(starts.split(1), ends.split(1), pairs, strict=True):
         vae, end_vae = run.vae.given(labels[:1]), run.vae.given(labels[1:])
         rows += [start, plotting.interpolate(vae, start, end, settings.steps, end_vae), end]
-    plotting.save_image(plotting.make_grid(torch.cat(rows), settings.steps + 2), settings.out)
+    weights = [f"{weight:.2g}" for weight in torch.linspace(0, 1, settings.steps).tolist()]
+    grid = grids.Grid(
+        run.scaling.to_picture(torch.cat(rows)), settings.steps + 2, column_labels=["start", *weights, "end"]
+    )
+    caption = f"between posterior means; start and end are the images; {run.caption}"
+    grids.save_grids([grid], settings.out, caption)
     print(f"{len(starts)} interpolations by {run.path}, each between its two originals, saved to {settings.out}")
 
 

@@ -15,13 +15,16 @@ class Settings(ModelSettings):
 @script_command(Settings)
 def main(settings: Settings) -> None:
     with gc_paused():
-        from betavae import plotting
+        from betavae import grids
         from betavae.data.labels import match_labels
         from betavae.runtime import checkpoint
 
     run = checkpoint.load(settings.ckpt, settings.runs)
     vae = run.vae.given(match_labels(run.vae.classes, 1, settings.label, None, "the manifold"))
-    plotting.save_image(plotting.make_grid(plotting.decode_manifold(vae, settings.size), settings.size), settings.out)
+    label = "" if settings.label is None else f"label {settings.label}; "
+    caption = f"{label}z0 to the right, z1 up, at quantiles of the prior; {run.caption}"
+    grid = grids.make_manifold_grid(vae, settings.size)
+    grids.save_grids([grid._replace(images=run.scaling.to_picture(grid.images))], settings.out, caption)
     print(f"the manifold of {run.path}, {settings.size} x {settings.size} images, saved to {settings.out}")
 
 

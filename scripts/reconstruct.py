@@ -17,7 +17,8 @@ def main(settings: Settings) -> None:
     with gc_paused():
         import torch
 
-        from betavae import plotting
+        from betavae import grids
+        from betavae.metrics.collapse import MAX_IMAGES, diagnose_collapse
         from betavae.runtime import checkpoint
         from betavae.runtime.inputs import resolve_images, resolve_labels
 
@@ -25,10 +26,14 @@ def main(settings: Settings) -> None:
     images = resolve_images(run, settings.images, settings.data_root)
     labels = resolve_labels(run, settings.images, images, settings.label)
     order = torch.randperm(len(images.pixels), generator=torch.Generator().manual_seed(settings.seed))
-    x, vae = images.pixels[order[: settings.n]].float() / 255, run.vae.given(labels[order[: settings.n]])
-    plotting.save_image(plotting.make_grid(plotting.stack_reconstructions(vae, x), min(8, len(x))), settings.out)
+    x = run.scaling.apply(images.pixels.index_select(0, order[: settings.n]))
+    grid = grids.make_reconstruction_grid(run.vae.given(labels[order[: settings.n]]), x)
+    grids.save_grids([grid._replace(images=run.scaling.to_picture(grid.images))], settings.out, run.caption)
     for note in images.notes:
         print(note)
+    order = order[:MAX_IMAGES]
+    if collapse := diagnose_collapse(run.vae.given(labels[order]), run.scaling.apply(images.pixels[order])):
+        print(f"note  {collapse}")
     print(f"{len(x)} images, each row above its reconstructions by {run.path}, saved to {settings.out}")
 
 

@@ -11,13 +11,18 @@ REPEATED_KEYS = ("seed", "data.seed", "data.root", *IGNORED_KEYS)  # settings th
 
 
 def format_row(runs: list[EvaluatedRun]) -> str:
-    """Format the runs of one setting as a row of the table."""
-    command = [word for word in runs[0].overrides if not word.startswith(("seed=", "runs=", "hydra.", "data.root="))]
+    """Format the runs of one setting as a row of the table, with their tags behind the command."""
+    command = [
+        word
+        for word in runs[0].overrides
+        if not word.startswith(("seed=", "sweep=", "runs=", "tags=", "hydra.", "data.root="))
+    ]
     results, k = [run.evaluation for run in runs], runs[0].evaluation["k"][-1]
     records = [run.record for run in runs]
     machines = {f"{run['machine']}, {run['threads']} thread{'s' * (run['threads'] > 1)}" for run in records}
+    tags = sorted({tag for run in runs for tag in run.config.get("tags", ())})
     cells = [
-        shlex.join(["python", "train.py", *command]),
+        shlex.join(["python", "train.py", *command]) + f" ({', '.join(tags)})" * bool(tags),
         str(len(runs)),
         format_mean_sd(*mean_sd([result["neg_elbo"]["mean"] for result in results])),
         format_mean_sd(*mean_sd([result[f"nll_{k}"]["mean"] for result in results])),

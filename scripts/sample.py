@@ -29,7 +29,7 @@ def main(settings: Settings) -> None:
     with gc_paused():
         import torch
 
-        from betavae import plotting
+        from betavae import grids, plotting
         from betavae.applications.sampling import load_or_fit_sampler
         from betavae.data.labels import count_columns, cycle_labels, find_class
         from betavae.errors import UserError
@@ -37,11 +37,9 @@ def main(settings: Settings) -> None:
 
     run = checkpoint.load(settings.ckpt, settings.runs)
     generator, classes, label = torch.Generator().manual_seed(settings.seed), run.vae.classes, settings.label
-    if label is not None and classes:
-        label = find_class(label, classes)
-    elif isinstance(label, str):
-        raise UserError(f"label={label} is invalid: expected an integer, since the model is not conditional")
-    vae = run.vae.given(cycle_labels(classes, settings.n) if label is None else torch.tensor([label]))
+    vae = run.vae.given(cycle_labels(classes, settings.n))
+    if classes and label is not None:
+        vae = run.vae.given(torch.tensor([find_class(label, classes)]))
     if settings.sampler == "prior" and (label is None or classes):
         images = vae.sample(settings.n, settings.temperature, generator)
     elif settings.temperature != 1:
@@ -51,15 +49,20 @@ def main(settings: Settings) -> None:
         images = vae.decode(sampler.sample(settings.n, generator))
     columns = settings.columns or (8 if label is not None else count_columns(classes, 8))
     out = Path(settings.out)
-    plotting.save_image(plotting.make_grid(images, columns), out)
+    shown = "" if settings.label is None else f", label {settings.label}"
+    heat = "" if settings.temperature == 1 else f", temperature {settings.temperature:g}"
+    caption = f"{settings.n} samples, sampler={settings.sampler}{shown}{heat}; {run.caption}"
+    pictures = run.scaling.to_picture(images)
+    names = classes if label is None and columns == len(classes) else ()
+    grids.save_grids([grids.Grid(pictures, min(columns, settings.n), column_labels=names)], out, caption)
     print(f"{settings.n} samples of {run.path}, sampler={settings.sampler}, saved to {out}")
     if settings.save_images:
         folder, digits = out.with_suffix(""), len(str(settings.n - 1))
-        for number, image in enumerate(images):
-            plotting.save_image(image, folder / f"{number:0{digits}d}.png", scale=1)
+        for number, picture in enumerate(pictures):
+            plotting.save_image(picture, folder / f"{number:0{digits}d}.png", scale=1)
         print(f"each image saved to {folder}/")
     if settings.save_tensor:
-        path = plotting.save_tensor(images, out.with_suffix(".pt"))
+        path = plotting.save_tensor(run.scaling.to_data_units(images), out.with_suffix(".pt"))
         print(f"a tensor {tuple(images.shape)} saved to {path}")
 
 

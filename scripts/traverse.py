@@ -19,17 +19,18 @@ def main(settings: Settings) -> None:
     with gc_paused():
         import torch
 
-        from betavae import plotting
+        from betavae import grids
         from betavae.data.labels import match_labels
         from betavae.errors import UserError
+        from betavae.metrics.collapse import count_active_units, describe_collapse
         from betavae.runtime import checkpoint
 
     run = checkpoint.load(settings.ckpt, settings.runs)
     x, labels = run.images("test", settings.data_root)
     if settings.image is not None and settings.image >= len(x):
         raise UserError(f"image={settings.image} is invalid: expected the number of a test image, 0 to {len(x) - 1}")
-    kl = run.vae.kl_per_dimension(run.vae.given(labels).encode(x)).mean(0)
-    order = kl.argsort(descending=True)[: settings.dimensions].tolist()
+    posterior = run.vae.given(labels).encode(x)
+    kl = run.vae.kl_per_dimension(posterior).mean(0)
     if settings.image is None:
         start, label = run.vae.prior.moments()[0], None
     else:
@@ -38,9 +39,16 @@ def main(settings: Settings) -> None:
     if label is None or settings.label is not None:
         label = match_labels(run.vae.classes, 1, settings.label, None, "image=null")
     values = torch.linspace(-settings.span, settings.span, settings.steps)
-    rows = plotting.traverse(run.vae.given(label), start, order, values)
-    plotting.save_figure(plotting.plot_traversal(rows, values, order, kl), settings.out)
-    print(f"{len(order)} latent dimensions of {run.path}, ordered by KL, saved to {settings.out}")
+    grid = grids.make_traversal_grid(run.vae.given(label), start, values, kl, settings.dimensions)
+    grid = grid._replace(images=run.scaling.to_picture(grid.images))
+    origin = "the prior's mean" if settings.image is None else f"test image {settings.image}"
+    if settings.label is not None:
+        origin += f" with label {settings.label}"
+    caption = f"from {origin}, one latent dimension per row with its KL; {run.caption}"
+    grids.save_grids([grid], settings.out, caption)
+    print(f"{grid.rows} latent dimensions of {run.path}, ordered by KL, saved to {settings.out}")
+    if collapse := describe_collapse(count_active_units(posterior.mean), run.vae.latent_dim, kl.sum().item()):
+        print(f"note  {collapse}")
 
 
 if __name__ == "__main__":

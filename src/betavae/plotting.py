@@ -13,7 +13,6 @@ from betavae.storage.cache import to_bytes
 from betavae.storage.files import STAMP, atomic_path
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from PIL import Image
 
@@ -21,24 +20,24 @@ MAX_SPRITE_SIDE = 4096  # pixels; a browser may not show a larger image of all t
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
 
 
-def make_grid(images: Tensor, columns: int) -> Tensor:
+def make_grid(images: Tensor, columns: int, background: float = 0.0) -> Tensor:
     """Arrange images `(N, C, H, W)` in a picture `(C, rows * (H + 2) + 2, columns * (W + 2) + 2)`."""
     n, c, h, w = images.shape
     rows = -(-n // columns)
-    tiles = images.new_zeros(rows * columns, c, h + 2, w + 2)
+    tiles = images.new_full((rows * columns, c, h + 2, w + 2), background)
     tiles[:n, :, 2:, 2:] = images.clamp(0, 1)
     picture = tiles.view(rows, columns, c, h + 2, w + 2).permute(2, 0, 3, 1, 4).reshape(c, rows * (h + 2), -1)
-    return torch.nn.functional.pad(picture, (0, 2, 0, 2))
+    return torch.nn.functional.pad(picture, (0, 2, 0, 2), value=background)
 
 
 def stack_reconstructions(vae: VAE, x: Tensor) -> Tensor:
     """Alternate rows of originals and of their reconstructions, for a grid of at most 8 columns.
 
-    Black images fill the last row: `(N, C, H, W)` -> `(2 * rows * columns, C, H, W)`.
+    White images fill the last row: `(N, C, H, W)` -> `(2 * rows * columns, C, H, W)`.
     """
     pairs = torch.stack((x, vae.reconstruct(x)))
     columns = min(8, len(x))
-    pairs = torch.cat((pairs, pairs.new_zeros(2, -len(x) % columns, *x.shape[1:])), 1)
+    pairs = torch.cat((pairs, pairs.new_ones(2, -len(x) % columns, *x.shape[1:])), 1)
     return pairs.unflatten(1, (-1, columns)).transpose(0, 1).flatten(0, 2)
 
 
@@ -79,11 +78,15 @@ def decode_manifold(vae: VAE, size: int) -> Tensor:
         raise UserError(
             f"model.latent_dim={vae.latent_dim} is invalid: expected a model with latent_dim=2 for a manifold"
         )
-    device = next(vae.parameters()).device
-    quantiles = torch.special.ndtri((torch.arange(size, device=device) + 0.5) / size)
+    quantiles = compute_quantiles(size).to(next(vae.parameters()).device)
     rows, columns = torch.meshgrid(quantiles.flip(0), quantiles, indexing="ij")
     mean, std = vae.prior.moments()
     return vae.decode(mean + std * torch.stack((columns, rows), dim=-1).flatten(0, 1))
+
+
+def compute_quantiles(size: int) -> Tensor:
+    """Compute `size` quantiles of N(0, 1), the values of z in a manifold."""
+    return torch.special.ndtri((torch.arange(size) + 0.5) / size)
 
 
 def create_figure(width: float, height: float) -> "Figure":
@@ -91,14 +94,6 @@ def create_figure(width: float, height: float) -> "Figure":
     from matplotlib.figure import Figure  # imported here, since it takes half a second
 
     return Figure(figsize=(width, height), layout="constrained")
-
-
-def draw_image(axes: "Axes", picture: Tensor) -> None:
-    """Draw a picture `(C, H, W)` in [0, 1] on Matplotlib axes, pixel for pixel."""
-    pixels = picture.clamp(0, 1).cpu().permute(1, 2, 0).numpy()
-    axes.imshow(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels, cmap="gray", vmin=0, vmax=1)
-    axes.set_xticks([])
-    axes.set_yticks([])
 
 
 def plot_kl(kl: Tensor) -> "Figure":
@@ -111,20 +106,6 @@ def plot_kl(kl: Tensor) -> "Figure":
     axes.set_xlabel("latent dimension")
     axes.set_ylabel("KL [nats]")
     axes.set_title(f"KL per dimension, {float(kl.sum()):.2f} nats in all", fontsize=10)
-    return figure
-
-
-def plot_traversal(rows: Tensor, values: Tensor, dimensions: Sequence[int], kl: Tensor) -> "Figure":
-    """Plot the rows of `traverse`, each with its dimension and that dimension's `kl` `(latent_dim,)` in nats."""
-    figure = create_figure(0.45 * len(values) + 1.2, 0.45 * len(dimensions) + 0.6)
-    axes = figure.add_subplot()
-    draw_image(axes, make_grid(rows, len(values)))
-    height, width = (size + 2 for size in rows.shape[-2:])
-    axes.set_yticks(
-        [(row + 0.5) * height for row in range(len(dimensions))], [f"z{d}  {kl[d]:.2f} nats" for d in dimensions]
-    )
-    axes.set_xticks([(column + 0.5) * width for column in range(len(values))], [f"{v:.1f}" for v in values.tolist()])
-    axes.tick_params(length=0, labelsize=7)
     return figure
 
 
@@ -203,6 +184,11 @@ def to_pil(picture: Tensor, scale: int = 2) -> "Image.Image":
 
 def save_image(picture: Tensor, out: str | Path, scale: int = 2) -> None:
     """Write a picture `(C, H, W)` in [0, 1] to a file, each pixel `scale` by `scale`."""
+    save_pil(to_pil(picture, scale), out)
+
+
+def save_pil(image: "Image.Image", out: str | Path) -> None:
+    """Write a Pillow image to a file."""
     from PIL.PngImagePlugin import PngInfo
 
     check_suffix(out, (*IMAGE_SUFFIXES, ".pdf"))
@@ -210,16 +196,19 @@ def save_image(picture: Tensor, out: str | Path, scale: int = 2) -> None:
     text.add_text("Software", STAMP)
     stamps: dict[str, dict[str, Any]] = {".png": {"pnginfo": text}, ".pdf": {"creator": STAMP}}
     with atomic_path(out) as path:
-        to_pil(picture, scale).save(path, **stamps.get(path.suffix.lower(), {"exif": make_exif()}))
+        image.save(path, **stamps.get(path.suffix.lower(), {"exif": make_exif()}))
 
 
 def save_figure(figure: "Figure", out: str | Path) -> None:
-    """Write a Matplotlib figure to a file."""
+    """Write a Matplotlib figure to a file, with text as text in a PDF or SVG."""
+    import matplotlib
+
     check_suffix(out, (*IMAGE_SUFFIXES, ".pdf", ".svg"))
     with atomic_path(out) as path:
         name = {".png": "Software", ".pdf": "Creator", ".svg": "Creator"}.get(path.suffix.lower())
         stamp = {"metadata": {name: STAMP}} if name else {"pil_kwargs": {"exif": make_exif()}}
-        figure.savefig(path, dpi=150, bbox_inches="tight", **stamp)
+        with matplotlib.rc_context({"pdf.fonttype": 42, "svg.fonttype": "none"}):
+            figure.savefig(path, dpi=150, bbox_inches="tight", **stamp)
 
 
 def make_exif() -> "Image.Exif":

@@ -1,4 +1,4 @@
-"""The sweeper `Search`, in the package where Hydra looks for plugins."""
+"""The sweepers `Search` and `Paired`, in the package where Hydra looks for plugins."""
 
 from typing import Any
 
@@ -24,3 +24,12 @@ class Search(Sweeper):
         from betavae.sweeps.search import run_search  # imported here, since every command imports this file
 
         run_search(arguments, *self.context)
+
+
+class Paired(Search):
+    """Run a sweep whose lists are paired value by value."""
+
+    def sweep(self, arguments: list[str]) -> None:
+        from betavae.sweeps.paired import run_paired
+
+        run_paired(arguments, *self.context)

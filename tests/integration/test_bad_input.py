@@ -1,5 +1,7 @@
 """Invalid input: each error is one line with the key or file, and nothing is written or lost."""
 
+import copy
+import functools
 import hashlib
 import io
 import pickle
@@ -7,6 +9,7 @@ import re
 import shutil
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +19,11 @@ from betavae.data.datasets.dsprites import FILE as DSPRITES
 from betavae.data.datasets.mnist import load_mnist
 from betavae.errors import UserError
 from betavae.runtime import checkpoint
+from betavae.runtime.cli import parse_value
+from betavae.runtime.hydra_config import to_plain
+from betavae.runtime.settings import check_settings
 from tests.commands import REPO, TINY, fresh, run
+from tests.unit.runtime.test_configs import composed
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +49,58 @@ def reject(workdir: Path, script: str, *args: str) -> str:
     return text
 
 
+@pytest.fixture(scope="module")
+def settings() -> dict[str, Any]:
+    """The settings of a run, as Hydra composes them."""
+    return to_plain(composed())
+
+
+@pytest.mark.parametrize(
+    ("mistake", "said"),
+    [
+        ("optimizer.lr=0", "optimizer.lr=0 .*number > 0"),
+        ("model.latent_dim=0", "model.latent_dim=0 .*integer > 0"),
+        ("model.latent_dim=-1", "model.latent_dim=-1 .*integer > 0"),
+        ("model.latent_dim=2.5", "model.latent_dim=2.5 .*integer"),
+        ("model.latent_dim=true", "model.latent_dim=true .*integer"),
+        ("model.hidden_dims=[]", "model.hidden_dims=.*such as .512, 256"),
+        ("model.hidden_dims=400", "model.hidden_dims=400 .*list"),
+        ("model.likelihood=bernouli", "model.likelihood=bernouli .*did you mean bernoulli?"),
+        ("model.activation=rellu", "model.activation=rellu .*did you mean relu?"),
+        ("objective.name=elbow", "objective.name=elbow .*did you mean elbo?"),
+        ("objective.k=0", "objective.k=0 .*integer > 0"),
+        ("objective.free_bits=-1", "objective.free_bits=-1"),
+        ("beta=-1", "beta=-1 .*number >= 0"),
+        ("beta=nan", "beta=nan .*number"),
+        ("beta=inf", "beta=inf .*number"),
+        ("beta=null", "beta=null .*number"),
+        ("seed=-1", "seed=-1"),
+        ("data.batch_size=0", "data.batch_size=0 .*integer > 0"),
+        ("data.binarize=yes", "data.binarize=.*threshold"),
+        ("data.name=minst", "data.name=minst .*did you mean mnist?"),
+        ("trainer.max_epochs=0", "trainer.max_epochs=0"),
+        ("trainer.accelerator=tpuu", "trainer.accelerator=tpuu"),
+        ("trainer.devices=0", "trainer.devices=0"),
+        ("trainer.devices=-3", "trainer.devices=-3"),
+        ("trainer.devices=-1.0", "trainer.devices=-1.0"),
+        ("trainer.max_steps=-1.0", "trainer.max_steps=-1.0"),
+        ("trainer.precision=12", "trainer.precision=12 .*32-true"),
+        ("trainer.max_time=soon", "trainer.max_time=soon .*DD:HH:MM:SS"),
+        ("trainer.val_check_interval=0", "trainer.val_check_interval=0"),
+        ("trainer.gradient_clip_val=0", "trainer.gradient_clip_val=0 is invalid: expected"),
+        ("trainer.gradient_clip_algorithm=value", "needs trainer.gradient_clip_val"),
+    ],
+)
+def test_an_invalid_value_is_one_line(settings, mistake, said):
+    key, value = mistake.split("=")
+    *groups, name = key.split(".")
+    changed = copy.deepcopy(settings)
+    functools.reduce(dict.__getitem__, groups, changed)[name] = parse_value(value)
+    with pytest.raises(UserError, match=said) as error:
+        check_settings(changed)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("mistake", "said"),
     [
@@ -63,52 +122,23 @@ def reject(workdir: Path, script: str, *args: str) -> str:
         ("optimizer.name=Adan", "optimizer.name=Adan .*did you mean Adam?"),
         ("+optimizer.nesterov=true", "optimizer.*nesterov"),
         ("optimizer.betas=[2,0.9]", "optimizer.*beta"),
-        ("optimizer.lr=0", "optimizer.lr=0 .*number > 0"),
         ("optimizer.lr=fast", "optimizer.lr=fast .*number"),
-        ("model.latent_dim=0", "model.latent_dim=0 .*integer > 0"),
-        ("model.latent_dim=-1", "model.latent_dim=-1 .*integer > 0"),
-        ("model.latent_dim=2.5", "model.latent_dim=2.5 .*integer"),
-        ("model.latent_dim=true", "model.latent_dim=true .*integer"),
-        ("model.hidden_dims=[]", "model.hidden_dims=.*such as .512, 256"),
         ("model.hidden_dims=[400,0]", "model.hidden_dims=.*integer > 0"),
-        ("model.hidden_dims=400", "model.hidden_dims=400 .*list"),
-        ("model.likelihood=bernouli", "model.likelihood=bernouli .*did you mean bernoulli?"),
-        ("model.activation=rellu", "model.activation=rellu .*did you mean relu?"),
-        ("objective.name=elbow", "objective.name=elbow .*did you mean elbo?"),
-        ("objective.k=0", "objective.k=0 .*integer > 0"),
-        ("objective.free_bits=-1", "objective.free_bits=-1"),
         ("objective=dreg objective.resample=0", "objective.resample=0 .*an integer > 0 or null"),
-        ("beta=-1", "beta=-1 .*number >= 0"),
-        ("beta=nan", "beta=nan .*number"),
-        ("beta=inf", "beta=inf .*number"),
-        ("beta=null", "beta=null .*number"),
-        ("seed=-1", "seed=-1"),
-        ("data.batch_size=0", "data.batch_size=0 .*integer > 0"),
         ("data.batch_size=60001", "data.batch_size=60001 .*55000"),
         ("data.validation_size=60000", "data.validation_size=60000 .*60000"),
-        ("data.binarize=yes", "data.binarize=.*threshold"),
-        ("data.name=minst", "data.name=minst .*did you mean mnist?"),
         ("data.root=/proc/nowhere", "data.root.*/proc/nowhere"),
         ("runs=/proc/nowhere", "runs.*/proc/nowhere"),
-        ("trainer.max_epochs=0", "trainer.max_epochs=0"),
-        ("trainer.accelerator=tpuu", "trainer.accelerator=tpuu"),
         pytest.param(
             "trainer.accelerator=gpu", "gpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
         ),
-        ("trainer.devices=0", "trainer.devices=0"),
-        ("trainer.devices=-3", "trainer.devices=-3"),
-        ("trainer.devices=-1.0", "trainer.devices=-1.0"),
-        ("trainer.max_steps=-1.0", "trainer.max_steps=-1.0"),
         ("trainer.strategy=dpp", "trainer.*dpp"),
-        ("trainer.precision=12", "trainer.precision=12 .*32-true"),
         ("trainer.precision=16-mixed trainer.accelerator=cpu", "trainer.precision=16-mixed .*GPU"),
         ("trainer.precision=64-true trainer.accelerator=mps", "trainer.precision=64-true .*float64"),
         ("trainer.devices=4096 trainer.accelerator=cpu", "trainer.devices=4096 .*cores"),
         ("trainer=cuda_graph trainer.accelerator=cpu", "trainer.cuda_graph=true .*needs a CUDA device"),
         ("trainer=fast optimizer.name=LBFGS", "trainer.steps_per_batch=10 .*expected 1 with LBFGS"),
-        ("trainer.max_time=soon", "trainer.max_time=soon .*DD:HH:MM:SS"),
         ("trainer.limit_train_batches=0.00001", "limit_train_batches"),
-        ("trainer.val_check_interval=0", "trainer.val_check_interval=0"),
         ("~optimizer", "optimizer is missing"),
         ("~beta", "beta"),
         ("~hydra={}", "~hydra=... deletes hydra only if that is its value"),
@@ -123,10 +153,19 @@ def reject(workdir: Path, script: str, *args: str) -> str:
         ("resume=run model.latent_dim=7", "resume: model.latent_dim=7 cannot change"),
         ("resume=run model=conv", "resume: model=conv cannot change"),
         ("resume=run trainer.max_epochs=1", "max_epochs=1"),
+        ("+trainer.logger=csv", "trainer.logger is not a setting: betavae sets it"),
+        ("callbacks.early_stopping_patience=2 data.validation_size=0", "validation_size=0 leaves no validation images"),
+        ("callbacks.monitor=loss data.validation_size=0", "callbacks.monitor=loss is invalid: this run never"),
+        ("hydra.run.dir=new/run data.validation_size=100000", "data.validation_size=100000"),
+        ("hydra.run.dir='new/a run' beta=-1", "beta=-1 .*number >= 0"),
+        ("objective=dreg objective.resample=5", "objective.resample=5 is invalid: expected null or fewer than"),
+        ("+objective.num_train_images=10", "objective.num_train_images is not a setting"),
+        ("data=sprites data.validation_size=100", "data.validation_size=100 is invalid: expected null or 0"),
+        pytest.param("model.hidden_dims=[2000000,2000000]", "does not fit into memory", marks=pytest.mark.slow),
     ],
 )
 def test_training_rejects_an_invalid_setting(workdir, mistake, said):
-    sentence = reject(workdir, "train.py", *(TINY if "resume" not in mistake else []), *mistake.split())
+    sentence = reject(workdir, "train.py", *(TINY if "resume" not in mistake else []), *re.split(r" (?=\S+=)", mistake))
     assert re.search(said, sentence), sentence
 
 
@@ -138,7 +177,7 @@ def test_training_rejects_an_invalid_setting(workdir, mistake, said):
         ("sample", "temperature=-1", "temperature=-1"),
         ("sample", "out=/proc/nowhere/x.png", "out: .*/proc/nowhere"),
         ("sample", "out=x.nope", "out=x.nope is invalid: expected a name that ends in .png, .jpg"),
-        ("sample", "out=x.svg", "out=x.svg is invalid: expected a name that ends in .png, .jpg"),
+        ("sample", "out=x.bmp", "out=x.bmp is invalid: expected a name that ends in .png, .jpg"),
         ("traverse", "out=x.gif", "out=x.gif is invalid: .* .tiff, .pdf, .svg"),
         ("sample", "ckpt=nowhere", "ckpt: nowhere does not exist"),
         ("sample", "ckpt=data", "ckpt: data is a folder"),
@@ -235,13 +274,11 @@ def test_a_damaged_or_hostile_checkpoint_is_rejected(workdir, tmp_path):
         assert said in sentence and str(tmp_path / name) in sentence, (name, sentence)
         assert not victim.exists(), name
         # The same file as the last checkpoint of a run that is resumed.
-        copy = tmp_path / f"run_{name}"
-        shutil.copytree(workdir / "run", copy)
-        interrupt(copy)
-        shutil.copy(tmp_path / name, copy / "checkpoints" / "last.ckpt")
-        before = contents(copy)
-        sentence = reject(workdir, "train.py", f"resume={copy}")
-        assert said in sentence and "last.ckpt" in sentence and contents(copy) == before, (name, sentence)
+        copied = copy_interrupted(workdir, tmp_path / f"copy_{name}")
+        shutil.copy(tmp_path / name, copied / "checkpoints" / "last.ckpt")
+        before = contents(copied)
+        sentence = reject(workdir, "train.py", f"resume={copied}")
+        assert said in sentence and "last.ckpt" in sentence and contents(copied) == before, (name, sentence)
         assert not victim.exists(), name
 
 
@@ -264,60 +301,50 @@ def test_every_flipped_bit_is_harmless_or_detected(workdir, tmp_path):
     assert seen > 200
 
 
-def test_a_hostile_config_is_rejected(workdir, tmp_path):
-    victim = tmp_path / "victim"
-    for number, text in enumerate(
-        (
-            f"model: !!python/object/apply:os.system ['touch {victim}']",
-            f"trainer: {{max_epochs: '${{run_dir:null,{victim}}}'}}",
-            f"model: {{_target_: os.system, command: 'touch {victim}'}}",
-            "model: [",
-            "- 1",
-        )
-    ):
-        copy = tmp_path / f"run{number}"
-        shutil.copytree(workdir / "run", copy)
-        interrupt(copy)
-        (copy / "config.yaml").write_text(text + "\n")
-        assert "config.yaml" in reject(workdir, "train.py", f"resume={copy}")
-        assert not victim.exists()
+def copy_interrupted(workdir: Path, folder: Path) -> Path:
+    """Copy the finished run, as if it had been killed."""
+    copied = shutil.copytree(workdir / "run", folder / "run")
+    interrupt(copied)
+    return copied
 
 
-@pytest.mark.parametrize("damage", ["", "model: [", "- 1", "model: {}\ntrainer: {}\nresume: null\n", "a: 1\n"])
-def test_a_damaged_config_is_rejected(workdir, tmp_path, damage):
-    copy = tmp_path / "run"
-    shutil.copytree(workdir / "run", copy)
-    interrupt(copy)
-    (copy / "config.yaml").write_text(damage)
-    assert "config.yaml" in reject(workdir, "train.py", f"resume={copy}")
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "model: [", "- 1", "model: {}\ntrainer: {}\nresume: null\n", "a: 1\n"),
+        "model: !!python/object/apply:os.system ['touch VICTIM']",
+        "trainer: {max_epochs: '${run_dir:null,VICTIM}'}",
+        "model: {_target_: os.system, command: 'touch VICTIM'}",
+    ],
+)
+def test_a_damaged_or_hostile_config_is_rejected(workdir, tmp_path, text):
+    copied, victim = copy_interrupted(workdir, tmp_path), tmp_path / "victim"
+    (copied / "config.yaml").write_text(text.replace("VICTIM", str(victim)))
+    assert "config.yaml" in reject(workdir, "train.py", f"resume={copied}")
+    assert not victim.exists()
 
 
 @pytest.mark.slow
 def test_a_damaged_config_is_rejected_without_asserts(workdir, tmp_path):
     """`python -O` removes assert statements."""
-    copy = tmp_path / "run"
-    shutil.copytree(workdir / "run", copy)
-    interrupt(copy)
-    (copy / "config.yaml").write_text("- 1\n")
-    before = contents(copy)
-    text = fresh("-O", str(REPO / "train.py"), f"resume={copy}", cwd=workdir, code=1)
-    assert text == reject(workdir, "train.py", f"resume={copy}") and "it holds a list, not a dict" in text
-    assert contents(copy) == before
+    copied = copy_interrupted(workdir, tmp_path)
+    (copied / "config.yaml").write_text("- 1\n")
+    before = contents(copied)
+    text = fresh("-O", str(REPO / "train.py"), f"resume={copied}", cwd=workdir, code=1)
+    assert text == reject(workdir, "train.py", f"resume={copied}") and "it holds a list, not a dict" in text
+    assert contents(copied) == before
 
 
 def test_an_interpolation_in_a_config_is_never_resolved(workdir, tmp_path):
-    copy = tmp_path / "run"
-    shutil.copytree(workdir / "run", copy)
-    text = (copy / "config.yaml").read_text()
-    hostile = {"name:": f"name: ${{run_dir:null,{tmp_path}/victim}}", "  precision:": "  precision: ${oc.env:HOME}"}
-    for key, line in hostile.items():
-        interrupt(copy)
-        (copy / "config.yaml").write_text(re.sub(f"(?m)^{key}.*", line, text))
-        if key == "name:":
-            run(f"resume={copy}", "trainer.max_epochs=3", cwd=workdir)
-            assert line in (copy / "config.yaml").read_text()
-        else:
-            assert "precision=${oc.env:HOME} " in reject(workdir, "train.py", f"resume={copy}")
+    copied = copy_interrupted(workdir, tmp_path)
+    text = (copied / "config.yaml").read_text()
+    line = f"name: ${{run_dir:null,{tmp_path}/victim}}"
+    (copied / "config.yaml").write_text(re.sub("(?m)^name:.*", line, text))
+    run(f"resume={copied}", "trainer.max_epochs=3", cwd=workdir)
+    assert line in (copied / "config.yaml").read_text()
+    interrupt(copied)
+    (copied / "config.yaml").write_text(re.sub("(?m)^  precision:.*", "  precision: ${oc.env:HOME}", text))
+    assert "precision=${oc.env:HOME} " in reject(workdir, "train.py", f"resume={copied}")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
@@ -383,11 +410,11 @@ def test_decompression_bombs_are_rejected(workdir, tmp_path, kind):
         assert DSPRITES in reject(workdir, "train.py", "data=dsprites", f"data.root={tmp_path}")
 
 
-def test_an_error_is_one_line_unless_debug_is_true(workdir):
+def test_an_error_is_one_line_unless_traceback_is_true(workdir):
     before = contents(workdir)
     mistake = fresh(str(REPO / "train.py"), "model.latent_dim=0", "runs=new", cwd=workdir, code=1)
     assert mistake.startswith("error: ") and mistake.count("\n") == 1
-    debug = run("model.latent_dim=0", "debug=true", "runs=new", cwd=workdir, code=1)
+    debug = run("model.latent_dim=0", "traceback=true", "runs=new", cwd=workdir, code=1)
     assert "Traceback" in debug and "model.latent_dim=0" in debug
     assert contents(workdir) == before
 

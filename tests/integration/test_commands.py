@@ -185,17 +185,6 @@ def test_help_lists_settings_and_examples(tmp_path):
         assert words in text
 
 
-def test_an_invalid_setting_is_one_line_and_writes_nothing(tmp_path):
-    for arguments, words in {
-        ("model.latnt_dim=3",): "model.latnt_dim is not a setting; did you mean model.latent_dim?",
-        ("model=cnov",): "model=cnov is invalid: expected one of conv, mlp",
-        ("model.latent_dim=0",): "model.latent_dim=0 is invalid: expected an integer > 0",
-    }.items():
-        assert run(*arguments, cwd=tmp_path, code=1).strip().startswith(f"error: {words}")
-    assert "runs/none does not exist" in run("ckpt=runs/none", cwd=tmp_path, script="scripts/sample.py", code=1)
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_terminal_shows_a_progress_bar(workdir):
     terminal, end = pty.openpty()
     fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 130, 0, 0))

@@ -171,6 +171,25 @@ def test_click_on_the_map_chooses_the_nearest_image(page):
     assert f"label {page.images.labels[index]}" in page.find("#chosen").text
 
 
+def test_a_tsne_map_rings_the_chosen_image(page, monkeypatch):
+    pytest.importorskip("sklearn")
+    monkeypatch.setattr(queries, "MAX_TSNE_IMAGES", 100)
+    page.find("#axes option[value=tsne]").click()
+    page.until(lambda: page.find("#share").text == "t-SNE of the first 100 test images")
+    ring = page.pixels("#map canvas:nth-of-type(2)")
+    page.find("#start").click()  # a path has no place on this map
+    page.find("#slider0").send_keys(Keys.ARROW_RIGHT)
+    assert torch.equal(page.pixels("#map canvas:nth-of-type(2)"), ring) and ring.any()
+    canvas = page.find("#map canvas")
+    ActionChains(page.browser).move_to_element_with_offset(canvas, 30, -40).click().perform()
+    page.until(lambda: page.find("#index").get_attribute("value") != "0")
+    assert int(page.find("#index").get_attribute("value")) < 100
+    page.until(lambda: not torch.equal(page.pixels("#map canvas:nth-of-type(2)"), ring))
+    page.find("#zero").click()  # no image is chosen
+    page.until(lambda: not page.pixels("#map canvas:nth-of-type(2)").any())
+    assert not page.find("#message").text
+
+
 def test_drawing_is_reconstructed_and_scored(page):
     canvas = page.find("#drawing")
     actions = ActionChains(page.browser, duration=20).move_to_element_with_offset(canvas, -40, -60).click_and_hold()

@@ -1,6 +1,5 @@
 """Guarantees of runs and sweeps in unusual situations, tested on complete commands."""
 
-import re
 import signal
 from pathlib import Path
 
@@ -30,33 +29,6 @@ def test_a_sweep_rejects_changed_defaults(tmp_path, data_root, new_clone):
     text = clone.run("train.py", *words, code=1)
     assert "holds a job with optimizer.lr=0.001, and this job has optimizer.lr=0.002" in text
     assert before == {job: (job / "metrics.json").read_bytes() for job in jobs}
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        ("+trainer.logger=csv", "trainer.logger is not a setting: betavae sets it"),
-        ("+trainer.callbacks=[x]", "trainer.callbacks is not a setting"),
-        (
-            "callbacks.early_stopping_patience=2 data.validation_size=0",
-            "data.validation_size=0 leaves no validation images",
-        ),
-        ("callbacks.monitor=loss data.validation_size=0", "callbacks.monitor=loss is invalid: this run never"),
-        ("trainer.gradient_clip_val=0", "trainer.gradient_clip_val=0 is invalid: expected"),
-        pytest.param("model.hidden_dims=[2000000,2000000]", "does not fit into memory", marks=pytest.mark.slow),
-        ("trainer.precision=16-mixed trainer.accelerator=cpu", "needs a GPU"),
-        ("hydra.run.dir=new/run data.validation_size=100000", "data.validation_size=100000"),
-        ("hydra.run.dir='new/a run' beta=-1", "beta=-1"),
-        ("trainer.gradient_clip_algorithm=value", "needs trainer.gradient_clip_val"),
-        ("objective=dreg objective.resample=5", "objective.resample=5 is invalid: expected null or fewer than"),
-        ("+objective.num_train_images=10", "objective.num_train_images is not a setting"),
-        ("data=sprites data.validation_size=100", "data.validation_size=100 is invalid: expected null or 0"),
-    ],
-)
-def test_no_setting_is_ignored(tmp_path, data_root, words, said):
-    text = run(*TINY, f"data.root={data_root}", *re.split(r" (?=\S+=)", words), cwd=tmp_path, code=1)
-    assert text.startswith("error: ") and said in text and text.count("\n") == 1
-    assert not list(tmp_path.iterdir())
 
 
 def test_sigterm_during_the_imports_is_handled(tmp_path):

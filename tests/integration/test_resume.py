@@ -108,10 +108,10 @@ def test_a_run_killed_at_random_moments_resumes_exactly(
     expected, seconds = rich
     rng = random.Random(0)
     kills, chain, met = 0, 0, set()
-    while kills < 20 or chain:
+    while kills < 10 or chain:
         child = start_or_resume(tmp_path, [*RICH, root])
         # The same run is killed up to five times in a row, then it may finish.
-        code = child.kill_after(rng.uniform(0.1, seconds)) if chain < 5 and kills < 20 else child.wait()
+        code = child.kill_after(rng.uniform(0.1, seconds)) if chain < 5 and kills < 10 else child.wait()
         if code == -signal.SIGKILL:
             kills, chain = kills + 1, chain + 1
             last = tmp_path / "run" / "checkpoints" / "last.ckpt"
@@ -204,7 +204,7 @@ def test_a_signaled_run_saves_and_resumes_exactly(tmp_path: Path, root: str, arg
     expected, _ = run_whole(tmp_path, args)
     steps: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM) * 20:
-        at = steps[-1] + (0, 4, 6, 9)[len(steps) % 4] if steps else 2
+        at = steps[-1] + (0, 5, 11)[len(steps) % 3] if steps else 2
         child = start_or_resume(tmp_path, args, prepare=signal_at(at, number))
         code = child.wait()
         if code == 0:

@@ -7,14 +7,12 @@ import os
 import signal
 import sys
 import textwrap
-import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from betavae.plotting import save_figure
 from betavae.runtime import checkpoint
 from betavae.runtime.distributed import ONE_DEVICE_MESSAGE
 from betavae.runtime.hydra_config import job_name
@@ -86,6 +84,7 @@ def test_the_same_command_keeps_resumes_and_retries_jobs(killed_and_resumed: Kil
         assert read_metrics(find_job(sweep, f"beta_{beta},"))["status"] == "finished"
 
 
+@pytest.mark.slow
 def test_a_failed_job_is_reported_and_stops_no_other(killed_and_resumed: KilledSweep) -> None:
     cwd, text, _ = killed_and_resumed
     failed = find_job(cwd / "sweep", "beta_-1,")
@@ -105,6 +104,7 @@ def test_a_failed_job_is_reported_and_stops_no_other(killed_and_resumed: KilledS
     assert f"failed: UserError: beta=-1 is invalid: expected a number >= 0 (sweep/{failed.name}/train.log)" in text
 
 
+@pytest.mark.slow
 def test_tensorboard_compares_the_jobs_of_a_sweep(killed_and_resumed: KilledSweep) -> None:
     from tensorboard import context
     from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
@@ -134,6 +134,7 @@ def test_tensorboard_compares_the_jobs_of_a_sweep(killed_and_resumed: KilledSwee
     assert shown == pytest.approx({name: read_metrics(sweep / name)["test"]["neg_elbo"] for name in names}, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_the_report_has_tables_and_figures(killed_and_resumed: KilledSweep) -> None:
     cwd = killed_and_resumed[0]
     text = run("sweep=sweep", "out=report", cwd=cwd, script="scripts/sweep_report.py")
@@ -148,12 +149,12 @@ def test_the_report_has_tables_and_figures(killed_and_resumed: KilledSweep) -> N
     assert error == "error: over=betaa is invalid: expected a swept setting (beta)\n"
 
 
-def test_a_figure_of_samples_has_room_for_long_titles(killed_and_resumed: KilledSweep, tmp_path: Path) -> None:
-    groups = [group for group in results.group_jobs(killed_and_resumed[0] / "sweep") if group.finished]
-    many = [group._replace(values={f"key_{i}": "value" for i in range(30)}) for group in groups]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # Matplotlib warns if axes have no room
-        save_figure(figures.plot_samples(many, 0), tmp_path / "samples.png")
+def test_samples_of_a_sweep_have_the_settings_as_titles(killed_and_resumed: KilledSweep) -> None:
+    groups = results.group_jobs(killed_and_resumed[0] / "sweep")
+    grids, across = figures.draw_samples(groups, 0)
+    assert [grid.title for grid in grids] == ["beta=0.5", "beta=2", "beta=3", "beta=4"] and across == 4
+    vae = checkpoint.load(find_job(killed_and_resumed[0] / "sweep", "beta_3,")).vae
+    torch.testing.assert_close(grids[2].images, vae.sample(16, 1.0, torch.Generator().manual_seed(0)))
 
 
 @pytest.mark.slow
@@ -171,6 +172,33 @@ def test_similar_values_get_separate_jobs(tmp_path: Path, data: str) -> None:
     assert sorted(
         results.read_job(path.parent).overrides["name"] for path in tmp_path.glob("s/*/metrics.json")
     ) == sorted(names)
+
+
+@pytest.mark.slow
+def test_paired_lists_train_one_job_per_pair_and_seed(tmp_path: Path, data: str) -> None:
+    words = ["-m", "sweep=paired", "beta=4,1", *SMALL, data, "trainer.max_epochs=1", "hydra.sweep.dir=s"]
+    words += ["model.latent_dim=2,3", "seed=7,8"]
+    assert "4 jobs: 4 finished" in run(*words, cwd=tmp_path)
+    jobs = results.read_jobs(tmp_path / "s")
+    trained = {tuple(job.overrides[key] for key in ("beta", "model.latent_dim", "seed")) for job in jobs}
+    assert trained == {("4", "2", "7"), ("4", "2", "8"), ("1", "3", "7"), ("1", "3", "8")}
+    (jobs[0].folder / "metrics.json").unlink()
+    again = run(*words, cwd=tmp_path)
+    assert again.count("is already finished") == 3 and "4 jobs: 4 finished" in again
+    text = run("sweep=s", "out=report", cwd=tmp_path, script="scripts/sweep_report.py")
+    assert "| 1 | 3 | 2/2 |" in text and "| 4 | 2 | 2/2 |" in text, text
+
+
+def test_invalid_paired_lists_are_rejected_in_one_line(tmp_path: Path, data: str) -> None:
+    for words, message in (
+        (
+            "2,3,4",
+            "sweep=paired: beta has 2 values and model.latent_dim has 3 values; expected lists of the same length",
+        ),
+        ("interval(1,2)", "model.latent_dim=interval(1,2) is invalid: expected a list of values, since no search runs"),
+    ):
+        error = run("-m", "sweep=paired", "beta=4,1", f"model.latent_dim={words}", data, cwd=tmp_path, code=1)
+        assert error == f"error: {message}\n" and not any(path.is_file() for path in tmp_path.rglob("*"))
 
 
 def test_invalid_sweeps_are_rejected_in_one_line(tmp_path: Path, data: str) -> None:
@@ -194,24 +222,6 @@ def test_joblib_shares_the_threads_among_jobs(tmp_path: Path, data: str) -> None
         folder = find_job(tmp_path / "sweep", f"beta_{beta},")
         assert read_metrics(folder)["status"] == "finished" and read_metrics(folder)["threads"] == 1, cpu_count()
         assert f"{folder.name}  epoch   1/2" in text
-
-
-@pytest.mark.slow
-@needs("hydra_plugins.hydra_submitit_launcher")
-def test_a_preempted_job_resumes_when_it_is_queued_again(tmp_path: Path, data: str) -> None:
-    args = ["-m", "hydra/launcher=submitit_local", *SMALL, data, "trainer.max_epochs=30", "beta=1"]
-    process = started(TRAIN, *args, "hydra.sweep.dir=sweep", cwd=tmp_path)
-    wait_for(tmp_path, "sweep/beta_1,*/checkpoints/last.ckpt", process)
-    os.kill(
-        read_metrics(find_job(tmp_path / "sweep", "beta_1,"))["pid"], signal.SIGUSR2
-    )  # as Slurm does when it preempts a job
-    text = process.communicate(timeout=120)[0]
-    assert process.returncode == 0, text
-    folder = find_job(tmp_path / "sweep", "beta_1,")
-    log = (folder / "train.log").read_text()
-    assert "Requeued job" in log and read_metrics(folder)["status"] == "finished"
-    assert "interrupted at step" in log  # it is saved there, so that no step is repeated
-    assert [log.count(f"epoch {epoch:>3}/30") for epoch in (1, 30)] == [1, 1]
 
 
 # Replacements for the programs of Slurm: an array's tasks start at once, and again if they were requeued.
@@ -250,13 +260,15 @@ def test_the_slurm_preset_survives_preemption(tmp_path: Path, data: str) -> None
     args = [*documented("submitit_slurm"), *SMALL, data, "trainer.max_epochs=30", "beta=1,2", "seed=1"]
     process = started(TRAIN, *args, "hydra.sweep.dir=sweep", cwd=tmp_path, PATH=f"{bin}:{os.environ['PATH']}")
     wait_for(tmp_path, "sweep/beta_1,*/checkpoints/last.ckpt", process)
-    os.kill(read_metrics(find_job(tmp_path / "sweep", "beta_1,"))["pid"], signal.SIGUSR2)
+    preempted = read_metrics(find_job(tmp_path / "sweep", "beta_1,"))
+    os.kill(preempted["pid"], signal.SIGUSR2)  # as Slurm does
     text = process.communicate(timeout=120)[0]
     assert process.returncode == 0 and "Warning" not in text, text
     for beta in (1, 2):
         folder = find_job(tmp_path / "sweep", f"beta_{beta},")
         log = (folder / "train.log").read_text()
         assert read_metrics(folder)["status"] == "finished" and ("Requeued job" in log) == (beta == 1)
+        assert ("interrupted at step" in log) == (beta == 1)  # it is saved there, so that no step is repeated
         assert [log.count(f"epoch {epoch:>3}/30") for epoch in (1, 30)] == [1, 1]
 
 
@@ -326,9 +338,12 @@ def test_reports_of_hostile_sweeps_resolve_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("swept", "recompilations"), [("seed", 1), ("model.latent_dim", 19)])
-def test_every_job_of_a_sweep_is_compiled(tmp_path: Path, swept: str, recompilations: int) -> None:
-    """Jobs with one architecture share compiled code, others do not; last batches have their own."""
+@pytest.mark.parametrize(("swept", "jobs", "recompilations"), [("seed", 3, 1), ("model.latent_dim", 5, 9)])
+def test_every_job_of_a_sweep_is_compiled(tmp_path: Path, swept: str, jobs: int, recompilations: int) -> None:
+    """Jobs with one architecture share compiled code, others do not; last batches have their own.
+
+    By default, torch compiles a function at most 8 times.
+    """
 
     def prepare() -> None:
         torch._logging.set_logs(recompiles=True)
@@ -337,7 +352,7 @@ def test_every_job_of_a_sweep_is_compiled(tmp_path: Path, swept: str, recompilat
 
     np.save(tmp_path / "images.npy", np.random.default_rng(0).integers(0, 256, (40, 4, 4), dtype=np.uint8))
     data = ["data=arrays", "data.root=images.npy", "data.batch_size=20", "data.validation_size=5", "data.test_size=4"]
-    values = ",".join(map(str, range(1, 11)))
+    values = ",".join(map(str, range(1, jobs + 1)))
     args = ["trainer=fast", "trainer.max_epochs=1", *data, "model=mlp_small", f"{swept}={values}"]
     text = run("-m", *args, "hydra.sweep.dir=sweep", cwd=tmp_path, prepare=prepare)
     assert {job.status for job in results.read_jobs(tmp_path / "sweep")} == {"finished"}

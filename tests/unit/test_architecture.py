@@ -9,7 +9,20 @@ from tests.commands import REPO
 
 SOURCE = REPO / "src" / "betavae"
 # Each layer may import itself and those after it.
-LAYERS = ["sweeps", "runtime", "applications", "module", "plotting", "metrics", "objectives", "models", "data", "optim"]
+LAYERS = [
+    "__main__",
+    "sweeps",
+    "runtime",
+    "applications",
+    "module",
+    "grids",
+    "plotting",
+    "metrics",
+    "objectives",
+    "models",
+    "data",
+    "optim",
+]
 LAYERS += ["storage", "errors"]
 FILES = {".".join(path.relative_to(SOURCE).with_suffix("").parts): path for path in sorted(SOURCE.rglob("*.py"))}
 FILES = {name.removesuffix(".__init__"): path for name, path in FILES.items() if name != "__init__"}
@@ -69,7 +82,7 @@ def test_imports_have_no_cycles():
 
 def test_the_research_code_is_one_sitting():
     lines = {name: len(FILES[name].read_text().splitlines()) for name in READ_FIRST}
-    assert sum(lines.values()) <= 1200, lines
+    assert sum(lines.values()) <= 1400, lines
 
 
 def test_no_assert_statements_outside_of_tests():

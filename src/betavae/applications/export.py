@@ -2,14 +2,15 @@
 
 The graphs take and return float32, for B images of `(C, H, W)` and D latent dimensions:
 
-- encoder: image `(B, C, H, W)` in [0, 1] -> mean, logvar of q(z|x), both `(B, D)`.
-- decoder: z `(B, D)` -> image `(B, C, H, W)` in [0, 1], the mean of p(x|z). To sample, decode z from N(0, I), or for a
-  learned prior from the graph `prior`.
+- encoder: image `(B, C, H, W)` -> mean, logvar of q(z|x), both `(B, D)`.
+- decoder: z `(B, D)` -> image `(B, C, H, W)`, the mean of p(x|z). To sample, decode z from N(0, I), or for a learned
+  prior from the graph `prior`.
 - prior, of a model with a learned prior: noise `(B, D)` from N(0, I), and for a mixture uniform `(B,)` in [0, 1) -> z.
 - score: image, noise `(B, D)` from N(0, I) -> recon, which is -log p(x|z) at z = mean + std * noise, and kl, which is
   KL(q(z|x) || p(z)), both `(B,)` in nats. Their sum is the negative ELBO from one sample.
 
-For a conditional model, encoder, decoder and score also take label `(B,)`, int64, the number of each image's class.
+Images are in the units of the data, or with `data.scaling=unit` in [0, 1]: see `Scaling.to_data_units`. For a
+conditional model, encoder, decoder and score also take label `(B,)`, int64, the number of each image's class.
 """
 
 import inspect
@@ -18,12 +19,15 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from betavae.data.loader import BYTES
+from betavae.data.scaling import Scaling
 from betavae.errors import UserError
 from betavae.models.priors import StandardNormal
 from betavae.models.vae import VAE
@@ -47,9 +51,10 @@ class Graph(nn.Module):
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
 
-    def __init__(self, vae: VAE):
+    def __init__(self, vae: VAE, scaling: Scaling = BYTES):
         super().__init__()
         self.vae: VAE = vae
+        self.scaling = scaling
         if vae.classes and "label" in inspect.signature(self.forward).parameters:
             self.inputs = (*self.inputs, "label")
 
@@ -60,7 +65,7 @@ class Encoder(Graph):
     inputs, outputs = ("image",), ("mean", "logvar")
 
     def forward(self, image: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        posterior = self.vae.given(label).encode(image)
+        posterior = self.vae.given(label).encode(self.scaling.from_data_units(image))
         return posterior.mean, posterior.logvar
 
 
@@ -70,7 +75,8 @@ class Decoder(Graph):
     inputs, outputs = ("z",), ("image",)
 
     def forward(self, z: Tensor, label: Tensor | None = None) -> tuple[Tensor]:
-        return (self.vae.given(label).decode(z).clamp(0, 1),)
+        x = self.vae.given(label).decode(z)
+        return (x.clamp(0, 1) if self.scaling.mode == "unit" else self.scaling.invert(x).float(),)
 
 
 class Prior(Graph):
@@ -79,8 +85,8 @@ class Prior(Graph):
     inputs: tuple[str, ...] = ("noise",)
     outputs = ("z",)
 
-    def __init__(self, vae: VAE):
-        super().__init__(vae)
+    def __init__(self, vae: VAE, scaling: Scaling = BYTES):
+        super().__init__(vae, scaling)
         if vae.prior.has_components:
             self.inputs = (*self.inputs, "uniform")
 
@@ -94,10 +100,10 @@ class Score(Graph):
     inputs, outputs = ("image", "noise"), ("recon", "kl")
 
     def forward(self, image: Tensor, noise: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        vae = self.vae.given(label)
-        posterior = vae.encode(image)
+        x, vae = self.scaling.from_data_units(image), self.vae.given(label)
+        posterior = vae.encode(x)
         z = posterior.rsample(noise)
-        log_px = vae.likelihood.log_prob(image, vae.decode_params(z))
+        log_px = vae.likelihood.log_prob(x, vae.decode_params(z))
         return -log_px, vae.kl(posterior, z).sum(1)
 
 
@@ -108,7 +114,7 @@ TENSOR_DOCS: dict[str, dict[str, Any]] = {
     "logvar": {"shape": "D", "unit": "log of the variance in latent space"},
     "z": {"shape": "D", "unit": "latent space, in which the prior is {prior}"},
     "noise": {"shape": "D", "unit": "samples of N(0, I)"},
-    "recon": {"shape": "", "unit": "nats per image, summed over pixels"},
+    "recon": {"shape": "", "unit": "nats per image, summed over pixels, of the scaled values that the network sees"},
     "kl": {"shape": "", "range": [0, None], "unit": "nats per image, summed over latent dimensions"},
     "uniform": {"shape": "", "range": [0, 1], "unit": "uniform samples below 1, which choose components of the prior"},
     "label": {"shape": "", "unit": "number of the image's class in model.classes"},
@@ -118,13 +124,18 @@ TENSOR_DOCS: dict[str, dict[str, Any]] = {
 def make_inputs(graph: Graph, batch_size: int, seed: int = 0) -> tuple[Tensor, ...]:
     """Draw random inputs of a graph."""
     generator, vae = torch.Generator().manual_seed(seed), graph.vae
-    draw: dict[str, Callable[[], Tensor]] = {
-        "image": lambda: torch.rand(batch_size, *vae.image_shape, generator=generator),
-        "uniform": lambda: torch.rand(batch_size, generator=generator),
-        "label": lambda: torch.randint(len(vae.classes), (batch_size,), generator=generator),
-    }
-    normal = lambda: torch.randn(batch_size, vae.latent_dim, generator=generator)  # noqa: E731
-    return tuple(draw.get(name, normal)() for name in graph.inputs)
+
+    def draw(name: str) -> Tensor:
+        if name == "image":
+            x = torch.rand(batch_size, *vae.image_shape, generator=generator)
+            return graph.scaling.to_data_units(x).float()
+        if name == "uniform":
+            return torch.rand(batch_size, generator=generator)
+        if name == "label":
+            return torch.randint(len(vae.classes), (batch_size,), generator=generator)
+        return torch.randn(batch_size, vae.latent_dim, generator=generator)
+
+    return tuple(map(draw, graph.inputs))
 
 
 Runner = Callable[..., Any]  # tensors -> a sequence of tensors
@@ -212,7 +223,9 @@ def measure_error(graph: Graph, run: Runner) -> float:
 
 
 @torch.no_grad()
-def export_graphs(vae: VAE, settings: Mapping[str, Any], form: str, out: str | Path) -> dict[str, Any]:
+def export_graphs(
+    vae: VAE, settings: Mapping[str, Any], form: str, out: str | Path, scaling: Scaling = BYTES
+) -> dict[str, Any]:
     """Write the graphs to a new folder, with their description in `model.json`.
 
     Each file is read back and compared with the VAE.
@@ -222,6 +235,7 @@ def export_graphs(vae: VAE, settings: Mapping[str, Any], form: str, out: str | P
         settings: Its arguments, for the description.
         form: A key of `FORMATS`.
         out: The folder.
+        scaling: From the values of the data to those that the VAE sees.
 
     Returns:
         The content of `model.json`.
@@ -230,33 +244,38 @@ def export_graphs(vae: VAE, settings: Mapping[str, Any], form: str, out: str | P
         UserError: If `out` exists, or the format does not support a graph or changes its outputs.
     """
     suffix, write = FORMATS[form]
-    result: dict[str, Any] = build_metadata(vae, settings, form)
+    result: dict[str, Any] = build_metadata(vae, settings, form, scaling)
     result["difference"] = {"of": "outputs from torch, relative to the larger of 1 and the output"}
     result["graphs"] = {}
     with atomic_dir(out) as folder:
         for name, make in GRAPHS.items():
             if name == "prior" and isinstance(vae.prior, StandardNormal):
                 continue
-            graph, path = make(vae), folder / f"{name}{suffix}"
+            graph, path = make(vae, scaling), folder / f"{name}{suffix}"
             try:
                 run = write(graph, path)
             except (RuntimeError, ValueError, TypeError) as error:  # raised for some custom networks and likelihoods
                 reason = next((line for line in str(error).splitlines() if line), type(error).__name__)
                 raise UserError(f"format={form} does not support the {name} of this model ({reason})") from error
             result["difference"][name] = measure_error(graph, run)
-            inputs, outputs = (describe_tensors(names, vae) for names in (graph.inputs, graph.outputs))
+            inputs, outputs = (describe_tensors(names, vae, scaling) for names in (graph.inputs, graph.outputs))
             result["graphs"][name] = {"file": path.name, "inputs": inputs, "outputs": outputs}
         write_metadata(result, folder)
     return result
 
 
-def describe_tensors(names: tuple[str, ...], vae: VAE) -> dict[str, dict[str, Any]]:
+def describe_tensors(names: tuple[str, ...], vae: VAE, scaling: Scaling) -> dict[str, dict[str, Any]]:
     """Describe inputs or outputs of a graph: shape, dtype, range and unit."""
+    docs = dict(TENSOR_DOCS)
+    if not scaling.is_bytes:
+        unit = f"of the type's range ({scaling.dtype})" if scaling.mode == "unit" else f"as stored ({scaling.dtype})"
+        span = [0, 1] if scaling.mode == "unit" else [None, None]
+        docs["image"] = {"shape": "C, H, W", "range": span, "unit": f"values {unit}"}
     shapes = {"C, H, W": vae.image_shape, "D": (vae.latent_dim,), "": ()}
     prior = "N(0, I)" if isinstance(vae.prior, StandardNormal) else "learned: that of the graph `prior`"
     described = {}
     for name in names:
-        about = TENSOR_DOCS[name] | {"unit": TENSOR_DOCS[name]["unit"].format(prior=prior)}
+        about = docs[name] | {"unit": docs[name]["unit"].format(prior=prior)}
         about |= {"shape": ["batch", *shapes[about["shape"]]], "dtype": "int64" if name == "label" else "float32"}
         if name == "kl" and not isinstance(vae.prior, StandardNormal):
             del about["range"]  # an estimate from one sample may be negative
@@ -264,7 +283,7 @@ def describe_tensors(names: tuple[str, ...], vae: VAE) -> dict[str, dict[str, An
     return described
 
 
-def build_metadata(vae: VAE, settings: Mapping[str, Any], form: str) -> dict[str, Any]:
+def build_metadata(vae: VAE, settings: Mapping[str, Any], form: str, scaling: Scaling) -> dict[str, Any]:
     """Build the part of `model.json` that all formats share."""
     return {
         "made_by": STAMP,
@@ -273,6 +292,7 @@ def build_metadata(vae: VAE, settings: Mapping[str, Any], form: str) -> dict[str
         "model": dict(settings),
         "image_shape": list(vae.image_shape),
         "latent_dim": vae.latent_dim,
+        "scaling": asdict(scaling),
     }
 
 
@@ -281,7 +301,7 @@ def write_metadata(metadata: dict[str, Any], folder: Path) -> None:
     (folder / "model.json").write_text(json.dumps(metadata, indent=2) + "\n")
 
 
-def export_weights(vae: VAE, settings: Mapping[str, Any], out: str | Path) -> dict[str, Any]:
+def export_weights(vae: VAE, settings: Mapping[str, Any], out: str | Path, scaling: Scaling = BYTES) -> dict[str, Any]:
     """Write the weights to `model.safetensors` in a new folder.
 
     The settings are in its metadata and in `model.json`, whose content is returned.
@@ -295,7 +315,7 @@ def export_weights(vae: VAE, settings: Mapping[str, Any], out: str | Path) -> di
     except ImportError:
         raise UserError('format=safetensors needs safetensors: pip install -e ".[export]"') from None
     weights, name = {key: value.contiguous() for key, value in vae.state_dict().items()}, "model.safetensors"
-    result = build_metadata(vae, settings, "safetensors")
+    result = build_metadata(vae, settings, "safetensors", scaling)
     result |= {"file": name, "tensors": {key: list(value.shape) for key, value in weights.items()}}
     with atomic_dir(out) as folder:
         save_file(weights, folder / name, {"made_by": STAMP, "model": json.dumps(dict(settings))})

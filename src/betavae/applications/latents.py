@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from betavae.data.array_io import ArrayFile
+from betavae.data.loader import BYTES
+from betavae.data.scaling import Scaling
 from betavae.errors import UserError
 from betavae.models.vae import VAE
 from betavae.objectives import elbo
@@ -28,18 +30,22 @@ class Latents(NamedTuple):
     logvar: Tensor  # (N, latent_dim)
     kl: Tensor  # (N,) nats
     neg_elbo: Tensor  # (N,) nats, from one posterior sample
+    tsne: Tensor | None = None  # (N, 2), see `compute_tsne`
 
 
 @torch.no_grad()
-def encode_images(vae: VAE, pixels: Tensor, seed: int = 0, labels: Tensor | None = None) -> Latents:
-    """Encode uint8 images `(N, C, H, W)`, for a conditional model with their `labels` `(N,)`."""
+def encode_images(
+    vae: VAE, pixels: Tensor, seed: int = 0, scaling: Scaling = BYTES, labels: Tensor | None = None
+) -> Latents:
+    """Encode stored images `(N, C, H, W)`, for a conditional model with their `labels` `(N,)`."""
     generator, parts = torch.Generator().manual_seed(seed), []
     for index in torch.arange(len(pixels)).split(BATCH_SIZE):
-        x, view = pixels[index].float() / 255, vae.given(None if labels is None else labels[index])
+        x = scaling.apply(pixels.index_select(0, index))
+        view = vae.given(None if labels is None else labels[index])
         posterior = view.encode(x)
         terms = elbo(view, x, torch.randn(1, len(x), vae.latent_dim, generator=generator), 1.0)
         kl = terms.kl.sum(1)
-        parts.append(Latents(*posterior, kl, terms.recon + kl))
+        parts.append((*posterior, kl, terms.recon + kl))
     return Latents(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
 
@@ -49,11 +55,8 @@ def save_latents(latents: Latents, names: Sequence[str], labels: Sequence[object
     Raises:
         UserError: If `out` has another ending, or is a file that this project did not write.
     """
+    check_format(out)
     suffix = Path(out).suffix
-    if suffix not in (".npz", ".csv", ".parquet"):
-        raise UserError(f"out={out} is invalid: expected a name that ends in .npz, .csv or .parquet")
-    if suffix == ".parquet":
-        check_pyarrow(Path(out))
     with atomic_path(out) as path:
         if suffix == ".npz":
             write_npz(path, latents, names, labels)
@@ -66,9 +69,19 @@ def save_latents(latents: Latents, names: Sequence[str], labels: Sequence[object
             parquet.write_table(columns.replace_schema_metadata({"made_by": STAMP}), path)
 
 
+def check_format(out: str | Path) -> None:
+    """Raise UserError for an ending of another format, or one whose package is not installed."""
+    suffix = Path(out).suffix
+    if suffix not in (".npz", ".csv", ".parquet"):
+        raise UserError(f"out={out} is invalid: expected a name that ends in .npz, .csv or .parquet")
+    if suffix == ".parquet":
+        check_pyarrow(Path(out))
+
+
 def write_npz(path: Path, latents: Latents, names: Sequence[str], labels: Sequence[object] | None) -> None:
-    """Write `mean`, `logvar`, `kl`, `neg_elbo`, `names` and, where there are any, `labels`."""
-    arrays = {name: value.numpy() for name, value in latents._asdict().items()} | {"names": np.array(names)}
+    """Write `mean`, `logvar`, `kl`, `neg_elbo`, `names` and, where there are any, `tsne` and `labels`."""
+    values = {name: value for name, value in latents._asdict().items() if value is not None}
+    arrays = {name: value.numpy() for name, value in values.items()} | {"names": np.array(names)}
     if labels is not None:
         arrays["labels"] = np.array(labels)
     np.savez(path, **arrays)
@@ -85,10 +98,12 @@ def write_csv(path: Path, columns: Mapping[str, Sequence[object]]) -> None:
 
 
 def to_columns(latents: Latents, names: Sequence[str], labels: Sequence[object] | None) -> dict[str, Sequence[object]]:
-    """Arrange latents as the columns name, label, kl, neg_elbo, mean_0, ..., logvar_0, ..."""
+    """Arrange latents as the columns name, label, kl, neg_elbo, mean_0, ..., logvar_0, ..., tsne_0, tsne_1."""
     columns: dict[str, Sequence[object]] = {"name": names, "label": [""] * len(names) if labels is None else labels}
     columns |= {"kl": latents.kl.tolist(), "neg_elbo": latents.neg_elbo.tolist()}
-    for name, values in (("mean", latents.mean), ("logvar", latents.logvar)):
+    for name, values in (("mean", latents.mean), ("logvar", latents.logvar), ("tsne", latents.tsne)):
+        if values is None:
+            continue
         columns |= {f"{name}_{d}": column.tolist() for d, column in enumerate(values.T)}
     return columns
 

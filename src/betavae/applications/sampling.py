@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from betavae.applications.trained_run import TrainedRun
+from betavae.data.labels import find_class
 from betavae.errors import UserError
 from betavae.metrics.fidelity import find_nearest
 from betavae.models.priors import Prior
@@ -123,7 +124,7 @@ def sample_posterior(vae: VAE, x: Tensor, seed: int = 0, labels: Tensor | None =
 
 
 def load_or_fit_sampler(
-    name: str, run: TrainedRun, data_root: str | None = None, label: int | None = None
+    name: str, run: TrainedRun, data_root: str | None = None, label: int | str | None = None
 ) -> FittedSampler | PriorSampler:
     """Fit a sampler to the training images of a run, or load it from the run folder.
 
@@ -149,10 +150,12 @@ def load_or_fit_sampler(
     key: dict[str, object] = {"sampler": name, "label": label, "checkpoint": checkpoint, "version": 2}
     images, suffix = None, ""
     if label is not None or run.vae.classes:
-        images = run.images("train", data_root, MAX_FIT_IMAGES)
-        key["labels"] = hashlib.sha256(images[1].contiguous().numpy().data).hexdigest()[:16]
-    if label is not None and images is not None:
-        images, suffix = select_label(*images, label), f"_{label}"
+        train = run.subset("train", data_root, MAX_FIT_IMAGES)
+        images = run.scaling.apply(train.pixels), train.labels
+        key["labels"] = hashlib.sha256(train.labels.contiguous().numpy().data).hexdigest()[:16]
+        if label is not None:
+            number = find_class(label, run.vae.classes) if run.vae.classes else train.find_label(label)
+            images, suffix = select_label(*images, number), f"_{number if isinstance(label, str) else label}"
 
     def fit() -> dict[str, list[Tensor]]:
         x, labels = images or run.images("train", data_root, MAX_FIT_IMAGES)

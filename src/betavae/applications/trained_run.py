@@ -6,6 +6,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from betavae.data.image_set import ImageSet
+from betavae.data.scaling import Scaling
 from betavae.models.vae import VAE
 
 
@@ -35,6 +36,10 @@ class TrainedRun(Protocol):
     def fingerprints(self) -> dict[str, str]:
         """The fingerprint of each split of data that can change."""
 
+    @property
+    def scaling(self) -> Scaling:
+        """The map from stored values to those that the VAE sees."""
+
     def split(self, split: str, root: str | None = None, /) -> ImageSet:
         """Load a split ("train", "validation" or "test"), binarized for evaluation as in training."""
 
@@ -42,4 +47,4 @@ class TrainedRun(Protocol):
         """Load at most `max_images` images of a split into memory, binarized as in training."""
 
     def images(self, split: str, root: str | None = None, max_images: int | None = None, /) -> tuple[Tensor, Tensor]:
-        """Load the same images as floats in [0, 1], with their labels."""
+        """Load the same images scaled as in training, with their labels."""

@@ -34,4 +34,4 @@ DATASETS: dict[str, Callable[..., ImageSet | None]] = {
     "sprites": load_sprites,
     "dsprites": load_dsprites,
 }
-USER_DATASETS = ("folder", "arrays")
+USER_DATASETS = {"folder", "arrays"}

@@ -2,13 +2,15 @@
 
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from betavae.data.file_listing import natural_sort_key
+from betavae.data.scaling import FULL_SCALE
 from betavae.errors import UserError
 
 
@@ -49,7 +51,7 @@ class ArrayFile:
             raise UserError(f"{self.path}: {key} is not a plain array: {error}") from error
 
     def read_pixels(self, key: str | None = None) -> Tensor:
-        """Read images in one of the layouts (N, H, W), (N, H, W, C) and (N, C, H, W), with C 1 or 3.
+        """Read images in one of the layouts (N, H, W), (N, H, W, C) and (N, C, H, W), with C 1 or 3, in their own type.
 
         An array of either of the last two layouts is taken as (N, C, H, W).
 
@@ -57,25 +59,20 @@ class ArrayFile:
             key: The name of the array. None takes `images`, or else the only array beside `labels`.
 
         Returns:
-            (N, C, H, W), uint8.
+            (N, C, H, W), of one of the types of `FULL_SCALE`.
 
         Raises:
             UserError: If there is no such array. For another type, the message says how to convert it.
         """
         if key is None:
-            candidates = [name for name in self.arrays if name != "labels"]
+            candidates = [name for name in self.arrays if name not in ("labels", "names")]
             if "images" not in self.arrays and len(candidates) != 1:
                 found = ", ".join(self.arrays) or "no arrays"
                 raise UserError(f"{self.path} holds {found}: expected one array of images; name it images")
             key = "images" if "images" in self.arrays else candidates[0]
         array = self.read(key)
-        if array.dtype != np.uint8:
-            scale = " * 255" if array.dtype.kind in "fb" else " / 257" if array.dtype == np.uint16 else ""
-            found = "floats in [0, 1]" if array.dtype.kind == "f" else str(array.dtype)
-            raise UserError(
-                f"{self.path}: {key} holds {found}: expected bytes (uint8, 0 to 255); convert it once with "
-                f"`pixels = ({key}{scale}).round().clip(0, 255).astype('uint8')`"
-            )
+        if array.dtype.name not in FULL_SCALE or not array.dtype.isnative:
+            raise UserError(f"{self.path}: {key} {describe_type(array)}")
         if array.ndim == 3:
             array = array[:, None]
         elif array.ndim == 4 and array.shape[1] not in (1, 3) and array.shape[3] in (1, 3):
@@ -87,21 +84,69 @@ class ArrayFile:
             )
         return tensor_from_mmap(array)
 
-    def read_labels(self, key: str, n: int) -> Tensor:
-        """Read the labels of `n` images as int64, (N,) or (N, F) for F factors; zeros if the file has none.
+    def read_labels(self, key: str, n: int, keys: Sequence[str] = ()) -> tuple[Tensor, list[str] | None]:
+        """Read the labels of `n` images, integers or text; zeros if the file has none.
+
+        Args:
+            key: The name of the array.
+            n: The number of images.
+            keys: The label arrays of all splits, which share their classes.
+
+        Returns:
+            int64, (N,) or (N, F) for F factors, and the classes of single labels. Labels 0, 1, ..., K - 1 stay as they
+            are, without classes. Others are numbered in order, and the classes are their names.
 
         Raises:
             UserError: If they have another type or shape.
         """
         if key not in self.arrays:
-            return torch.zeros(n, dtype=torch.int64)
+            return torch.zeros(n, dtype=torch.int64), None
         labels = self.read(key)
-        if labels.dtype.kind not in "iub" or labels.ndim not in (1, 2) or len(labels) != n:
+        if labels.shape[1:] == (1,):
+            labels = labels[:, 0]
+        kinds = "iubUS" if labels.ndim == 1 else "iub"
+        if labels.dtype.kind not in kinds or labels.ndim not in (1, 2) or len(labels) != n:
             raise UserError(
-                f"{self.path}: {key} is {labels.dtype} {tuple(labels.shape)}: expected integers, ({n},) or ({n}, F)"
+                f"{self.path}: {key} is {labels.dtype} {tuple(labels.shape)}: expected integers or text, ({n},), or "
+                f"integers ({n}, F)"
             )
-        integers = torch.from_numpy(labels.astype(np.int64))
-        return integers[:, 0] if integers.shape[1:] == (1,) else integers
+        if labels.ndim == 2:
+            return torch.from_numpy(labels.astype(np.int64)), None
+        others = [self.read(other).reshape(-1) for other in keys if other in self.arrays]
+        return number_labels(labels, np.concatenate([labels, *others]))
+
+
+def number_labels(labels: np.ndarray, known: np.ndarray) -> tuple[Tensor, list[str] | None]:
+    """Number labels among the `known` ones of all splits; see `ArrayFile.read_labels`."""
+    values = np.unique(known)
+    if values.dtype.kind in "iub" and values[0] == 0 and values[-1] == len(values) - 1:
+        return torch.from_numpy(labels.astype(np.int64)), None
+    if values.dtype.kind == "S":
+        values, labels = (np.char.decode(part, "utf-8", "backslashreplace") for part in (values, labels))
+    if values.dtype.kind == "U":
+        values = np.array(sorted(values.tolist(), key=natural_sort_key))
+    index = {value: number for number, value in enumerate(values.tolist())}
+    return torch.tensor([index[value] for value in labels.tolist()]), [str(value) for value in values.tolist()]
+
+
+def describe_type(array: np.ndarray) -> str:
+    """Describe an array of a type that is not read, and how to convert it without a loss."""
+    expected = ", ".join(FULL_SCALE)
+    if array.dtype.kind not in "iuf" or not array.size:
+        return f"is of type {array.dtype}: expected one of {expected}"
+    low, high = array.min(), array.max()
+    if array.dtype.name in FULL_SCALE:  # in the other byte order
+        name = array.dtype.name
+    elif array.dtype.kind == "f":
+        name = "float64"
+    else:
+        exact = {"uint8": (0, 2**8 - 1), "uint16": (0, 2**16 - 1), "float32": (-(2**24), 2**24)}
+        name = next((name for name, (least, most) in exact.items() if least <= low and high <= most), "float64")
+    scaling = " and pass data.scaling=minmax or standardize" if name.startswith("float") else ""
+    return (
+        f"holds {array.dtype} from {low} to {high}: expected one of {expected}; convert it once by "
+        f"`images = images.astype('{name}')`{scaling}"
+    )
 
 
 def check_compression(archive: zipfile.ZipFile) -> None:

@@ -1,13 +1,12 @@
 """`ImageDataModule`: the Lightning data module of a `DataSource`."""
 
 import functools
-import math
 from typing import Any
 
 import lightning as L
 
 from betavae.data.image_set import ImageSet
-from betavae.data.loader import BatchLoader
+from betavae.data.loader import HOST_TYPES, BatchLoader
 from betavae.data.source import DataSource
 from betavae.errors import UserError
 
@@ -23,9 +22,10 @@ class ImageDataModule(L.LightningDataModule):
         validation_size: The training images to hold out for validation, as for `DataSource`.
         batch_size: The images of a training batch.
         eval_batch_size: The images of a validation or test batch.
-        binarize: "none" keeps gray values, "threshold" sets pixels above 127, "dynamic" draws Bernoulli pixels: a fresh
-            draw for every training batch, and one draw from a fixed seed for validation and test.
+        binarize: "none" keeps gray values, "threshold" sets pixels above half of the range, "dynamic" draws Bernoulli
+            pixels: a fresh draw for every training batch, and one draw from a fixed seed for validation and test.
         seed: The seed of the order of training images.
+        scaling: One of `scaling.MODES`.
         settings: The arguments of the data set's function.
 
     Raises:
@@ -41,12 +41,16 @@ class ImageDataModule(L.LightningDataModule):
         eval_batch_size: int,
         binarize: str,
         seed: int,
+        scaling: str = "unit",
         **settings: Any,
     ):
         super().__init__()
         self.save_hyperparameters(logger=False)
         self.source = DataSource(name, root, validation_size, binarize, **settings)
         self.batch_size, self.eval_batch_size, self.binarize, self.seed = batch_size, eval_batch_size, binarize, seed
+        self.scaling_mode = scaling
+        if binarize != "none" and scaling not in ("unit", "minmax"):
+            raise UserError(f"data.scaling={scaling} is invalid with data.binarize={binarize}: expected unit or minmax")
         self.originals: dict[str, ImageSet] = {}  # the splits before they are binarized
         self.splits: dict[str, ImageSet] = {}
 
@@ -57,8 +61,9 @@ class ImageDataModule(L.LightningDataModule):
         n = len(self.originals["train"])
         if self.batch_size > n:
             raise UserError(f"data.batch_size={self.batch_size} is invalid: expected at most {n}, the training images")
+        self.scaling = self.source.fit_scaling(self.scaling_mode, self.originals)
         self.splits = {
-            name: images if name == "train" else self.source.binarize_for_eval(images)
+            name: images if name == "train" else self.source.binarize_for_eval(images, self.scaling)
             for name, images in self.originals.items()
         }
 
@@ -113,11 +118,13 @@ class ImageDataModule(L.LightningDataModule):
         """Make the loader of a split, for this process and its device if there is a trainer."""
         images, trainer = self.splits[split], self.trainer
         if trainer is None:
-            return BatchLoader(images, batch_size, *training)
+            batches = BatchLoader(images, batch_size, *training)
+            batches.scaling = self.scaling
+            return batches
         device = trainer.strategy.root_device
-        if math.prod(images.pixels.shape) <= MAX_DEVICE_BYTES:
+        if images.nbytes <= MAX_DEVICE_BYTES and images.dtype not in HOST_TYPES:
             images = images.to(device)
         batches = BatchLoader(images, batch_size, *training)
-        batches.device = device
+        batches.device, batches.scaling = device, self.scaling
         batches.shard(trainer.global_rank, trainer.world_size)
         return batches

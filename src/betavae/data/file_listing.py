@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +17,10 @@ SPLIT_FOLDERS = {
     "validation": "validation",
     "test": "test",
 }
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".jfif", ".jpe", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".avif", ".jp2"),
+)
 
 
 class FileEntry(NamedTuple):
@@ -61,16 +65,17 @@ def natural_sort_key(name: str) -> tuple[list[str | int], str]:
     return [int(part) if i % 2 else part.casefold() for i, part in parts], name
 
 
-def list_image_files(root: Path) -> list[FileEntry]:
+def list_image_files(root: Path) -> tuple[list[FileEntry], Counter[str]]:
     """List all image files below `root` by their suffix, sorted; hidden files and folders are skipped.
 
-    Symbolic links are followed. A file with several names is listed once, under its real name if that is below `root`:
-    otherwise the same image could be in two splits.
+    The other files are counted by their suffix. Symbolic links are followed. A file with several names is listed once,
+    under its real name if that is below `root`: otherwise the same image could be in two splits.
 
     Raises:
         UserError: If a folder is not readable.
     """
     found: list[FileEntry] = []
+    others: Counter[str] = Counter()
     seen: set[str] = set()  # the real paths of files and folders
     folders = [(os.path.realpath(root), "")]
     while folders:
@@ -88,7 +93,9 @@ def list_image_files(root: Path) -> list[FileEntry]:
                             links.append((name, os.path.realpath(entry.path)))
                         elif entry.path not in seen and entry.is_dir():
                             folders.append((entry.path, name + "/"))
-                        elif entry.path not in seen and entry.name.lower().endswith(SUFFIXES):
+                        elif not entry.name.lower().endswith(SUFFIXES):
+                            others[Path(entry.name).suffix.lower()] += entry.path not in seen and entry.is_file()
+                        elif entry.path not in seen:
                             seen.add(entry.path)
                             found.append(FileEntry(name, entry.stat().st_size, entry.stat().st_mtime_ns))
             except OSError as error:
@@ -103,7 +110,15 @@ def list_image_files(root: Path) -> list[FileEntry]:
                 # A dangling link is listed, and reported as an unreadable image.
                 status = os.stat(real) if os.path.exists(real) else None
                 found.append(FileEntry(name, status.st_size, status.st_mtime_ns) if status else FileEntry(name, 0, 0))
-    return sorted(found)
+            else:
+                others[Path(name).suffix.lower()] += 1
+    return sorted(found), +others
+
+
+def describe_others(others: Counter[str]) -> str:
+    """Count files that are not listed, for their suffix."""
+    named = ", ".join(f"{count:,} {as_text(suffix) or 'without a suffix'}" for suffix, count in others.most_common(5))
+    return f"{others.total():,} files were skipped for their suffix: {named}{', ...' if len(others) > 5 else ''}"
 
 
 def label_from_path(name: str) -> str:

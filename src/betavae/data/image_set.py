@@ -1,10 +1,14 @@
-"""`ImageSet`: a split of a data set, stored as bytes."""
+"""`ImageSet`: a split of a data set, in the type of its file."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from betavae.data.labels import describe_classes
+from betavae.errors import UserError
 
 MAX_COPY_BYTES = 2**28  # larger sets are indexed lazily, not copied
 
@@ -14,8 +18,9 @@ class ImageSet:
     """Images with labels.
 
     Attributes:
-        pixels: (N, C, H, W), uint8: a tensor, or an object with a tensor's `shape`, `index_select(0, index)` and
-            `to(device)`, which reads images from a file or draws them when they are indexed.
+        pixels: (N, C, H, W), bool, uint8, uint16 or floats: a tensor, or an object with a tensor's `shape`,
+            `index_select(0, index)` and `to(device)`, which reads images from a file or draws them when they are
+            indexed, and whose `dtype` is uint8 if it has none.
         labels: int64, (N,), or (N, F) for F factors.
         classes: The names of the values of a single label.
         names: The file name of each image, if images come from files.
@@ -29,9 +34,30 @@ class ImageSet:
     def __len__(self) -> int:
         return self.pixels.shape[0]
 
+    def find_label(self, label: int | str) -> int:
+        """Return the number of the class that has this name, or an integer label itself if there is none.
+
+        Raises:
+            UserError: For a text that is not the name of a class.
+        """
+        if self.classes and str(label) in self.classes:
+            return self.classes.index(str(label))
+        if isinstance(label, str):
+            expected = describe_classes(self.classes) if self.classes else "an integer"
+            raise UserError(f"label={label} is invalid: expected {expected}")
+        return label
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return getattr(self.pixels, "dtype", torch.uint8)
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.pixels.shape) * self.dtype.itemsize
+
     def select(self, index: Tensor) -> "ImageSet":
         """Select the images at `index`, (B,). A small tensor is copied, other pixels are indexed lazily."""
-        small = isinstance(self.pixels, Tensor) and self.pixels.numel() <= MAX_COPY_BYTES
+        small = isinstance(self.pixels, Tensor) and self.nbytes <= MAX_COPY_BYTES
         pixels = self.pixels.index_select(0, index) if small else LazySubset(self.pixels, index)
         names = self.names and [self.names[i] for i in index.tolist()]
         return replace(self, pixels=pixels, labels=self.labels[index], names=names)
@@ -50,6 +76,7 @@ class LazySubset:
     def __init__(self, pixels: Any, index: Tensor):
         self.pixels, self.index = pixels, index
         self.shape = torch.Size((len(index), *pixels.shape[1:]))
+        self.dtype = getattr(pixels, "dtype", torch.uint8)
 
     def __len__(self) -> int:
         return len(self.index)

@@ -10,14 +10,17 @@ import torch
 from torch import Tensor
 
 from betavae.data.image_set import ImageSet
+from betavae.data.scaling import Scaling
 
+BYTES = Scaling.unit()
+HOST_TYPES = (torch.uint16, torch.float64)  # scaled on the host, since some devices do not compute with them
 BINARIZE_SEED = 0  # one draw for all runs, whatever their seed
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 class BatchLoader:
-    """Iterate over batches `(x, label)`, with x (B, C, H, W) float in [0, 1].
+    """Iterate over batches `(x, label)`, with x (B, C, H, W) float32.
 
     The order is a function of the seed and the epoch, and `state_dict` holds the position within an epoch, so a resumed
     run sees the same batches as one that was not interrupted.
@@ -29,6 +32,7 @@ class BatchLoader:
         seed: The seed of the order.
         reshuffle: Change the order in every epoch.
         binarize: "none", or how `binarize_pixels` draws the pixels of each batch.
+        scaling: From stored pixels to x.
     """
 
     def __init__(
@@ -39,8 +43,9 @@ class BatchLoader:
         seed: int = 0,
         reshuffle: bool = True,
         binarize: str = "none",
+        scaling: Scaling = BYTES,
     ):
-        self.images, self.batch_size = images, batch_size
+        self.images, self.batch_size, self.scaling = images, batch_size, scaling
         self.epoch, self.seed, self.reshuffle, self.binarize = epoch, seed, reshuffle, binarize
         self.progress = {"epoch": -1, "batches": 0}
         self.device = images.labels.device  # of the batches
@@ -65,17 +70,19 @@ class BatchLoader:
     def iter_from_host(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Read the next batch while the device is busy, and convert batches on the device."""
         cuda = self.device.type == "cuda"
+        on_host = self.images.dtype in HOST_TYPES
 
         def read(item: tuple[Tensor, dict[str, int]]) -> tuple[list[Tensor], dict[str, int]]:
             index, progress = item
             # A GPU copies from pinned memory without blocking the host.
-            return [part.pin_memory() if cuda else part for part in self.read(index)], progress
+            parts = self.batch(index) if on_host else self.read(index)
+            return [part.pin_memory() if cuda else part for part in parts], progress
 
         for parts, progress in prefetch(read, ((index, self.progress) for index in self.indices())):
             self.progress = progress
             # Only CUDA keeps the source alive until it is copied (pytorch/pytorch#189690, of MPS).
             pixels, labels = (part.to(self.device, non_blocking=cuda) for part in parts)
-            yield self.convert(pixels, labels)
+            yield (pixels, labels) if on_host else self.convert(pixels, labels)
 
     def indices(self) -> Iterator[Tensor]:
         """Yield the indices of each batch, on the device of the images."""
@@ -101,8 +108,8 @@ class BatchLoader:
 
     def convert(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         if self.binarize == "none":
-            return pixels.float().div_(255), labels
-        return binarize_pixels(pixels, self.binarize).float(), labels
+            return self.scaling.apply(pixels), labels
+        return binarize_pixels(pixels, self.binarize, self.scaling).float(), labels
 
     def state_dict(self) -> dict[str, int]:
         return self.progress
@@ -123,15 +130,19 @@ def prefetch(function: Callable[[Item], Result], items: Iterable[Item]) -> Itera
             yield pending.popleft().result()
 
 
-def binarize_pixels(pixels: Tensor, mode: str, generator: torch.Generator | None = None) -> Tensor:
-    """Convert uint8 to bool: pixel > 127 ("threshold"), or a draw of probability pixel / 255 ("dynamic")."""
+def binarize_pixels(
+    pixels: Tensor, mode: str, scaling: Scaling = BYTES, generator: torch.Generator | None = None
+) -> Tensor:
+    """Convert stored pixels to bool: x > 1/2 ("threshold"), or a draw of probability x ("dynamic")."""
     if mode == "threshold":
-        return pixels > 127
-    # P(random byte in 0..254 < pixel) = pixel / 255, exactly.
-    return torch.randint(255, pixels.shape, dtype=torch.uint8, device=pixels.device, generator=generator) < pixels
+        return scaling.apply(pixels) > 0.5
+    if scaling.is_bytes:
+        # P(random byte in 0..254 < pixel) = pixel / 255, exactly.
+        return torch.randint(255, pixels.shape, dtype=torch.uint8, device=pixels.device, generator=generator) < pixels
+    return torch.rand(pixels.shape, device=pixels.device, generator=generator) < scaling.apply(pixels)
 
 
-def binarize_images(images: ImageSet, mode: str) -> ImageSet:
-    """Binarize a set in memory to 0 and 255, with one draw from a fixed seed."""
-    pixels = binarize_pixels(images.tensor(), mode, torch.Generator().manual_seed(BINARIZE_SEED))
-    return replace(images, pixels=pixels.to(torch.uint8) * 255)
+def binarize_images(images: ImageSet, mode: str, scaling: Scaling = BYTES) -> ImageSet:
+    """Binarize a set in memory to the stored values of 0 and 1, with one draw from a fixed seed."""
+    pixels = binarize_pixels(images.tensor(), mode, scaling, torch.Generator().manual_seed(BINARIZE_SEED))
+    return replace(images, pixels=scaling.to_stored(pixels))

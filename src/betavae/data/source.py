@@ -12,9 +12,11 @@ from betavae.data.fingerprint import fingerprint
 from betavae.data.holdout import DEFAULT_HOLDOUT, exclude_indices, hold_out_at_random, hold_out_by_name
 from betavae.data.image_set import ImageSet
 from betavae.data.loader import binarize_images
+from betavae.data.scaling import FULL_SCALE, Scaling, dtype_name, fit_scaling
 from betavae.errors import UserError
 
-LOADER_SETTINGS = ("batch_size", "eval_batch_size", "seed")  # settings of the group `data` that only batches need
+# Settings of the group `data` that only batches need.
+LOADER_SETTINGS = ("batch_size", "eval_batch_size", "seed", "scaling")
 
 
 class DataSource:
@@ -93,9 +95,19 @@ class DataSource:
             index = hold_out_at_random(len(images), size, key)
         return images.select(exclude_indices(index, len(images))), images.select(index.sort().values)
 
-    def binarize_for_eval(self, images: ImageSet) -> ImageSet:
+    def fit_scaling(self, mode: str, splits: Mapping[str, ImageSet]) -> Scaling:
+        """Fit a scaling to the training images; see `betavae.data.scaling.fit_scaling`."""
+        dtype = dtype_name(splits["train"].dtype)
+        if dtype not in FULL_SCALE:
+            raise UserError(f"data.name={self.name} has images of type {dtype}: expected {', '.join(FULL_SCALE)}")
+        # Neither statistics nor a check are needed for the bytes of a known data set.
+        if mode == "unit" and dtype == "uint8" and self.name not in USER_DATASETS:
+            return Scaling.unit()
+        return fit_scaling(mode, splits, f"data.root={self.root}")
+
+    def binarize_for_eval(self, images: ImageSet, scaling: Scaling) -> ImageSet:
         """Binarize images once, the same way in every run."""
-        return images if self.binarize == "none" else binarize_images(images, self.binarize)
+        return images if self.binarize == "none" else binarize_images(images, self.binarize, scaling)
 
     def fingerprint(self, images: ImageSet) -> str | None:
         """Hash a split, or return None for a data set whose name says which images it holds."""

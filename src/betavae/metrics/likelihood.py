@@ -14,9 +14,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from betavae.metrics.aggregate_posterior import decompose_kl
+from betavae.metrics.collapse import count_active_units
 from betavae.models.precision import to_float64
 from betavae.models.vae import VAE, Posterior
-from betavae.objectives.elbo import ACTIVE_UNIT_THRESHOLD
 from betavae.storage.cache import to_bytes
 from betavae.storage.files import atomic_write_bytes, require_own_file
 from betavae.storage.torch_file import load_torch_file
@@ -165,9 +165,8 @@ def summarize(vae: VAE, per_image: PerImageBounds, ks: list[int]) -> dict[str, A
     kl = per_image.kl.sum(1)
     terms = {"neg_elbo": per_image.recon + kl, "recon": per_image.recon, "kl": kl}
     terms |= {f"nll_{k}": per_image.nll[:, number] for number, k in enumerate(ks)}
-    is_active = per_image.mean.var(0, correction=0) > ACTIVE_UNIT_THRESHOLD
     return {name: {"mean": values.mean().item(), "se": standard_error(values)} for name, values in terms.items()} | {
-        "active_units": int(is_active.sum()),
+        "active_units": count_active_units(per_image.mean),
         "kl_per_dimension": per_dimension.double().mean(0).tolist(),
         "aggregate": decompose_kl(posterior, vae.prior),
     }

@@ -1,7 +1,7 @@
 """p(x|z): log-probability, mean and samples from the decoder's outputs ("params", any real numbers).
 
-`x` is `(B, C, H, W)` in [0, 1]; `params` is `(..., B, P * C, H, W)`: leading dimensions are posterior samples, P is the
-number of parameters per pixel and channel. To add a likelihood, write a class with these methods and name it in
+`x` is `(B, C, H, W)`; `params` is `(..., B, P * C, H, W)`: leading dimensions are posterior samples, P is the number of
+parameters per pixel and channel. To add a likelihood, write a class with these methods and name it in
 `LIKELIHOODS`; the arguments of its constructor are settings of the `model` group.
 """
 
@@ -15,12 +15,14 @@ from betavae.models.logistic_mixture import LogisticMixture
 from betavae.models.precision import at_least_float32
 
 IMAGE_DIMS = (-3, -2, -1)
+MIN_LOG_SCALE = -6.0  # of a scale per value, e^-6 = 1/403: a constant value would have an infinite density
 
 
 class Likelihood(nn.Module):
     """Base class of the likelihoods; a density unless a subclass says otherwise."""
 
     params_per_channel = 1
+    support = "real numbers"  # or "[0, 1]", or "bytes / 255": the x that it is made for
 
     def log_prob(self, x: Tensor, params: Tensor) -> Tensor:
         """Return log p(x|z) `(..., B)` in nats, summed over pixels and channels."""
@@ -34,9 +36,9 @@ class Likelihood(nn.Module):
         """Draw x from p(x|z), `(..., C, H, W)`."""
         raise NotImplementedError
 
-    def describe(self, binarize: str) -> str:
-        """Say what its values mean for images with this `data.binarize`."""
-        return "a log-density of pixels in [0, 1], which may be above 0: compare it with other densities only"
+    def describe(self, binarize: str, values: str) -> str:
+        """Say what its numbers mean for images with this `data.binarize`, scaled to `values`, "pixels in [0, 1]"."""
+        return f"a log-density of {values}, which may be above 0: compare it with other densities only"
 
     def is_discrete(self, binarize: str) -> bool:
         """Return whether it is a probability of exactly such images, so that it has a number of bits."""
@@ -48,6 +50,8 @@ class Bernoulli(Likelihood):
 
     On gray pixels this is the tutorial's cross-entropy surrogate, not a log-probability of the data.
     """
+
+    support = "[0, 1]"
 
     def log_prob(self, x: Tensor, params: Tensor) -> Tensor:
         return -bce_with_logits(x, params)
@@ -62,7 +66,7 @@ class Bernoulli(Likelihood):
     def sample(self, params: Tensor, generator: torch.Generator | None = None) -> Tensor:
         return torch.bernoulli(torch.sigmoid(params), generator=generator)
 
-    def describe(self, binarize: str) -> str:
+    def describe(self, binarize: str, values: str) -> str:
         if not self.is_discrete(binarize):
             return "a Bernoulli likelihood of pixels that are not binary: the tutorial's surrogate, no log-likelihood"
         return "a log-likelihood of binarized images: compare it with others on images binarized the same way only"
@@ -152,30 +156,69 @@ class ContinuousBernoulli(Bernoulli):
 
 
 class Gaussian(Likelihood):
-    """Normal pixels around the decoder's output with one learned scale (sigma-VAE, Rybkin et al. 2021)."""
+    """Normal pixels around the decoder's output (sigma-VAE, Rybkin et al. 2021).
 
-    def __init__(self) -> None:
+    Args:
+        scale: "shared" learns one standard deviation. With "per_value" the decoder has a second output for each pixel
+            and channel, after all means: its log-scale, bounded below by `MIN_LOG_SCALE`.
+    """
+
+    def __init__(self, scale: str = "shared") -> None:
         super().__init__()
-        self.log_scale = nn.Parameter(torch.zeros(()))
+        self.per_value = scale == "per_value"
+        if self.per_value:
+            self.params_per_channel = 2
+        else:
+            self.log_scale = nn.Parameter(torch.zeros(()))
+
+    def split_params(self, params: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the locations `(..., C, H, W)` and log-scales, the latter with one value or in the same shape."""
+        params = at_least_float32(params)
+        if not self.per_value:
+            return params, at_least_float32(self.log_scale)
+        location, raw = params.chunk(2, -3)
+        # Smooth, so that a scale at the bound still has a gradient.
+        return location, MIN_LOG_SCALE + nn.functional.softplus(raw - MIN_LOG_SCALE)
 
     def log_prob(self, x: Tensor, params: Tensor) -> Tensor:
-        log_scale = at_least_float32(self.log_scale)
-        squares = ((at_least_float32(x) - at_least_float32(params)) * torch.exp(-log_scale)) ** 2
+        location, log_scale = self.split_params(params)
+        squares = ((at_least_float32(x) - location) * torch.exp(-log_scale)) ** 2
         return (-0.5 * squares - log_scale - 0.5 * math.log(2 * math.pi)).sum(IMAGE_DIMS)
 
     def mean(self, params: Tensor) -> Tensor:
-        return params
+        return params.chunk(2, -3)[0] if self.per_value else params
 
-    params_from_mean = mean
+    def params_from_mean(self, mean: Tensor) -> Tensor:
+        """Return parameters of this mean, with a scale of about 1."""
+        return torch.cat((mean, torch.zeros_like(mean)), -3) if self.per_value else mean
 
     def sample(self, params: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        noise = torch.randn(params.shape, generator=generator, device=params.device)
-        return params + self.log_scale.exp() * noise
+        location, log_scale = self.split_params(params)
+        noise = torch.randn(location.shape, generator=generator, device=params.device)
+        return location + log_scale.exp() * noise
+
+
+class Laplace(Gaussian):
+    """Laplace pixels around the decoder's output, whose scale is the mean absolute difference.
+
+    Outliers cost less than with a normal distribution.
+    """
+
+    def log_prob(self, x: Tensor, params: Tensor) -> Tensor:
+        location, log_scale = self.split_params(params)
+        distances = (at_least_float32(x) - location).abs() * torch.exp(-log_scale)
+        return (-distances - log_scale - math.log(2)).sum(IMAGE_DIMS)
+
+    def sample(self, params: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        location, log_scale = self.split_params(params)
+        u = torch.rand(location.shape, generator=generator, device=params.device) - 0.5
+        return location - log_scale.exp() * u.sign() * torch.log1p(-2 * u.abs().clamp(max=0.5 - 1e-7))
 
 
 LIKELIHOODS: dict[str, type[nn.Module]] = {
     "bernoulli": Bernoulli,
     "continuous_bernoulli": ContinuousBernoulli,
     "gaussian": Gaussian,
+    "laplace": Laplace,
     "logistic_mixture": LogisticMixture,
 }

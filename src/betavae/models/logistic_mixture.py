@@ -101,6 +101,8 @@ class LogisticMixture(nn.Module):
     which byte b is b / 255.
     """
 
+    support = "bytes / 255"
+
     def __init__(self, components: int = 3):
         super().__init__()
         self.components = components
@@ -132,7 +134,7 @@ class LogisticMixture(nn.Module):
         means = (k / (self.components - 1)).expand_as(logits) if self.components > 1 else mean.unsqueeze(0)
         return torch.stack((logits, means, torch.full_like(logits, math.log(0.1)))).flatten(0, 2)
 
-    def describe(self, binarize: str) -> str:
+    def describe(self, binarize: str, values: str) -> str:
         return "a log-likelihood of images of bytes: compare it, in bits per dimension, with others on the same images"
 
     def is_discrete(self, binarize: str) -> bool:

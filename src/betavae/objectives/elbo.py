@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from betavae.errors import UserError
 from betavae.models.vae import VAE, Posterior
 
 ACTIVE_UNIT_THRESHOLD = 0.01  # variance over the data of an active unit's posterior mean (Burda et al. 2016)
@@ -16,13 +17,24 @@ class LossTerms(NamedTuple):
     recon: Tensor  # (B,)
     kl: Tensor  # (B, latent_dim), or (B, 1) for a prior without a closed form
     posterior: Posterior  # (B, latent_dim) each
-    extra_terms: dict[str, Tensor] = {}  # noqa: RUF012 - further terms of an objective, (B,) each
+    extra_terms: dict[str, Tensor] = {}  # noqa: RUF012 - further terms of an objective, (B,) each, or ()
 
     def batch_sums(self) -> dict[str, Tensor]:
-        """Return each term by name, summed over the images of the batch."""
+        """Return each term by name, summed over the images of the batch, each of which has the value of a scalar.
+
+        Raises:
+            UserError: For an extra term of another shape.
+        """
         recon, kl = self.recon.sum(), self.kl.sum()
         sums = {"loss": self.loss.detach() * len(self.recon), "recon": recon, "kl": kl, "neg_elbo": recon + kl}
-        return sums | {name: term.detach().sum() for name, term in self.extra_terms.items()}
+        for name, term in self.extra_terms.items():
+            if term.shape not in ((), self.recon.shape):
+                raise UserError(
+                    f"objective: its extra term {name} has shape {tuple(term.shape)}; expected ({len(self.recon)},), "
+                    "one number per image, or a scalar"
+                )
+            sums[name] = term.detach().expand(len(self.recon)).sum()
+        return sums
 
 
 def elbo(vae: VAE, x: Tensor, noise: Tensor, beta: Tensor | float, free_bits: float = 0.0) -> LossTerms:

@@ -34,13 +34,6 @@ from betavae.runtime.resume import (
 from betavae.runtime.run_folder import RunFolder
 from betavae.runtime.settings import check_signature
 
-# Arguments of Lightning's Trainer that this project sets.
-RESERVED_TRAINER_ARGS = (
-    *("logger", "callbacks", "plugins", "default_root_dir", "enable_checkpointing", "enable_model_summary"),
-    *("num_sanity_val_steps", "use_distributed_sampler", "reload_dataloaders_every_n_epochs", "barebones"),
-    *("fast_dev_run", "inference_mode", "model_registry", "enable_autolog_hparams"),
-)
-
 
 def build_data(settings: dict[str, Any]) -> ImageDataModule:
     check_signature("data", ImageDataModule, settings)
@@ -86,9 +79,6 @@ def build_trainer(
     callbacks: list[Callback],
 ) -> L.Trainer:
     wanted = dict(settings["trainer"])
-    for key in wanted:
-        if key in RESERVED_TRAINER_ARGS:
-            raise UserError(f"trainer.{key} is not a setting: betavae sets it (see docs/settings.md)")
     precision, accelerator = wanted["precision"], wanted["accelerator"]
     cpu = accelerator == "cpu" or (accelerator == "auto" and not gpu_available())
     if cpu and precision.startswith("16"):
@@ -125,7 +115,7 @@ def build_trainer(
         compile_loss(module, None if mode is True else mode)
     if not len(datamodule.splits["validation"]):
         wanted["limit_val_batches"] = 0
-    wanted.setdefault("profiler", lightning_workarounds.NoProfiler())
+    wanted["profiler"] = wanted.get("profiler") or lightning_workarounds.NoProfiler()
     wanted["enable_progress_bar"] = any(isinstance(callback, EpochProgressBar) for callback in callbacks)
     wanted |= {
         "callbacks": callbacks,

@@ -14,11 +14,15 @@ from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from torch import Tensor
 
-from betavae import plotting
+from betavae import grids, plotting
 from betavae.data.labels import count_columns, cycle_labels
+from betavae.data.scaling import Scaling
+from betavae.grids import Grid
 from betavae.models.vae import VAE
+from betavae.runtime.checkpoint import format_caption
 from betavae.runtime.run_logger import run_loggers
 from betavae.runtime.terminal_log import warn_on_error
+from betavae.storage.torch_file import load_torch_file
 
 log = logging.getLogger(__name__)
 # Custom callbacks by name. A config gives each its arguments: `callbacks: {custom: {my_callback: {every: 2}}}`.
@@ -45,41 +49,39 @@ class ImageLogger(Callback):
         """Yield batches of the first `most` test images, with the device and dtype of the weights, and their labels."""
         test = trainer.datamodule.splits["test"]  # type: ignore[attr-defined]
         for index in torch.arange(min(most, len(test))).split(BATCH_SIZE):
-            x = test.pixels.index_select(0, index).float() / 255
+            x = trainer.datamodule.scaling.apply(test.pixels.index_select(0, index))  # type: ignore[attr-defined]
             yield x.to(next(vae.parameters())), test.labels[index]
 
-    def draw(self, trainer: L.Trainer, vae: VAE) -> tuple[dict[str, Tensor], Tensor]:
-        """Return figures `(C, H, W)` in [0, 1] by name, and the KL per latent dimension in nats."""
+    def draw(self, trainer: L.Trainer, vae: VAE) -> tuple[dict[str, Grid], Tensor]:
+        """Return grids of images by name, and the KL per latent dimension in nats."""
         posteriors = [vae.given(labels).encode(x) for x, labels in self.images(trainer, vae, 1000)]
         kl = torch.cat([vae.kl_per_dimension(posterior) for posterior in posteriors]).mean(0).cpu()
         x, labels = next(self.images(trainer, vae, 16))
-        columns = count_columns(vae.classes, 8)
+        columns, first = count_columns(vae.classes, 8), vae.given(labels[:1])
         sampled = vae.given(cycle_labels(vae.classes, 8 * columns))
-        first = vae.given(labels[:1])
-        by_kl = kl.argsort(descending=True).tolist()[:10]
+        samples = sampled.sample(8 * columns, generator=torch.Generator().manual_seed(0))
         span = torch.linspace(-3, 3, 11, device=x.device)
-        rows = plotting.traverse(first, first.encode(x[:1]).mean[0], by_kl, span)
         figures = {
-            "reconstructions": plotting.make_grid(plotting.stack_reconstructions(vae.given(labels), x), 8),
-            "samples": plotting.make_grid(
-                sampled.sample(8 * columns, generator=torch.Generator().manual_seed(0)), columns
-            ),
-            "traversal": plotting.make_grid(rows, len(span)),
+            "reconstructions": grids.make_reconstruction_grid(vae.given(labels), x),
+            "samples": Grid(samples, columns, column_labels=vae.classes[:columns]),
+            "traversal": grids.make_traversal_grid(first, first.encode(x[:1]).mean[0], span, kl, rows=10),
         }
         if vae.latent_dim == 2:
-            figures["manifold"] = plotting.make_grid(plotting.decode_manifold(first, 20), 20)
-        return figures, kl
+            figures["manifold"] = grids.make_manifold_grid(first, 20)
+        scaling: Scaling = trainer.datamodule.scaling  # type: ignore[attr-defined]
+        return {name: grid._replace(images=scaling.to_picture(grid.images)) for name, grid in figures.items()}, kl
 
     @torch.no_grad()
-    def log_figures(self, trainer: L.Trainer, vae: VAE) -> dict[str, Tensor]:
+    def log_figures(self, trainer: L.Trainer, vae: VAE) -> dict[str, Grid]:
         """Draw the model and send the figures to every logger; return them, or nothing if drawing failed."""
-        figures: dict[str, Tensor] = {}
+        figures: dict[str, Grid] = {}
         with evaluating(vae), warn_on_error("drawing figures of the model"):
             figures, kl = self.draw(trainer, vae)
         for logger in run_loggers(trainer) if figures else []:
             with warn_on_error(f"sending figures to {type(logger).__name__}"):
-                for name, image in figures.items():
-                    logger.log_image_grid(name, image, trainer.global_step)
+                for name, grid in figures.items():
+                    picture = plotting.make_grid(grid.images, grid.columns)
+                    logger.log_image_grid(name, picture, trainer.global_step)
                 logger.log_figure("latent/kl_per_dimension", plotting.plot_kl(kl), trainer.global_step)
         return figures
 
@@ -87,28 +89,30 @@ class ImageLogger(Callback):
     def log_embedding(self, trainer: L.Trainer, vae: VAE) -> None:
         """Send the posterior means of test images to every logger."""
         n = min(MAX_EMBEDDED, len(trainer.datamodule.splits["test"]))  # type: ignore[attr-defined]
+        to_picture = trainer.datamodule.scaling.to_picture  # type: ignore[attr-defined]
         side = plotting.MAX_SPRITE_SIDE // math.ceil(math.sqrt(n))
-        batches = [
-            (vae.given(labels).encode(x).mean.cpu(), labels, plotting.make_tiles(x.float().cpu(), labels, side))
-            for x, labels in self.images(trainer, vae, n)
-        ]
-        means, labels, tiles = zip(*batches, strict=True)
+        batches = []
+        for x, labels in self.images(trainer, vae, n):
+            pictures, means = to_picture(x.float().cpu()).clamp(0, 1), vae.given(labels).encode(x).mean.cpu()
+            batches.append((means, labels, plotting.make_tiles(pictures, labels, side)))
+        means, names, tiles = (torch.cat(parts) for parts in zip(*batches, strict=True))
         for logger in run_loggers(trainer):
-            logger.log_embedding(torch.cat(means), torch.cat(labels).tolist(), torch.cat(tiles))
+            logger.log_embedding(means, names.tolist(), tiles)
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         epoch = trainer.current_epoch + 1
         if self.every and epoch % self.every == 0 and epoch != trainer.max_epochs and trainer.is_global_zero:
             self.log_figures(trainer, module.vae)  # type: ignore[arg-type]
 
-    def finish(self, trainer: L.Trainer, vae: VAE) -> None:
-        """Draw everything after the test metrics are on disk."""
+    def finish(self, trainer: L.Trainer, vae: VAE, checkpoint: Path) -> None:
+        """Draw everything after the test metrics of a checkpoint are on disk."""
         with warn_on_error("drawing figures of the model"):
             vae.to(trainer.strategy.root_device)  # Lightning has moved it to the CPU
         figures = self.log_figures(trainer, vae)
         with warn_on_error(f"writing figures to {self.folder}"):
-            for name, image in figures.items():
-                plotting.save_image(image, self.folder / f"{name}.png")
+            caption = format_caption(checkpoint, load_torch_file(checkpoint))
+            for name, grid in figures.items():
+                grids.save_grids([grid], self.folder / f"{name}.png", f"{name} of {caption}")
         with evaluating(vae), warn_on_error("drawing the embedding projector"):
             self.log_embedding(trainer, vae)
 

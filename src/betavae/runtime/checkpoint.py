@@ -1,6 +1,8 @@
 """Load a trained model from its checkpoint without Lightning, and without running code that the file names."""
 
+import contextlib
 import io
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,12 +14,15 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
+from betavae.data.file_listing import as_text
 from betavae.data.holdout import SPLIT_SEED
 from betavae.data.image_set import ImageSet
-from betavae.data.loader import binarize_images
+from betavae.data.loader import BYTES, binarize_images
+from betavae.data.scaling import Scaling
 from betavae.data.source import DataSource
 from betavae.errors import UserError, first_line
-from betavae.models.vae import VAE
+from betavae.models.vae import VAE, Posterior
+from betavae.runtime.plugins import describe_missing, load_plugins
 from betavae.runtime.run_folder import read_json
 from betavae.runtime.settings import Config, check_group
 from betavae.storage.files import atomic_write_bytes
@@ -36,6 +41,8 @@ class TrainedRun(NamedTuple):
     settings: Config  # the arguments of VAEModule
     data: Config  # the arguments of ImageDataModule
     fingerprints: dict[str, str] = {}  # noqa: RUF012 - of each split whose images can change
+    scaling: Scaling = BYTES  # from stored values to those that the model sees; a checkpoint from before it has bytes
+    caption: str = ""  # for figures: the run, its epoch and its validation neg. ELBO
 
     @property
     def folder(self) -> Path:
@@ -71,13 +78,21 @@ class TrainedRun(NamedTuple):
             max_images: The number of images to choose from a fixed seed, if there are more.
 
         Returns:
-            Images `(N, C, H, W)` in [0, 1], of dynamically binarized training images one draw, and their labels.
+            Images `(N, C, H, W)` scaled as in training, of dynamically binarized ones one draw, and their labels.
         """
         images = self.subset(split, root, max_images)
-        return images.pixels.float() / 255, images.labels
+        return self.scaling.apply(images.pixels), images.labels
+
+    def encode(self, values: Tensor) -> Posterior:
+        """Return the posterior of stored values `(B, C, H, W)`."""
+        return self.vae.encode(self.scaling.apply(values))
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Return the means of p(x|z), `(..., C, H, W)`, in the units of the stored values."""
+        return self.scaling.invert(self.vae.decode(z))
 
     def split(self, split: str, root: str | None = None) -> ImageSet:
-        """Return the uint8 images of a split, for evaluation binarized as in training.
+        """Return the stored images of a split, for evaluation binarized as in training.
 
         Raises:
             UserError: If they have changed since the training.
@@ -90,16 +105,16 @@ class TrainedRun(NamedTuple):
                 "has seen could count as unseen; restore the data or pass a copy by data_root=PATH, or pass other "
                 "images by images=PATH if the command takes it"
             )
-        return images if split == "train" else source.binarize_for_eval(images)
+        return images if split == "train" else source.binarize_for_eval(images, self.scaling)
 
     def subset(self, split: str, root: str | None = None, max_images: int | None = None) -> ImageSet:
-        """Return `images` as an `ImageSet` of uint8 in memory."""
+        """Return the stored values of `images` as an `ImageSet` in memory."""
         images = self.split(split, root)
         if max_images is not None and len(images) > max_images:
             chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(SPLIT_SEED))[:max_images]
             images = images.select(chosen.sort().values)
         if split == "train" and self.data["binarize"] != "none":
-            return binarize_images(images, self.data["binarize"])
+            return binarize_images(images, self.data["binarize"], self.scaling)
         return replace(images, pixels=images.tensor())
 
 
@@ -118,16 +133,18 @@ def latest_run(runs: Path) -> Path:
     raise UserError(f"no finished run in {runs}/; train one by `python train.py`, or pass ckpt=PATH")
 
 
-def load(ckpt: str | Path | None = None, runs: str = "runs") -> TrainedRun:
+def load(ckpt: str | Path | None = None, runs: str = "runs", plugins: Sequence[str] = ()) -> TrainedRun:
     """Load a trained model to the CPU.
 
     Args:
         ckpt: A checkpoint file, or a run folder, for its best checkpoint or else its last one.
         runs: Without `ckpt`, the folder in which the newest finished run is loaded.
+        plugins: Modules to import first, besides the installed plugins, as the setting `plugins` does.
 
     Raises:
         UserError: If the file is not a complete checkpoint of betavae.
     """
+    load_plugins(plugins)
     path = Path(ckpt).expanduser() if ckpt else latest_run(Path(runs).expanduser())
     path = find_checkpoint(path) or path
     content = read_checkpoint(path)
@@ -135,7 +152,49 @@ def load(ckpt: str | Path | None = None, runs: str = "runs") -> TrainedRun:
     vae = VAE(**settings["model"])
     vae.load_state_dict({key.removeprefix("vae."): value for key, value in content["state_dict"].items()})
     vae = vae.eval().requires_grad_(False)
-    return TrainedRun(vae, path, settings, data, content.get("fingerprints", {}))
+    scaling = Scaling.from_dict(content["scaling"], vae.image_shape[0]) if "scaling" in content else BYTES
+    return TrainedRun(
+        vae, path, settings, data, content.get("fingerprints", {}), scaling, format_caption(path, content)
+    )
+
+
+def load_weights(vae: VAE, ckpt: str, model: Config) -> None:
+    """Load the weights of a trained model into one of the same shapes.
+
+    Args:
+        vae: The model to change.
+        ckpt: A checkpoint file or a run folder.
+        model: The settings of `vae`.
+
+    Raises:
+        UserError: If the file is not a checkpoint, or its weights have other names or shapes.
+    """
+    path = find_checkpoint(Path(ckpt).expanduser()) or Path(ckpt).expanduser()
+    try:
+        content = read_checkpoint(path)
+    except UserError as error:
+        raise UserError(f"init_from{str(error).removeprefix('ckpt')}") from error
+    weights = {key.removeprefix("vae."): value for key, value in content["state_dict"].items()}
+    if {key: value.shape for key, value in weights.items()} != {k: v.shape for k, v in vae.state_dict().items()}:
+        saved = content["hyper_parameters"]["model"]
+        keys = [key for key in {**saved, **model} if saved.get(key) != model.get(key)]
+        theirs, ours = (", ".join(f"{key}={group.get(key)}" for key in keys) for group in (saved, model))
+        raise UserError(f"init_from: the weights of {path} do not fit: its model has {theirs}, and this run's {ours}")
+    vae.load_state_dict(weights)
+
+
+def format_caption(path: Path, content: Checkpoint) -> str:
+    """Format the run of a checkpoint, its epoch and its validation neg. ELBO, as far as they are known."""
+    path = path.resolve()
+    caption = as_text(path.parent.parent.name if path.parent.name == "checkpoints" else path.name)
+    with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
+        caption += f", epoch {content['epoch'] + 1:d}"
+        neg_elbo = content["callbacks"]["LastValidationMetrics"]["metrics"]["neg_elbo"]
+        caption += f", validation neg. ELBO {neg_elbo:.2f} nats"
+        settings, data = content["hyper_parameters"], content["datamodule_hyper_parameters"]
+        if settings["model"]["likelihood"] == "bernoulli" and data["binarize"] == "none":
+            caption += " (surrogate)"
+    return caption
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -169,7 +228,11 @@ def read_checkpoint(path: Path) -> Checkpoint:
         check_group("prior", model.get("prior", {"name": "standard"}))
         check_group("data", data)
         check_weights(content["state_dict"], model, data)
+        if "scaling" in content:
+            Scaling.from_dict(content["scaling"], model["image_shape"][0])
     except Exception as error:
+        if missing := describe_missing(content.get("plugins")):
+            raise UserError(f"ckpt: {path} was {missing} ({first_line(error)})") from error
         raise UserError(f"ckpt: {path} is not a valid checkpoint: {first_line(error)}") from error
     return content
 

@@ -5,6 +5,7 @@ import contextlib
 import errno
 import gc
 import io
+import os
 import re
 import shlex
 import signal
@@ -17,7 +18,7 @@ from typing import Any, TypeVar
 from pydantic import Field
 
 from betavae.errors import RunInterrupted, UserError
-from betavae.runtime import distributed
+from betavae.runtime import distributed, plugins
 from betavae.runtime.settings import NonEmptyStr, PathStr, Seed63, Settings, format_value, validate
 
 # Errors of the machine or its permissions, which the user can fix; any other OSError is a bug of this project.
@@ -27,7 +28,8 @@ USER_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPER
 class ScriptSettings(Settings):
     """Settings of every script. A script subclasses it; a field's title is its line in `--help`."""
 
-    debug: bool = Field(False, title="true: show the traceback of an error")
+    traceback: bool = Field(False, title="true: show the traceback of an error")
+    plugins: list[NonEmptyStr] = Field([], title="modules to import first, such as [mypkg.nets]: see docs/extending.md")
 
 
 class RunsSettings(ScriptSettings):
@@ -76,7 +78,9 @@ def script_command(settings: type[S]) -> Callable[[Callable[[S], None]], Callabl
                     for key, field in settings.model_fields.items():
                         print(f"  {key}={format_value(field.default)}".ljust(28) + f"  {field.title}")
                 else:
-                    task(validate(settings, parse_arguments(sys.argv[1:])))
+                    values = validate(settings, parse_arguments(sys.argv[1:]))
+                    plugins.load_plugins(values.plugins)
+                    task(values)
 
         return command
 
@@ -88,7 +92,8 @@ def parse_arguments(words: list[str]) -> dict[str, Any]:
     for word in words:
         if "=" not in word:
             raise UserError(f"{word} is not an argument: expected key=value (--help lists the keys)")
-    return {key: parse_value(text) for key, _, text in (word.partition("=") for word in words)}
+    pairs = [word.partition("=")[::2] for word in words]
+    return {"ckpt" if key == "ckpt_path" else key: parse_value(text) for key, text in pairs}
 
 
 def parse_value(text: str) -> Any:
@@ -112,12 +117,31 @@ def parse_value(text: str) -> Any:
 
 
 def argument(key: str, value: str | Path) -> str:
-    """Format `key=value` for a shell, quoted where Hydra or a script would not read the value as that text."""
+    """Format `key=value` for a shell."""
+    return shlex.quote(f"{key}={quote_value(value)}")
+
+
+def quote_value(value: str | Path) -> str:
+    """Quote a value where Hydra or a script would not read it as that text."""
     text = f"./{value}" if str(value).startswith("~") else str(value)  # which a shell and Hydra expand
     if not re.fullmatch(r"[A-Za-z0-9_./-]*[A-Za-z_/][A-Za-z0-9_./-]*", text) or parse_value(text) != text:
         escaped = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
         text = '"' + re.sub(r'(\\*)("|\Z)', lambda m: 2 * m[1] + ("\\" + m[2] if m[2] else ""), escaped) + '"'
-    return shlex.quote(f"{key}={text}")
+    return text
+
+
+def run_argument(key: str, path: str | Path) -> str:
+    """Format the path of a run for a shell, and the `plugins=[...]` of this process."""
+    named = ",".join(name for name, package in plugins.LOADED.items() if not package)
+    return argument(key, path) + (f" 'plugins=[{named}]'" if named else "")
+
+
+def adapt_commands(text: str) -> str:
+    """Replace the commands of a clone in a message by those of `betavae`, if that command started this process."""
+    if "BETAVAE_CONSOLE" not in os.environ:
+        return text
+    text = re.sub(r'pip install -e "\.(\[\w+\])"', r'pip install "betavae\1"', text)
+    return re.sub(r"python (?:scripts/)?(\w+)\.py", r"betavae \1", text)
 
 
 def describe_error(error: Exception) -> str | None:
@@ -131,9 +155,9 @@ def describe_error(error: Exception) -> str | None:
 def report_errors(describe: Callable[[Exception], str | None]) -> Iterator[None]:
     """Print an error of the body as one line and exit: with 1, or with 128 plus the number of a signal.
 
-    With the argument `debug=true`, and for errors that `describe` does not know, the traceback is printed.
+    With the argument `traceback=true`, and for errors that `describe` does not know, the traceback is printed.
     """
-    debug = any(re.fullmatch(r"\+{0,2}debug=(true|1|yes|on)", word, re.IGNORECASE) for word in sys.argv[1:])
+    traceback = any(re.fullmatch(r"\+{0,2}traceback=(true|1|yes|on)", word, re.IGNORECASE) for word in sys.argv[1:])
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # a path that is not UTF-8 is printed as it is
     if threading.current_thread() is threading.main_thread():
@@ -147,9 +171,9 @@ def report_errors(describe: Callable[[Exception], str | None]) -> Iterator[None]
             print("stopped before anything was saved", file=sys.stderr)
         sys.exit(code)
     except Exception as error:
-        if debug or not (sentence := describe(error)):
+        if traceback or not (sentence := describe(error)):
             raise
-        print(f"[rank {rank}] error: {sentence}" if rank else f"error: {sentence}", file=sys.stderr)
+        print(f"[rank {rank}] " * bool(rank) + f"error: {adapt_commands(sentence)}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -15,6 +15,7 @@ from betavae.metrics.aggregate_posterior import NEIGHBORS
 from betavae.metrics.disentanglement import compute_scores_with_errors
 from betavae.models.vae import Posterior
 from betavae.runtime.checkpoint import TrainedRun
+from betavae.runtime.cli import adapt_commands
 from betavae.storage.files import STAMP, atomic_path
 
 DISENTANGLEMENT_FILE = "disentanglement.json"  # in a run's folder
@@ -33,7 +34,7 @@ def load_probe_images(run: TrainedRun, labels: Tensor, data_root: str | None) ->
         if len(train) >= NEIGHBORS and len(train.labels.unique()) > 1:
             return train
         reason = f"they need at least {NEIGHBORS} training images of two classes"
-    print(f"label probes skipped: {reason}")
+    print(adapt_commands(f"label probes skipped: {reason}"))
     return None
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import inspect
 import logging
 import os
 import re
@@ -11,20 +12,26 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, OverrideParseException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from betavae.errors import UserError, first_line
 from betavae.runtime import distributed
-from betavae.runtime.cli import argument, describe_error, report_errors
+from betavae.runtime.cli import argument, describe_error, quote_value, report_errors
 from betavae.runtime.settings import flatten, suggest
 
-# Beside the sources; if the package is installed elsewhere, beside the script that runs or its folder.
-CONFIG_ROOTS = (Path(__file__).parents[3], *Path(sys.argv[0]).resolve().parents[:2])
+# Beside the sources; if the package is installed elsewhere, beside the script that runs, its folder or in the package.
+CONFIG_ROOTS = (Path(__file__).parents[3], *Path(sys.argv[0]).resolve().parents[:2], Path(__file__).parents[1])
 CONFIGS = next((root / "configs" for root in CONFIG_ROOTS if (root / "configs/train.yaml").is_file()), Path("configs"))
+# Settings whose value is a path or a name, with any characters.
+PATHS = ("data.root", "data.cache", "resume", "init_from", "runs", "name", "hydra.run.dir", "hydra.sweep.dir")
 LAUNCHER_EXTRAS = {"joblib": "sweep", "submitit": "slurm", "ray": "ray"}  # the optional dependencies of each
 
 
@@ -73,8 +80,14 @@ class RunFolderResolver:
         """Return `resume`, or a new folder `wanted`, made here, with a number behind it if the name is taken."""
         if resume is not None:
             if not Path(resume).is_dir():
-                found = "a file; pass its run folder" if Path(resume).exists() else "not a run folder: no such folder"
-                raise UserError(f"resume: {resume} is {found}")
+                path = Path(resume)
+                if path.is_file() and path.parts[-2:] == ("checkpoints", "last.ckpt"):
+                    return str(path.parent.parent)
+                found = (
+                    f"a file; pass its run folder, which continues from checkpoints/last.ckpt, or start a new run by "
+                    f"{argument('init_from', path)}"
+                )
+                raise UserError(f"resume: {path} is {found if path.exists() else 'not a run folder: no such folder'}")
             return resume
         if (resume, wanted) not in self.resolved:
             self.resolved[resume, wanted] = distributed.broadcast_from_rank_zero(lambda: self.make(Path(wanted)))
@@ -108,6 +121,90 @@ OmegaConf.register_new_resolver("job_name", job_name)
 OmegaConf.register_new_resolver("safe_name", safe_name)
 
 
+def config_folders() -> list[Path]:
+    """List the config folders in search order: the user's `configs/`, if there is one, and the package's."""
+    own = Path("configs").absolute()
+    return [own, CONFIGS] if own.is_dir() and not own.samefile(CONFIGS) else [CONFIGS]
+
+
+class UserConfigs(SearchPathPlugin):
+    """Search the user's folder of configs before the package's."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        for folder in config_folders()[:-1]:
+            search_path.prepend("user", f"file://{folder}", anchor="main")
+
+
+def translate_arguments(words: list[str]) -> list[str]:
+    """Translate the habits of Lightning and Hydra users into arguments that Hydra and the config accept.
+
+    - `-m` may be anywhere.
+    - An argument of Lightning's Trainer and an option of a group need no `+`.
+    - `logger` and `callbacks` may be null, [], false or none; `ckpt_path` is `resume`.
+    - A path needs no quotes beside those of the shell.
+    """
+    multirun = [word for word in words if word in ("-m", "--multirun")]
+    return [*multirun[:1], *(translate_argument(word) for word in words if word not in multirun)]
+
+
+def translate_argument(word: str) -> str:
+    typed, equals, value = word.partition("=")
+    key = typed.lstrip("+")
+    if not equals or key.startswith(("-", "~")):
+        return word
+    if key == "ckpt_path":
+        typed = key = "resume"
+    if any((folder / key).is_dir() for folder in config_folders()):
+        typed = key
+        if key in ("logger", "callbacks") and value.lower() in ("null", "[]", "false"):
+            value = "none"
+        elif value.lower() in ("true", "false"):  # Hydra's error for a boolean does not name the group
+            value = f'"{value}"'
+    elif key.startswith("trainer."):
+        is_known = key.removeprefix("trainer.") in OmegaConf.load(CONFIGS / "trainer" / "default.yaml")
+        typed = key if is_known else f"++{key}" if key.removeprefix("trainer.") in trainer_arguments() else typed
+    elif key in PATHS and needs_quotes(key, value):
+        value = quote_value(value)
+    return f"{typed}={value}"
+
+
+def needs_quotes(key: str, value: str) -> bool:
+    """Return whether Hydra does not read a value as the path or the text that it is."""
+    if not value or value[0] in "'\"" or re.fullmatch(r"[A-Za-z_./][A-Za-z0-9_./-]*", value):
+        return False
+    try:
+        OverridesParser.create().parse_override(f"{key}={value}")
+    except HydraException:
+        return True
+    return os.path.exists(value)
+
+
+def trainer_arguments() -> list[str]:
+    """Return the names of the arguments of Lightning's Trainer, whose import takes seconds."""
+    import lightning as L
+
+    return [name for name in inspect.signature(L.Trainer.__init__).parameters if name != "self"]
+
+
+def drop_optimizer_defaults(cfg: DictConfig) -> None:
+    """If a command names an optimizer's class, delete the defaults that the class does not take from the config."""
+    typed = [item.lstrip("+").partition("=")[0] for item in HydraConfig.get().overrides.task]
+    if "optimizer.name" not in typed:
+        return
+    from betavae.optim import optimizer_class, optimizer_names  # imported here, since torch takes a second
+
+    if (name := cfg.optimizer.name) in optimizer_names():
+        taken = inspect.signature(optimizer_class(name)).parameters
+        with open_dict(cfg):
+            for key in {str(key) for key in cfg.optimizer} - {
+                "name",
+                *(item.removeprefix("optimizer.") for item in typed),
+            }:
+                is_list = OmegaConf.is_list(cfg.optimizer[key])  # the eps of Adafactor is a pair
+                if key not in taken or isinstance(taken[key].default, tuple) != is_list:
+                    del cfg.optimizer[key]
+
+
 class JobOutcome:
     """The state of the only job of this process."""
 
@@ -120,11 +217,13 @@ def hydra_command() -> Iterator[None]:
     """Run a `hydra.main` function in the body, with one-line errors instead of Hydra's own."""
     # A shell leaves the ~ of `key=~/file` as it is, and Hydra does not parse it.
     sys.argv[1:] = [re.sub("^([^=]+=)~(?=/)", lambda m: m[1] + os.path.expanduser("~"), arg) for arg in sys.argv[1:]]
+    sys.argv[1:] = translate_arguments(sys.argv[1:])
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them
     # The Slurm preset is complete, and has the name of the plugin's own preset on purpose.
     warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/submitit_slurm' is validated")
     logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it reports the font cache that it makes
     run_dir.note_named_folders(sys.argv[1:])
+    Plugins.instance().register(UserConfigs)
     with report_errors(lambda error: describe_config_error(error, not JobOutcome.composed, all_keys())):
         yield
         if JobOutcome.error:
@@ -140,8 +239,9 @@ def hydra_job() -> Iterator[None]:
     except Exception as error:
         if is_multirun():
             raise
-        run_dir.remove_empty()
         JobOutcome.error = error
+    if not is_multirun():
+        run_dir.remove_empty()
 
 
 def is_multirun() -> bool:
@@ -179,8 +279,9 @@ def describe_config_error(error: Exception, composing: bool, keys: list[str]) ->
         key, value = match[1].split("=", 1)
         return f"{match[1]} has a comma: pass -m for a sweep, or quote one value twice: {argument(key, value)}"
     if match := re.search(r"(?:In '[^']+': )?Could not find '([^'/]+)/([^']+)'", text):
-        options = sorted(path.stem for path in (CONFIGS / match[1]).glob("*.yaml"))
-        return f"{match[1]}={match[2]} is invalid: expected one of {', '.join(options)}"
+        options = sorted({path.stem for folder in config_folders() for path in (folder / match[1]).glob("*.yaml")})
+        hint = suggest(match[1], ()) if match[1] == "debug" else ""
+        return f"{match[1]}={match[2]} is invalid: expected one of {', '.join(options)}{hint}"
     return first_line(error)
 
 

@@ -10,16 +10,17 @@ from betavae.data.file_listing import index_names
 from betavae.data.image_io import LoadedImages, read_images
 from betavae.data.image_set import ImageSet
 from betavae.data.labels import match_labels
+from betavae.data.loader import binarize_pixels
+from betavae.data.scaling import check_values, dtype_name
 from betavae.errors import UserError
 from betavae.runtime.checkpoint import TrainedRun
 
-BUILTIN_DATASETS = set(DATASETS) - set(USER_DATASETS)
 SPLITS = ("test", "validation", "train")
 
 
 def is_dataset_name(where: str | list[str]) -> bool:
     """Return True for the name of a built-in data set, unless a file or folder has this name."""
-    return isinstance(where, str) and where in BUILTIN_DATASETS and not Path(where).exists()
+    return isinstance(where, str) and where in DATASETS and where not in USER_DATASETS and not Path(where).exists()
 
 
 def resolve_images(run: TrainedRun, where: str | list[str], data_root: str | None = None) -> LoadedImages:
@@ -32,8 +33,8 @@ def resolve_images(run: TrainedRun, where: str | list[str], data_root: str | Non
         data_root: The folder or file of the data set, if it was moved.
 
     Returns:
-        uint8 images of the model's shape, 0 or 255 for a model of binarized images. Labels of images from folders are
-        the names of the folders.
+        Images of the model's shape and stored type, with only two values for a model of binarized images. Labels of
+        images from folders are the names of the folders.
 
     Raises:
         UserError: If there are no such images.
@@ -47,11 +48,13 @@ def resolve_images(run: TrainedRun, where: str | list[str], data_root: str | Non
         found = match_shape(str(where), images, run)
     else:
         settings = {key: run.data[key] for key in ("fit", "background") if key in run.data}
-        found = read_images(where, run.vae.image_shape, **settings)
+        found = read_images(where, run.vae.image_shape, **settings, dtype=run.scaling.stored_dtype)
+        check_values(ImageSet(found.pixels, torch.empty(0)), run.scaling.mode, f"images={where}: its images")
     if run.data.get("binarize", "none") == "none":
         return found
-    pixels = (found.pixels > 127).to(torch.uint8) * 255
-    return found._replace(pixels=pixels, notes=[*found.notes, "binarized: above 127 is 1"])
+    threshold = f"{run.scaling.invert(torch.tensor([0.5])).mean():g}" if not run.scaling.is_bytes else "127"
+    pixels = run.scaling.to_stored(binarize_pixels(found.pixels, "threshold", run.scaling))
+    return found._replace(pixels=pixels, notes=[*found.notes, f"binarized: above {threshold} is 1"])
 
 
 def resolve_labels(run: TrainedRun, where: str | list[str], images: LoadedImages, label: int | str | None) -> Tensor:
@@ -74,8 +77,10 @@ def resolve_labels(run: TrainedRun, where: str | list[str], images: LoadedImages
 def load_own_split(run: TrainedRun, split: str, data_root: str | None) -> LoadedImages:
     images = run.subset(split, data_root)
     labels: list | None = images.labels.tolist()
-    if images.names:  # from a folder, whose labels users know only by name
-        labels = [images.classes[label] for label in images.labels] if images.classes else None
+    if run.data["name"] in USER_DATASETS and images.classes:  # users know these labels only by name
+        labels = [images.classes[label] for label in images.labels]
+    elif images.names:
+        labels = None
     return LoadedImages(images.tensor(), images.names or index_names(len(images)), labels, [])
 
 
@@ -91,4 +96,7 @@ def match_shape(name: str, images: ImageSet, run: TrainedRun) -> LoadedImages:
             f"images={name} is invalid: its images have shape {shape}, and the model expects {run.vae.image_shape}; "
             "pass a folder of images, which are resized"
         )
+    if images.dtype != run.scaling.stored_dtype:
+        types = f"are of type {dtype_name(images.dtype)}, and the model's of {run.scaling.dtype}"
+        raise UserError(f"images={name} is invalid: its images {types}")
     return LoadedImages(images.tensor(), index_names(len(images)), images.labels.tolist(), [])

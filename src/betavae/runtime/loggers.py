@@ -18,7 +18,7 @@ from betavae.runtime.checkpoint import Checkpoint
 from betavae.runtime.remote_loggers import MLflow, WeightsAndBiases
 from betavae.runtime.run_folder import RunFolder, is_own_output
 from betavae.runtime.run_logger import RunLogger
-from betavae.runtime.settings import Config
+from betavae.runtime.settings import Config, check_signature
 from betavae.storage.files import STAMP, atomic_path
 
 if TYPE_CHECKING:
@@ -151,4 +151,5 @@ def make_loggers(settings: dict[str, Config], run: RunFolder, state: Checkpoint 
     for name in settings:
         if name in ("wandb", "mlflow") and importlib.util.find_spec(name) is None:
             raise UserError(f'logger={name} needs the package {name}: pip install -e ".[{name}]"')
+        check_signature(f"logger.{name}", LOGGERS[name], settings[name], run, state)
     return {name: LOGGERS[name](run, state, **values) for name, values in settings.items()}

@@ -1,8 +1,11 @@
 """Exact resume: a run that was stopped at any moment continues as if it had not been stopped."""
 
+import logging
+import math
 import signal
 import sys
 import threading
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +23,15 @@ from betavae.module import VAEModule
 from betavae.runtime.checkpoint import FORMAT, Checkpoint, read_checkpoint, save_checkpoint
 from betavae.runtime.hydra_config import to_plain
 from betavae.runtime.lightning_workarounds import stop_after_this_step
+from betavae.runtime.plugins import LOADED, describe_missing
 from betavae.runtime.run_folder import RunFolder
 from betavae.runtime.run_logger import run_loggers
 from betavae.runtime.settings import Config, check_settings
 from betavae.runtime.yaml_files import read_yaml
 
+log = logging.getLogger(__name__)
 # Settings that may change on resume; all others define the experiment.
-RESUME_OVERRIDABLE = ("trainer.", "callbacks.", "data.root", "data.eval_batch_size", "debug")
+RESUME_OVERRIDABLE = ("trainer.", "callbacks.", "data.root", "data.eval_batch_size", "plugins", "tags", "traceback")
 
 
 class SignalHandler:
@@ -127,8 +132,11 @@ class ExactResume(Callback):
     """Add to each checkpoint what Lightning leaves out: random states, the batch in the epoch, the loggers' offsets."""
 
     def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: Checkpoint) -> None:
-        checkpoint["betavae_format"] = FORMAT
-        checkpoint["fingerprints"] = getattr(getattr(trainer, "datamodule", None), "fingerprints", {})
+        checkpoint |= {"betavae_format": FORMAT, "plugins": dict(LOADED)}
+        datamodule = getattr(trainer, "datamodule", None)
+        checkpoint["fingerprints"] = getattr(datamodule, "fingerprints", {})
+        if scaling := getattr(datamodule, "scaling", None):
+            checkpoint["scaling"] = asdict(scaling)
         # A random state of each process.
         states: Any = trainer.strategy.all_gather(torch.get_rng_state().to(module.device))
         checkpoint["random_state"] = states.view(trainer.world_size, -1).cpu()
@@ -220,7 +228,7 @@ class RunCheckpoint(ModelCheckpoint):
 
 
 class ResumableEarlyStopping(EarlyStopping):
-    """Early stopping that stays stopped after a resume, and accepts a changed patience."""
+    """Early stopping that says so, stays stopped after a resume, and accepts a changed patience."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state | {"patience": self.patience})
@@ -228,6 +236,14 @@ class ResumableEarlyStopping(EarlyStopping):
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if self.wait_count >= max(1, self.patience):
             trainer.should_stop = True
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        early = trainer.should_stop and trainer.current_epoch < (trainer.max_epochs or math.inf)
+        if early and self.wait_count >= max(1, self.patience):
+            log.info(
+                "early stopping: %s has not been below %.2f in the last %d validations",
+                *(self.monitor, self.best_score.item(), self.wait_count),
+            )
 
 
 def load_resumed_config(run: RunFolder, now: DictConfig, overrides: list[str]) -> tuple[Config, Checkpoint | None]:
@@ -249,6 +265,8 @@ def load_resumed_config(run: RunFolder, now: DictConfig, overrides: list[str]) -
         raise UserError(f"resume: {run.path} is not a run folder (it has no config.yaml)")
     if not run.is_run():
         raise UserError(f"resume: {run.path} is not a run folder of betavae")
+    if missing := describe_missing(run.read_metrics().get("plugins")):
+        raise UserError(f"resume: {run.path} was {missing}")
     settings = read_yaml(path)
     try:
         check_settings(settings)
@@ -279,7 +297,7 @@ def check_resume_override(change: Override, settings: Config) -> None:
     if change.is_delete() or not key.startswith(RESUME_OVERRIDABLE) or key == "trainer.steps_per_batch":
         raise UserError(
             f"resume: {change.input_line} cannot change on resume; start a new run for it (trainer.* except "
-            "steps_per_batch, callbacks.*, data.root, data.eval_batch_size and debug can)"
+            "steps_per_batch, callbacks.*, data.root, data.eval_batch_size, plugins, tags and traceback can)"
         )
     if key == "trainer.accumulate_grad_batches" and settings["trainer"]["steps_per_batch"] > 1:
         raise UserError(

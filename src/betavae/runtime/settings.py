@@ -85,6 +85,7 @@ class Model(ExtensibleGroup):
     activation: Annotated[str, RegisteredName("betavae.models.networks", "ACTIVATIONS")]
     conditional: bool
     likelihood: Annotated[str, RegisteredName("betavae.models.likelihoods", "LIKELIHOODS")]
+    scale: Literal["shared", "per_value"] = UNSET
 
 
 class Prior(ExtensibleGroup):
@@ -104,6 +105,7 @@ class Data(ExtensibleGroup):
     batch_size: PositiveInt
     eval_batch_size: PositiveInt
     binarize: Literal["none", "threshold", "dynamic"]
+    scaling: Literal["unit", "minmax", "standardize", "none"] = UNSET  # runs from before it have none
     seed: Seed
 
 
@@ -138,6 +140,8 @@ class LRSchedule(Settings):
 
 
 MinusOne = Annotated[int, Field(ge=-1, le=-1, description="-1")]  # Literal[-1] would also accept -1.0
+PRECISION_ALIASES = {32: "32-true", "32": "32-true", 16: "16-mixed", "16": "16-mixed", "bf16": "bf16-mixed"}
+PRECISION_ALIASES |= {64: "64-true", "64": "64-true"}
 BatchLimit = PositiveFraction | PositiveInt  # a share of the batches, or a number of them
 
 
@@ -154,7 +158,9 @@ class Trainer(ExtensibleGroup):
     devices: PositiveInt | Annotated[list[NonNegativeInt], Field(min_length=1)] | Literal["auto"] | MinusOne
     num_nodes: PositiveInt
     strategy: NonEmptyStr
-    precision: Literal["32-true", "bf16-mixed", "16-mixed", "64-true", "bf16-true", "16-true"]
+    precision: Literal[
+        "32-true", "bf16-mixed", "16-mixed", "64-true", "bf16-true", "16-true", "32", "16", "bf16", "64", 32, 16, 64
+    ]
     matmul_precision: Literal["highest", "high", "medium"]
     compile: bool | Literal["default", "reduce-overhead", "max-autotune"]
     cuda_graph: bool
@@ -172,6 +178,12 @@ class Trainer(ExtensibleGroup):
     deterministic: bool | Literal["warn"]
     detect_anomaly: bool
     enable_progress_bar: bool
+    fast_dev_run: bool | NonNegativeInt = UNSET
+    min_epochs: PositiveInt | None = UNSET
+    min_steps: PositiveInt | None = UNSET
+    profiler: Literal["simple", "advanced", "pytorch"] | None = UNSET
+    benchmark: bool | None = UNSET
+    sync_batchnorm: bool = UNSET
 
 
 class Callbacks(Settings):
@@ -198,8 +210,8 @@ class MLflow(Settings):
     tracking_uri: NonEmptyStr
 
 
-class Loggers(Settings):
-    """Any number of loggers."""
+class Loggers(ExtensibleGroup):
+    """Any number of loggers. Further names are those of plugins in LOGGERS."""
 
     tensorboard: NoSettings = UNSET
     csv: NoSettings = UNSET
@@ -214,7 +226,10 @@ class TrainConfig(Settings):
     name: str | int | Annotated[float, Field(allow_inf_nan=True)]
     runs: NonEmptyStr
     resume: NonEmptyStr | None
-    debug: bool
+    init_from: NonEmptyStr | None
+    plugins: Annotated[list[NonEmptyStr], Field(examples=[["mypkg.nets"]])]
+    tags: Annotated[list[NonEmptyStr], Field(examples=[["paper"]])]
+    traceback: bool
     model: Model
     data: Data
     prior: Prior
@@ -227,11 +242,39 @@ class TrainConfig(Settings):
     logger: Loggers
 
 
+# Arguments of Lightning's Trainer that are not settings, with what to type instead.
+RESERVED_TRAINER_ARGS = {
+    "logger": "pass logger=csv, tensorboard, ..., or none",
+    "callbacks": "pass callbacks.custom.NAME",
+    "plugins": "pass plugins=[MODULE] for code that registers names",
+    "default_root_dir": "pass runs=FOLDER",
+    "enable_checkpointing": "a run always saves the checkpoint that it tests, except with trainer.fast_dev_run=true",
+    "enable_model_summary": "metrics.json has the number of parameters",
+    "num_sanity_val_steps": "a run checks its settings without validation steps; trainer.fast_dev_run=true tries all",
+    "use_distributed_sampler": "each process always gets its part of the images",
+    "reload_dataloaders_every_n_epochs": "the images stay in memory",
+    "barebones": "pass logger=none callbacks=none",
+    "inference_mode": "validation and test always run without gradients",
+    "model_registry": "it belongs to Lightning's cloud",
+    "enable_autolog_hparams": "loggers always get the settings",
+}
+# What to type instead of settings that other templates have.
+HABITS = {
+    "train": "every run trains; evaluate a finished run by `python scripts/evaluate.py ckpt=RUN_FOLDER`",
+    "test": "every run ends with a test, which trainer.limit_test_batches=1 shortens",
+    "ckpt": "resume=RUN_FOLDER continues a run, init_from=CHECKPOINT starts a new one from its weights",
+    "debug": "traceback=true shows the traceback of an error",
+    "task_name": "the name of a run is name=TEXT",
+    "extras": "these settings are not needed",
+}
+
 M = TypeVar("M", bound=BaseModel)
 
 
 def suggest(name: str, names: Iterable[Any], otherwise: str = "") -> str:
-    """Return a hint at the most similar of some names, or `otherwise`."""
+    """Return a hint at what to type instead of a name, or at the most similar of some names, or `otherwise`."""
+    if name in HABITS:
+        return f"; {HABITS[name]}"
     known = [str(n) for n in names]
     close = [n for n in known if n.startswith(name)] or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else otherwise
@@ -351,10 +394,19 @@ def check_signature(group: str, function: Callable[..., Any], settings: Mapping[
 def check_settings(values: Config) -> None:
     """Raise UserError for an invalid setting of a training run, or two that exclude each other."""
     validate(TrainConfig, values)
+    for name in values["logger"].keys() - Loggers.model_fields:
+        if name not in (known := RegisteredName("betavae.runtime.loggers", "LOGGERS").names()):
+            raise UserError(f"logger.{name} is not a logger: expected one of {', '.join(known)}{suggest(name, known)}")
+        if not isinstance(values["logger"][name], dict):
+            raise UserError(f"logger.{name}={format_value(values['logger'][name])} is invalid: expected its settings")
     trainer, objective = values["trainer"], values["objective"]
     clip, algorithm, steps = (
         trainer[key] for key in ("gradient_clip_val", "gradient_clip_algorithm", "steps_per_batch")
     )
+    for key in trainer.keys() & RESERVED_TRAINER_ARGS:
+        raise UserError(f"trainer.{key} is not a setting: betavae sets it ({RESERVED_TRAINER_ARGS[key]})")
+    if values["init_from"] is not None and values["init"] != "default":
+        raise UserError(f"init={values['init']} is invalid with init_from: expected default")
     if clip == 0:
         raise UserError("trainer.gradient_clip_val=0 is invalid: expected a number > 0 or null (no clipping)")
     if clip is None and algorithm != "norm":

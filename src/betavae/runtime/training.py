@@ -24,6 +24,7 @@ from omegaconf import DictConfig
 from betavae.data.datamodule import ImageDataModule
 from betavae.data.loader import BatchLoader
 from betavae.errors import DivergenceError, RunInterrupted, TrialPruned, UserError, first_line
+from betavae.metrics.collapse import describe_collapse
 from betavae.models.precision import set_float32_precision
 from betavae.models.priors import Prior, VampPrior
 from betavae.module import VAEModule
@@ -32,16 +33,17 @@ from betavae.objectives.schedules import BETA_SCHEDULES
 from betavae.runtime import loggers
 from betavae.runtime.builders import build_callbacks, build_data, build_trainer
 from betavae.runtime.callbacks import DISPLAY_NAMES, EpochProgressBar, EpochSummary, ImageLogger, LastValidationMetrics
-from betavae.runtime.checkpoint import Checkpoint
-from betavae.runtime.cli import argument
+from betavae.runtime.checkpoint import Checkpoint, load_weights
+from betavae.runtime.cli import adapt_commands, run_argument
 from betavae.runtime.distributed import ONE_DEVICE_MESSAGE, broadcast_from_rank_zero, rank, started_by_lightning
-from betavae.runtime.hydra_config import is_multirun, to_plain
+from betavae.runtime.hydra_config import drop_optimizer_defaults, is_multirun, to_plain
+from betavae.runtime.plugins import LOADED, load_plugins
 from betavae.runtime.resume import SignalHandler, load_resumed_config
 from betavae.runtime.run_folder import RUN, Record, RunFolder, claim_folder, git_commit
 from betavae.runtime.run_logger import run_loggers
-from betavae.runtime.settings import Config, accepts_text, check_settings, check_signature
+from betavae.runtime.settings import PRECISION_ALIASES, Config, accepts_text, check_settings, check_signature
 from betavae.runtime.terminal_log import close_log, silence_libraries, start_log, warn_on_error
-from betavae.runtime.validation import check_validation, never_validates
+from betavae.runtime.validation import check_likelihood, check_validation, count_batches, never_validates
 from betavae.runtime.yaml_files import write_yaml
 
 log = logging.getLogger(__name__)
@@ -65,15 +67,20 @@ def train(cfg: DictConfig, callbacks: Sequence[Callback] = (), needs_validation:
         UserError: For invalid settings, before anything is written.
     """
     sweep, overrides = is_multirun(), list(HydraConfig.get().overrides.task)
+    drop_optimizer_defaults(cfg)
     folder = RunFolder(os.path.relpath(HydraConfig.get().runtime.output_dir))
     settings, state = to_plain(cfg), None
+    load_plugins(settings["plugins"])
     resume = settings["resume"] is not None
     if resume:
         # A job of a sweep resumes with exactly the settings it has.
         settings, state = load_resumed_config(folder, cfg, [] if sweep else overrides)
         done = folder.read_metrics()
-        if done.get("status") == "finished" and done.get("displayed", True) and len(overrides) == 1:
-            print(f"{folder.path} is finished; train longer by {argument('resume', folder.path)} trainer.max_epochs=N")
+        unchanged = all(item.startswith(("resume=", "plugins=")) for item in overrides)
+        if done.get("status") == "finished" and done.get("displayed", True) and unchanged:
+            print(
+                f"{folder.path} is finished; train longer by {run_argument('resume', folder.path)} trainer.max_epochs=N"
+            )
             return done["test"]["neg_elbo"]
     check_settings(settings)
     if state and settings["trainer"]["max_epochs"] <= state["epoch"]:
@@ -81,19 +88,23 @@ def train(cfg: DictConfig, callbacks: Sequence[Callback] = (), needs_validation:
             f"trainer.max_epochs={settings['trainer']['max_epochs']} is invalid: expected more than the "
             f"{state['epoch']} finished epochs of {folder.path}"
         )
-    with SignalHandler() as signals, claim_run_folder(folder, new=not resume and not sweep, sweep=sweep):
+    fast = bool(settings["trainer"].get("fast_dev_run"))
+    if fast and resume:
+        raise UserError("trainer.fast_dev_run is invalid with resume: it saves nothing; start a new run for it")
+    with SignalHandler() as signals, claim_run_folder(folder, not resume and not sweep, sweep, keep=not fast):
         run = TrainingRun(settings, folder, overrides, state, signals, sweep, callbacks, needs_validation)
         return run.run()
 
 
 @contextlib.contextmanager
-def claim_run_folder(folder: RunFolder, new: bool, sweep: bool) -> Iterator[None]:
+def claim_run_folder(folder: RunFolder, new: bool, sweep: bool, keep: bool) -> Iterator[None]:
     """Lock a run folder for all processes of this run; remove it if the run ends before it began.
 
     Args:
         folder: The run folder.
         new: Whether the folder must not hold a run yet.
         sweep: Whether the run is a job of a sweep, which has claimed the folder.
+        keep: Whether the folder is kept after the run; a job of a sweep always keeps it.
     """
     if sweep or (started_by_lightning() and rank()):  # another process or function has claimed it
         yield
@@ -106,8 +117,8 @@ def claim_run_folder(folder: RunFolder, new: bool, sweep: bool) -> Iterator[None
         # A run that was killed before it wrote its settings has left only the marker.
         if new and not made and (folder.path / "config.yaml").exists():
             raise UserError(
-                f"{folder.path} already holds a run; resume it by {argument('resume', folder.path)}, or pass another "
-                "folder"
+                f"{folder.path} already holds a run; resume it by {run_argument('resume', folder.path)}, or pass "
+                "another folder"
             )
         lock.enter_context(folder.lock())
         return made
@@ -120,10 +131,12 @@ def claim_run_folder(folder: RunFolder, new: bool, sweep: bool) -> Iterator[None
         try:
             yield
         except UserError:
-            if made and not folder.read_metrics():
+            keep = keep and not (made and not folder.read_metrics())
+            raise
+        finally:
+            if not keep:
                 close_log()
                 folder.delete()
-            raise
 
 
 def module_arguments(settings: Config, datamodule: ImageDataModule) -> Config:
@@ -158,7 +171,8 @@ def init_vamp_prior(prior: Prior, datamodule: ImageDataModule) -> None:
         most = f"at most {len(images)}, the training images"
         raise UserError(f"prior.components={components} is invalid: expected {most}")
     chosen = torch.randperm(len(images))[:components]
-    prior.init_from_images(BatchLoader(images, components, binarize=datamodule.binarize).batch(chosen)[0])
+    batches = BatchLoader(images, components, binarize=datamodule.binarize, scaling=datamodule.scaling)
+    prior.init_from_images(batches.batch(chosen)[0])
 
 
 def as_user_error(error: BaseException) -> BaseException:
@@ -212,6 +226,9 @@ class TrainingRun:
         set_float32_precision(settings["trainer"]["matmul_precision"])
         silence_libraries()
         settings = copy.deepcopy(settings)  # a custom class may change its arguments
+        precision = settings["trainer"]["precision"]
+        settings["trainer"]["precision"] = PRECISION_ALIASES.get(precision, precision)
+        self.fast_dev_run = int(settings["trainer"].get("fast_dev_run", 0))
         self.datamodule = build_data(settings["data"])
         splits = self.datamodule.splits
         try:
@@ -222,13 +239,17 @@ class TrainingRun:
             if (described := as_user_error(error)) is error:
                 raise
             raise described from error
+        support = getattr(self.module.vae.likelihood, "support", "real numbers")
+        check_likelihood(settings["model"]["likelihood"], support, self.datamodule.scaling)
         if settings["init"] == "data":
             pixels = splits["train"].pixels.index_select(0, torch.arange(min(len(splits["train"]), 60_000)))
             try:
-                self.module.vae.init_from_mean_image(pixels.float().mean(0) / 255)
+                self.module.vae.init_from_mean_image(self.datamodule.scaling.apply(pixels.float().mean(0)))
             except ValueError as error:
                 raise UserError(str(error)) from error
         init_vamp_prior(self.module.vae.prior, self.datamodule)
+        if settings["init_from"] is not None and not state:
+            load_weights(self.module.vae, settings["init_from"], self.module.hparams["model"])
         self.callbacks = build_callbacks(settings, folder, self.signals, len(splits["validation"]) > 0)
         self.trainer = build_trainer(settings, self.module, self.datamodule, self.callbacks)
         # After the checkpoint callbacks, which Lightning moves to the end: a pruned epoch is saved first.
@@ -283,8 +304,10 @@ class TrainingRun:
             write_yaml(folder.path / "overrides.yaml", list(self.overrides))
         # Also on resume: if the run is stopped again, the next resume keeps what this command changed.
         write_yaml(folder.path / "config.yaml", settings | {"resume": None})
-        named = loggers.make_loggers(settings["logger"], folder, self.state)
+        named = {} if self.fast_dev_run else loggers.make_loggers(settings["logger"], folder, self.state)
         self.trainer.loggers = list(named.values())
+        if self.fast_dev_run:
+            self.trainer.loggers = [DummyLogger()]  # for callbacks that require one
         for logger in named.values():
             logger.log_settings(flatten_hparams(settings))
         device = self.trainer.strategy.root_device
@@ -298,6 +321,10 @@ class TrainingRun:
             "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {device_name}",
             "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
         }
+        if settings["tags"]:
+            self.record["tags"] = settings["tags"]
+        if LOADED:
+            self.record["plugins"] = dict(LOADED)
         if ids := {name: logger.version for name, logger in named.items() if logger.version}:
             self.record["loggers"] = ids
         folder.write_record(self.record)
@@ -314,11 +341,15 @@ class TrainingRun:
         self.fitted = time.perf_counter()
 
     def test(self) -> dict[str, float]:
-        """Return the test metrics of the best checkpoint, or of the last one if nothing was validated."""
+        """Return the test metrics of the best checkpoint, or of the last one if nothing was validated.
+
+        With fast_dev_run, which saves no checkpoint, they are those of the weights in memory.
+        """
         best = self.folder.best.exists() and len(self.datamodule.splits["validation"]) > 0
         best = self.trainer.strategy.broadcast(best)
         self.tested_checkpoint = self.folder.best if best else self.folder.last
-        self.trainer.test(self.module, self.datamodule, ckpt_path=str(self.tested_checkpoint), verbose=False)
+        path = None if self.fast_dev_run else str(self.tested_checkpoint)
+        self.trainer.test(self.module, self.datamodule, ckpt_path=path, verbose=False)
         metrics = {name: value.item() for name, value in self.trainer.callback_metrics.items()}
         test = {name.removeprefix("test/"): value for name, value in metrics.items() if name.startswith("test/")}
         if not all(math.isfinite(value) for value in test.values()):
@@ -329,12 +360,18 @@ class TrainingRun:
 
     def finish(self, scalars: dict[str, float]) -> None:
         """Write the record, then the figures, whose failure does not affect the run."""
-        likelihood, binarize = self.module.vae.likelihood, self.settings["data"]["binarize"]
+        if self.fast_dev_run:
+            self.folder.write_record(self.record | {"status": "finished", "test": scalars, "seconds": 0.0})
+            self.log_test_metrics(scalars)
+            log.info("fast_dev_run: training, validation and test ran without an error, and no file is kept")
+            return
+        vae, binarize = self.module.vae, self.settings["data"]["binarize"]
         record = self.record | {
             "status": "finished",
             "displayed": False,  # a run that is killed before is tested and displayed by a resume
             "checkpoint": str(self.tested_checkpoint.relative_to(self.folder.path)),
             "test": scalars,
+            "test_images": self.count_test_images(),
             "threads": torch.get_num_threads(),
             "seconds": round(self.record["fit_seconds"] + time.perf_counter() - self.fitted, 2),
         }
@@ -342,8 +379,11 @@ class TrainingRun:
             # Lightning has restored the callback from the tested checkpoint.
             validation = self.callback(LastValidationMetrics).metrics
             record["validation"] = {name: round(value, 4) for name, value in validation.items()}
-        if not likelihood.is_discrete(binarize):
-            record["note"] = likelihood.describe(binarize)
+        if not vae.likelihood.is_discrete(binarize):
+            values = self.datamodule.scaling.describe(vae.image_shape)
+            record["note"] = vae.likelihood.describe(binarize, values)
+        if collapse := describe_collapse(scalars["active_units"], vae.latent_dim, scalars["kl"]):
+            record["posterior_collapse"] = collapse
         self.folder.write_record(record)
         self.record = record
         self.log_test_metrics(scalars)
@@ -351,32 +391,42 @@ class TrainingRun:
         for logger in run_loggers(self.trainer):
             with warn_on_error(f"sending test metrics to {type(logger).__name__}"):
                 logger.log_final_metrics(flatten_hparams(self.settings), named)
-        self.callback(ImageLogger).finish(self.trainer, self.module.vae)
+        self.callback(ImageLogger).finish(self.trainer, self.module.vae, self.tested_checkpoint)
         with warn_on_error("writing to metrics.json that the figures are drawn"):
             self.folder.write_record(record | {"displayed": True})
         if not self.sweep:
             log.info("      docs/numbers.md explains these numbers")
             log.info("run   %s", self.folder.path)
             commands = [logger.view_command for logger in run_loggers(self.trainer) if logger.view_command]
-            commands.append(f"python scripts/sample.py {argument('ckpt', self.tested_checkpoint)}")
-            log.info("next  %s", "\n      ".join(commands))
+            commands.append(f"python scripts/sample.py {run_argument('ckpt', self.tested_checkpoint)}")
+            log.info("next  %s", adapt_commands("\n      ".join(commands)))
         self.end_loggers("finished")
 
     def log_test_metrics(self, scalars: dict[str, float]) -> None:
         apart = ("active_units", "neg_elbo", "bits_per_dimension")
         terms = [f"{DISPLAY_NAMES.get(name, name)} {scalars[name]:.2f}" for name in scalars if name not in apart]
+        covered, total = self.count_test_images(), len(self.datamodule.splits["test"])
         log.info(
-            "test  %s  neg. ELBO %.2f nats per image (%d active units, %s, trained in %.0f s)",
+            "test  %s  neg. ELBO %.2f nats per image (%s%d active units, %s, trained in %.0f s)",
             "  ".join(terms),
             scalars["neg_elbo"],
+            f"{covered:,} of {total:,} test images, " if covered < total else "",
             scalars["active_units"],
-            self.tested_checkpoint.name,
+            "no checkpoint" if self.fast_dev_run else self.tested_checkpoint.name,
             self.record["fit_seconds"],
         )
         if "bits_per_dimension" in scalars:
             log.info("      %.4f bits per dimension", scalars["bits_per_dimension"])
         if "note" in self.record:
             log.info("note  %s", self.record["note"])
+        if "posterior_collapse" in self.record:
+            log.info("note  %s", self.record["posterior_collapse"])
+
+    def count_test_images(self) -> int:
+        """Return the number of test images that the test metrics cover."""
+        test, processes = self.datamodule.splits["test"], self.trainer.world_size
+        batches = self.fast_dev_run or count_batches(self.settings, self.datamodule.splits, processes)[0]["test"]
+        return min(len(test), batches * self.settings["data"]["eval_batch_size"] * processes)
 
     def end_loggers(self, status: str) -> None:
         for logger in run_loggers(self.trainer):
@@ -396,7 +446,7 @@ class TrainingRun:
         return RunInterrupted(128 + (received or signal.SIGINT))
 
     def record_failure(self, error: BaseException, stopped: bool) -> None:
-        resume_command = f"  python train.py {argument('resume', self.folder.path)}"
+        resume_command = adapt_commands(f"  python train.py {run_argument('resume', self.folder.path)}")
         if self.record["status"] == "finished":
             log.info("stopped after the test, while figures were drawn; draw them by\n%s", resume_command)
             self.end_loggers("finished")
@@ -428,6 +478,8 @@ class TrainingRun:
 def flatten_hparams(settings: Config) -> Config:
     """Return settings for a table of hyper-parameters, with values of one type per column; null is left out."""
     values: Config = {"seed": settings["seed"], "beta": settings["beta"]}
+    if settings["tags"]:
+        values["tags"] = ", ".join(settings["tags"])
     for group in ("model", "data", "prior", "objective", "beta_schedule", "optimizer", "lr_schedule", "trainer"):
         for key, value in settings[group].items():
             number = isinstance(value, int | float) and not accepts_text(group, key)

@@ -8,6 +8,7 @@ from betavae.runtime.settings import Config, suggest
 
 if TYPE_CHECKING:
     from betavae.data.image_set import ImageSet
+    from betavae.data.scaling import Scaling
     from betavae.module import VAEModule
 
 METRICS = ("loss", "recon", "kl", "neg_elbo", "active_units")  # of every validation; an objective may add terms
@@ -54,6 +55,8 @@ def never_validates(settings: Config, sets: Mapping[str, "ImageSet"] | None, pro
         processes: The number of processes of the run.
     """
     trainer = settings["trainer"]
+    if trainer.get("fast_dev_run"):
+        return "trainer.fast_dev_run saves no checkpoint"
     every, epochs, most = (trainer[key] for key in ("check_val_every_n_epoch", "max_epochs", "max_steps"))
     if every > epochs:
         return f"trainer.check_val_every_n_epoch={every} is above trainer.max_epochs={epochs}"
@@ -75,12 +78,36 @@ def never_validates(settings: Config, sets: Mapping[str, "ImageSet"] | None, pro
 def check_validation(settings: Config, sets: Mapping[str, "ImageSet"], module: "VAEModule", processes: int) -> None:
     """Raise UserError if settings of callbacks need validation metrics that a run will not have."""
     wanted = settings["callbacks"]
+    if settings["trainer"].get("fast_dev_run"):
+        return
     why = never_validates(settings, sets, processes)
     for key, default in DEFAULTS.items():
         if why and wanted[key] != default:
             raise UserError(f"callbacks.{key}={wanted[key]} is invalid: this run never validates ({why})")
     if not why:
         check_names("callbacks.monitor", [wanted["monitor"]], METRICS, settings, lambda: (sets["validation"], module))
+
+
+def check_likelihood(name: str, support: str, scaling: "Scaling") -> None:
+    """Raise UserError if a likelihood is not made for values scaled in this way.
+
+    Args:
+        name: The setting `model.likelihood`.
+        support: As `Likelihood.support`.
+        scaling: The scaling of the training data.
+    """
+    if support == "bytes / 255" and not scaling.is_bytes:
+        found = f"{scaling.dtype} with data.scaling={scaling.mode}"
+        remedy = "data.scaling=unit" if scaling.dtype == "uint8" else "images of type uint8 with data.scaling=unit"
+        needs = "images of 8 bits"
+    elif support == "[0, 1]" and not scaling.is_unit_interval:
+        needs, found, remedy = "values in [0, 1]", f"data.scaling={scaling.mode}", "data.scaling=minmax"
+    else:
+        return
+    raise UserError(
+        f"model.likelihood={name} is invalid: it needs {needs} (found {found}, with stored values from "
+        f"{scaling.low:.6g} to {scaling.high:.6g}); pass {remedy}, or model.likelihood=gaussian or laplace"
+    )
 
 
 def check_names(
@@ -104,12 +131,12 @@ def check_names(
 
 
 def objective_terms(images: "ImageSet", module: "VAEModule") -> list[str]:
-    """Return the names of the terms of a module's objective, from its value for two images."""
+    """Return the names of the terms of a module's objective, from its value for two gray images."""
     import torch
 
     from betavae.runtime.callbacks import evaluating
 
-    x = images.pixels.index_select(0, torch.arange(min(2, len(images)))).float() / 255
+    x = torch.full((min(2, len(images)), *images.pixels.shape[1:]), 0.5)
     noise = torch.zeros(module.k, len(x), module.vae.latent_dim)
     with torch.random.fork_rng(devices=[]), torch.no_grad(), evaluating(module.vae):
         return list(module.objective(module.vae.given(images.labels[: len(x)]), x, noise, module.beta).batch_sums())

@@ -9,6 +9,7 @@ import torch
 
 from betavae import plotting
 from betavae.data.labels import cycle_labels
+from betavae.grids import Grid
 from betavae.runtime import checkpoint
 from betavae.sweeps.results import METRIC_NAMES, SettingGroup, get_sort_key
 
@@ -108,24 +109,21 @@ def plot_scatter(groups: Sequence[SettingGroup], keys: Sequence[str], metric: st
 
 
 @torch.no_grad()
-def plot_samples(groups: Sequence[SettingGroup], seed: int) -> "Figure":
-    """Draw 16 samples of the first finished job of each setting, from the same z if dimensions allow."""
+def draw_samples(groups: Sequence[SettingGroup], seed: int) -> tuple[list[Grid], int]:
+    """Draw 16 samples of the first finished job of each setting, from the same z if dimensions allow.
+
+    Returns:
+        A grid for each setting, and the number of grids in a row.
+    """
     finished = [group for group in groups if group.finished]
-    last_key = list(groups[0].values)[-1:]
-    columns = len(sort_values(groups, last_key[0])) if last_key else 1
-    if len(finished) != len(groups) or columns > 8:
-        columns = min(6, len(finished))
-    rows = -(-len(finished) // columns)
-    titles = [group.label.replace(", ", "\n") for group in finished]
-    lines = max(title.count("\n") + 1 for title in titles)
-    figure = plotting.create_figure(1.6 * columns, (1.6 + 0.12 * lines) * rows)
-    for number, (group, title) in enumerate(zip(finished, titles, strict=True), start=1):
+    drawn = []
+    for group in finished:
         vae = checkpoint.load(str(group.finished[0].folder), "").vae
-        axes = figure.add_subplot(rows, columns, number)
         images = vae.given(cycle_labels(vae.classes, 16)).sample(16, 1.0, torch.Generator().manual_seed(seed))
-        plotting.draw_image(axes, plotting.make_grid(images, 4))
-        axes.set_title(title, fontsize=7)
-    return figure
+        drawn.append(Grid(images, 4, title=group.label.replace(", ", "\n")))
+    axes = [len(sort_values(groups, key)) for key in groups[0].values]
+    is_grid = len(finished) == len(groups) == math.prod(axes)
+    return drawn, axes[-1] if axes and is_grid and axes[-1] <= 8 else min(6, len(drawn))
 
 
 def find_pareto_front(points: Sequence[Sequence[float]]) -> list[int]:

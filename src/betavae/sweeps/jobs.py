@@ -17,9 +17,10 @@ from omegaconf import DictConfig
 
 from betavae.errors import TrialPruned, UserError
 from betavae.runtime import distributed
-from betavae.runtime.cli import argument, gc_paused
+from betavae.runtime.cli import adapt_commands, argument, gc_paused, run_argument
 from betavae.runtime.distributed import ONE_DEVICE_MESSAGE
-from betavae.runtime.hydra_config import to_plain
+from betavae.runtime.hydra_config import drop_optimizer_defaults, to_plain
+from betavae.runtime.plugins import load_plugins
 from betavae.runtime.run_folder import MARKER_FILE, RUN, SWEEP, UNFINISHED, RunFolder, claim_folder
 from betavae.runtime.settings import flatten
 from betavae.runtime.yaml_files import read_yaml, write_yaml
@@ -44,6 +45,7 @@ class SweepCallback(Callback):
 
     def start(self, config: DictConfig) -> None:
         """Claim the folder. Raise UserError for settings that no sweep allows."""
+        load_plugins(to_plain(config.plugins))
         trainer = config.trainer
         if any(word.lstrip("+").startswith("resume=") for word in config.hydra.overrides.task):
             raise UserError("resume is for single runs; resume a sweep by hydra.sweep.dir=ITS_FOLDER")
@@ -60,7 +62,7 @@ class SweepCallback(Callback):
 
 def is_search(hydra_cfg: HydraConf) -> bool:
     """Return whether the sweeper chooses settings by the results of earlier jobs."""
-    return not hydra_cfg.sweeper["_target_"].endswith(".BasicSweeper")
+    return not hydra_cfg.sweeper["_target_"].endswith((".BasicSweeper", ".Paired"))
 
 
 def needs_validation(hydra_cfg: HydraConf) -> bool:
@@ -83,6 +85,7 @@ def run_job(cfg: DictConfig) -> float:
         UserError: If the folder holds other files, or a job with other settings.
     """
     hydra_cfg = HydraConfig.get()
+    drop_optimizer_defaults(cfg)
     run = RunFolder(os.path.relpath(hydra_cfg.runtime.output_dir))
     claim_folder(run.path, RUN, "hydra.sweep.dir")
     with run.lock(wait=True):
@@ -104,7 +107,7 @@ def run_job(cfg: DictConfig) -> float:
         except Exception as error:
             mark_failed(run, error)
             print(f"failed: {error} ({run.path / 'train.log'})")
-            if cfg.debug:
+            if cfg.traceback:
                 traceback.print_exc()
             return math.nan  # for an error, Hydra would skip the remaining batches of jobs
         return read_monitored_metric(run, cfg)
@@ -203,7 +206,7 @@ def print_summary(is_interrupted: bool = False) -> bool:
         again = argument("hydra.sweep.dir", folder)
         print(f"the same command with {again} keeps finished jobs and retries the others")
     print(f"sweep {folder}")
-    print(f"next  python scripts/sweep_report.py {argument('sweep', folder)}", flush=True)
+    print(adapt_commands(f"next  python scripts/sweep_report.py {run_argument('sweep', folder)}"), flush=True)
     if any(next(job.folder.glob("events.out.tfevents.*"), None) for job in jobs):  # other loggers say it for each job
         print(f"      tensorboard --logdir {shlex.quote(str(folder))}", flush=True)
     if SweepCallback.is_search:  # some settings may fail

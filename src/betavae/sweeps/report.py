@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from betavae import plotting
+from betavae.data.file_listing import as_text
 from betavae.errors import UserError
+from betavae.grids import save_grids
 from betavae.metrics.disentanglement import SCORES
 from betavae.runtime import checkpoint, evaluation
 from betavae.runtime.run_folder import REPORT, check_claim, claim_folder, read_json
@@ -157,7 +159,6 @@ def write_report(sweep: Path, out: Path, keys: Sequence[str] | None, metric: str
         drawn = {
             "rate_distortion": figures.plot_rate_distortion(groups),
             metric: plot_metric(groups, keys, metric),
-            "samples": figures.plot_samples(groups, seed),
             "pareto": front,
         }
     claim_folder(out, REPORT, "out")
@@ -166,4 +167,8 @@ def write_report(sweep: Path, out: Path, keys: Sequence[str] | None, metric: str
     files = {f"{name}.png": figure for name, figure in drawn.items() if figure is not None}
     for name, figure in files.items():
         plotting.save_figure(figure, out / name)
-    return ["table.csv", "table.md", *files]
+    if finished:
+        drawn_samples, across = figures.draw_samples(groups, seed)
+        caption = f"samples of the sweep {as_text(sweep.resolve().name)}, from the same z"
+        save_grids(drawn_samples, out / "samples.png", caption, across)
+    return ["table.csv", "table.md", *files, *(["samples.png"] if finished else [])]

@@ -9,7 +9,7 @@ from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, RangeSweep
+from hydra.core.override_parser.types import ChoiceSweep, Override, RangeSweep
 from hydra.errors import HydraException
 
 from betavae.errors import UserError
@@ -20,7 +20,10 @@ from betavae.runtime.yaml_files import read_yaml
 STATUSES = ("finished", "failed", "diverged", "pruned", "interrupted", "running", "missing")
 SEED_KEY = "seed"  # jobs that differ by it only repeat one setting
 # Settings that do not change a result, so jobs that differ by them only are the same.
-IGNORED_KEYS = ("runs", "resume", "debug", "name", "callbacks.figures_every_n_epochs", "trainer.enable_progress_bar")
+IGNORED_KEYS = (
+    *("runs", "resume", "plugins", "tags", "traceback", "name"),
+    *("callbacks.figures_every_n_epochs", "trainer.enable_progress_bar"),
+)
 MAX_PLANNED_VALUES = 1_000_000  # values of all planned jobs of a sweep
 SEARCH_FILE = "search.json"  # in the folder of a search: its objectives
 RECORD_OBJECTIVES = ("seconds", "parameters")  # objectives of a search that are not validation metrics
@@ -119,16 +122,41 @@ def list_planned_jobs(sweep: Path) -> list[dict[str, str]]:
     values: dict[str, list[str]] = {}
     try:
         for item in OverridesParser.create().parse_overrides(list(map(str, overrides))):
-            key, value = item.get_key_element(), item.value()
+            value = item.value()
             if isinstance(value, ChoiceSweep | RangeSweep):
                 value.shuffle = False  # shuffling would list all numbers of a range
-            texts = item.sweep_string_iterator() if item.is_sweep_override() else [item.get_value_element_as_str()]
-            values[key] = [f"{key}={text}" for text in itertools.islice(texts, MAX_PLANNED_VALUES + 1)]
-            if math.prod(map(len, values.values())) * len(values) > MAX_PLANNED_VALUES:
+            values[item.get_key_element()] = list_values(item, MAX_PLANNED_VALUES + 1)
+            axes = make_axes(values, settings.get("hydra.sweeper.crossed"))
+            if math.prod(len(lists[0]) for lists in axes) * len(values) > MAX_PLANNED_VALUES:
                 raise UserError(f"{path} is too large: its jobs have more than {MAX_PLANNED_VALUES:,} settings")
     except (HydraException, RecursionError):  # a glob, which needs the config folder, or a damaged file
         return []
-    return [parse_overrides(job) for job in itertools.product(*values.values())]
+    return [parse_overrides(job) for job in combine_axes(axes)]
+
+
+def list_values(override: Override, limit: int | None = None) -> list[str]:
+    """List the values of an override as `key=value`, at most `limit`."""
+    swept = override.is_sweep_override()
+    texts = override.sweep_string_iterator() if swept else iter([override.get_value_element_as_str()])
+    return [f"{override.get_key_element()}={text}" for text in itertools.islice(texts, limit)]
+
+
+def make_axes(values: dict[str, list[str]], crossed: Sequence[str] | None) -> list[list[list[str]]]:
+    """Arrange the `key=value` of each key as the axes of a grid, each with the lists that vary together.
+
+    Args:
+        values: The `key=value` of each key.
+        crossed: Keys with an axis of their own, while all other lists share one axis; None for a full grid.
+    """
+    paired = {k: v for k, v in values.items() if crossed is not None and len(v) > 1 and k not in crossed}
+    alone = [[texts] for key, texts in values.items() if key not in paired]
+    return [list(paired.values()), *alone] if paired else alone
+
+
+def combine_axes(axes: Sequence[Sequence[Sequence[str]]]) -> list[list[str]]:
+    """List the overrides of each job of a grid."""
+    jobs = itertools.product(*(zip(*lists, strict=True) for lists in axes))
+    return [list(itertools.chain.from_iterable(job)) for job in jobs]
 
 
 def parse_overrides(overrides: Sequence[Any]) -> dict[str, str]:

@@ -27,6 +27,7 @@ from betavae.errors import UserError
 from betavae.models.likelihoods import LIKELIHOODS
 from betavae.models.vae import VAE
 from betavae.objectives import elbo
+from betavae.plotting import make_grid
 from betavae.runtime import checkpoint
 from tests.commands import run
 from tests.conftest import DATA, MODEL, MODULE
@@ -319,7 +320,9 @@ def test_flagged_images_are_above_reconstruction_and_heat_map(blob_detector):
     result = report.score_images(blob_detector, x, "combined", 0.001)
     assert result.flagged.tolist() == [False] * 30 + [True] * 9
     strangest_first = 30 + result.scores["combined"][30:].argsort(descending=True)
-    picture = report.draw_flagged_images(blob_detector, x, result).permute(1, 2, 0).numpy()
+    grid = report.draw_flagged_images(blob_detector, x, result)
+    assert grid.row_labels == ["image", "reconstruction", "heat map"] * 2
+    picture = make_grid(grid.images, grid.columns).permute(1, 2, 0).numpy()
     assert picture.shape == (6 * 30 + 2, 8 * 30 + 2, 3)
     for place, index in enumerate(strangest_first.tolist()):
         image = x[index : index + 1].float() / 255
@@ -331,7 +334,7 @@ def test_flagged_images_are_above_reconstruction_and_heat_map(blob_detector):
             top, left = (place // 8 * 3 + row) * 30 + 2, place % 8 * 30 + 2
             np.testing.assert_allclose(picture[top : top + 28, left : left + 28], tile, atol=1e-4)
     none = result._replace(flagged=torch.zeros(39, dtype=torch.bool))
-    shown = report.draw_flagged_images(blob_detector, x, none).permute(1, 2, 0).numpy()
+    shown = make_grid(report.draw_flagged_images(blob_detector, x, none).images, 8).permute(1, 2, 0).numpy()
     np.testing.assert_allclose(shown, picture[:92])
 
 

@@ -33,18 +33,11 @@ print(*sorted(name for name in sys.modules if name.startswith("betavae.applicati
 """
 
 
-def copy_without(application: str, folder: Path) -> None:
-    """Copy the sources without an application and its scripts."""
-    ignored = shutil.ignore_patterns("__pycache__", "mnist_files")
-    for name in ("src", "scripts"):
-        shutil.copytree(REPO / name, folder / name, ignore=ignored)
-    path = folder / "src" / "betavae" / "applications" / application
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.with_suffix(".py").unlink()
-    for script in APPLICATIONS[application]:
-        (folder / "scripts" / f"{script}.py").unlink()
+def parts(application: str) -> list[str]:
+    """List the paths of an application and its scripts."""
+    path = f"src/betavae/applications/{application}"
+    scripts = [f"scripts/{script}.py" for script in APPLICATIONS[application]]
+    return [path if (REPO / path).is_dir() else f"{path}.py", *scripts]
 
 
 def test_every_application_is_listed():
@@ -53,23 +46,38 @@ def test_every_application_is_listed():
     assert names == {*APPLICATIONS, "__init__", "trained_run"}
 
 
+@pytest.fixture(scope="module")
+def imports() -> dict[str, set[str]]:
+    """The imports of each file."""
+    paths = [path for name in ("src", "scripts") for path in (REPO / name).rglob("*.py")]
+    return {str(path.relative_to(REPO)): find_imports(path) for path in paths}
+
+
 @pytest.mark.parametrize("application", APPLICATIONS)
-def test_no_other_file_imports_an_application(application, tmp_path):
-    copy_without(application, tmp_path)
+def test_no_other_file_imports_an_application(application, imports):
     module = f"betavae.applications.{application}"
-    importers = {
-        str(path.relative_to(tmp_path))
-        for path in tmp_path.rglob("*.py")
-        if any(name == module or name.startswith(f"{module}.") for name in find_imports(path))
-    }
-    assert importers == {file for file, optional in OPTIONAL_IMPORTS if optional == application}
+    importers = {file for file, names in imports.items() if any(f"{name}.".startswith(f"{module}.") for name in names)}
+    others = {file for file in importers if not file.startswith(tuple(parts(application)))}
+    assert others == {file for file, optional in OPTIONAL_IMPORTS if optional == application}
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory) -> Path:
+    """A copy of the sources, whose compiled files are kept from test to test."""
+    folder = tmp_path_factory.mktemp("sources")
+    for name in ("src", "scripts"):
+        shutil.copytree(REPO / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "mnist_files"))
+    (folder / "import_all.py").write_text(IMPORT_ALL)
+    return folder
 
 
 @pytest.mark.parametrize("application", APPLICATIONS)
-def test_everything_else_imports_without_an_application(application, tmp_path):
-    copy_without(application, tmp_path)
-    (tmp_path / "import_all.py").write_text(IMPORT_ALL)
-    imported = run(cwd=tmp_path, script="import_all.py", sources=tmp_path).split()
+def test_everything_else_imports_without_an_application(application, sources, tmp_path):
+    for number, part in enumerate(parts(application)):
+        (sources / part).rename(tmp_path / str(number))
+    imported = run(cwd=sources, script="import_all.py", sources=sources).split()
+    for number, part in enumerate(parts(application)):
+        (tmp_path / str(number)).rename(sources / part)
     names = {name.split(".")[2] for name in imported}
     assert names == {*APPLICATIONS, "trained_run"} - {application}
 

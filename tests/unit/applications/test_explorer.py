@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 
 from betavae.errors import UserError
+from betavae.metrics.embedding import compute_tsne
 from betavae.models.vae import VAE
 from betavae.runtime import checkpoint
 from tests.conftest import DATA, MODEL, MODULE, REPO
@@ -115,6 +116,15 @@ def test_largest_map_has_the_dimensions_of_largest_kl(explorer):
     torch.testing.assert_close(run.kl, kl, rtol=1e-4, atol=1e-4)
     largest = kl.topk(2).indices
     torch.testing.assert_close(queries.compute_map(run, "largest").points, posterior.mean[:, largest])
+
+
+def test_tsne_map_has_the_first_images_and_no_plane(explorer, client, monkeypatch):
+    pytest.importorskip("sklearn")
+    monkeypatch.setattr(queries, "MAX_TSNE_IMAGES", 50)
+    response = client.get("/api/map?run=1&axes=tsne").json()
+    wanted = compute_tsne(explorer.models[1].means[:50])
+    assert response.keys() == {"points"} and wanted.shape == (50, 2)
+    assert response["points"] == [pytest.approx(point, abs=1e-3) for point in wanted.tolist()]
 
 
 def test_one_latent_dimension_has_a_map(data_root):
@@ -259,7 +269,7 @@ def test_invalid_bodies_are_rejected(client, url, content, words):
 
 def test_invalid_requests_are_rejected(client):
     assert client.get("/api/map?run=2").status_code == 400
-    assert client.get("/api/map?axes=tsne").status_code == 400
+    assert client.get("/api/map?axes=umap").status_code == 400
     assert client.get("/api/decode").status_code == 405
     assert client.post("/api/decode", content=Z % 0, headers={"content-type": "text/plain"}).status_code == 415
     large = b" " * (server.MAX_JSON_BYTES + 1)
@@ -387,7 +397,7 @@ def test_invalid_uploads_are_rejected(client):
         b"": "not a PNG",
         b"GIF89a but no more": "is not readable",
         b"<svg xmlns='http://www.w3.org/2000/svg'/>": "not a PNG",
-        b"P5 1 1 255\n0": "not a PNG",  # Pillow reads more formats, some by other programs.
+        b"%!PS-Adobe-3.0 EPSF-3.0\n": "not a PNG",  # Pillow reads more formats, some by other programs.
         whole[:-100]: "is not readable",
     }.items():
         answer = upload(client, content)

@@ -93,6 +93,7 @@ def check_no_paths(folder):
             assert str(place).encode() not in path.read_bytes(), f"{path.name} names {place}"
 
 
+@pytest.mark.slow
 def test_onnx_files_name_no_local_paths(exported):
     check_no_paths(exported[1])
 
@@ -235,6 +236,7 @@ def test_killed_export_leaves_no_folder(ckpt, tmp_path):
     assert (out / "model.json").exists()
 
 
+@pytest.mark.slow
 def test_code_of_the_docs_runs_without_torch(exported):
     _, folder, _ = exported
     code = re.search(r"```python\n(import json.*?)```", (REPO / "docs" / "export.md").read_text(), re.DOTALL)[1]

@@ -45,6 +45,16 @@ def test_saved_latents_are_loaded_unchanged(vae, pixels, tmp_path, suffix, label
         load_latents(path, 3)
 
 
+def test_a_saved_tsne_is_beside_the_latents(vae, pixels, tmp_path):
+    latents = encode_images(vae, pixels)._replace(tsne=torch.tensor([[1.0, 2], [3, 4], [5, 6.5]]))
+    save_latents(latents, NAMES, None, tmp_path / "a.npz")
+    save_latents(latents, NAMES, None, tmp_path / "a.csv")
+    assert np.load(tmp_path / "a.npz")["tsne"].tolist() == [[1, 2], [3, 4], [5, 6.5]]
+    rows = [line.split(",") for line in (tmp_path / "a.csv").read_text().splitlines()]
+    assert rows[0][-3:-1] == ["tsne_0", "tsne_1"] and rows[3][-3:-1] == ["5.0", "6.5"]
+    assert all(torch.equal(load_latents(tmp_path / name, 2)[1], latents.mean) for name in ("a.npz", "a.csv"))
+
+
 def test_npy_has_latents_named_by_number(tmp_path):
     np.save(tmp_path / "z.npy", np.eye(2))
     names, z, labels = load_latents(tmp_path / "z.npy", 2)

@@ -7,6 +7,8 @@ import torch
 
 from betavae.applications import sampling
 from betavae.applications.sampling import SAMPLERS, Mixture, PriorSampler, load_or_fit_sampler, sample_posterior
+from betavae.data.image_set import ImageSet
+from betavae.data.scaling import Scaling
 from betavae.errors import UserError
 from betavae.models.priors import Mixture as MixturePrior
 from betavae.models.priors import StandardNormal
@@ -96,10 +98,14 @@ class FakeRun(SimpleNamespace):
     """A run with the given training images, which counts how often they are loaded."""
 
     loads = 0
+    scaling = Scaling.unit("float32")
 
     def images(self, split, root, max_images):
+        return self.subset(split, root, max_images).pixels, self.labels
+
+    def subset(self, split, root, max_images):
         self.loads += 1
-        return self.x, self.labels
+        return ImageSet(self.x, self.labels, self.classes)
 
 
 @pytest.fixture
@@ -108,7 +114,13 @@ def run(vae, tmp_path):
     path.write_bytes(b"weights")
     x, labels = torch.rand(60, 1, 28, 28), torch.arange(60) % 3
     x[labels == 1] *= 0.1
-    return FakeRun(vae=vae, path=path, folder=tmp_path, x=x, labels=labels)
+    return FakeRun(vae=vae, path=path, folder=tmp_path, x=x, labels=labels, classes=None)
+
+
+def test_a_class_is_chosen_by_its_name(run):
+    run.classes = ["3", "8", "cat"]
+    named, number = (load_or_fit_sampler("gaussian", run, label=label) for label in (8, 1))
+    assert torch.equal(named.means, number.means)
 
 
 def test_sampler_is_fitted_once_per_checkpoint_and_label(run):

@@ -1,4 +1,3 @@
-import re
 import zipfile
 
 import numpy as np
@@ -43,24 +42,37 @@ def test_all_layouts_are_read_as_nchw(tmp_path, array, expected, suffix):
     [
         (np.arange(3)[:, None], [0, 1, 2]),
         (np.array([True, False, True]), [1, 0, 1]),
-        (np.array([9, 2**40, -1]), [9, 2**40, -1]),
+        (np.array([1, 2, 0], np.uint8), [1, 2, 0]),
         (np.arange(6).reshape(3, 2), [[0, 1], [2, 3], [4, 5]]),
     ],
 )
 def test_labels_are_integers_or_factors(tmp_path, labels, expected):
     file = ArrayFile(save(tmp_path / "a.npz", {"images": GRAY[:3], "labels": labels}))
-    found = file.read_labels("labels", 3)
-    assert found.dtype == torch.int64 and found.tolist() == expected
-    assert file.read_labels("y_train", 3).tolist() == [0, 0, 0]
+    found, classes = file.read_labels("labels", 3)
+    assert classes is None and found.dtype == torch.int64 and found.tolist() == expected
+    assert file.read_labels("y_train", 3)[0].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("labels", "numbers", "classes"),
+    [
+        (np.array([9, 2**40, -1]), [1, 2, 0], ["-1", "9", str(2**40)]),
+        (np.array([3, 8, 3]), [0, 1, 0], ["3", "8"]),
+        (np.array([[2**64 - 1], [5], [5]], np.uint64), [1, 0, 0], ["5", str(2**64 - 1)]),
+        (np.array(["img10", "img9", "Katze"]), [1, 0, 2], ["img9", "img10", "Katze"]),
+        (np.array([b"cat", b"dog", b"cat"]), [0, 1, 0], ["cat", "dog"]),
+    ],
+)
+def test_other_labels_are_numbered_and_named(tmp_path, labels, numbers, classes):
+    file = ArrayFile(save(tmp_path / "a.npz", {"images": GRAY[:3], "labels": labels}))
+    found, names = file.read_labels("labels", 3)
+    assert found.dtype == torch.int64 and found.tolist() == numbers and names == classes
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.npy", GRAY / 255, r"floats in \[0, 1\].*\(images \* 255\)\.round\(\).*astype\('uint8'\)"),
-        ("a.npy", GRAY.astype(np.int64), r"int64.*\(images\)\.round\(\)"),
-        ("a.npy", GRAY * np.uint16(257), r"uint16.*\(images / 257\)\.round\(\)"),
-        ("a.npy", GRAY > 9, r"bool.*\* 255"),
+        ("a.npy", GRAY + 0j, r"images is of type complex128: expected one of bool, uint8, uint16, float16"),
         ("a.npy", GRAY[0], r"images has shape \(5, 7\): expected \(N, H, W\)"),
         ("a.npy", np.zeros((9, 8, 8, 4), np.uint8), r"\(9, 8, 8, 4\).*C 1 or 3"),
         ("a.npy", np.zeros((0, 8, 8), np.uint8), r"\(0, 1, 8, 8\)"),
@@ -68,9 +80,13 @@ def test_labels_are_integers_or_factors(tmp_path, labels, expected):
         ("a.npz", {"a": GRAY, "b": GRAY}, "holds a, b: expected one array of images"),
         ("a.npz", {}, "holds no arrays"),
         ("a.npz", {"images": np.array([{}])}, "images is not a plain array"),
-        ("a.npz", {"images": GRAY, "labels": np.arange(3)}, r"labels is int64 \(3,\): expected integers, \(40,\)"),
+        (
+            "a.npz",
+            {"images": GRAY, "labels": np.arange(3)},
+            r"labels is int64 \(3,\): expected integers or text",
+        ),
         ("a.npz", {"images": GRAY, "labels": np.arange(40) / 2}, "float64 .*: expected integers"),
-        ("a.npz", {"images": GRAY, "labels": np.array(["cat"] * 40)}, "expected integers"),
+        ("a.npz", {"images": GRAY, "labels": np.array([["cat"] * 2] * 40)}, "expected integers"),
     ],
 )
 def test_other_arrays_are_rejected_with_a_reason(tmp_path, name, content, message):
@@ -78,14 +94,6 @@ def test_other_arrays_are_rejected_with_a_reason(tmp_path, name, content, messag
     with pytest.raises(UserError, match=rf"{name}.*{message}"):
         file = ArrayFile(path)
         file.read_labels("labels", len(file.read_pixels()))
-
-
-def test_the_conversion_in_the_error_message_is_right(tmp_path):
-    with pytest.raises(UserError) as error:
-        ArrayFile(save(tmp_path / "a.npy", GRAY / 255)).read_pixels()
-    converted = {}
-    exec(re.search("`(.*)`", str(error.value))[1], {"images": GRAY / 255}, converted)
-    assert np.array_equal(converted["pixels"], GRAY) and converted["pixels"].dtype == np.uint8
 
 
 @pytest.mark.parametrize("length", [0, 40, 500])

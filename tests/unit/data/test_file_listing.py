@@ -1,6 +1,13 @@
 import pytest
 
-from betavae.data.file_listing import as_text, index_names, list_image_files, png_filenames, split_folders
+from betavae.data.file_listing import (
+    as_text,
+    describe_others,
+    index_names,
+    list_image_files,
+    png_filenames,
+    split_folders,
+)
 from betavae.errors import UserError
 
 
@@ -22,16 +29,21 @@ def test_links_are_followed_and_no_file_is_listed_twice(tmp_path):
         "lost.png": outside / "nothing",
     }.items():
         (root / name).symlink_to(target)
-    found = list_image_files(root)
+    found, _ = list_image_files(root)
     assert [file.name for file in found] == ["b/real.png", "blob.png", "far9/far.png", "lost.png"]
     assert [file.size for file in found] == [1, 1, 1, 0]
 
 
 def test_only_visible_image_files_are_listed(tmp_path):
-    for name in ("a.PNG", "notes.txt", ".hidden.png", "._a.png", ".git/b.png", "c/d.JPeG"):
+    for name in ("a.PNG", "notes.txt", "c/more.TXT", "LICENSE", ".hidden.png", "._a.png", ".git/b.png", "c/d.JPeG"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
-    assert [file.name for file in list_image_files(tmp_path)] == ["a.PNG", "c/d.JPeG"]
+    (tmp_path / "link.csv").symlink_to(tmp_path / "notes.txt")
+    found, others = list_image_files(tmp_path)
+    assert [file.name for file in found] == ["a.PNG", "c/d.JPeG"]
+    assert others == {".txt": 2, "": 1, ".csv": 1}
+    text = "4 files were skipped for their suffix: 2 .txt, 1 without a suffix, 1 .csv"
+    assert sorted(describe_others(others)) == sorted(text)
 
 
 def test_no_two_images_become_one_file():

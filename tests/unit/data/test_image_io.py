@@ -113,7 +113,7 @@ def test_16_bit_tiffs_of_both_byte_orders_are_read(tmp_path):
         assert torch.equal(pixels, chw((color >> 8).astype(np.uint8)))
 
 
-# The transformation of each orientation in the EXIF standard.
+# The transformation of each orientation in the EXIF standard, and of a number that it does not have.
 TURNS = {
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
@@ -123,6 +123,7 @@ TURNS = {
     6: lambda a: np.rot90(a, -1),
     7: lambda a: np.rot90(a, 2).swapaxes(0, 1),
     8: lambda a: np.rot90(a),
+    9: lambda a: a,
 }
 
 
@@ -138,7 +139,7 @@ def test_exif_orientation_is_applied(tmp_path, suffix, orientation):
     pixels, notes = read_image(path, (3, *expected.shape[:2]))
     difference = (pixels.int() - chw(expected).int()).abs().float().mean()
     assert difference < 2 if suffix == "jpg" else difference == 0
-    assert notes == (["rotated by its EXIF orientation"] if orientation > 1 else [])
+    assert notes == (["rotated by its EXIF orientation"] if 1 < orientation < 9 else [])
 
 
 def test_alpha_is_composited_before_resizing(tmp_path):
@@ -218,7 +219,7 @@ def test_unreadable_images_have_a_reason(tmp_path, monkeypatch):
             read_image(tmp_path / name, (3, 8, 8))
         reasons[name] = str(error.value)
     assert "truncated" in reasons["cut.jpg"] and reasons["text.png"] == reasons["page.tif"] == (
-        "not a PNG, JPEG, WebP, BMP, GIF or TIFF"
+        "not a PNG, JPEG, WEBP, BMP, GIF, TIFF, PPM, JPEG2000, AVIF"
     )
     os.mkfifo(tmp_path / "pipe.png")  # reading it would block
     (tmp_path / "link.png").symlink_to("/dev/zero")
@@ -267,7 +268,7 @@ def test_a_folder_is_read_in_natural_order_with_labels(folder):
     assert images.names == ["a/deep/er/1.png", "a/grün 猫.png", "b/9.PNG", "b/10.png"]
     assert images.labels == ["a", "a", "b", "b"]
     assert torch.equal(images.pixels, chw(COLOR[:, 1:7]).expand(4, 3, 6, 6))
-    reason = "not a PNG, JPEG, WebP, BMP, GIF or TIFF"
+    reason = "not a PNG, JPEG, WEBP, BMP, GIF, TIFF, PPM, JPEG2000, AVIF"
     assert images.notes == ["4 of 4 images: center-cropped", f"1 could not be read: b/11.png ({reason})"]
     assert images.skipped == [("b/11.png", reason)]
 

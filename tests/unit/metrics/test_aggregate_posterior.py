@@ -5,6 +5,7 @@ import torch
 from torch import distributions as D
 
 from betavae.metrics.aggregate_posterior import decompose_kl, encode_means, probe_accuracy
+from betavae.models.priors import StandardNormal
 from betavae.models.vae import VAE, Posterior
 from tests.conftest import MODEL
 
@@ -27,7 +28,7 @@ def test_kl_parts_match_a_known_aggregate_posterior():
     torch.manual_seed(1)  # `decompose_kl` draws z with seed 0
     mean = torch.randn(n, d).double() * torch.tensor([1.2, 0.3]) + torch.tensor([0.5, 0.0])
     logvar = torch.tensor([0.2, 0.5]).double().log().expand(n, d)
-    result = decompose_kl(Posterior(mean, logvar))
+    result = decompose_kl(Posterior(mean, logvar), StandardNormal(d).double())
     # The aggregate posterior is close to normal, with these variances.
     variance = torch.tensor([1.2**2 + 0.2, 0.3**2 + 0.5])
     wanted = 0.5 * (variance - 1 - variance.log()).sum() + 0.5 * 0.5**2
@@ -40,5 +41,7 @@ def test_kl_parts_match_a_known_aggregate_posterior():
     information = 0.5 * (1 + torch.tensor([1.2**2 / 0.2, 0.3**2 / 0.5])).log().sum()
     assert result["mutual_information"] == pytest.approx(information.item(), abs=0.06)
     # Posteriors that do not overlap identify the image.
-    apart = decompose_kl(Posterior(1000 * torch.randn(50, d).double(), torch.zeros(50, d).double()))
+    apart = decompose_kl(
+        Posterior(1000 * torch.randn(50, d).double(), torch.zeros(50, d).double()), StandardNormal(d).double()
+    )
     assert apart["mutual_information"] == pytest.approx(math.log(50), abs=1e-6)

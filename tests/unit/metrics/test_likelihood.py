@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch import distributions as D
 
+from betavae.metrics import likelihood as bounds
 from betavae.metrics.likelihood import (
     RNG_GROUP,
     PerImageBounds,
     count_decode_floats,
+    evaluate_resumable,
     importance_bounds,
     standard_error,
     summarize,
@@ -74,7 +76,7 @@ def test_bounds_tighten_to_the_exact_likelihood(linear):
     expected = 0.5 * torch.logdet(
         2 * math.pi * math.e * D.MultivariateNormal(torch.zeros(12).double(), covariance(vae)).covariance_matrix
     )
-    nll = summarize(result, KS)["nll_1000"]
+    nll = summarize(vae, result, KS)["nll_1000"]
     assert abs(nll["mean"] - expected) < 4 * nll["se"] and 0.05 < nll["se"] < 0.3
 
 
@@ -140,3 +142,20 @@ def test_bounds_do_not_depend_on_chunks_or_other_images():
 def test_decode_floats_count_every_layer_output():
     """Count 400 numbers before and after the activation, the logits, unflattened, and four more of them."""
     assert count_decode_floats(VAE(**MODEL)) == 4 * 784 + 400 + 400 + 784 + 784
+
+
+def test_the_first_group_is_saved_and_not_computed_again(tmp_path, monkeypatch, capsys):
+    vae, x = VAE(**MODEL).requires_grad_(False), torch.rand(2 * RNG_GROUP, 1, 28, 28)
+    arguments = (vae, x, [1, 5], 0, 500, tmp_path / "partial", {"k": [1, 5]})
+
+    def stop_after_one(*args, **kwargs):
+        yield next(importance_bounds(*args, **kwargs))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(bounds, "importance_bounds", stop_after_one)
+        evaluate_resumable(*arguments)
+    resumed = evaluate_resumable(*arguments)
+    assert f"resuming after the {RNG_GROUP} images" in capsys.readouterr().out
+    for one, two in zip(resumed, compute_bounds(vae, x, [1, 5]), strict=True):
+        assert torch.equal(one, two)

@@ -1,11 +1,12 @@
 import json
+import math
 
 import numpy as np
 import pytest
 import torch
 from torch import distributions as D
 
-from betavae.models.likelihoods import LIKELIHOODS, Bernoulli, ContinuousBernoulli, Gaussian
+from betavae.models.likelihoods import LIKELIHOODS, MIN_LOG_SCALE, Bernoulli, ContinuousBernoulli, Gaussian, Laplace
 from tests.commands import TINY, run
 
 SHAPE = (3, 4, 1, 5, 5)  # 3 posterior samples of 4 images
@@ -13,12 +14,14 @@ SHAPE = (3, 4, 1, 5, 5)  # 3 posterior samples of 4 images
 
 def reference(likelihood, params):
     if isinstance(likelihood, Gaussian):
-        return D.Normal(params, likelihood.log_scale.exp().to(params))
+        return (D.Laplace if isinstance(likelihood, Laplace) else D.Normal)(
+            params, likelihood.log_scale.exp().to(params)
+        )
     cls = D.ContinuousBernoulli if isinstance(likelihood, ContinuousBernoulli) else D.Bernoulli
     return cls(logits=params, validate_args=False)
 
 
-@pytest.mark.parametrize("likelihood", [Bernoulli(), ContinuousBernoulli(), Gaussian()])
+@pytest.mark.parametrize("likelihood", [Bernoulli(), ContinuousBernoulli(), Gaussian(), Laplace()])
 def test_log_prob_and_gradient_equal_torch_distributions(likelihood):
     if isinstance(likelihood, Gaussian):
         likelihood.log_scale.data.fill_(-0.7)
@@ -31,6 +34,40 @@ def test_log_prob_and_gradient_equal_torch_distributions(likelihood):
     mine, other = (torch.autograd.grad(value.sum(), params)[0] for value in (ours, theirs))
     torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(likelihood.mean(params), reference(likelihood, params).mean, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("likelihood", "distribution"), [(Gaussian, D.Normal), (Laplace, D.Laplace)])
+def test_a_scale_per_value_equals_torch_distributions(likelihood, distribution):
+    made = likelihood("per_value")
+    assert made.params_per_channel == 2 and not list(made.parameters())
+    x = torch.randn(4, 3, 5, 5, dtype=torch.float64)
+    params = (2 * torch.randn(2, 4, 6, 5, 5, dtype=torch.float64)).requires_grad_()
+    location, raw = params[:, :, :3], params[:, :, 3:]  # all locations before all log-scales
+    scale = (MIN_LOG_SCALE + torch.nn.functional.softplus(raw - MIN_LOG_SCALE)).exp()
+    expected = distribution(location, scale).log_prob(x).sum((-3, -2, -1))
+    found = made.log_prob(x, params)
+    torch.testing.assert_close(found, expected)
+    mine, other = (torch.autograd.grad(value.sum(), params)[0] for value in (found, expected))
+    torch.testing.assert_close(mine, other)
+    assert torch.equal(made.mean(params), location)
+    start = made.params_from_mean(x)
+    torch.testing.assert_close(
+        made.log_prob(x, start), distribution(x, 1.0).log_prob(x).sum((1, 2, 3)), rtol=5e-3, atol=0
+    )
+    draw = made.sample(start.detach()[:1].expand(2000, -1, -1, -1), torch.Generator().manual_seed(0))
+    torch.testing.assert_close(draw.mean(0), x[0], rtol=0, atol=0.2)
+    torch.testing.assert_close(draw.std(0), distribution(0, torch.ones(3, 5, 5).double()).stddev, rtol=0.15, atol=0)
+
+
+@pytest.mark.parametrize("likelihood", [Gaussian("per_value"), Laplace("per_value")])
+def test_the_density_of_a_constant_value_is_bounded(likelihood):
+    """A decoder that is certain of a constant column gains at most the bound, and can leave it."""
+    params = torch.tensor([0.0, -1e4]).view(1, 2, 1, 1).requires_grad_()
+    value = likelihood.log_prob(torch.zeros(1, 1, 1, 1), params)
+    assert value.item() == pytest.approx(-MIN_LOG_SCALE - math.log(2 * math.pi) / 2, abs=0.3)
+    params = torch.tensor([0.1, MIN_LOG_SCALE]).view(1, 2, 1, 1).requires_grad_()
+    likelihood.log_prob(torch.zeros(1, 1, 1, 1), params).sum().backward()
+    assert params.grad[0, 1].item() > 1
 
 
 def test_continuous_bernoulli_series_near_zero_is_exact():
@@ -53,7 +90,7 @@ def test_surrogates_are_noted_in_record_table_and_log(tmp_path):
     data = ["data=arrays", "data.root=x.npy", "data.validation_size=9", "data.test_size=9", "data.batch_size=9"]
     sweep = [f"model.likelihood={','.join(names)}", "hydra.sweep.dir=sweep", "trainer.max_epochs=1"]
     text = run("-m", *TINY, *data, *sweep, cwd=tmp_path)
-    notes = [LIKELIHOODS[name]().describe("none") for name in names[:2]]
+    notes = [LIKELIHOODS[name]().describe("none", "pixels in [0, 1]") for name in names[:2]]
     assert "may be above 0" in notes[1] and "surrogate" in notes[0]
     for name, note in zip(names, [*notes, notes[1], None], strict=True):
         (path,) = tmp_path.glob(f"sweep/*likelihood_{name},*/metrics.json")
@@ -97,7 +134,7 @@ def test_continuous_bernoulli_integrates_to_one():
         assert likelihood.mean(params[0]).item() == pytest.approx(mean, abs=1e-5)
 
 
-@pytest.mark.parametrize("likelihood", [Bernoulli(), ContinuousBernoulli(), Gaussian()])
+@pytest.mark.parametrize("likelihood", [Bernoulli(), ContinuousBernoulli(), Gaussian(), Laplace()])
 def test_samples_have_the_mean_and_follow_the_generator(likelihood):
     params = torch.tensor([-6.0, -0.5, 0.0, 2.0]).view(4, 1, 1, 1)
     many = params.expand(4, 1, 200, 200)

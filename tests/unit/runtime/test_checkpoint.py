@@ -1,9 +1,11 @@
-"""Loading a checkpoint needs neither Lightning nor Hydra."""
+"""Loading a checkpoint needs neither Lightning nor Hydra, and samples as PNG need no Matplotlib."""
+
+from pathlib import Path
 
 import pytest
 
 from betavae.models.vae import VAE
-from betavae.runtime.checkpoint import FORMAT, save_checkpoint
+from betavae.runtime.checkpoint import FORMAT, format_caption, save_checkpoint
 from tests.commands import REPO, fresh
 from tests.conftest import DATA, MODULE
 
@@ -13,7 +15,7 @@ import runpy, sys
 sys.argv = ["sample.py", "ckpt=model.ckpt"]
 runpy.run_path({str(REPO / "scripts" / "sample.py")!r}, run_name="__main__")
 """
-HEAVY = "import sys; print(sorted({'lightning', 'hydra', 'omegaconf'} & set(sys.modules)))"
+HEAVY = "import sys; print(sorted({'lightning', 'hydra', 'omegaconf', 'matplotlib'} & set(sys.modules)))"
 
 
 @pytest.mark.slow
@@ -24,3 +26,19 @@ def test_a_checkpoint_loads_without_lightning_and_hydra(tmp_path, code):
     content["datamodule_hyper_parameters"] = DATA | {"root": "data"}
     save_checkpoint(content, tmp_path / "model.ckpt")
     assert fresh("-c", f"{code}\n{HEAVY}", cwd=tmp_path).splitlines()[-1] == "[]"
+
+
+def test_a_caption_has_run_epoch_and_validation_neg_elbo():
+    content = {"epoch": 9, "callbacks": {"LastValidationMetrics": {"metrics": {"neg_elbo": 105.904}}}}
+    content |= {"hyper_parameters": MODULE, "datamodule_hyper_parameters": DATA}
+    path = Path("runs/my_run/checkpoints/best.ckpt")
+    gray = "my_run, epoch 10, validation neg. ELBO 105.90 nats (surrogate)"
+    assert format_caption(path, content) == gray
+    binary = content | {"datamodule_hyper_parameters": DATA | {"binarize": "dynamic"}}
+    assert format_caption(path, binary) == gray.removesuffix(" (surrogate)")
+    # Without validation, of an exported model, and of a file with anything else in these places.
+    assert (
+        format_caption(path, content | {"callbacks": {"LastValidationMetrics": {"metrics": {}}}}) == "my_run, epoch 10"
+    )
+    assert format_caption(Path("alone.ckpt"), {}) == "alone.ckpt"
+    assert format_caption(Path("alone.ckpt"), {"epoch": "9", "callbacks": []}) == "alone.ckpt"

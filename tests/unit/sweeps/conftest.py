@@ -16,9 +16,9 @@ def write_job(sweep: Path, overrides: list[str], status: str, **test: float) -> 
     return folder
 
 
-def write_plan(sweep: Path, task: list[str]) -> None:
+def write_plan(sweep: Path, task: list[str], **sweeper: object) -> None:
     """Write the multirun.yaml of a sweep with the overrides `task`."""
-    hydra = {"sweeper": {"params": None}, "overrides": {"task": task}}
+    hydra = {"sweeper": {"params": None, **sweeper}, "overrides": {"task": task}}
     (sweep / "multirun.yaml").write_text(json.dumps({"hydra": hydra}))
 
 

@@ -40,6 +40,21 @@ def test_planned_jobs_of_a_glob_are_not_listed(tmp_path: Path) -> None:
     assert [job.status for job in results.read_jobs(tmp_path)] == ["failed"]
 
 
+def test_missing_jobs_of_a_paired_sweep_are_listed(tmp_path: Path) -> None:
+    write_job(tmp_path, ["beta=4", "seed=1", "model.latent_dim=2"], "failed")
+    write_plan(tmp_path, ["beta=4,1", "seed=1,2", "model.latent_dim=2,20"], crossed=["seed"])
+    found = [
+        (job.status, *(job.overrides[key] for key in ("beta", "model.latent_dim", "seed")))
+        for job in results.read_jobs(tmp_path)
+    ]
+    missing = [("missing", "4", "2", "2"), ("missing", "1", "20", "1"), ("missing", "1", "20", "2")]
+    assert found == [("failed", "4", "2", "1"), *missing]
+    # The number of pairs counts, not that of all combinations.
+    values = ",".join(map(str, range(1500)))
+    write_plan(tmp_path, [f"beta={values}", f"name={values}"], crossed=["seed"])
+    assert len(results.read_jobs(tmp_path)) == 1 + 1500
+
+
 def test_objectives_come_from_validation_or_the_record() -> None:
     record = {"validation": {"neg_elbo": 100.5, "kl": 20.0}, "test": {"neg_elbo": 1.0}, "seconds": 3.0, "parameters": 7}
     assert results.get_objectives(record, ["kl", "seconds"]) == [20.0, 3.0]

@@ -18,7 +18,8 @@ from betavae.applications.anomalies.detector import (
 from betavae.applications.trained_run import TrainedRun
 from betavae.data.image_io import LoadedImages
 from betavae.errors import UserError
-from betavae.plotting import create_figure, draw_image, make_grid, save_figure, save_image, stack_reconstructions
+from betavae.grids import Grid, save_grids
+from betavae.plotting import create_figure, save_figure, stack_reconstructions
 from betavae.storage.cache import hash_file, load_or_compute
 from betavae.storage.files import STAMP, atomic_path, has_stamp
 
@@ -116,8 +117,8 @@ def save_report(
     """Save the table and the figures to a folder; with `is_inlier` also the ROC curve."""
     write_table(result, images.names, images.labels, images.skipped, out / "scores.csv")
     save_figure(draw_histogram(detector, result), out / "histogram.png")
-    save_figure(draw_extremes(images.pixels, result), out / "extremes.png")
-    save_image(draw_flagged_images(detector, images.pixels, result, labels), out / "where.png")
+    save_grids(draw_extremes(images.pixels, result), out / "extremes.png", f"by the {result.score} score")
+    save_grids([draw_flagged_images(detector, images.pixels, result, labels)], out / "where.png")
     if is_inlier is not None:
         save_figure(draw_roc(result, is_inlier), out / "roc.png")
     elif has_stamp(out / "roc.png"):  # It shows other images.
@@ -160,16 +161,11 @@ def draw_histogram(detector: Detector, result: ScoredImages) -> "Figure":
     return figure
 
 
-def draw_extremes(pixels: Tensor, result: ScoredImages) -> "Figure":
+def draw_extremes(pixels: Tensor, result: ScoredImages) -> list[Grid]:
     """Draw the 32 images with the highest and the 32 with the lowest scores."""
     order = result.scores[result.score].argsort(descending=True)
-    figure = create_figure(6, 3)
-    for axes, title, index in zip(
-        figure.subplots(1, 2), ("most anomalous", "least anomalous"), (order[:32], order.flip(0)[:32]), strict=True
-    ):
-        draw_image(axes, make_grid(pixels[index].float() / 255, 8))
-        axes.set_title(title, fontsize=9)
-    return figure
+    halves = {"most anomalous": order[:32], "least anomalous": order.flip(0)[:32]}
+    return [Grid(pixels[index].float() / 255, min(8, len(index)), title=title) for title, index in halves.items()]
 
 
 def draw_roc(result: ScoredImages, is_inlier: Sequence[bool]) -> "Figure":
@@ -185,10 +181,8 @@ def draw_roc(result: ScoredImages, is_inlier: Sequence[bool]) -> "Figure":
     return figure
 
 
-def draw_flagged_images(
-    detector: Detector, pixels: Tensor, result: ScoredImages, labels: Tensor | None = None
-) -> Tensor:
-    """Draw the flagged images above their reconstructions and heat maps, as an image `(3, H, W)`.
+def draw_flagged_images(detector: Detector, pixels: Tensor, result: ScoredImages, labels: Tensor | None = None) -> Grid:
+    """Draw the flagged images above their reconstructions and heat maps.
 
     These are up to `MAX_SHOWN_IMAGES` with the highest scores, or the eight highest if none is flagged. Heat maps go
     from blue to red, from -5 to 5 standard deviations.
@@ -202,13 +196,11 @@ def draw_flagged_images(
     position = (detector.compute_heat_maps(x, labels).numpy() + HEAT_MAP_RANGE) / (2 * HEAT_MAP_RANGE)
     maps = torch.from_numpy(colormaps["coolwarm"](position)[..., :3]).movedim(-1, 1)
     columns = min(8, len(x))
-    rows = (
-        stack_reconstructions(detector.vae.given(labels), x)
-        .unflatten(0, (-1, 2, columns))
-        .expand(-1, -1, -1, 3, -1, -1)
-    )
-    maps = torch.cat((maps, maps.new_zeros(-len(x) % columns, *maps.shape[1:]))).unflatten(0, (-1, 1, columns))
-    return make_grid(torch.cat((rows, maps.to(rows)), 1).flatten(0, 2), columns)
+    rows = stack_reconstructions(detector.vae.given(labels), x)
+    rows = rows.unflatten(0, (-1, 2, columns)).expand(-1, -1, -1, 3, -1, -1)
+    maps = torch.cat((maps, maps.new_ones(-len(x) % columns, *maps.shape[1:]))).unflatten(0, (-1, 1, columns))
+    names = ["image", "reconstruction", "heat map"] * len(rows)
+    return Grid(torch.cat((rows, maps.to(rows)), 1).flatten(0, 2), columns, names)
 
 
 def compute_detection_metrics(result: ScoredImages, is_inlier: Sequence[bool]) -> dict[str, float]:

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -17,11 +18,13 @@ from betavae.applications.trained_run import TrainedRun
 from betavae.data.file_listing import as_text
 from betavae.data.image_set import ImageSet
 from betavae.errors import UserError
+from betavae.metrics.embedding import compute_tsne
 from betavae.metrics.likelihood import importance_bounds
 from betavae.models.vae import VAE, Posterior
 
 MAX_MODELS = 8
 MAX_MAP_IMAGES = 10_000
+MAX_TSNE_IMAGES = 2000  # a t-SNE of more takes too long to wait for
 REFERENCE_IMAGES = 500  # test images with which the neg. ELBO of an image is compared
 ELBO_SAMPLES = 32
 SEED = 0
@@ -46,6 +49,11 @@ class LoadedModel:
     @property
     def vae(self) -> VAE:
         return self.run.vae
+
+    @cached_property
+    def tsne(self) -> Tensor:
+        """The t-SNE of the first posterior means, `(N, 2)`."""
+        return compute_tsne(self.means[:MAX_TSNE_IMAGES], SEED)
 
 
 @dataclass(frozen=True)
@@ -149,7 +157,7 @@ def identify_test_images(run: TrainedRun) -> dict[str, Any]:
 def load_model(name: str, run: TrainedRun, images: ImageSet, p_values: PValueFunction | None = None) -> LoadedModel:
     """Encode the test images with the model of a run."""
     batches = [
-        run.vae.given(images.labels[index]).encode(select_pixels(images, index))
+        run.vae.given(images.labels[index]).encode(select_images(run, images, index))
         for index in torch.arange(len(images)).split(BATCH_SIZE)
     ]
     posterior = Posterior(*(torch.cat(rows) for rows in zip(*batches, strict=True)))
@@ -157,7 +165,7 @@ def load_model(name: str, run: TrainedRun, images: ImageSet, p_values: PValueFun
         raise UserError(f"ckpt: {run.path} has outputs that are not finite; name another checkpoint")
     # Evenly spaced, since a test set may be sorted.
     index = torch.linspace(0, len(images) - 1, min(REFERENCE_IMAGES, len(images))).round().long()
-    x, labels = select_pixels(images, index), images.labels[index]
+    x, labels = select_images(run, images, index), images.labels[index]
     groups = importance_bounds(run.vae, x, [ELBO_SAMPLES], SEED, labels=labels)
     reference = torch.cat([group.recon + group.kl.sum(1) for group in groups])
     return LoadedModel(
@@ -165,9 +173,9 @@ def load_model(name: str, run: TrainedRun, images: ImageSet, p_values: PValueFun
     )
 
 
-def select_pixels(images: ImageSet, index: Tensor) -> Tensor:
-    """Select images as floats in [0, 1]: `(B, C, H, W)`."""
-    return images.pixels.index_select(0, index).float() / 255
+def select_images(run: TrainedRun, images: ImageSet, index: Tensor) -> Tensor:
+    """Select images as the model of a run sees them: `(B, C, H, W)`."""
+    return run.scaling.apply(images.pixels.index_select(0, index))
 
 
 def label_runs(runs: Sequence[TrainedRun]) -> list[str]:
@@ -213,7 +221,7 @@ def build_page_state(explorer: Explorer) -> dict[str, Any]:
         "labels": (labels[:, None] if labels.ndim == 1 else labels).T.tolist(),
         "classes": explorer.images.classes,
         "conditions": list(explorer.conditions),
-        "note": run.vae.likelihood.describe(run.data["binarize"]),
+        "note": run.vae.likelihood.describe(run.data["binarize"], run.scaling.describe(run.vae.image_shape)),
         "runs": [
             {
                 "name": model.name,
@@ -248,13 +256,16 @@ def sample_prior(explorer: Explorer) -> list[Tensor]:
 
 @torch.no_grad()
 def decode_latents(model: LoadedModel, z: Tensor, label: Tensor | None = None) -> Tensor:
-    """Decode `(B, latent_dim)` to means of p(x|z), `(B, C, H, W)` in [0, 1]. `label` is (1,)."""
-    return model.vae.given(label).decode(z).clamp(0, 1)
+    """Decode `(B, latent_dim)` to pictures of the means of p(x|z), `(B, C, H, W)` in [0, 1]. `label` is (1,)."""
+    return model.run.scaling.to_picture(model.vae.given(label).decode(z)).clamp(0, 1)
 
 
 @torch.no_grad()
 def encode_image(model: LoadedModel, x: Tensor, label: Tensor | None = None) -> tuple[Tensor, list[Score]]:
-    """Compute the posterior mean `(latent_dim,)` and the scores of an image `(C, H, W)` in [0, 1]. `label` is (1,)."""
+    """Compute the posterior mean `(latent_dim,)` and the scores of an image `(C, H, W)`, as the model sees it.
+
+    `label` is (1,), for a conditional model.
+    """
     (bounds,) = importance_bounds(model.vae, x[None], [ELBO_SAMPLES], SEED, labels=label)
     recon, kl = bounds.recon.item(), bounds.kl.sum().item()
     percentile = compute_percentile(model.reference, recon + kl)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from betavae.applications.explorer import queries, uploads
 from betavae.applications.explorer.queries import Explorer
+from betavae.data.scaling import Scaling
 from betavae.errors import UserError
 
 MAX_JSON_BYTES = 2**20
@@ -81,7 +82,7 @@ class MapRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     run: Annotated[int, Field(ge=0)] = 0
-    axes: Literal["pca", "largest"] = "pca"
+    axes: Literal["pca", "largest", "tsne"] = "pca"
 
 
 class UploadOptions(BaseModel):
@@ -122,9 +123,12 @@ def build_app(explorer: Explorer, names: set[str], loopback: bool = True) -> Sta
         query = MapRequest.model_validate(dict(request.query_params))
         if query.run >= len(explorer.models):
             raise UserError(f"run={query.run} is invalid: expected 0 to {len(explorer.models) - 1}")
-        points, center, axes, share = queries.compute_map(explorer.models[query.run], query.axes)
-        rounded = [[round(value, 4) for value in point] for point in points.tolist()]
-        return JSONResponse({"points": rounded, "center": center.tolist(), "axes": axes.tolist(), "share": share})
+        model = explorer.models[query.run]
+        if query.axes == "tsne":  # no plane, so z has no place on it
+            return JSONResponse({"points": round_points(model.tsne)})
+        points, center, axes, share = queries.compute_map(model, query.axes)
+        plane = {"center": center.tolist(), "axes": axes.tolist(), "share": share}
+        return JSONResponse({"points": round_points(points), **plane})
 
     def get_sample(request: Request) -> Response:
         return JSONResponse({"z": [z.tolist() for z in queries.sample_prior(explorer)]})
@@ -147,16 +151,18 @@ def build_app(explorer: Explorer, names: set[str], loopback: bool = True) -> Sta
         index = (await parse_body(request, ImageRequest)).index
         if index >= len(explorer.images):
             raise UserError(f"index={index} is invalid: expected 0 to {len(explorer.images) - 1}")
-        x, label = queries.select_pixels(explorer.images, torch.tensor([index])), explorer.images.labels[[index]]
-        return build_encode_response(explorer, x, label)
+        pixels, label = explorer.images.pixels.index_select(0, torch.tensor([index])), explorer.images.labels[[index]]
+        return build_encode_response(explorer, pixels, label)
 
     async def post_upload(request: Request) -> Response:
         options = UploadOptions.model_validate(dict(request.query_params))
         content = await read_body(request, "application/octet-stream", uploads.MAX_UPLOAD_BYTES)
-        data = explorer.models[0].run.data
+        data, scaling = explorer.models[0].run.data, explorer.models[0].run.scaling
         look = {key: data[key] for key in ("binarize", "fit", "background") if key in data}
         pixels = uploads.read_upload(content, explorer.image_shape, options.center, options.invert, **look)
-        return build_encode_response(explorer, pixels[None].float() / 255, explorer.check_label(options.label))
+        if not scaling.is_bytes:
+            pixels = scaling.to_stored(scaling.from_picture(Scaling.unit().apply(pixels)))
+        return build_encode_response(explorer, pixels[None], explorer.check_label(options.label))
 
     return Starlette(
         routes=[
@@ -172,6 +178,11 @@ def build_app(explorer: Explorer, names: set[str], loopback: bool = True) -> Sta
         middleware=[Middleware(BaseHTTPMiddleware, dispatch=guard)],
         exception_handlers=dict.fromkeys((UserError, ValidationError, HTTPException), build_error_response),
     )
+
+
+def round_points(points: Tensor) -> list[list[float]]:
+    """Round points `(N, 2)` for a shorter answer."""
+    return [[round(value, 4) for value in point] for point in points.tolist()]
 
 
 def find_rejection_reason(request: Request, names: set[str], loopback: bool) -> str | None:
@@ -231,15 +242,17 @@ def parse_latents(explorer: Explorer, values: list[list[float]]) -> list[Tensor]
     return [torch.tensor(z) for z in values]
 
 
-def build_encode_response(explorer: Explorer, x: Tensor, label: Tensor | None) -> Response:
-    """Encode and score one image `(1, C, H, W)` in [0, 1], with its `label` (1,), with all models."""
+def build_encode_response(explorer: Explorer, pixels: Tensor, label: Tensor | None) -> Response:
+    """Encode and score one stored image `(1, C, H, W)`, with its `label` (1,), with all models."""
     rows = []
     for model in explorer.models:
-        mean, scores = queries.encode_image(model, x[0], label)
+        mean, scores = queries.encode_image(model, model.run.scaling.apply(pixels)[0], label)
         # JSON has no number that is not finite.
         values = [score._asdict() | {"value": score.value if math.isfinite(score.value) else None} for score in scores]
         rows.append({"mean": mean.tolist(), "scores": values})
-    return JSONResponse({"image": uploads.to_base64(x)[0], "runs": rows})
+    scaling = explorer.models[0].run.scaling
+    picture = scaling.to_picture(scaling.apply(pixels)).clamp(0, 1)
+    return JSONResponse({"image": uploads.to_base64(picture)[0], "runs": rows})
 
 
 def open_socket(host: str, port: int) -> socket.socket:

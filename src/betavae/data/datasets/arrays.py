@@ -7,14 +7,18 @@ from betavae.data.holdout import DEFAULT_HOLDOUT, exclude_indices, hold_out_at_r
 from betavae.data.image_set import ImageSet, LazySubset
 from betavae.errors import UserError
 
+# The names of the images and labels of a split, which Keras and MedMNIST (Yang et al. 2023) use.
+LAYOUTS = (("x_{}", "y_{}"), ("{}_images", "{}_labels"))
+PARTS = {"train": ("train",), "validation": ("val", "valid", "validation"), "test": ("test",)}
+
 
 def load_arrays(root: Path, split: str, test_size: float | None = None) -> ImageSet | None:
-    """Load a split of the uint8 images in a NumPy file. FILE.npy is mapped into memory.
+    """Load a split of the images in a NumPy file, in their own type. FILE.npy is mapped into memory.
 
     Args:
-        root: A file with `images` and optional `labels`, or with the arrays of a Keras data set: `x_train`, `y_train`,
-            `x_test`, `y_test`.
-        split: "train" or "test"; there are no "validation" images.
+        root: A file with `images` and optional `labels`, or with the arrays of each split: `x_train`, `y_train`,
+            `x_val`, `y_val`, `x_test`, `y_test`, or `train_images`, `train_labels`, ...
+        split: "train", "validation" or "test".
         test_size: The images to hold out for testing if the file has no test images, a count or (below 1) a share.
             None holds out a tenth.
 
@@ -23,15 +27,21 @@ def load_arrays(root: Path, split: str, test_size: float | None = None) -> Image
     """
     path = Path(root).expanduser()
     file = ArrayFile(path)
-    if split == "validation":
-        return None
-    if "x_train" in file.arrays:
+    for images, labels in LAYOUTS:
+        if images.format("train") not in file.arrays:
+            continue
         if test_size is not None:
             raise UserError(f"data.test_size={test_size} is invalid: expected null ({path} has its own test images)")
-        pixels = file.read_pixels(f"x_{split}")
-        return ImageSet(pixels, file.read_labels(f"y_{split}", len(pixels)))
+        part = next((part for part in PARTS[split] if images.format(part) in file.arrays), PARTS[split][0])
+        if split == "validation" and images.format(part) not in file.arrays:
+            return None
+        pixels = file.read_pixels(images.format(part))
+        keys = [labels.format(name) for names in PARTS.values() for name in names]
+        return ImageSet(pixels, *file.read_labels(labels.format(part), len(pixels), keys))
+    if split == "validation":
+        return None
     pixels = file.read_pixels()
-    labels = file.read_labels("labels", len(pixels))
+    numbers, classes = file.read_labels("labels", len(pixels))
     test = hold_out_at_random(len(pixels), DEFAULT_HOLDOUT if test_size is None else test_size, "data.test_size")
     index = test.sort().values if split == "test" else exclude_indices(test, len(pixels))
-    return ImageSet(LazySubset(pixels, index), labels[index])
+    return ImageSet(LazySubset(pixels, index), numbers[index], classes)

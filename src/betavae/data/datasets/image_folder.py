@@ -21,18 +21,20 @@ from betavae.data.file_listing import (
     SPLIT_FOLDERS,
     SUFFIXES,
     as_text,
+    describe_others,
     label_from_path,
     list_image_files,
     natural_sort_key,
     split_folders,
 )
 from betavae.data.holdout import DEFAULT_HOLDOUT, hold_out_by_name
-from betavae.data.image_io import ReadLog, describe_skipped, iter_images, validate_fit
+from betavae.data.image_io import ReadLog, describe_skipped, find_common_dtype, iter_images, validate_fit
 from betavae.data.image_set import ImageSet
+from betavae.data.scaling import dtype_name
 from betavae.errors import UserError
 from betavae.storage.files import STAMP
 
-CACHE_FORMAT = 4  # of the files, and of the conversion of images: increase it to decode all images again
+CACHE_FORMAT = 5  # of the files, and of the conversion of images: increase it to decode all images again
 CACHE_FILES = {"index.json", "pixels.npy"}  # the index has the stamp of betavae
 SPLITS = ("train", "validation", "test")
 
@@ -85,7 +87,9 @@ def load_image_folder(
         raise UserError(f"data.cache={cache} is invalid: expected a folder outside data.root={root}")
     if not root.is_dir():
         raise UserError(f"data.root={root} is not a folder")
-    files = list_image_files(root)
+    files, others = list_image_files(root)
+    if others and split == "train":
+        print(f"{root}: {describe_others(others)}", file=sys.stderr)
     if not files:
         raise UserError(f"data.root={root} has no images ({', '.join(SUFFIXES)})")
     names = [file.name for file in files]
@@ -200,14 +204,18 @@ def decode_to_cache(
     Raises:
         UserError: If a split would be empty.
     """
-    header = {"descr": "|u1", "fortran_order": False}
+    paths = [root / source.name for source in sources]
+    dtype = find_common_dtype(paths)
+    if fit == "pad" and dtype == torch.float32:
+        raise UserError("data.fit=pad is invalid: expected crop (images of floats have no background color)")
+    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype_name(dtype))), "fortran_order": False}
     log, kept = ReadLog(), []
     # Before the pixels, so that `remove_stale_caches` recognizes the folder of a process that was killed.
     (path / "index.json").write_text(json.dumps({"made_by": STAMP}))
     with open(path / "pixels.npy", "wb") as out:
         np.lib.format.write_array_header_1_0(out, header | {"shape": (len(sources), *shape)})
         names = [source.name for source in sources]
-        results = iter_images([root / name for name in names], shape, fit, background)
+        results = iter_images(paths, shape, fit, background, dtype)
         for i, pixels in log.skip_unreadable(names, results):
             out.write(pixels.numpy().tobytes())
             kept.append(sources[i])

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from betavae.data.datamodule import ImageDataModule
 from betavae.data.datasets.arrays import load_arrays
 from betavae.data.image_set import LazySubset
 from betavae.errors import UserError
+from tests.conftest import DATA
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (40, 5, 7), dtype=np.uint8)
 
@@ -39,6 +41,28 @@ def test_the_splits_of_a_file_are_kept(tmp_path):
     np.savez(path, x_train=IMAGES[:30])
     with pytest.raises(UserError, match=r"keras.npz has no array x_test \(it has x_train\)"):
         load_arrays(path, "test")
+
+
+@pytest.mark.parametrize("names", [("train_images", "val_images", "test_images"), ("x_train", "x_valid", "x_test")])
+def test_validation_images_of_a_file_are_kept(tmp_path, names):
+    """As in the files of MedMNIST, whose labels have the shape (N, 1)."""
+    parts = np.split(IMAGES, [20, 30])
+    arrays = dict(zip(names, parts, strict=True))
+    for name, part in zip(names, parts, strict=True):
+        key = name.replace("images", "labels").replace("x_", "y_")
+        arrays[key] = np.array([["b", "a"][i % 2] for i in range(len(part) - 1)] + [key])[:, None]
+    path = tmp_path / "medmnist.npz"
+    np.savez(path, **arrays)
+    data = ImageDataModule(**DATA | {"name": "arrays", "root": str(path), "validation_size": None, "batch_size": 5})
+    data.setup()
+    for split, part in zip(("train", "validation", "test"), parts, strict=True):
+        assert torch.equal(data.splits[split].tensor(), torch.from_numpy(part[:, None]))
+        classes = data.splits[split].classes
+        # The classes are those of all splits, so that one number has one meaning.
+        assert len(classes) == 5 and classes[:2] == ["a", "b"] and data.splits[split].labels[:2].tolist() == [1, 0]
+        assert classes[data.splits[split].labels[-1]] == list(arrays)[3 + ["train", "validation", "test"].index(split)]
+    with pytest.raises(UserError, match=r"expected null or 0 .* own validation images"):
+        ImageDataModule(**DATA | {"name": "arrays", "root": str(path), "batch_size": 5}).setup()
 
 
 def test_a_npy_is_mapped(tmp_path):

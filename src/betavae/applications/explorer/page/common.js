@@ -2,8 +2,8 @@
 export const $ = (id) => document.getElementById(id);
 
 // `state` is from the server. `z` has one latent per run, in that model's own order of dimensions. The sliders and the
-// map show the run number `lead`. `ends` are the ends of the path.
-export const page = { state: null, z: [], lead: 0, ends: { start: null, end: null } };
+// map show the run number `lead`. `index` is the number of the chosen test image, if one is. `ends` are the ends of the path.
+export const page = { state: null, z: [], lead: 0, index: null, ends: { start: null, end: null } };
 
 export async function request(url, body, kind = "application/json") {
   const json = kind === "application/json";

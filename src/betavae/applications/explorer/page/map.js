@@ -24,10 +24,12 @@ function toScreen([x, y]) {
 export const loadMap = runLatest(async () => {
   const axes = $("axes").value;
   const run = page.lead, { order } = page.state.runs[run];
+  if (axes === "tsne") $("share").textContent = "computing a t-SNE of the first test images …";
   map = { run, ...await request(`api/map?run=${run}&axes=${axes}`) };
   const names = axes === "pca" ? ["1st", "2nd"] : order.slice(0, 2).map((d) => `z${d}`);
-  const shares = names.map((name, axis) => `${name} ${Math.round(100 * map.share[axis])} %`);
-  $("share").textContent = `Variance of the posterior means: ${shares.join(", ")}`;
+  const shares = names.map((name, axis) => `${name} ${Math.round(100 * map.share?.[axis])} %`);
+  $("share").textContent = map.axes ? `Variance of the posterior means: ${shares.join(", ")}`
+    : `t-SNE of the first ${map.points.length.toLocaleString("en")} test images`;
   drawMap();
 });
 
@@ -52,7 +54,7 @@ export function drawMap() {
     context.fillRect(x - 1.25, y - 1.25, 2.5, 2.5);
   });
   const words = $("axes").selectedOptions[0].textContent;
-  back.setAttribute("aria-label", `Map of ${page.state.images} test images by ${words}; choose one by a click or its number`);
+  back.setAttribute("aria-label", `Map of ${map.points.length} test images by ${words}; choose one by a click or its number`);
   drawMarks();
 }
 
@@ -63,8 +65,8 @@ export function drawMarks() {
   context.setTransform(ratio, 0, 0, ratio, 0, 0);
   context.clearRect(0, 0, map.width, map.height);
   context.font = "bold 13px sans-serif";
-  const mark = (latent, text) => {
-    const [x, y] = toScreen(project(latent));
+  const mark = (point, text) => {
+    const [x, y] = toScreen(point);
     for (const [width, paint] of [[5, style.getPropertyValue("--card")], [2, style.color]]) {
       Object.assign(context, { lineWidth: width, strokeStyle: paint });
       context.beginPath();
@@ -75,6 +77,10 @@ export function drawMarks() {
     context.fillStyle = style.color;
     context.fillText(text, x + 11, y + 5);
   };
+  if (!map.axes) { // a t-SNE has places for its images only
+    if (page.index !== null && page.index < map.points.length) mark(map.points[page.index], "");
+    return;
+  }
   if (start && end) {
     Object.assign(context, { lineWidth: 1.5, strokeStyle: style.color });
     context.setLineDash([4, 4]);
@@ -82,10 +88,10 @@ export function drawMarks() {
     for (const { z } of [start, end]) context.lineTo(...toScreen(project(z[page.lead])));
     context.stroke();
     context.setLineDash([]);
-    mark(start.z[page.lead], "start");
-    mark(end.z[page.lead], "end");
+    mark(project(start.z[page.lead]), "start");
+    mark(project(end.z[page.lead]), "end");
   }
-  mark(page.z[page.lead], "");
+  mark(project(page.z[page.lead]), "");
 }
 
 /** Find the number of the test image nearest to a click; null if none is shown. */

@@ -75,15 +75,16 @@ function nameSliders() {
 // ---- the chosen image
 
 function clearChosen(caption) {
-  chosen = null;
+  chosen = page.index = null;
   $("chosen").textContent = caption;
   const canvas = $("input").querySelector("canvas");
   canvas.getContext("2d").clearRect(0, 0, canvas.width, canvas.height);
   scores.forEach((list) => list.replaceChildren());
 }
 
-function choose({ image, runs }, name, caption) {
+function choose({ image, runs }, name, caption, index = null) {
   chosen = name;
+  page.index = index;
   $("chosen").textContent = caption;
   draw($("input").querySelector("canvas"), image);
   $("meanings").textContent = runs[0].scores.map(({ name, meaning }) => `${name}: ${meaning}`).join("; ") + ".";
@@ -102,7 +103,7 @@ const chooseTestImage = runLatest(async (index) => {
   $("index").value = index;
   if (getLabel() !== null) $("label").selectedIndex = values[0];
   const label = page.state.classes?.[values[0]] ?? values.join(", ");
-  choose(response, `test image ${index}`, `Test image ${index}, label ${label}`);
+  choose(response, `test image ${index}`, `Test image ${index}, label ${label}`, index);
 });
 
 const choosePicture = runLatest(async (blob, caption, query) => {
