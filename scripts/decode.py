@@ -4,11 +4,11 @@ from pathlib import Path
 
 from pydantic import Field
 
-from betavae.runtime.cli import ModelSettings, gc_paused, script_command
+from betavae.runtime.cli import LabelSettings, ModelSettings, gc_paused, script_command
 from betavae.runtime.settings import PathStr
 
 
-class Settings(ModelSettings):
+class Settings(ModelSettings, LabelSettings):
     latents: PathStr = Field("latents.npz", title="a file of encode.py, or FILE.npy of latents (N, latent_dim)")
     out: PathStr = Field("decoded", title="folder for one PNG per image; or FILE.npy, in the type of the training data")
 
@@ -23,22 +23,25 @@ def main(settings: Settings) -> None:
         from betavae import plotting
         from betavae.applications.latents import BATCH_SIZE, load_latents
         from betavae.data.file_listing import png_filenames
+        from betavae.data.labels import match_labels
         from betavae.runtime import checkpoint
         from betavae.storage.files import atomic_path
 
     run = checkpoint.load(settings.ckpt, settings.runs)
-    names, z = load_latents(Path(settings.latents), run.vae.latent_dim)
+    names, z, own = load_latents(Path(settings.latents), run.vae.latent_dim)
+    labels = match_labels(run.vae.classes, len(z), settings.label, own, settings.latents)
+    batches = [slice(start, start + BATCH_SIZE) for start in range(0, len(z), BATCH_SIZE)]
     if settings.out.endswith(".npy"):
-        values = torch.cat([run.scaling.to_stored(run.vae.decode(batch)) for batch in z.split(BATCH_SIZE)])
+        images = [run.vae.given(labels[batch]).decode(z[batch]) for batch in batches]
+        values = torch.cat([run.scaling.to_stored(image) for image in images])
         with atomic_path(settings.out) as path, open(path, "wb") as array:
             np.save(array, values.numpy())
         print(f"{len(z):,} images decoded by {run.path}, saved to {settings.out} as {run.scaling.dtype}")
         return
     files = png_filenames(names, settings.out)
     with tqdm(total=len(z), desc="decoding", unit=" images", disable=None) as bar:
-        for start in range(0, len(z), BATCH_SIZE):
-            batch = slice(start, start + BATCH_SIZE)
-            for file, image in zip(files[batch], run.vae.decode(z[batch]), strict=True):
+        for batch in batches:
+            for file, image in zip(files[batch], run.vae.given(labels[batch]).decode(z[batch]), strict=True):
                 plotting.save_image(run.scaling.to_picture(image), Path(settings.out) / file, scale=1)
                 bar.update()
     print(f"{len(z):,} images decoded by {run.path}, saved to {settings.out}/")

@@ -9,11 +9,11 @@ from typing import Annotated
 
 from pydantic import Field
 
-from betavae.runtime.cli import DataSettings, gc_paused, script_command
+from betavae.runtime.cli import DataSettings, LabelSettings, gc_paused, script_command
 from betavae.runtime.settings import ImageSpec, NonEmptyStr
 
 
-class Settings(DataSettings):
+class Settings(DataSettings, LabelSettings):
     images: ImageSpec = Field("test", title="images: a folder, file or list; .npy, .npz; test, train, ...; a data set")
     alpha: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.01, title="highest false-alarm rate, and the p-value up to which an image is flagged"
@@ -29,13 +29,14 @@ def main(settings: Settings) -> None:
         from betavae.applications.anomalies import report
         from betavae.applications.anomalies.detector import false_alarm_rate
         from betavae.runtime import checkpoint
-        from betavae.runtime.inputs import is_dataset_name, resolve_images
+        from betavae.runtime.inputs import is_dataset_name, resolve_images, resolve_labels
         from betavae.runtime.run_folder import REPORT, check_claim, claim_folder
 
     out = Path(settings.out).expanduser()
     check_claim(out, REPORT, "out")
     run = checkpoint.load(settings.ckpt, settings.runs)
     images = resolve_images(run, settings.images, settings.data_root)
+    labels = resolve_labels(run, settings.images, images, settings.label)
     is_inlier = report.match_inliers(images.labels, settings.inliers) if settings.inliers else None
     # If `images` names another data set, data_root is the folder of that one.
     is_other = is_dataset_name(settings.images) and settings.images != run.data.get("name")
@@ -44,8 +45,8 @@ def main(settings: Settings) -> None:
     calibration = len(detector.state["calibration"][settings.score])
     rate = false_alarm_rate(settings.alpha, calibration)
     claim_folder(out, REPORT, "out")
-    result = report.score_images(detector, images.pixels, settings.score, settings.alpha)
-    report.save_report(detector, result, images, is_inlier, out)
+    result = report.score_images(detector, images.pixels, settings.score, settings.alpha, labels)
+    report.save_report(detector, result, images, is_inlier, out, labels)
     for note in images.notes:
         print(note)
     print(f"flagged {int(result.flagged.sum()):,} of {len(images.names):,} images at alpha={settings.alpha}")

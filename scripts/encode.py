@@ -6,11 +6,11 @@ tsne=true it also has a t-SNE of the posterior means.
 
 from pydantic import Field
 
-from betavae.runtime.cli import DataSettings, SeedSettings, gc_paused, script_command
+from betavae.runtime.cli import DataSettings, LabelSettings, SeedSettings, gc_paused, script_command
 from betavae.runtime.settings import ImageSpec, NonEmptyStr
 
 
-class Settings(DataSettings, SeedSettings):
+class Settings(DataSettings, SeedSettings, LabelSettings):
     images: ImageSpec = Field("test", title="images: a folder, file or list; .npy, .npz; test, train, ...; a data set")
     out: NonEmptyStr = Field("latents.npz", title="FILE.npz, FILE.csv or FILE.parquet")
     tsne: bool = Field(False, title="also save a t-SNE of the posterior means, for at most 10,000 images")
@@ -22,20 +22,22 @@ def main(settings: Settings) -> None:
         from betavae.applications.latents import check_format, encode_images, save_latents
         from betavae.metrics.embedding import check_tsne, compute_tsne
         from betavae.runtime import checkpoint
-        from betavae.runtime.inputs import resolve_images
+        from betavae.runtime.inputs import resolve_images, resolve_labels
 
     run = checkpoint.load(settings.ckpt, settings.runs)
     images = resolve_images(run, settings.images, settings.data_root)
+    labels = resolve_labels(run, settings.images, images, settings.label)
     check_format(settings.out)
     if settings.tsne:
         check_tsne(len(images.names))
     for note in images.notes:
         print(note)
-    latents = encode_images(run.vae, images.pixels, settings.seed, run.scaling)
+    latents = encode_images(run.vae, images.pixels, settings.seed, run.scaling, labels)
     if settings.tsne:
         print(f"computing a t-SNE of {len(images.names):,} images; 10,000 take a few minutes", flush=True)
         latents = latents._replace(tsne=compute_tsne(latents.mean, settings.seed))
-    save_latents(latents, images.names, images.labels, settings.out)
+    names = images.labels if settings.label is None else [run.vae.classes[number] for number in labels]
+    save_latents(latents, images.names, names, settings.out)
     count, dimensions = len(images.names), run.vae.latent_dim
     print(f"{count:,} images encoded by {run.path} to {dimensions} latent dimensions, saved to {settings.out}")
 

@@ -61,7 +61,7 @@ def main(settings: Settings) -> None:
     partial, key = folder / "evaluation.part", request | {"checkpoint": hash_file(run.path)}
     started = time.perf_counter()
     with atomic_path(folder / "evaluation.json") as path:
-        per_image = evaluate_resumable(vae, x, ks, settings.seed, settings.memory_mb, partial, key)
+        per_image = evaluate_resumable(vae, x, ks, settings.seed, settings.memory_mb, partial, key, labels)
         seconds = time.perf_counter() - started
         if not all(values.isfinite().all() for values in per_image):
             raise UserError(f"{run.path}: its bounds are not finite; train the model again")
@@ -78,7 +78,7 @@ def main(settings: Settings) -> None:
         }
         result |= summarize(vae, per_image, ks)
         if train is not None:
-            means = encode_means(vae, run.scaling.apply(train.pixels))
+            means = encode_means(vae, run.scaling.apply(train.pixels), train.labels)
             result |= probe_accuracy(means, train.labels, per_image.mean.float(), labels)
         path.write_text(json.dumps(result, indent=2) + "\n")
     print(format_summary(result))

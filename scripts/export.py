@@ -48,6 +48,7 @@ def export_folder(run: "TrainedRun", out: Path, seed: int) -> None:
     from betavae import grids
     from betavae.applications.export import format_model_card
     from betavae.data.file_listing import as_text
+    from betavae.data.labels import count_columns, cycle_labels
     from betavae.runtime import checkpoint
     from betavae.runtime.run_folder import read_json
     from betavae.storage.cache import hash_file
@@ -65,11 +66,14 @@ def export_folder(run: "TrainedRun", out: Path, seed: int) -> None:
     source = {"checkpoint": str(run.path.relative_to(run.folder)), "sha256": hash_file(run.path)}
     results = {k: v for k, v in results.items() if all(v.get(key, value) == value for key, value in source.items())}
     name = as_text(run.folder.resolve().name if run.path.parent.name == "checkpoints" else run.path.stem)
-    images = run.scaling.to_picture(run.vae.sample(64, 1.0, torch.Generator().manual_seed(seed)))
+    columns = count_columns(run.vae.classes, 8)
+    vae = run.vae.given(cycle_labels(run.vae.classes, 8 * columns))
+    images = run.scaling.to_picture(vae.sample(8 * columns, 1.0, torch.Generator().manual_seed(seed)))
+    samples = grids.Grid(images, columns, column_labels=run.vae.classes[:columns])
     with atomic_dir(out) as folder:
         checkpoint.save_checkpoint(content, folder / "checkpoints" / "best.ckpt")
         (folder / "README.md").write_text(format_model_card(name, run.settings, data, results))
-        grids.save_grids([grids.Grid(images, 8)], folder / "samples.png", f"64 samples; {run.caption}")
+        grids.save_grids([samples], folder / "samples.png", f"{len(images)} samples; {run.caption}")
         saved = checkpoint.load(folder).vae.state_dict()
         if not all(torch.equal(saved[key], value) for key, value in weights.items()):
             raise RuntimeError(f"{out} does not contain the weights that were written to it")

@@ -49,7 +49,8 @@ def main(settings: Settings) -> None:
     # The mean of p(x|z) is the gray value of a pixel that training binarizes again for every batch.
     gray = run._replace(data=run.data | {"binarize": "none"}) if run.data.get("binarize") == "dynamic" else run
     train = gray.subset("train", settings.data_root, settings.reference)
-    x, labels, x_test = train.tensor(), train.labels, gray.subset("test", settings.data_root).tensor()
+    x, labels, test = train.tensor(), train.labels, gray.subset("test", settings.data_root)
+    x_test = test.tensor()
     n = min(settings.n, len(x_test) // settings.repeats, len(x))
     if n < MIN_IMAGES:
         raise UserError(
@@ -58,9 +59,12 @@ def main(settings: Settings) -> None:
         )
     total = n * settings.repeats
     generator = torch.Generator().manual_seed(settings.seed)
-    x_test = x_test[torch.randperm(len(x_test), generator=generator)[:total]]
+    chosen = torch.randperm(len(x_test), generator=generator)[:total]
+    x_test, test_labels = x_test[chosen], test.labels[chosen]
     order = torch.randperm(len(x), generator=generator)
     x, labels = x[order], labels[order]
+    # A conditional model draws images of these labels, which are as frequent as in training.
+    sampled_labels = labels[torch.arange(total) % len(labels)]
 
     made_with: dict[str, Any] = {
         "made_by": STAMP,
@@ -84,10 +88,13 @@ def main(settings: Settings) -> None:
             if name in SAMPLERS:
                 sampler = load_or_fit_sampler(name, run, settings.data_root)
                 latents[name] = sampler.sample(total, torch.Generator().manual_seed(settings.seed))
-                batches = (run.vae.decode(z).clamp(0, 1) for z in latents[name].split(BATCH_SIZE))
+                pairs = zip(latents[name].split(BATCH_SIZE), sampled_labels.split(BATCH_SIZE), strict=True)
+                batches = (run.vae.given(some).decode(z).clamp(0, 1) for z, some in pairs)
             elif name == "reconstructions":
-                batches = (run.vae.reconstruct(batch).clamp(0, 1) for batch in batches)
-            result[name], features[name] = reference.score(batches, n)
+                pairs = zip(batches, test_labels.split(BATCH_SIZE), strict=True)
+                batches = (run.vae.given(some).reconstruct(batch).clamp(0, 1) for batch, some in pairs)
+            wanted = sampled_labels if name in SAMPLERS else test_labels
+            result[name], features[name] = reference.score(batches, n, wanted if run.vae.classes else None)
             if name == names[0]:
                 print(f"{settings.repeats} repeats of {n:,} images, {len(x):,} training images; ± standard error")
                 print(" " * 14 + "".join(f"{score:>17}" for score in result[name]))
@@ -106,7 +113,7 @@ def main(settings: Settings) -> None:
 
     best = min(names, key=lambda name: result[name]["fid"]["mean"])
     rows, nearest = find_likely_copies(features[best], reference.features, COPIES)
-    samples = run.vae.decode(latents[best][rows]).clamp(0, 1)
+    samples = run.vae.given(sampled_labels[rows]).decode(latents[best][rows]).clamp(0, 1)
     grid = torch.cat((samples[:, None], x[nearest].float() / 255), 1).flatten(0, 1)
     figure = folder / "figures" / "fidelity.png"
     ranks = ["sample", *(str(rank) for rank in range(1, 1 + nearest.shape[1]))]

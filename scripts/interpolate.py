@@ -1,15 +1,18 @@
-"""Interpolate between images in latent space: `python scripts/interpolate.py labels=[3,8]|images=[A,B] [ckpt=PATH]`."""
+"""Interpolate between images in latent space: `python scripts/interpolate.py labels=[3,8]|images=[A,B] [ckpt=PATH]`.
+
+A conditional model encodes each image with its own label, and decodes with that of the start.
+"""
 
 from typing import Annotated
 
 from pydantic import Field
 
 from betavae.errors import UserError
-from betavae.runtime.cli import DataSettings, SeedSettings, gc_paused, script_command
+from betavae.runtime.cli import DataSettings, LabelSettings, SeedSettings, gc_paused, script_command
 from betavae.runtime.settings import IntAtLeast2, NonEmptyStr, NonNegativeInt, PositiveInt
 
 
-class Settings(DataSettings, SeedSettings):
+class Settings(DataSettings, SeedSettings, LabelSettings):
     labels: Annotated[list[int], Field(min_length=2, max_length=2)] = Field(
         [3, 8], title="labels of the start and the end, which are random test images"
     )
@@ -28,8 +31,9 @@ def main(settings: Settings) -> None:
 
         from betavae import grids, plotting
         from betavae.applications.interpolation import draw_pairs, select_pair
+        from betavae.data.labels import match_labels
         from betavae.runtime import checkpoint
-        from betavae.runtime.inputs import resolve_images
+        from betavae.runtime.inputs import resolve_images, resolve_labels
 
     images = settings.images
     for key in ("labels", "rows"):
@@ -39,17 +43,24 @@ def main(settings: Settings) -> None:
     if images is None:
         x, labels = run.images("test", settings.data_root)
         starts, ends = draw_pairs(x, labels, settings.labels, settings.rows, settings.seed)
+        pairs = torch.tensor([settings.labels]).expand(settings.rows, 2)
     elif isinstance(images, str) or not any(isinstance(image, int) for image in images):
-        found = resolve_images(run, images if isinstance(images, str) else list(map(str, images)))
-        x = run.scaling.apply(found.pixels)
+        files = images if isinstance(images, str) else list(map(str, images))
+        found = resolve_images(run, files)
+        x, pairs = run.scaling.apply(found.pixels), resolve_labels(run, files, found, settings.label)[None]
         if len(x) != 2:
             raise UserError(f"images={images} is invalid: expected two images, found {len(x)}")
         starts, ends = x.split(1)
     else:
-        starts, ends = select_pair(run.images("test", settings.data_root)[0], images)
+        x, labels = run.images("test", settings.data_root)
+        starts, ends = select_pair(x, images)
+        pairs = labels[[int(image) for image in images]][None]
+    if settings.label is not None:
+        pairs = match_labels(run.vae.classes, 2, settings.label, None, "").expand(len(starts), 2)
     rows = []
-    for start, end in zip(starts.split(1), ends.split(1), strict=True):
-        rows += [start, plotting.interpolate(run.vae, start, end, settings.steps), end]
+    for start, end, labels in zip(starts.split(1), ends.split(1), pairs, strict=True):
+        vae, end_vae = run.vae.given(labels[:1]), run.vae.given(labels[1:])
+        rows += [start, plotting.interpolate(vae, start, end, settings.steps, end_vae), end]
     weights = [f"{weight:.2g}" for weight in torch.linspace(0, 1, settings.steps).tolist()]
     grid = grids.Grid(
         run.scaling.to_picture(torch.cat(rows)), settings.steps + 2, column_labels=["start", *weights, "end"]

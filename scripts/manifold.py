@@ -7,6 +7,7 @@ from betavae.runtime.settings import NonEmptyStr, PositiveInt
 
 
 class Settings(ModelSettings):
+    label: int | NonEmptyStr | None = Field(None, title="the label, which a conditional model needs")
     size: PositiveInt = Field(20, title="images along each side, at quantiles of the prior")
     out: NonEmptyStr = Field("manifold.png", title="image file for the grid")
 
@@ -15,11 +16,14 @@ class Settings(ModelSettings):
 def main(settings: Settings) -> None:
     with gc_paused():
         from betavae import grids
+        from betavae.data.labels import match_labels
         from betavae.runtime import checkpoint
 
     run = checkpoint.load(settings.ckpt, settings.runs)
-    caption = f"z0 to the right, z1 up, at quantiles of the prior; {run.caption}"
-    grid = grids.make_manifold_grid(run.vae, settings.size)
+    vae = run.vae.given(match_labels(run.vae.classes, 1, settings.label, None, "the manifold"))
+    label = "" if settings.label is None else f"label {settings.label}; "
+    caption = f"{label}z0 to the right, z1 up, at quantiles of the prior; {run.caption}"
+    grid = grids.make_manifold_grid(vae, settings.size)
     grids.save_grids([grid._replace(images=run.scaling.to_picture(grid.images))], settings.out, caption)
     print(f"the manifold of {run.path}, {settings.size} x {settings.size} images, saved to {settings.out}")
 

@@ -2,11 +2,11 @@
 
 from pydantic import Field
 
-from betavae.runtime.cli import DataSettings, SeedSettings, gc_paused, script_command
+from betavae.runtime.cli import DataSettings, LabelSettings, SeedSettings, gc_paused, script_command
 from betavae.runtime.settings import ImageSpec, NonEmptyStr, PositiveInt
 
 
-class Settings(DataSettings, SeedSettings):
+class Settings(DataSettings, SeedSettings, LabelSettings):
     images: ImageSpec = Field("test", title="images: a folder, file or list; .npy, .npz; test, train, ...; a data set")
     n: PositiveInt = Field(32, title="number of images, drawn at random")
     out: NonEmptyStr = Field("reconstructions.png", title="image file for the grid")
@@ -20,17 +20,19 @@ def main(settings: Settings) -> None:
         from betavae import grids
         from betavae.metrics.collapse import MAX_IMAGES, diagnose_collapse
         from betavae.runtime import checkpoint
-        from betavae.runtime.inputs import resolve_images
+        from betavae.runtime.inputs import resolve_images, resolve_labels
 
     run = checkpoint.load(settings.ckpt, settings.runs)
     images = resolve_images(run, settings.images, settings.data_root)
+    labels = resolve_labels(run, settings.images, images, settings.label)
     order = torch.randperm(len(images.pixels), generator=torch.Generator().manual_seed(settings.seed))
     x = run.scaling.apply(images.pixels.index_select(0, order[: settings.n]))
-    grid = grids.make_reconstruction_grid(run.vae, x)
+    grid = grids.make_reconstruction_grid(run.vae.given(labels[order[: settings.n]]), x)
     grids.save_grids([grid._replace(images=run.scaling.to_picture(grid.images))], settings.out, run.caption)
     for note in images.notes:
         print(note)
-    if collapse := diagnose_collapse(run.vae, run.scaling.apply(images.pixels[order[:MAX_IMAGES]])):
+    order = order[:MAX_IMAGES]
+    if collapse := diagnose_collapse(run.vae.given(labels[order]), run.scaling.apply(images.pixels[order])):
         print(f"note  {collapse}")
     print(f"{len(x)} images, each row above its reconstructions by {run.path}, saved to {settings.out}")
 

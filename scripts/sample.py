@@ -6,7 +6,7 @@ from typing import Annotated
 from pydantic import Field
 
 from betavae.runtime.cli import DataSettings, SeedSettings, gc_paused, script_command
-from betavae.runtime.settings import NonNegativeFloat, PathStr, PositiveInt, RegisteredName
+from betavae.runtime.settings import NonEmptyStr, NonNegativeFloat, PathStr, PositiveInt, RegisteredName
 
 
 class Settings(DataSettings, SeedSettings):
@@ -14,9 +14,11 @@ class Settings(DataSettings, SeedSettings):
     sampler: Annotated[str, RegisteredName("betavae.applications.sampling", "SAMPLERS")] = Field(
         "prior", title="prior; or fitted to the training images: gaussian, mixture, knn"
     )
-    label: int | None = Field(None, title="only images with this label; needs a fitted sampler")
-    temperature: NonNegativeFloat = Field(1.0, title="factor of the prior's standard deviation")
-    columns: PositiveInt = Field(8, title="images per row")
+    label: int | NonEmptyStr | None = Field(
+        None, title="only images with this label; needs a fitted sampler or a conditional model"
+    )
+    temperature: NonNegativeFloat = Field(1.0, title="factor of the prior's noise")
+    columns: PositiveInt | None = Field(None, title="images per row; null: 8, or one column per class")
     out: PathStr = Field("samples.png", title="image file for the grid")
     save_images: bool = Field(False, title="also save each image, in a folder named like `out`")
     save_tensor: bool = Field(False, title="also save a tensor (n, C, H, W), in a .pt file named like `out`")
@@ -29,24 +31,30 @@ def main(settings: Settings) -> None:
 
         from betavae import grids, plotting
         from betavae.applications.sampling import load_or_fit_sampler
+        from betavae.data.labels import count_columns, cycle_labels, find_class
         from betavae.errors import UserError
         from betavae.runtime import checkpoint
 
     run = checkpoint.load(settings.ckpt, settings.runs)
-    generator = torch.Generator().manual_seed(settings.seed)
-    if settings.sampler == "prior" and settings.label is None:
-        images = run.vae.sample(settings.n, settings.temperature, generator)
+    generator, classes, label = torch.Generator().manual_seed(settings.seed), run.vae.classes, settings.label
+    vae = run.vae.given(cycle_labels(classes, settings.n))
+    if classes and label is not None:
+        vae = run.vae.given(torch.tensor([find_class(label, classes)]))
+    if settings.sampler == "prior" and (label is None or classes):
+        images = vae.sample(settings.n, settings.temperature, generator)
     elif settings.temperature != 1:
         raise UserError(f"temperature={settings.temperature:g} is invalid: expected 1 with a fitted sampler or a label")
     else:
-        sampler = load_or_fit_sampler(settings.sampler, run, settings.data_root, settings.label)
-        images = run.vae.decode(sampler.sample(settings.n, generator))
+        sampler = load_or_fit_sampler(settings.sampler, run, settings.data_root, label)
+        images = vae.decode(sampler.sample(settings.n, generator))
+    columns = settings.columns or (8 if label is not None else count_columns(classes, 8))
     out = Path(settings.out)
-    label = "" if settings.label is None else f", label {settings.label}"
+    shown = "" if settings.label is None else f", label {settings.label}"
     heat = "" if settings.temperature == 1 else f", temperature {settings.temperature:g}"
-    caption = f"{settings.n} samples, sampler={settings.sampler}{label}{heat}; {run.caption}"
+    caption = f"{settings.n} samples, sampler={settings.sampler}{shown}{heat}; {run.caption}"
     pictures = run.scaling.to_picture(images)
-    grids.save_grids([grids.Grid(pictures, min(settings.columns, settings.n))], out, caption)
+    names = classes if label is None and columns == len(classes) else ()
+    grids.save_grids([grids.Grid(pictures, min(columns, settings.n), column_labels=names)], out, caption)
     print(f"{settings.n} samples of {run.path}, sampler={settings.sampler}, saved to {out}")
     if settings.save_images:
         folder, digits = out.with_suffix(""), len(str(settings.n - 1))

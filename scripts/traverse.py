@@ -2,14 +2,14 @@
 
 from pydantic import Field
 
-from betavae.runtime.cli import DataSettings, gc_paused, script_command
+from betavae.runtime.cli import DataSettings, LabelSettings, gc_paused, script_command
 from betavae.runtime.settings import IntAtLeast2, NonEmptyStr, NonNegativeInt, PositiveFloat, PositiveInt
 
 
-class Settings(DataSettings):
+class Settings(DataSettings, LabelSettings):
     image: NonNegativeInt | None = Field(0, title="number of the test image to start from; null: the prior's mean")
     dimensions: PositiveInt | None = Field(None, title="number of dimensions, those with the largest KL; null: all")
-    span: PositiveFloat = Field(3.0, title="each dimension goes from -span to span")
+    span: PositiveFloat = Field(3.0, title="each dimension goes from -span to span standard deviations of the prior")
     steps: IntAtLeast2 = Field(11, title="images per dimension")
     out: NonEmptyStr = Field("traversal.png", title="file for the figure")
 
@@ -20,21 +20,30 @@ def main(settings: Settings) -> None:
         import torch
 
         from betavae import grids
+        from betavae.data.labels import match_labels
         from betavae.errors import UserError
         from betavae.metrics.collapse import count_active_units, describe_collapse
         from betavae.runtime import checkpoint
 
     run = checkpoint.load(settings.ckpt, settings.runs)
-    x, _ = run.images("test", settings.data_root)
+    x, labels = run.images("test", settings.data_root)
     if settings.image is not None and settings.image >= len(x):
         raise UserError(f"image={settings.image} is invalid: expected the number of a test image, 0 to {len(x) - 1}")
-    posterior = run.vae.encode(x)
+    posterior = run.vae.given(labels).encode(x)
     kl = run.vae.kl_per_dimension(posterior).mean(0)
-    start = torch.zeros(run.vae.latent_dim) if settings.image is None else run.vae.encode(x[[settings.image]]).mean[0]
+    if settings.image is None:
+        start, label = run.vae.prior.moments()[0], None
+    else:
+        label = labels[[settings.image]]
+        start = run.vae.given(label).encode(x[[settings.image]]).mean[0]
+    if label is None or settings.label is not None:
+        label = match_labels(run.vae.classes, 1, settings.label, None, "image=null")
     values = torch.linspace(-settings.span, settings.span, settings.steps)
-    grid = grids.make_traversal_grid(run.vae, start, values, kl, settings.dimensions)
+    grid = grids.make_traversal_grid(run.vae.given(label), start, values, kl, settings.dimensions)
     grid = grid._replace(images=run.scaling.to_picture(grid.images))
     origin = "the prior's mean" if settings.image is None else f"test image {settings.image}"
+    if settings.label is not None:
+        origin += f" with label {settings.label}"
     caption = f"from {origin}, one latent dimension per row with its KL; {run.caption}"
     grids.save_grids([grid], settings.out, caption)
     print(f"{grid.rows} latent dimensions of {run.path}, ordered by KL, saved to {settings.out}")

@@ -42,10 +42,13 @@ def stack_reconstructions(vae: VAE, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def interpolate(vae: VAE, start: Tensor, end: Tensor, steps: int) -> Tensor:
-    """Decode `(steps, C, H, W)` on the line between the posterior means of two images `(1, C, H, W)`."""
+def interpolate(vae: VAE, start: Tensor, end: Tensor, steps: int, end_vae: VAE | None = None) -> Tensor:
+    """Decode `(steps, C, H, W)` on the line between the posterior means of two images `(1, C, H, W)`.
+
+    `end_vae` encodes the end, which has another label for a conditional model.
+    """
     weight = torch.linspace(0, 1, steps, device=start.device).unsqueeze(1)
-    z = (1 - weight) * vae.encode(start).mean + weight * vae.encode(end).mean
+    z = (1 - weight) * vae.encode(start).mean + weight * (end_vae or vae).encode(end).mean
     return vae.decode(z)
 
 
@@ -53,17 +56,20 @@ def interpolate(vae: VAE, start: Tensor, end: Tensor, steps: int) -> Tensor:
 def traverse(vae: VAE, z: Tensor, dimensions: Sequence[int], values: Tensor) -> Tensor:
     """Decode a row of images per dimension, in which only that dimension of `z` `(latent_dim,)` changes.
 
-    Its values are `values` `(V,)`. Returns `(D * V, C, H, W)`.
+    Its values are the prior's mean plus `values` `(V,)` of its standard deviations. Returns `(D * V, C, H, W)`.
     """
+    mean, std = vae.prior.moments()
     grid_z = z.repeat(len(dimensions), len(values), 1)
     for row, dimension in enumerate(dimensions):
-        grid_z[row, :, dimension] = values
+        grid_z[row, :, dimension] = mean[dimension] + std[dimension] * values
     return vae.decode(grid_z.flatten(0, 1))
 
 
 @torch.no_grad()
 def decode_manifold(vae: VAE, size: int) -> Tensor:
     """Decode a 2-D latent space at `size` by `size` quantiles of the prior (Kingma & Welling 2014).
+
+    They are those of a normal distribution with the prior's mean and standard deviation in each dimension.
 
     Raises:
         UserError: If the latent space is not two-dimensional.
@@ -74,7 +80,8 @@ def decode_manifold(vae: VAE, size: int) -> Tensor:
         )
     quantiles = compute_quantiles(size).to(next(vae.parameters()).device)
     rows, columns = torch.meshgrid(quantiles.flip(0), quantiles, indexing="ij")
-    return vae.decode(torch.stack((columns, rows), dim=-1).flatten(0, 1))
+    mean, std = vae.prior.moments()
+    return vae.decode(mean + std * torch.stack((columns, rows), dim=-1).flatten(0, 1))
 
 
 def compute_quantiles(size: int) -> Tensor:

@@ -1,15 +1,19 @@
 """Export a trained VAE for programs without betavae: graphs with a dynamic batch size, or its weights.
 
-The three graphs take and return float32, for B images of `(C, H, W)` and D latent dimensions:
+The graphs take and return float32, for B images of `(C, H, W)` and D latent dimensions:
 
 - encoder: image `(B, C, H, W)` -> mean, logvar of q(z|x), both `(B, D)`.
-- decoder: z `(B, D)` -> image `(B, C, H, W)`, the mean of p(x|z). To sample, decode z from N(0, I).
+- decoder: z `(B, D)` -> image `(B, C, H, W)`, the mean of p(x|z). To sample, decode z from N(0, I), or for a learned
+  prior from the graph `prior`.
+- prior, of a model with a learned prior: noise `(B, D)` from N(0, I), and for a mixture uniform `(B,)` in [0, 1) -> z.
 - score: image, noise `(B, D)` from N(0, I) -> recon, which is -log p(x|z) at z = mean + std * noise, and kl, which is
-  KL(q(z|x) || N(0, I)), both `(B,)` in nats. Their sum is the negative ELBO from one sample.
+  KL(q(z|x) || p(z)), both `(B,)` in nats. Their sum is the negative ELBO from one sample.
 
-Images are in the units of the data, or with `data.scaling=unit` in [0, 1]: see `Scaling.to_data_units`.
+Images are in the units of the data, or with `data.scaling=unit` in [0, 1]: see `Scaling.to_data_units`. For a
+conditional model, encoder, decoder and score also take label `(B,)`, int64, the number of each image's class.
 """
 
+import inspect
 import json
 import logging
 import math
@@ -25,6 +29,7 @@ from torch import Tensor, nn
 from betavae.data.loader import BYTES
 from betavae.data.scaling import Scaling
 from betavae.errors import UserError
+from betavae.models.priors import StandardNormal
 from betavae.models.vae import VAE
 from betavae.storage.files import STAMP, atomic_dir
 
@@ -50,6 +55,8 @@ class Graph(nn.Module):
         super().__init__()
         self.vae: VAE = vae
         self.scaling = scaling
+        if vae.classes and "label" in inspect.signature(self.forward).parameters:
+            self.inputs = (*self.inputs, "label")
 
 
 class Encoder(Graph):
@@ -57,8 +64,8 @@ class Encoder(Graph):
 
     inputs, outputs = ("image",), ("mean", "logvar")
 
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        posterior = self.vae.encode(self.scaling.from_data_units(image))
+    def forward(self, image: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        posterior = self.vae.given(label).encode(self.scaling.from_data_units(image))
         return posterior.mean, posterior.logvar
 
 
@@ -67,9 +74,24 @@ class Decoder(Graph):
 
     inputs, outputs = ("z",), ("image",)
 
-    def forward(self, z: Tensor) -> tuple[Tensor]:
-        x = self.vae.decode(z)
+    def forward(self, z: Tensor, label: Tensor | None = None) -> tuple[Tensor]:
+        x = self.vae.given(label).decode(z)
         return (x.clamp(0, 1) if self.scaling.mode == "unit" else self.scaling.invert(x).float(),)
+
+
+class Prior(Graph):
+    """Noise to samples of a learned prior."""
+
+    inputs: tuple[str, ...] = ("noise",)
+    outputs = ("z",)
+
+    def __init__(self, vae: VAE, scaling: Scaling = BYTES):
+        super().__init__(vae, scaling)
+        if vae.prior.has_components:
+            self.inputs = (*self.inputs, "uniform")
+
+    def forward(self, noise: Tensor, uniform: Tensor | None = None) -> tuple[Tensor]:
+        return (self.vae.prior.transform(noise, uniform),)
 
 
 class Score(Graph):
@@ -77,35 +99,43 @@ class Score(Graph):
 
     inputs, outputs = ("image", "noise"), ("recon", "kl")
 
-    def forward(self, image: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        x = self.scaling.from_data_units(image)
-        posterior = self.vae.encode(x)
+    def forward(self, image: Tensor, noise: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x, vae = self.scaling.from_data_units(image), self.vae.given(label)
+        posterior = vae.encode(x)
         z = posterior.rsample(noise)
-        log_px = self.vae.likelihood.log_prob(x, self.vae.decode_params(z))
-        return -log_px, self.vae.kl(posterior, z).sum(1)
+        log_px = vae.likelihood.log_prob(x, vae.decode_params(z))
+        return -log_px, vae.kl(posterior, z).sum(1)
 
 
-GRAPHS: dict[str, type[Graph]] = {"encoder": Encoder, "decoder": Decoder, "score": Score}
+GRAPHS: dict[str, type[Graph]] = {"encoder": Encoder, "decoder": Decoder, "score": Score, "prior": Prior}
 TENSOR_DOCS: dict[str, dict[str, Any]] = {
     "image": {"shape": "C, H, W", "range": [0, 1], "unit": "gray value or color, byte / 255"},
-    "mean": {"shape": "D", "unit": "latent space, in which the prior is N(0, I)"},
+    "mean": {"shape": "D", "unit": "latent space, in which the prior is {prior}"},
     "logvar": {"shape": "D", "unit": "log of the variance in latent space"},
-    "z": {"shape": "D", "unit": "latent space, in which the prior is N(0, I)"},
+    "z": {"shape": "D", "unit": "latent space, in which the prior is {prior}"},
     "noise": {"shape": "D", "unit": "samples of N(0, I)"},
     "recon": {"shape": "", "unit": "nats per image, summed over pixels, of the scaled values that the network sees"},
     "kl": {"shape": "", "range": [0, None], "unit": "nats per image, summed over latent dimensions"},
+    "uniform": {"shape": "", "range": [0, 1], "unit": "uniform samples below 1, which choose components of the prior"},
+    "label": {"shape": "", "unit": "number of the image's class in model.classes"},
 }
 
 
 def make_inputs(graph: Graph, batch_size: int, seed: int = 0) -> tuple[Tensor, ...]:
     """Draw random inputs of a graph."""
     generator, vae = torch.Generator().manual_seed(seed), graph.vae
-    return tuple(
-        graph.scaling.to_data_units(torch.rand(batch_size, *vae.image_shape, generator=generator)).float()
-        if name == "image"
-        else torch.randn(batch_size, vae.latent_dim, generator=generator)
-        for name in graph.inputs
-    )
+
+    def draw(name: str) -> Tensor:
+        if name == "image":
+            x = torch.rand(batch_size, *vae.image_shape, generator=generator)
+            return graph.scaling.to_data_units(x).float()
+        if name == "uniform":
+            return torch.rand(batch_size, generator=generator)
+        if name == "label":
+            return torch.randint(len(vae.classes), (batch_size,), generator=generator)
+        return torch.randn(batch_size, vae.latent_dim, generator=generator)
+
+    return tuple(map(draw, graph.inputs))
 
 
 Runner = Callable[..., Any]  # tensors -> a sequence of tensors
@@ -196,7 +226,7 @@ def measure_error(graph: Graph, run: Runner) -> float:
 def export_graphs(
     vae: VAE, settings: Mapping[str, Any], form: str, out: str | Path, scaling: Scaling = BYTES
 ) -> dict[str, Any]:
-    """Write the three graphs to a new folder, with their description in `model.json`.
+    """Write the graphs to a new folder, with their description in `model.json`.
 
     Each file is read back and compared with the VAE.
 
@@ -219,6 +249,8 @@ def export_graphs(
     result["graphs"] = {}
     with atomic_dir(out) as folder:
         for name, make in GRAPHS.items():
+            if name == "prior" and isinstance(vae.prior, StandardNormal):
+                continue
             graph, path = make(vae, scaling), folder / f"{name}{suffix}"
             try:
                 run = write(graph, path)
@@ -240,7 +272,15 @@ def describe_tensors(names: tuple[str, ...], vae: VAE, scaling: Scaling) -> dict
         span = [0, 1] if scaling.mode == "unit" else [None, None]
         docs["image"] = {"shape": "C, H, W", "range": span, "unit": f"values {unit}"}
     shapes = {"C, H, W": vae.image_shape, "D": (vae.latent_dim,), "": ()}
-    return {name: docs[name] | {"shape": ["batch", *shapes[docs[name]["shape"]]], "dtype": "float32"} for name in names}
+    prior = "N(0, I)" if isinstance(vae.prior, StandardNormal) else "learned: that of the graph `prior`"
+    described = {}
+    for name in names:
+        about = docs[name] | {"unit": docs[name]["unit"].format(prior=prior)}
+        about |= {"shape": ["batch", *shapes[about["shape"]]], "dtype": "int64" if name == "label" else "float32"}
+        if name == "kl" and not isinstance(vae.prior, StandardNormal):
+            del about["range"]  # an estimate from one sample may be negative
+        described[name] = about
+    return described
 
 
 def build_metadata(vae: VAE, settings: Mapping[str, Any], form: str, scaling: Scaling) -> dict[str, Any]:
@@ -307,15 +347,21 @@ def format_model_card(
             rows.append(f"| {group} | {values} |")
     numbers = "\n".join(list_numbers(results)) or "None were found beside the checkpoint."
     table = "\n".join(rows)
+    prior, classes = settings["model"].get("prior", {"name": "standard"})["name"], settings["model"].get("classes")
+    latents = "N(0, I)" if prior == "standard" else f"a learned prior ({prior})"
+    kind, imports, sample = "A", "import betavae", "vae.sample(64)"
+    if classes:
+        kind, imports = "A conditional", "import betavae\nimport torch"
+        sample = f"vae.given(torch.tensor([0])).sample(64)  # of the class {classes[0]}"
     return f"""# {name}
 
-A variational autoencoder of betavae, beta = {settings["beta"]:g}.
+{kind} variational autoencoder of betavae, beta = {settings["beta"]:g}, with the prior {latents}.
 
 ```python
-import betavae
+{imports}
 
 vae = betavae.load("THIS_FOLDER").vae
-images = vae.sample(64)
+images = {sample}
 ```
 
 ![samples](samples.png)

@@ -34,13 +34,16 @@ class Latents(NamedTuple):
 
 
 @torch.no_grad()
-def encode_images(vae: VAE, pixels: Tensor, seed: int = 0, scaling: Scaling = BYTES) -> Latents:
-    """Encode stored images `(N, C, H, W)`."""
+def encode_images(
+    vae: VAE, pixels: Tensor, seed: int = 0, scaling: Scaling = BYTES, labels: Tensor | None = None
+) -> Latents:
+    """Encode stored images `(N, C, H, W)`, for a conditional model with their `labels` `(N,)`."""
     generator, parts = torch.Generator().manual_seed(seed), []
-    for batch in pixels.split(BATCH_SIZE):
-        x = scaling.apply(batch)
-        posterior = vae.encode(x)
-        terms = elbo(vae, x, torch.randn(1, len(x), vae.latent_dim, generator=generator), 1.0)
+    for index in torch.arange(len(pixels)).split(BATCH_SIZE):
+        x = scaling.apply(pixels.index_select(0, index))
+        view = vae.given(None if labels is None else labels[index])
+        posterior = view.encode(x)
+        terms = elbo(view, x, torch.randn(1, len(x), vae.latent_dim, generator=generator), 1.0)
         kl = terms.kl.sum(1)
         parts.append((*posterior, kl, terms.recon + kl))
     return Latents(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
@@ -105,8 +108,8 @@ def to_columns(latents: Latents, names: Sequence[str], labels: Sequence[object] 
     return columns
 
 
-def load_latents(path: Path, latent_dim: int) -> tuple[list[str], Tensor]:
-    """Load names and latents `(N, latent_dim)` from a file of `save_latents` (its means) or from FILE.npy.
+def load_latents(path: Path, latent_dim: int) -> tuple[list[str], Tensor, list[object] | None]:
+    """Load names, latents `(N, latent_dim)` and labels from a file of `save_latents` (its means) or from FILE.npy.
 
     Raises:
         UserError: If the file is neither, or its latents have another dimension or are not finite.
@@ -119,10 +122,15 @@ def load_latents(path: Path, latent_dim: int) -> tuple[list[str], Tensor]:
             names = [str(row["name"]) for row in rows]
             dimensions = sum(key.startswith("mean_") for key in (rows[0] if rows else ()))
             z = torch.tensor([[float(row[f"mean_{d}"]) for d in range(dimensions)] for row in rows])
+            texts = [row.get("label") or "" for row in rows]
+            labels: list[object] | None = (
+                [int(text) if text.isdecimal() else text for text in texts] if any(texts) else None
+            )
         else:
             file, is_bare = ArrayFile(path), path.suffix == ".npy"
             z = torch.from_numpy(np.asarray(file.read("images" if is_bare else "mean"), dtype=np.float32))
             names = [str(name) for name in (range(len(z)) if is_bare else file.read("names"))]
+            labels = list(file.read("labels").tolist()) if not is_bare and "labels" in file.arrays else None
     except (UserError, OSError, ValueError, TypeError, KeyError, MemoryError, csv.Error) as error:
         raise UserError(f"latents: {path} is neither an intact file of encode.py nor a FILE.npy of numbers") from error
     if z.ndim != 2 or z.shape[1] != latent_dim or not len(z) == len(names) > 0:
@@ -131,7 +139,9 @@ def load_latents(path: Path, latent_dim: int) -> tuple[list[str], Tensor]:
         raise UserError(f"latents: {path} has values that are not finite")
     if any(Path(name).is_absolute() or ".." in Path(name).parts for name in names):
         raise UserError(f"latents: {path} has names that point outside the output folder")
-    return names, z
+    if labels is not None and len(labels) != len(z):
+        raise UserError(f"latents: {path} has {len(labels)} labels for {len(z)} latents")
+    return names, z, labels
 
 
 def check_pyarrow(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Latent samplers: the prior, or a density fitted to the posterior samples of the training images.
+"""Latent samplers: the model's prior, or a density fitted to the posterior samples of the training images.
 
 A decoder is trained at z of the aggregate posterior q(z) = 1/N sum_n q(z|x_n). Samples of the prior decode poorly where
 q(z) differs from it, as with many latent dimensions or a small beta. Dai & Wipf (2019) learn q(z) with a second VAE;
@@ -10,7 +10,7 @@ sample of q(z|x) for each training image:
 - knn: z_i + u (z_j - z_i), with j among the `NUM_NEIGHBORS` nearest neighbors of i and u uniform in [0, 1] (SMOTE,
   Chawla et al. 2002). It assumes no density and does not leave these lines; u = 0 reconstructs a training image.
 
-To add a sampler, write a function from z `(N, latent_dim)` to a `LatentSampler` and register it in `SAMPLERS`.
+To add a sampler, write a function from z `(N, latent_dim)` to a `FittedSampler` and register it in `SAMPLERS`.
 """
 
 import hashlib
@@ -21,8 +21,10 @@ import torch
 from torch import Tensor
 
 from betavae.applications.trained_run import TrainedRun
+from betavae.data.labels import find_class
 from betavae.errors import UserError
 from betavae.metrics.fidelity import find_nearest
+from betavae.models.priors import Prior
 from betavae.models.vae import VAE
 from betavae.storage.cache import hash_file, load_or_compute
 
@@ -61,13 +63,19 @@ class NeighborLines(NamedTuple):
         return torch.lerp(start, end, torch.rand(n, 1, generator=generator))
 
 
-LatentSampler = Mixture | NeighborLines
+class PriorSampler(NamedTuple):
+    """The prior of a model, N(0, I) or a learned one."""
+
+    prior: Prior
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw `(n, D)` on the CPU."""
+        # As in a mixture, so that one seed gives N(0, I) and `fit_gaussian` the same noise.
+        torch.multinomial(torch.ones(1), n, replacement=True, generator=generator)
+        return self.prior.sample(n, generator=generator).cpu()
 
 
-def fit_prior(z: Tensor) -> Mixture:
-    """Return N(0, I) for any `z`."""
-    dimensions = z.shape[1]
-    return Mixture(torch.ones(1), torch.zeros(1, dimensions), torch.eye(dimensions).unsqueeze(0))
+FittedSampler = Mixture | NeighborLines
 
 
 def fit_gaussian(z: Tensor) -> Mixture:
@@ -95,8 +103,8 @@ def fit_knn(z: Tensor) -> NeighborLines:
     return NeighborLines(points, find_nearest(points, points, NUM_NEIGHBORS + 1)[1][:, 1:])
 
 
-SAMPLERS: dict[str, Callable[[Tensor], LatentSampler]] = {
-    "prior": fit_prior,
+SAMPLERS: dict[str, Callable[[Tensor], FittedSampler] | None] = {
+    "prior": None,  # not fitted: the model has it
     "gaussian": fit_gaussian,
     "mixture": fit_mixture,
     "knn": fit_knn,
@@ -104,23 +112,24 @@ SAMPLERS: dict[str, Callable[[Tensor], LatentSampler]] = {
 
 
 @torch.no_grad()
-def sample_posterior(vae: VAE, x: Tensor, seed: int = 0) -> Tensor:
-    """Draw one z of q(z|x) for each image: `(N, latent_dim)`, on the CPU."""
+def sample_posterior(vae: VAE, x: Tensor, seed: int = 0, labels: Tensor | None = None) -> Tensor:
+    """Draw one z of q(z|x) for each image: `(N, latent_dim)`, on the CPU. A conditional model needs `labels` `(N,)`."""
     device, generator = next(vae.parameters()).device, torch.Generator().manual_seed(seed)
     samples = []
-    for batch in x.split(ENCODE_BATCH):
-        noise = torch.randn(len(batch), vae.latent_dim, generator=generator)
-        samples.append(vae.encode(batch.to(device)).rsample(noise.to(device)).cpu())
+    for index in torch.arange(len(x)).split(ENCODE_BATCH):
+        noise = torch.randn(len(index), vae.latent_dim, generator=generator)
+        view = vae.given(None if labels is None else labels[index])
+        samples.append(view.encode(x[index].to(device)).rsample(noise.to(device)).cpu())
     return torch.cat(samples)
 
 
 def load_or_fit_sampler(
-    name: str, run: TrainedRun, data_root: str | None = None, label: int | None = None
-) -> LatentSampler:
+    name: str, run: TrainedRun, data_root: str | None = None, label: int | str | None = None
+) -> FittedSampler | PriorSampler:
     """Fit a sampler to the training images of a run, or load it from the run folder.
 
-    The cached file has the hash of the checkpoint in its name, which determines the training images. With `label`, the
-    sampler is also fitted again when the labels have changed.
+    The cached file has the hash of the checkpoint in its name, which determines the training images. With `label`, or
+    for a conditional model, the sampler is also fitted again when the labels have changed.
 
     Args:
         name: A key of `SAMPLERS`.
@@ -131,37 +140,42 @@ def load_or_fit_sampler(
     Raises:
         UserError: If there are too few such images, or the data have no such label.
     """
-    if name == "prior":
-        if label is not None:
-            raise UserError(f"label={label} is invalid: expected null with sampler=prior, which ignores labels")
-        return fit_prior(torch.empty(0, run.vae.latent_dim))
+    fit_density = SAMPLERS[name]
+    if fit_density is None:
+        if label is not None and not run.vae.classes:
+            expected = "expected null with sampler=prior, which ignores labels"
+            raise UserError(f"label={label} is invalid: {expected} unless the model is conditional")
+        return PriorSampler(run.vae.prior)
     checkpoint = hash_file(run.path)
     key: dict[str, object] = {"sampler": name, "label": label, "checkpoint": checkpoint, "version": 2}
     images, suffix = None, ""
-    if label is not None:
+    if label is not None or run.vae.classes:
         train = run.subset("train", data_root, MAX_FIT_IMAGES)
-        images, labels = select_label(run.scaling.apply(train.pixels), train.labels, train.find_label(label))
-        suffix, key["labels"] = f"_{label}", hashlib.sha256(labels.contiguous().numpy().data).hexdigest()[:16]
+        images = run.scaling.apply(train.pixels), train.labels
+        key["labels"] = hashlib.sha256(train.labels.contiguous().numpy().data).hexdigest()[:16]
+        if label is not None:
+            number = find_class(label, run.vae.classes) if run.vae.classes else train.find_label(label)
+            images, suffix = select_label(*images, number), f"_{number if isinstance(label, str) else label}"
 
     def fit() -> dict[str, list[Tensor]]:
-        x = run.images("train", data_root, MAX_FIT_IMAGES)[0] if images is None else images
+        x, labels = images or run.images("train", data_root, MAX_FIT_IMAGES)
         min_images = max(2 * run.vae.latent_dim, NUM_NEIGHBORS + 2)
         if len(x) < min_images:
             raise UserError(
                 f"sampler={name} needs at least {min_images} training images for {run.vae.latent_dim} latent "
                 f"dimensions, and there are {len(x)}"
             )
-        return {"parts": list(SAMPLERS[name](sample_posterior(run.vae, x)))}
+        return {"parts": list(fit_density(sample_posterior(run.vae, x, labels=labels)))}
 
     parts = load_or_compute(run.folder / f"sampler_{name}{suffix}_{checkpoint}.pt", key, fit)["parts"]
     return NeighborLines(*parts) if name == "knn" else Mixture(*parts)
 
 
 def select_label(x: Tensor, labels: Tensor, label: int) -> tuple[Tensor, Tensor]:
-    """Select the images with a label; return them and all labels."""
+    """Select the images with a label; return them and their labels."""
     if labels.ndim != 1:
         raise UserError(f"label={label} is invalid: expected null (these data have several factors, not one label)")
-    images = x[labels == label]
-    if not len(images):
+    chosen = labels == label
+    if not chosen.any():
         raise UserError(f"label={label} is invalid: expected a label from {int(labels.min())} to {int(labels.max())}")
-    return images, labels
+    return x[chosen], labels[chosen]

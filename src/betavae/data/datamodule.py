@@ -90,6 +90,10 @@ class ImageDataModule(L.LightningDataModule):
             raise UserError(f"model.conditional=true needs one label per image, and {where} has several factors")
         if len(images.labels.unique()) < 2:
             raise UserError(f"model.conditional=true needs labels, and {where} has none, or the same for all images")
+        lowest, highest = int(images.labels.min()), int(images.labels.max())
+        if lowest < 0 or highest >= len(images):
+            found = f"{where} has labels from {lowest} to {highest}"
+            raise UserError(f"model.conditional=true needs labels that count from 0, and {found}")
         names = images.classes or [str(label) for label in range(int(images.labels.max()) + 1)]
         for split, others in self.splits.items():
             if len(others) and int(others.labels.max()) >= len(names):

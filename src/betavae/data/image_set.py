@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from betavae.data.labels import describe_classes
+from betavae.errors import UserError
+
 MAX_COPY_BYTES = 2**28  # larger sets are indexed lazily, not copied
 
 
@@ -31,9 +34,18 @@ class ImageSet:
     def __len__(self) -> int:
         return self.pixels.shape[0]
 
-    def find_label(self, label: int) -> int:
-        """Return the number of the class that has this name, or the label itself if there is none."""
-        return self.classes.index(str(label)) if self.classes and str(label) in self.classes else label
+    def find_label(self, label: int | str) -> int:
+        """Return the number of the class that has this name, or an integer label itself if there is none.
+
+        Raises:
+            UserError: For a text that is not the name of a class.
+        """
+        if self.classes and str(label) in self.classes:
+            return self.classes.index(str(label))
+        if isinstance(label, str):
+            expected = describe_classes(self.classes) if self.classes else "an integer"
+            raise UserError(f"label={label} is invalid: expected {expected}")
+        return label
 
     @property
     def dtype(self) -> torch.dtype:

@@ -60,10 +60,10 @@ def decompose_kl(posterior: Posterior, prior: Prior, seed: int = 0, chunk_size: 
 
 
 @torch.no_grad()
-def encode_means(vae: VAE, x: Tensor) -> Tensor:
-    """Encode images `(N, C, H, W)` to their posterior means `(N, latent_dim)` on the CPU."""
-    device = next(vae.parameters()).device
-    return torch.cat([vae.encode(batch.to(device)).mean.cpu() for batch in x.split(1000)])
+def encode_means(vae: VAE, x: Tensor, labels: Tensor) -> Tensor:
+    """Encode images `(N, C, H, W)` with their labels to their posterior means `(N, latent_dim)` on the CPU."""
+    device, batches = next(vae.parameters()).device, zip(x.split(1000), labels.split(1000), strict=True)
+    return torch.cat([vae.given(some).encode(batch.to(device)).mean.cpu() for batch, some in batches])
 
 
 def probe_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> dict[str, float]:

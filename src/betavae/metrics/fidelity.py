@@ -178,14 +178,24 @@ class Reference:
         features, pixels = (torch.cat(parts) for parts in zip(*pairs, strict=True))
         return features, pixels
 
-    def score(self, batches: Iterable[Tensor], n: int) -> tuple[dict[str, dict[str, float]], Tensor]:
-        """Return the `mean` and `se` of each score over repeats of `n` generated images, and their features."""
+    def score(
+        self, batches: Iterable[Tensor], n: int, labels: Tensor | None = None
+    ) -> tuple[dict[str, dict[str, float]], Tensor]:
+        """Return the `mean` and `se` of each score over repeats of `n` generated images, and their features.
+
+        With the `labels` that the images should have, `label_match` is the share that the classifier assigns to them.
+        """
         features, pixels = self.extract(batches)
-        rows = compute_scores(self.features, features, n)
-        for row, part, pixel_part in zip(rows, features.split(n), pixels.split(n), strict=True):
+        rows, wanted = compute_scores(self.features, features, n), [None] * -(-len(features) // n)
+        if labels is not None:
+            wanted = labels.split(n)
+        for row, part, pixel_part, some in zip(rows, features.split(n), pixels.split(n), wanted, strict=True):
             row["pixel_fid"] = frechet_distance(self.pixel_moments, estimate_moments(pixel_part))
             if self.classifier:
-                row["imbalance"] = label_tv_distance(self.classifier.classify(part), self.labels)
+                found = self.classifier.classify(part)
+                row["imbalance"] = label_tv_distance(found, self.labels)
+                if some is not None:
+                    row["label_match"] = (found == some).float().mean().item()
         return average_repeats(rows), features
 
 

@@ -44,7 +44,13 @@ class PerImageBounds(NamedTuple):
 
 @torch.no_grad()
 def importance_bounds(
-    vae: VAE, x: Tensor, ks: list[int], seed: int = 0, memory_mb: int = 16, start: int = 0
+    vae: VAE,
+    x: Tensor,
+    ks: list[int],
+    seed: int = 0,
+    memory_mb: int = 16,
+    start: int = 0,
+    labels: Tensor | None = None,
 ) -> Iterator[PerImageBounds]:
     """Compute importance-weighted bounds on -log p(x) (Burda et al. 2016), one group of images at a time.
 
@@ -59,18 +65,23 @@ def importance_bounds(
         seed: Seed of the posterior samples.
         memory_mb: Approximate memory for decoding.
         start: The first image, a multiple of `RNG_GROUP`.
+        labels: The labels (N,) that a conditional model needs.
 
     Yields:
         The bounds of each group of `RNG_GROUP` images; `PerImageBounds.concat` joins them.
     """
     device, samples = next(vae.parameters()).device, max(ks)
-    chunk_size = max(1, memory_mb * 2**20 // (4 * RNG_GROUP * count_decode_floats(vae)))
+    chunk_size = max(
+        1,
+        memory_mb * 2**20 // (4 * RNG_GROUP * count_decode_floats(vae.given(labels if labels is None else labels[:1]))),
+    )
     # glibc returns large blocks to the system and fetches them again, which takes half the time of a chunk, until it
     # has seen one of this size freed. The block is never written to, so it takes no memory.
     torch.empty(31 * 2**18)
     for first in range(start, len(x), RNG_GROUP):
         images = x[first : first + RNG_GROUP].to(device)
-        posterior = vae.encode(images)
+        view = vae.given(labels if labels is None else labels[first : first + RNG_GROUP])
+        posterior = view.encode(images)
         generator = torch.Generator().manual_seed(seed + 1_000_003 * (first // RNG_GROUP))
         log_px_sum = to_float64(torch.zeros(len(images), device=device))
         kl_sum = torch.zeros_like(log_px_sum).unsqueeze(1)
@@ -79,7 +90,7 @@ def importance_bounds(
             # Drawn for a whole group on the CPU: the same on every device and for any number of images.
             noise = torch.randn(len(chunk), RNG_GROUP, vae.latent_dim, generator=generator)[:, : len(images)]
             z = posterior.rsample(noise.to(images))
-            log_px = vae.likelihood.log_prob(images, vae.decode_params(z))
+            log_px = vae.likelihood.log_prob(images, view.decode_params(z))
             chunk.copy_(log_px + vae.prior.log_prob(z) - posterior.log_prob(z))
             kl = vae.kl(posterior, z)
             kl_sum = kl_sum + len(chunk) * to_float64(kl)
@@ -101,7 +112,14 @@ def count_decode_floats(vae: VAE) -> int:
 
 
 def evaluate_resumable(
-    vae: VAE, x: Tensor, ks: list[int], seed: int, memory_mb: int, partial: Path, key: dict[str, Any]
+    vae: VAE,
+    x: Tensor,
+    ks: list[int],
+    seed: int,
+    memory_mb: int,
+    partial: Path,
+    key: dict[str, Any],
+    labels: Tensor | None = None,
 ) -> PerImageBounds:
     """Compute the `importance_bounds` of all images with a progress bar, resuming from a partial file.
 
@@ -115,7 +133,7 @@ def evaluate_resumable(
     parts = load_partial(partial, key)
     if parts:
         print(f"resuming after the {len(parts) * RNG_GROUP:,} images in {partial}")
-    groups = importance_bounds(vae, x, ks, seed, memory_mb, start=len(parts) * RNG_GROUP)
+    groups = importance_bounds(vae, x, ks, seed, memory_mb, len(parts) * RNG_GROUP, labels)
     saved = time.monotonic() - SAVE_EVERY_SECONDS
     for part in tqdm(groups, f"images / {RNG_GROUP}", -(-len(x) // RNG_GROUP), initial=len(parts), disable=None):
         parts.append(part)

@@ -5,9 +5,9 @@ write a class with the methods of `Prior` and name it in `PRIORS`. Its construct
 such parameters the VAE's `image_shape` and `encode`; the others are settings of the group `prior`.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ MAX_LOG_SCALE = 3.0  # of a coupling layer: factors from 1/20 to 20
 class Prior(nn.Module):
     """Base class of the priors."""
 
+    latent_dim: int
+    has_components = False  # True: a sample also takes a uniform number, which chooses a component
+
     def log_prob(self, z: Tensor) -> Tensor:
         """Return log p(z) in nats, `(..., B)`, for z `(..., B, latent_dim)`."""
         raise NotImplementedError
@@ -33,6 +36,13 @@ class Prior(nn.Module):
 
         Random numbers are drawn on the CPU, so that one seed gives the same samples on every device.
         """
+        like = next(itertools.chain(self.parameters(), self.buffers()))
+        uniform = torch.rand(n, generator=generator).to(like) if self.has_components else None
+        noise = temperature * torch.randn(n, self.latent_dim, generator=generator)
+        return self.transform(noise.to(like), uniform)
+
+    def transform(self, noise: Tensor, uniform: Tensor | None = None) -> Tensor:
+        """Turn noise `(n, latent_dim)` from N(0, I) into samples; `uniform` `(n,)` in [0, 1) chooses components."""
         raise NotImplementedError
 
     def closed_form_kl(self, mean: Tensor, logvar: Tensor) -> Tensor | None:
@@ -57,8 +67,8 @@ class StandardNormal(Prior):
     def log_prob(self, z: Tensor) -> Tensor:
         return -0.5 * (z**2 + LOG_2PI).sum(-1)
 
-    def sample(self, n: int, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
-        return (temperature * torch.randn(n, self.latent_dim, generator=generator)).to(self.zero.device)
+    def transform(self, noise: Tensor, uniform: Tensor | None = None) -> Tensor:
+        return noise
 
     def closed_form_kl(self, mean: Tensor, logvar: Tensor) -> Tensor:
         return 0.5 * (mean**2 + logvar.exp() - 1 - logvar)
@@ -90,6 +100,7 @@ class GaussianComponents(Prior):
     """Base class of the mixtures of K normal distributions with diagonal covariance."""
 
     log_weights: nn.Parameter  # (K,), before the softmax
+    has_components = True
 
     def components(self) -> tuple[Tensor, Tensor]:
         """Return the means and log-variances, `(K, latent_dim)` each."""
@@ -98,12 +109,12 @@ class GaussianComponents(Prior):
     def log_prob(self, z: Tensor) -> Tensor:
         return mixture_log_prob(z, *self.components(), self.log_weights.log_softmax(0))
 
-    def sample(self, n: int, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+    def transform(self, noise: Tensor, uniform: Tensor | None = None) -> Tensor:
+        assert uniform is not None
         mean, logvar = self.components()
-        weights = self.log_weights.detach().float().softmax(0).cpu()
-        chosen = torch.multinomial(weights, n, replacement=True, generator=generator).to(mean.device)
-        noise = temperature * torch.randn(n, mean.shape[1], generator=generator)
-        return mean[chosen] + torch.exp(0.5 * logvar[chosen]) * noise.to(mean)
+        edges = self.log_weights.float().softmax(0).cumsum(0)[:-1]
+        chosen = (uniform[:, None] >= edges).sum(1)
+        return mean[chosen] + torch.exp(0.5 * logvar[chosen]) * noise
 
     def moments(self) -> tuple[Tensor, Tensor]:
         mean, logvar = self.components()
@@ -117,6 +128,7 @@ class Mixture(GaussianComponents):
 
     def __init__(self, latent_dim: int, components: int):
         super().__init__()
+        self.latent_dim = latent_dim
         # Close to N(0, I), and different enough to become different components.
         self.mean = nn.Parameter(0.3 * torch.randn(components, latent_dim))
         self.log_scale = nn.Parameter(torch.zeros(components, latent_dim))
@@ -137,7 +149,7 @@ class VampPrior(GaussianComponents):
 
     def __init__(self, latent_dim: int, components: int, image_shape: Sequence[int], encode: Encode):
         super().__init__()
-        self.encode = encode
+        self.latent_dim, self.encode = latent_dim, encode
         self.pseudo_inputs = nn.Parameter(torch.rand(components, *image_shape))
         self.log_weights = nn.Parameter(torch.zeros(components))
 
@@ -164,7 +176,7 @@ class Coupling(nn.Module):
         self.sizes = (num_fixed, num_changed)
         widths = [num_fixed, *hidden_dims]
         layers: list[nn.Module] = []
-        for n_in, n_out in pairwise(widths):
+        for n_in, n_out in itertools.pairwise(widths):
             layers += [nn.Linear(n_in, n_out), nn.ReLU()]
         last = nn.Linear(widths[-1], 2 * num_changed)
         nn.init.zeros_(last.weight)  # the identity
@@ -210,11 +222,10 @@ class Flow(Prior):
             log_det = log_det + change
         return (log_det - 0.5 * (noise**2 + LOG_2PI).sum(-1)).unflatten(0, z.shape[:-1])
 
-    def sample(self, n: int, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
-        z = (temperature * torch.randn(n, self.latent_dim, generator=generator)).to(next(self.parameters()))
+    def transform(self, noise: Tensor, uniform: Tensor | None = None) -> Tensor:
         for layer in reversed(self.layers):
-            z = layer.invert(z)  # type: ignore[operator]
-        return z
+            noise = layer.invert(noise)  # type: ignore[operator]
+        return noise
 
 
 PRIORS: dict[str, type[Prior]] = {

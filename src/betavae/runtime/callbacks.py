@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from torch import Tensor
 
 from betavae import grids, plotting
+from betavae.data.labels import count_columns, cycle_labels
 from betavae.data.scaling import Scaling
 from betavae.grids import Grid
 from betavae.models.vae import VAE
@@ -34,8 +35,10 @@ DISPLAY_NAMES = {"kl": "KL", "neg_elbo": "neg. ELBO"}
 class ImageLogger(Callback):
     """Draw the model every `every` epochs (0: never), and once more when `finish` is called after the test.
 
-    The figures are reconstructions of fixed test images, samples from fixed z, a latent traversal, the KL per
-    dimension, for two dimensions the manifold, and after the test the embedding projector. After the test they are also
+    The figures are reconstructions of fixed test images, samples of the prior from a fixed seed, a latent traversal,
+    the KL per dimension, for two dimensions the manifold, and after the test the embedding projector. A conditional
+    model is shown with the labels of the images, in the traversal and the manifold that of the first image, and with a
+    column of samples per class. After the test they are also
     written to `folder`. A figure that fails is a warning.
     """
 
@@ -51,17 +54,20 @@ class ImageLogger(Callback):
 
     def draw(self, trainer: L.Trainer, vae: VAE) -> tuple[dict[str, Grid], Tensor]:
         """Return grids of images by name, and the KL per latent dimension in nats."""
-        kl = torch.cat([vae.kl_per_dimension(vae.encode(x)) for x, _ in self.images(trainer, vae, 1000)]).mean(0).cpu()
-        x, _ = next(self.images(trainer, vae, 16))
-        z = torch.randn(64, vae.latent_dim, generator=torch.Generator().manual_seed(0)).to(x.device)
+        posteriors = [vae.given(labels).encode(x) for x, labels in self.images(trainer, vae, 1000)]
+        kl = torch.cat([vae.kl_per_dimension(posterior) for posterior in posteriors]).mean(0).cpu()
+        x, labels = next(self.images(trainer, vae, 16))
+        columns, first = count_columns(vae.classes, 8), vae.given(labels[:1])
+        sampled = vae.given(cycle_labels(vae.classes, 8 * columns))
+        samples = sampled.sample(8 * columns, generator=torch.Generator().manual_seed(0))
         span = torch.linspace(-3, 3, 11, device=x.device)
         figures = {
-            "reconstructions": grids.make_reconstruction_grid(vae, x),
-            "samples": Grid(vae.decode(z), 8),
-            "traversal": grids.make_traversal_grid(vae, vae.encode(x[:1]).mean[0], span, kl, rows=10),
+            "reconstructions": grids.make_reconstruction_grid(vae.given(labels), x),
+            "samples": Grid(samples, columns, column_labels=vae.classes[:columns]),
+            "traversal": grids.make_traversal_grid(first, first.encode(x[:1]).mean[0], span, kl, rows=10),
         }
         if vae.latent_dim == 2:
-            figures["manifold"] = grids.make_manifold_grid(vae, 20)
+            figures["manifold"] = grids.make_manifold_grid(first, 20)
         scaling: Scaling = trainer.datamodule.scaling  # type: ignore[attr-defined]
         return {name: grid._replace(images=scaling.to_picture(grid.images)) for name, grid in figures.items()}, kl
 
@@ -87,8 +93,8 @@ class ImageLogger(Callback):
         side = plotting.MAX_SPRITE_SIDE // math.ceil(math.sqrt(n))
         batches = []
         for x, labels in self.images(trainer, vae, n):
-            pictures = to_picture(x.float().cpu()).clamp(0, 1)
-            batches.append((vae.encode(x).mean.cpu(), labels, plotting.make_tiles(pictures, labels, side)))
+            pictures, means = to_picture(x.float().cpu()).clamp(0, 1), vae.given(labels).encode(x).mean.cpu()
+            batches.append((means, labels, plotting.make_tiles(pictures, labels, side)))
         means, names, tiles = (torch.cat(parts) for parts in zip(*batches, strict=True))
         for logger in run_loggers(trainer):
             logger.log_embedding(means, names.tolist(), tiles)

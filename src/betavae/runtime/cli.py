@@ -56,6 +56,14 @@ class SeedSettings(ScriptSettings):
     seed: Seed63 = Field(0, title="random seed; the same seed gives the same output")
 
 
+class LabelSettings(ScriptSettings):
+    """Settings of a script that passes images to a conditional model."""
+
+    label: int | NonEmptyStr | None = Field(
+        None, title="label of all images, for a conditional model; null: their own labels"
+    )
+
+
 S = TypeVar("S", bound=ScriptSettings)
 
 

@@ -3,11 +3,13 @@
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from betavae.data import DATASETS, USER_DATASETS
 from betavae.data.file_listing import index_names
 from betavae.data.image_io import LoadedImages, read_images
 from betavae.data.image_set import ImageSet
+from betavae.data.labels import match_labels
 from betavae.data.loader import binarize_pixels
 from betavae.data.scaling import check_values, dtype_name
 from betavae.errors import UserError
@@ -53,6 +55,23 @@ def resolve_images(run: TrainedRun, where: str | list[str], data_root: str | Non
     threshold = f"{run.scaling.invert(torch.tensor([0.5])).mean():g}" if not run.scaling.is_bytes else "127"
     pixels = run.scaling.to_stored(binarize_pixels(found.pixels, "threshold", run.scaling))
     return found._replace(pixels=pixels, notes=[*found.notes, f"binarized: above {threshold} is 1"])
+
+
+def resolve_labels(run: TrainedRun, where: str | list[str], images: LoadedImages, label: int | str | None) -> Tensor:
+    """Match the labels of images of `resolve_images`, or one `label` for all, to the classes of a conditional model.
+
+    Returns:
+        Class numbers, (N,); zeros for a model that is not conditional, which ignores them.
+
+    Raises:
+        UserError: If the images have no labels, or other ones than the model.
+    """
+    labels = images.labels
+    if labels is not None and where in SPLITS and run.vae.classes and not isinstance(labels[0], str):
+        labels = [run.vae.classes[number] for number in labels]
+    elif is_dataset_name(where) and where != run.data["name"]:
+        labels = None  # their numbers have another meaning
+    return match_labels(run.vae.classes, len(images.names), label, labels, f"images={where}")
 
 
 def load_own_split(run: TrainedRun, split: str, data_root: str | None) -> LoadedImages:

@@ -139,4 +139,4 @@ def objective_terms(images: "ImageSet", module: "VAEModule") -> list[str]:
     x = torch.full((min(2, len(images)), *images.pixels.shape[1:]), 0.5)
     noise = torch.zeros(module.k, len(x), module.vae.latent_dim)
     with torch.random.fork_rng(devices=[]), torch.no_grad(), evaluating(module.vae):
-        return list(module.objective(module.vae, x, noise, module.beta).batch_sums())
+        return list(module.objective(module.vae.given(images.labels[: len(x)]), x, noise, module.beta).batch_sums())

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from betavae import plotting
+from betavae.data.labels import cycle_labels
 from betavae.grids import Grid
 from betavae.runtime import checkpoint
 from betavae.sweeps.results import METRIC_NAMES, SettingGroup, get_sort_key
@@ -118,7 +119,7 @@ def draw_samples(groups: Sequence[SettingGroup], seed: int) -> tuple[list[Grid],
     drawn = []
     for group in finished:
         vae = checkpoint.load(str(group.finished[0].folder), "").vae
-        images = vae.sample(16, 1.0, torch.Generator().manual_seed(seed))
+        images = vae.given(cycle_labels(vae.classes, 16)).sample(16, 1.0, torch.Generator().manual_seed(seed))
         drawn.append(Grid(images, 4, title=group.label.replace(", ", "\n")))
     axes = [len(sort_values(groups, key)) for key in groups[0].values]
     is_grid = len(finished) == len(groups) == math.prod(axes)

@@ -7,7 +7,6 @@ import torch
 from betavae.applications.latents import encode_images, load_latents, save_latents
 from betavae.errors import UserError
 from betavae.models.vae import VAE
-from betavae.objectives.elbo import gaussian_kl
 
 NAMES = ["a.png", "b/c.png", "d,e.png"]
 
@@ -26,13 +25,13 @@ def test_encoding_agrees_with_the_model(vae, pixels):
     latents = encode_images(vae, pixels)
     posterior = vae.encode(pixels.float() / 255)
     assert torch.equal(latents.mean, posterior.mean) and torch.equal(latents.logvar, posterior.logvar)
-    torch.testing.assert_close(latents.kl, gaussian_kl(posterior).sum(1))
+    torch.testing.assert_close(latents.kl, vae.kl(posterior, posterior.mean).sum(1))
     z = posterior.rsample(torch.randn(3, 2, generator=torch.Generator().manual_seed(0)))
     recon = -vae.likelihood.log_prob(pixels.float() / 255, vae.decode_params(z))
     torch.testing.assert_close(latents.neg_elbo, recon + latents.kl)
 
 
-@pytest.mark.parametrize("labels", [None, ["cat", "dog", "cat"]], ids=["unlabeled", "labeled"])
+@pytest.mark.parametrize("labels", [None, ["cat", "dog", "cat"], [7, 0, 7]], ids=["unlabeled", "names", "numbers"])
 @pytest.mark.parametrize("suffix", [".npz", ".csv", ".parquet"])
 def test_saved_latents_are_loaded_unchanged(vae, pixels, tmp_path, suffix, labels):
     if suffix == ".parquet":
@@ -40,8 +39,8 @@ def test_saved_latents_are_loaded_unchanged(vae, pixels, tmp_path, suffix, label
     latents, path = encode_images(vae, pixels), tmp_path / f"latents{suffix}"
     for _ in range(2):  # A file of this project may be replaced.
         save_latents(latents, NAMES, labels, path)
-    names, z = load_latents(path, 2)
-    assert names == NAMES and torch.equal(z, latents.mean)
+    names, z, found = load_latents(path, 2)
+    assert names == NAMES and torch.equal(z, latents.mean) and found == labels
     with pytest.raises(UserError, match=r"has shape \(3, 2\); expected \(N, 3\)"):
         load_latents(path, 3)
 
@@ -58,8 +57,8 @@ def test_a_saved_tsne_is_beside_the_latents(vae, pixels, tmp_path):
 
 def test_npy_has_latents_named_by_number(tmp_path):
     np.save(tmp_path / "z.npy", np.eye(2))
-    names, z = load_latents(tmp_path / "z.npy", 2)
-    assert names == ["0", "1"] and z.tolist() == [[1, 0], [0, 1]]
+    names, z, labels = load_latents(tmp_path / "z.npy", 2)
+    assert names == ["0", "1"] and z.tolist() == [[1, 0], [0, 1]] and labels is None
 
 
 @pytest.mark.parametrize(

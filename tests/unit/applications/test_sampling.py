@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from betavae.applications import sampling
-from betavae.applications.sampling import SAMPLERS, Mixture, load_or_fit_sampler, sample_posterior
+from betavae.applications.sampling import SAMPLERS, Mixture, PriorSampler, load_or_fit_sampler, sample_posterior
 from betavae.data.image_set import ImageSet
 from betavae.data.scaling import Scaling
 from betavae.errors import UserError
+from betavae.models.priors import Mixture as MixturePrior
+from betavae.models.priors import StandardNormal
 from betavae.models.vae import VAE
 from betavae.runtime import checkpoint
 from betavae.storage.cache import hash_file
@@ -38,10 +40,23 @@ def test_mixture_draws_from_its_components():
     assert torch.equal(z, draw(mixture)) and not torch.equal(z, mixture.sample(len(z)))
 
 
-def test_prior_is_standard_normal_for_any_z():
-    z = draw(SAMPLERS["prior"](torch.rand(7, 3) + 5))
-    torch.testing.assert_close(z.mean(0), torch.zeros(3), atol=0.02, rtol=0)
-    torch.testing.assert_close(z.T.cov(), torch.eye(3), atol=0.03, rtol=0)
+def test_standard_prior_draws_the_noise_of_a_normal_sampler():
+    standard = Mixture(torch.ones(1), torch.zeros(1, 3), torch.eye(3)[None])
+    assert torch.equal(draw(PriorSampler(StandardNormal(3))), draw(standard))
+
+
+def test_mixture_prior_with_one_weight_gives_that_component():
+    prior = MixturePrior(2, 3)
+    with torch.no_grad():
+        prior.mean.copy_(torch.tensor([[-50.0, 0.0], [1.0, 2.0], [50.0, 9.0]]))
+        prior.log_scale.copy_(torch.tensor([0.5, 2.0]).log().expand(3, 2))
+        prior.log_weights.copy_(torch.tensor([-1e4, 0.0, -1e4]))
+        z = draw(PriorSampler(prior))
+    torch.testing.assert_close(z.mean(0), torch.tensor([1.0, 2.0]), atol=0.03, rtol=0)
+    torch.testing.assert_close(z.T.cov(), torch.diag(torch.tensor([0.25, 4.0])), atol=0.06, rtol=0)
+    prior.log_weights.data = torch.tensor([0.2, 0.5, 0.3]).log()
+    z = prior.transform(torch.zeros(5, 2), torch.tensor([0.0, 0.19, 0.21, 0.69, 0.9999]))
+    assert torch.equal(z, prior.mean[[0, 0, 1, 1, 2]])
 
 
 def test_gaussian_matches_moments_and_mixture_matches_clusters():

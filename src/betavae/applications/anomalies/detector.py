@@ -56,7 +56,15 @@ class Detector(NamedTuple):
 
     @classmethod
     @torch.no_grad()
-    def fit(cls, vae: VAE, train: Tensor, validation: Tensor, names: Sequence[str] = FAST_SCORES) -> "Detector":
+    def fit(
+        cls,
+        vae: VAE,
+        train: Tensor,
+        validation: Tensor,
+        names: Sequence[str] = FAST_SCORES,
+        train_labels: Tensor | None = None,
+        validation_labels: Tensor | None = None,
+    ) -> "Detector":
         """Fit the densities to training images and calibrate the scores on validation images.
 
         Args:
@@ -65,6 +73,8 @@ class Detector(NamedTuple):
             validation: Images of the same distribution that the VAE was not trained on. If it was trained on them, the
                 false-alarm rate is higher than stated.
             names: The scores to calibrate.
+            train_labels: The labels (N,) of the training images, for a conditional model.
+            validation_labels: Those of the validation images.
 
         Raises:
             UserError: If scikit-learn is missing, or the training images are too few or too similar.
@@ -75,17 +85,19 @@ class Detector(NamedTuple):
                 f"{len(train)} training images are too few for anomaly detection; expected at least {MIN_FIT_IMAGES}"
             )
         step = max(1, math.ceil(len(train) / MAX_FIT_IMAGES))
-        train = train.index_select(0, torch.arange(0, len(train), step))
+        rows = torch.arange(0, len(train), step)
+        train, labels = train.index_select(0, rows), None if train_labels is None else train_labels[rows]
         background = find_background(vae, train)
-        values = torch.cat([scoring.statistics(vae, x).cpu() for x in iter_batches(vae, train)])
-        latents = [scoring.latent_and_unexplained(vae, x, background) for x in iter_batches(vae, train)]
+        values = torch.cat([scoring.statistics(view, x).cpu() for view, x in iter_batches(vae, train, labels)])
+        batches = iter_batches(vae, train, labels)
+        latents = [scoring.latent_and_unexplained(view, x, background) for view, x in batches]
         means, unexplained = (torch.cat(part).cpu() for part in zip(*latents, strict=True))
         center, scale = values.mean(0), values.std(0).clamp(min=1e-9)
         spread = means.std(0).clamp(min=1e-9)
         mixture = fit_mixture(means, spread)
         latent = -scoring.mixture_log_density(mixture, means / spread)
         moments = [[part.mean(), part.std().clamp(min=1e-9)] for part in (latent, unexplained)]
-        pixel_mean, pixel_sd = fit_pixel_surprise(vae, train)
+        pixel_mean, pixel_sd = fit_pixel_surprise(vae, train, labels)
         state: DetectorState = {
             "kernels": values[:: math.ceil(len(values) / MAX_KDE_POINTS)].clone(),
             "center": center,
@@ -101,11 +113,14 @@ class Detector(NamedTuple):
         }
         detector = cls(vae, state)
         state["calibration"] = {
-            name: score.sort().values for name, score in detector.compute_scores(validation, names).items()
+            name: score.sort().values
+            for name, score in detector.compute_scores(validation, names, validation_labels).items()
         }
         return detector
 
-    def compute_scores(self, x: Tensor, names: Sequence[str] = FAST_SCORES) -> dict[str, Tensor]:
+    def compute_scores(
+        self, x: Tensor, names: Sequence[str] = FAST_SCORES, labels: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Compute scores of images.
 
         - neg_elbo, nll, regret: `scores.neg_elbo`, `scores.nll`, `scores.likelihood_regret`.
@@ -117,23 +132,27 @@ class Detector(NamedTuple):
         Args:
             x: `(N, C, H, W)`, uint8 or floats in [0, 1].
             names: Names in `FAST_SCORES` and `SLOW_SCORES`.
+            labels: The labels (N,) that a conditional model needs.
 
         Returns:
             Each score by its name, `(N,)` in double precision.
         """
-        functions: dict[str, Callable[[Tensor], Tensor]] = {
-            "neg_elbo": lambda x: scoring.neg_elbo(self.vae, x),
-            "nll": lambda x: scoring.nll(self.vae, x),
-            "regret": lambda x: scoring.likelihood_regret(self.vae, x),
-            "dose": self.score_dose,
-            "dose_svm": self.score_dose_svm,
-            "combined": self.score_combined,
+        functions: dict[str, Callable[[Detector, Tensor], Tensor]] = {
+            "neg_elbo": lambda detector, x: scoring.neg_elbo(detector.vae, x),
+            "nll": lambda detector, x: scoring.nll(detector.vae, x),
+            "regret": lambda detector, x: scoring.likelihood_regret(detector.vae, x),
+            "dose": Detector.score_dose,
+            "dose_svm": Detector.score_dose_svm,
+            "combined": Detector.score_combined,
         }
         if unknown := [name for name in names if name not in functions]:
             known = ", ".join((*FAST_SCORES, *SLOW_SCORES))
             raise UserError(f"score={unknown[0]} is invalid: expected one of {known}")
+        parts = []
         with torch.no_grad():
-            parts = [[functions[name](part).double().cpu() for name in names] for part in iter_batches(self.vae, x)]
+            for view, part in iter_batches(self.vae, x, labels):
+                detector = self._replace(vae=view)
+                parts.append([functions[name](detector, part).double().cpu() for name in names])
         return {name: torch.cat(score) for name, score in zip(names, zip(*parts, strict=True), strict=True)}
 
     def score_dose(self, x: Tensor) -> Tensor:
@@ -158,22 +177,22 @@ class Detector(NamedTuple):
         tails = -torch.special.log_ndtr(-(torch.stack((latent, unexplained.cpu()), 1) - center) / scale)
         return LATENT_WEIGHT * tails[:, 0] + tails[:, 1]
 
-    def compute_p_values(self, x: Tensor, name: str = DEFAULT_SCORE) -> Tensor:
-        """Compute conformal p-values of images, `(N,)`.
+    def compute_p_values(self, x: Tensor, name: str = DEFAULT_SCORE, labels: Tensor | None = None) -> Tensor:
+        """Compute conformal p-values of images, `(N,)`, for a conditional model with their `labels` `(N,)`.
 
         The p-value of an image from the training distribution is at most a with probability at most a (Vovk et al.
         2005), on average over calibration sets; `false_alarm_rate` has the variation between calibration sets.
         """
         self.check_calibrated(name)
-        return compute_p_values(self.compute_scores(x, (name,))[name], self.state["calibration"][name])
+        return compute_p_values(self.compute_scores(x, (name,), labels)[name], self.state["calibration"][name])
 
     def check_calibrated(self, name: str) -> None:
         """Raise UserError if a score was not calibrated."""
         if name not in self.state["calibration"]:
             raise UserError(f"score={name} is invalid: expected one of {', '.join(self.state['calibration'])}")
 
-    def compute_heat_maps(self, x: Tensor) -> Tensor:
-        """Compute the standardized surprise of each pixel, `(N, H, W)`.
+    def compute_heat_maps(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Compute the standardized surprise of each pixel, `(N, H, W)`; a conditional model needs `labels` `(N,)`.
 
         It is `pixel_surprise` in standard deviations from the training images' mean at that pixel. A standard deviation
         counts as at least a tenth of the root mean square over pixels. Without that floor, any ink near the border,
@@ -182,7 +201,9 @@ class Detector(NamedTuple):
         mean, sd = self.state["pixel_mean"], self.state["pixel_sd"]
         floor = 0.1 * sd.square().mean().sqrt()
         with torch.no_grad():
-            maps = [scoring.pixel_surprise(self.vae, part).double().cpu() for part in iter_batches(self.vae, x)]
+            maps = [
+                scoring.pixel_surprise(view, part).double().cpu() for view, part in iter_batches(self.vae, x, labels)
+            ]
         return (torch.cat(maps) - mean) / sd.clamp(min=floor)
 
 
@@ -195,7 +216,7 @@ def check_scikit_learn() -> None:
 def find_background(vae: VAE, images: Tensor) -> float:
     """Find the most frequent gray level, in [0, 1]."""
     counts = torch.zeros(256, dtype=torch.long)
-    for x in iter_batches(vae, images):
+    for _, x in iter_batches(vae, images):
         counts += (255 * x).round().byte().cpu().flatten().bincount(minlength=256)
     return float(counts.argmax()) / 255
 
@@ -237,11 +258,11 @@ def fit_mixture(means: Tensor, spread: Tensor) -> scoring.GaussianMixture:
     }
 
 
-def fit_pixel_surprise(vae: VAE, images: Tensor) -> tuple[Tensor, Tensor]:
+def fit_pixel_surprise(vae: VAE, images: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
     """Compute the mean and standard deviation of `pixel_surprise` over images, `(H, W)` each."""
     total, squares = torch.zeros(2, *images.shape[2:], dtype=torch.double)
-    for x in iter_batches(vae, images):
-        surprises = scoring.pixel_surprise(vae, x).double().cpu()
+    for view, x in iter_batches(vae, images, labels):
+        surprises = scoring.pixel_surprise(view, x).double().cpu()
         total += surprises.sum(0)
         squares += surprises.square().sum(0)
     mean = total / len(images)
@@ -296,12 +317,16 @@ def false_alarm_rate(alpha: float, calibration: int, new_images: int | None = No
     return FalseAlarmRate(rank / (calibration + 1), float(low), float(high))
 
 
-def iter_batches(vae: VAE, images: Tensor) -> Iterator[Tensor]:
-    """Iterate over images `(N, C, H, W)`, uint8 or floats in [0, 1], as batches of floats on the VAE's device."""
+def iter_batches(vae: VAE, images: Tensor, labels: Tensor | None = None) -> Iterator[tuple[VAE, Tensor]]:
+    """Iterate over images `(N, C, H, W)`, uint8 or floats in [0, 1], as batches of floats on the VAE's device.
+
+    Each comes with the VAE for its `labels`.
+    """
     if not len(images):
         raise UserError("there are no images to score")
     weight = next(vae.parameters())
     batch_size = max(1, min(BATCH_SIZE, BATCH_PIXELS // images[0].numel()))
     for index in torch.arange(len(images)).split(batch_size):
         batch = images.index_select(0, index)
-        yield batch.to(weight) / 255 if batch.dtype == torch.uint8 else batch.to(weight)
+        view = vae.given(None if labels is None else labels[index])
+        yield view, batch.to(weight) / 255 if batch.dtype == torch.uint8 else batch.to(weight)

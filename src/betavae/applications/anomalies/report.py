@@ -57,7 +57,8 @@ def load_or_fit_detector(run: TrainedRun, data_root: str | None = None) -> Detec
             )
         train = run.subset("train", data_root, MAX_FIT_IMAGES)
         print("fitting the detector to training images, which happens once ...", flush=True)
-        return dict(Detector.fit(run.vae, train.pixels, validation.pixels).state)
+        images = (train.pixels, validation.pixels)
+        return dict(Detector.fit(run.vae, *images, FAST_SCORES, train.labels, validation.labels).state)
 
     return Detector(run.vae, cast(DetectorState, load_or_compute(detector_path(run), CACHE_KEY, fit)))
 
@@ -79,10 +80,12 @@ def load_cached_detector(run: TrainedRun) -> Detector | None:
         return None
 
 
-def score_images(detector: Detector, pixels: Tensor, score: str, alpha: float) -> ScoredImages:
-    """Score images, and flag those whose p-value under `score` is at most `alpha`."""
+def score_images(
+    detector: Detector, pixels: Tensor, score: str, alpha: float, labels: Tensor | None = None
+) -> ScoredImages:
+    """Score images, and flag those whose p-value under `score` is at most `alpha`; see `Detector.compute_scores`."""
     detector.check_calibrated(score)
-    scores = detector.compute_scores(pixels, FAST_SCORES)
+    scores = detector.compute_scores(pixels, FAST_SCORES, labels)
     p_values = compute_p_values(scores[score], detector.state["calibration"][score])
     return ScoredImages(scores, p_values, p_values <= alpha, score)
 
@@ -104,13 +107,18 @@ def match_inliers(labels: Sequence[object] | None, inliers: Sequence[int | str])
 
 
 def save_report(
-    detector: Detector, result: ScoredImages, images: LoadedImages, is_inlier: Sequence[bool] | None, out: Path
+    detector: Detector,
+    result: ScoredImages,
+    images: LoadedImages,
+    is_inlier: Sequence[bool] | None,
+    out: Path,
+    labels: Tensor | None = None,
 ) -> None:
     """Save the table and the figures to a folder; with `is_inlier` also the ROC curve."""
     write_table(result, images.names, images.labels, images.skipped, out / "scores.csv")
     save_figure(draw_histogram(detector, result), out / "histogram.png")
     save_grids(draw_extremes(images.pixels, result), out / "extremes.png", f"by the {result.score} score")
-    save_grids([draw_flagged_images(detector, images.pixels, result)], out / "where.png")
+    save_grids([draw_flagged_images(detector, images.pixels, result, labels)], out / "where.png")
     if is_inlier is not None:
         save_figure(draw_roc(result, is_inlier), out / "roc.png")
     elif has_stamp(out / "roc.png"):  # It shows other images.
@@ -173,7 +181,7 @@ def draw_roc(result: ScoredImages, is_inlier: Sequence[bool]) -> "Figure":
     return figure
 
 
-def draw_flagged_images(detector: Detector, pixels: Tensor, result: ScoredImages) -> Grid:
+def draw_flagged_images(detector: Detector, pixels: Tensor, result: ScoredImages, labels: Tensor | None = None) -> Grid:
     """Draw the flagged images above their reconstructions and heat maps.
 
     These are up to `MAX_SHOWN_IMAGES` with the highest scores, or the eight highest if none is flagged. Heat maps go
@@ -183,14 +191,16 @@ def draw_flagged_images(detector: Detector, pixels: Tensor, result: ScoredImages
 
     order = result.scores[result.score].argsort(descending=True)
     flagged = order[result.flagged[order]]
-    x = pixels[flagged[:MAX_SHOWN_IMAGES] if len(flagged) else order[:8]].float() / 255
-    position = (detector.compute_heat_maps(x).numpy() + HEAT_MAP_RANGE) / (2 * HEAT_MAP_RANGE)
+    shown = flagged[:MAX_SHOWN_IMAGES] if len(flagged) else order[:8]
+    x, labels = pixels[shown].float() / 255, None if labels is None else labels[shown]
+    position = (detector.compute_heat_maps(x, labels).numpy() + HEAT_MAP_RANGE) / (2 * HEAT_MAP_RANGE)
     maps = torch.from_numpy(colormaps["coolwarm"](position)[..., :3]).movedim(-1, 1)
     columns = min(8, len(x))
-    rows = stack_reconstructions(detector.vae, x).unflatten(0, (-1, 2, columns)).expand(-1, -1, -1, 3, -1, -1)
+    rows = stack_reconstructions(detector.vae.given(labels), x)
+    rows = rows.unflatten(0, (-1, 2, columns)).expand(-1, -1, -1, 3, -1, -1)
     maps = torch.cat((maps, maps.new_ones(-len(x) % columns, *maps.shape[1:]))).unflatten(0, (-1, 1, columns))
-    labels = ["image", "reconstruction", "heat map"] * len(rows)
-    return Grid(torch.cat((rows, maps.to(rows)), 1).flatten(0, 2), columns, labels)
+    names = ["image", "reconstruction", "heat map"] * len(rows)
+    return Grid(torch.cat((rows, maps.to(rows)), 1).flatten(0, 2), columns, names)
 
 
 def compute_detection_metrics(result: ScoredImages, is_inlier: Sequence[bool]) -> dict[str, float]:

@@ -24,6 +24,7 @@ from betavae.applications.compression.reproducible import GRID, LOGISTIC, NORMAL
 from betavae.errors import UserError
 from betavae.models.likelihoods import Bernoulli
 from betavae.models.logistic_mixture import LogisticMixture, split_params
+from betavae.models.priors import StandardNormal
 from betavae.models.vae import VAE
 
 LATENT_BITS = 14  # Each latent dimension has 2^14 bins of equal prior mass.
@@ -72,6 +73,10 @@ class Codec:
                 f"compression needs a discrete likelihood, and this model has {type(likelihood).__name__}; train with "
                 "model.likelihood=logistic_mixture for bytes, or with bernoulli on binarized images"
             )
+        if vae.classes:
+            raise UserError("compression needs a model without labels: train with model.conditional=false")
+        if not isinstance(vae.prior, StandardNormal):
+            raise UserError("compression needs bins of equal prior mass, which N(0, I) has: train with prior=standard")
         if any(parameter.device.type != "cpu" for parameter in vae.parameters()):
             raise UserError("compression needs the CPU, where sums are reproducible: pass vae.cpu()")
         self.bits = 8 if isinstance(likelihood, LogisticMixture) else 1

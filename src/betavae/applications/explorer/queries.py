@@ -32,7 +32,7 @@ BATCH_SIZE = 1000
 # Data settings that do not change the test images.
 IRRELEVANT_SETTINGS = ("root", "cache", "batch_size", "eval_batch_size", "seed", "validation_size")
 
-PValueFunction = Callable[[Tensor], Tensor]  # images (N, C, H, W) -> p-values (N,)
+PValueFunction = Callable[..., Tensor]  # images (N, C, H, W), labels=(N,) or None -> p-values (N,)
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,24 @@ class Explorer:
     def image_shape(self) -> tuple[int, int, int]:
         """The shape (C, H, W)."""
         return tuple(self.images.pixels.shape[1:])
+
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """The classes of conditional models; none if no model is conditional."""
+        return next((model.vae.classes for model in self.models if model.vae.classes), ())
+
+    def check_label(self, label: int | None) -> Tensor | None:
+        """Return a label as `(1,)`.
+
+        Raises:
+            UserError: If a model needs one and there is none, or it is not a class.
+        """
+        if not self.conditions:
+            return None
+        if label is None or label >= len(self.conditions):
+            found = "null" if label is None else label
+            raise UserError(f"label={found} is invalid: expected 0 to {len(self.conditions) - 1}, a class of the model")
+        return torch.tensor([label])
 
 
 class LatentMap(NamedTuple):
@@ -139,14 +157,16 @@ def identify_test_images(run: TrainedRun) -> dict[str, Any]:
 def load_model(name: str, run: TrainedRun, images: ImageSet, p_values: PValueFunction | None = None) -> LoadedModel:
     """Encode the test images with the model of a run."""
     batches = [
-        run.vae.encode(select_images(run, images, index)) for index in torch.arange(len(images)).split(BATCH_SIZE)
+        run.vae.given(images.labels[index]).encode(select_images(run, images, index))
+        for index in torch.arange(len(images)).split(BATCH_SIZE)
     ]
     posterior = Posterior(*(torch.cat(rows) for rows in zip(*batches, strict=True)))
     if not all(part.isfinite().all() for part in posterior):
         raise UserError(f"ckpt: {run.path} has outputs that are not finite; name another checkpoint")
     # Evenly spaced, since a test set may be sorted.
     index = torch.linspace(0, len(images) - 1, min(REFERENCE_IMAGES, len(images))).round().long()
-    groups = importance_bounds(run.vae, select_images(run, images, index), [ELBO_SAMPLES])
+    x, labels = select_images(run, images, index), images.labels[index]
+    groups = importance_bounds(run.vae, x, [ELBO_SAMPLES], SEED, labels=labels)
     reference = torch.cat([group.recon + group.kl.sum(1) for group in groups])
     return LoadedModel(
         name, run, posterior.mean, run.vae.kl_per_dimension(posterior).mean(0), reference.sort().values, p_values
@@ -185,15 +205,22 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
 def build_page_state(explorer: Explorer) -> dict[str, Any]:
     """Collect what the page needs to be drawn, as plain values.
 
-    `reach` is the largest distance from 0 of the test images' posterior means in each dimension.
+    `center` is the prior's mean. `reach` is the largest distance from 0, in each dimension, of the test images'
+    posterior means and of three standard deviations of the prior around its mean.
     """
     labels, run = explorer.images.labels, explorer.models[0].run
+    moments = [model.vae.prior.moments() for model in explorer.models]
+    reaches = [
+        torch.maximum(model.means.abs().amax(0), mean.abs() + 3 * std)
+        for model, (mean, std) in zip(explorer.models, moments, strict=True)
+    ]
     return {
         "shape": list(explorer.image_shape),
         "data": run.data["name"],
         "images": len(explorer.images),
         "labels": (labels[:, None] if labels.ndim == 1 else labels).T.tolist(),
         "classes": explorer.images.classes,
+        "conditions": list(explorer.conditions),
         "note": run.vae.likelihood.describe(run.data["binarize"], run.scaling.describe(run.vae.image_shape)),
         "runs": [
             {
@@ -202,9 +229,10 @@ def build_page_state(explorer: Explorer) -> dict[str, Any]:
                 "beta": model.run.settings["beta"],
                 "kl": model.kl.tolist(),
                 "order": sort_by_kl(model).tolist(),
-                "reach": model.means.abs().amax(0).tolist(),
+                "center": center.tolist(),
+                "reach": reach.tolist(),
             }
-            for model in explorer.models
+            for model, (center, _), reach in zip(explorer.models, moments, reaches, strict=True)
         ],
     }
 
@@ -215,15 +243,30 @@ def sort_by_kl(model: LoadedModel) -> Tensor:
 
 
 @torch.no_grad()
-def decode_latents(model: LoadedModel, z: Tensor) -> Tensor:
-    """Decode `(B, latent_dim)` to pictures of the means of p(x|z), `(B, C, H, W)` in [0, 1]."""
-    return model.run.scaling.to_picture(model.vae.decode(z)).clamp(0, 1)
+def sample_prior(explorer: Explorer) -> list[Tensor]:
+    """Draw a sample of each model's prior, `(latent_dim,)`, from the same noise for dimensions of equal rank by KL."""
+    uniform, noise = torch.rand(1), torch.randn(max(model.vae.latent_dim for model in explorer.models))
+    samples = []
+    for model in explorer.models:
+        own = torch.empty(1, model.vae.latent_dim)
+        own[0, sort_by_kl(model)] = noise[: model.vae.latent_dim]
+        samples.append(model.vae.prior.transform(own, uniform)[0])
+    return samples
 
 
 @torch.no_grad()
-def encode_image(model: LoadedModel, x: Tensor) -> tuple[Tensor, list[Score]]:
-    """Compute the posterior mean `(latent_dim,)` and the scores of an image `(C, H, W)`, as the model sees it."""
-    (bounds,) = importance_bounds(model.vae, x[None], [ELBO_SAMPLES], SEED)
+def decode_latents(model: LoadedModel, z: Tensor, label: Tensor | None = None) -> Tensor:
+    """Decode `(B, latent_dim)` to pictures of the means of p(x|z), `(B, C, H, W)` in [0, 1]. `label` is (1,)."""
+    return model.run.scaling.to_picture(model.vae.given(label).decode(z)).clamp(0, 1)
+
+
+@torch.no_grad()
+def encode_image(model: LoadedModel, x: Tensor, label: Tensor | None = None) -> tuple[Tensor, list[Score]]:
+    """Compute the posterior mean `(latent_dim,)` and the scores of an image `(C, H, W)`, as the model sees it.
+
+    `label` is (1,), for a conditional model.
+    """
+    (bounds,) = importance_bounds(model.vae, x[None], [ELBO_SAMPLES], SEED, labels=label)
     recon, kl = bounds.recon.item(), bounds.kl.sum().item()
     percentile = compute_percentile(model.reference, recon + kl)
     scores = [
@@ -234,8 +277,8 @@ def encode_image(model: LoadedModel, x: Tensor) -> tuple[Tensor, list[Score]]:
     ]
     if model.compute_p_values:
         meaning = "share of ordinary images at least as anomalous, by the anomaly detector (docs/anomalies.md)"
-        scores.append(Score("p-value", 100 * model.compute_p_values(x[None]).item(), "%", meaning))
-    return model.vae.encode(x[None]).mean[0], scores
+        scores.append(Score("p-value", 100 * model.compute_p_values(x[None], labels=label).item(), "%", meaning))
+    return model.vae.given(label).encode(x[None]).mean[0], scores
 
 
 def compute_percentile(reference: Tensor, value: float) -> float:
@@ -262,14 +305,14 @@ def compute_map(model: LoadedModel, axes: Literal["pca", "largest"]) -> LatentMa
         # The sign of an eigenvector is arbitrary, so its largest entry is made positive.
         plane = plane * plane.gather(0, plane.abs().argmax(0, keepdim=True)).sign()
     else:
-        center = torch.zeros(dimensions)
+        center = model.vae.prior.moments()[0]
         plane = torch.eye(dimensions).double()[:, sort_by_kl(model)[:2]]
     plane = torch.nn.functional.pad(plane, (0, 2 - plane.shape[1])).float()  # A 1-D latent space has no second axis.
     points = (means - center) @ plane
     return LatentMap(points, center, plane, (points.double().var(0) / covariance.trace()).tolist())
 
 
-def decode_path(model: LoadedModel, start: Tensor, end: Tensor, steps: int) -> Tensor:
-    """Decode the line between two latents `(latent_dim,)`: `(steps, C, H, W)`."""
+def decode_path(model: LoadedModel, start: Tensor, end: Tensor, steps: int, label: Tensor | None = None) -> Tensor:
+    """Decode the line between two latents `(latent_dim,)`: `(steps, C, H, W)`. `label` is (1,)."""
     weight = torch.linspace(0, 1, steps)[:, None]
-    return decode_latents(model, (1 - weight) * start + weight * end)
+    return decode_latents(model, (1 - weight) * start + weight * end, label)

@@ -43,6 +43,7 @@ STATIC_ROUTES = {"/": "index.html"} | {
 MIME_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 
 Latent = list[Annotated[float, Field(ge=-MAX_ABS_Z, le=MAX_ABS_Z, allow_inf_nan=False)]]
+Label = Annotated[int, Field(ge=0)] | None  # number of a class
 
 
 class RequestBody(BaseModel):
@@ -55,9 +56,10 @@ Body = TypeVar("Body", bound=RequestBody)
 
 
 class DecodeRequest(RequestBody):
-    """One latent per run."""
+    """One latent per run, and the label for conditional models."""
 
     z: list[Latent]
+    label: Label = None
 
 
 class PathRequest(RequestBody):
@@ -66,6 +68,7 @@ class PathRequest(RequestBody):
     start: list[Latent]
     end: list[Latent]
     steps: Annotated[int, Field(ge=2, le=50)]
+    label: Label = None
 
 
 class ImageRequest(RequestBody):
@@ -88,6 +91,7 @@ class UploadOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
     center: bool = False
     invert: bool = False
+    label: Label = None
 
 
 def build_app(explorer: Explorer, names: set[str], loopback: bool = True) -> Starlette:
@@ -126,22 +130,29 @@ def build_app(explorer: Explorer, names: set[str], loopback: bool = True) -> Sta
         plane = {"center": center.tolist(), "axes": axes.tolist(), "share": share}
         return JSONResponse({"points": round_points(points), **plane})
 
+    def get_sample(request: Request) -> Response:
+        return JSONResponse({"z": [z.tolist() for z in queries.sample_prior(explorer)]})
+
     async def post_decode(request: Request) -> Response:
-        zs = parse_latents(explorer, (await parse_body(request, DecodeRequest)).z)
-        images = [queries.decode_latents(model, z[None])[0] for model, z in zip(explorer.models, zs, strict=True)]
+        body = await parse_body(request, DecodeRequest)
+        zs, label = parse_latents(explorer, body.z), explorer.check_label(body.label)
+        pairs = zip(explorer.models, zs, strict=True)
+        images = [queries.decode_latents(model, z[None], label)[0] for model, z in pairs]
         return JSONResponse({"images": uploads.to_base64(torch.stack(images))})
 
     async def post_path(request: Request) -> Response:
         body = await parse_body(request, PathRequest)
         starts, ends = parse_latents(explorer, body.start), parse_latents(explorer, body.end)
-        paths = [queries.decode_path(*line, body.steps) for line in zip(explorer.models, starts, ends, strict=True)]
+        lines, label = zip(explorer.models, starts, ends, strict=True), explorer.check_label(body.label)
+        paths = [queries.decode_path(*line, body.steps, label) for line in lines]
         return JSONResponse({"images": [uploads.to_base64(path) for path in paths]})
 
     async def post_image(request: Request) -> Response:
         index = (await parse_body(request, ImageRequest)).index
         if index >= len(explorer.images):
             raise UserError(f"index={index} is invalid: expected 0 to {len(explorer.images) - 1}")
-        return build_encode_response(explorer, explorer.images.pixels.index_select(0, torch.tensor([index])))
+        pixels, label = explorer.images.pixels.index_select(0, torch.tensor([index])), explorer.images.labels[[index]]
+        return build_encode_response(explorer, pixels, label)
 
     async def post_upload(request: Request) -> Response:
         options = UploadOptions.model_validate(dict(request.query_params))
@@ -151,13 +162,14 @@ def build_app(explorer: Explorer, names: set[str], loopback: bool = True) -> Sta
         pixels = uploads.read_upload(content, explorer.image_shape, options.center, options.invert, **look)
         if not scaling.is_bytes:
             pixels = scaling.to_stored(scaling.from_picture(Scaling.unit().apply(pixels)))
-        return build_encode_response(explorer, pixels[None])
+        return build_encode_response(explorer, pixels[None], explorer.check_label(options.label))
 
     return Starlette(
         routes=[
             *(Route(url, serve_file(file)) for url, file in STATIC_ROUTES.items()),
             Route("/api/state", get_state),
             Route("/api/map", get_map),
+            Route("/api/sample", get_sample),
             Route("/api/decode", post_decode, methods=["POST"]),
             Route("/api/path", post_path, methods=["POST"]),
             Route("/api/image", post_image, methods=["POST"]),
@@ -230,11 +242,11 @@ def parse_latents(explorer: Explorer, values: list[list[float]]) -> list[Tensor]
     return [torch.tensor(z) for z in values]
 
 
-def build_encode_response(explorer: Explorer, pixels: Tensor) -> Response:
-    """Encode and score one stored image `(1, C, H, W)` with all models."""
+def build_encode_response(explorer: Explorer, pixels: Tensor, label: Tensor | None) -> Response:
+    """Encode and score one stored image `(1, C, H, W)`, with its `label` (1,), with all models."""
     rows = []
     for model in explorer.models:
-        mean, scores = queries.encode_image(model, model.run.scaling.apply(pixels)[0])
+        mean, scores = queries.encode_image(model, model.run.scaling.apply(pixels)[0], label)
         # JSON has no number that is not finite.
         values = [score._asdict() | {"value": score.value if math.isfinite(score.value) else None} for score in scores]
         rows.append({"mean": mean.tolist(), "scores": values})

@@ -15,6 +15,9 @@ export async function request(url, body, kind = "application/json") {
   return content;
 }
 
+/** The number of the chosen label for conditional models, else null. */
+export const getLabel = () => (page.state.conditions.length ? $("label").selectedIndex : null);
+
 export function showMessage(text) {
   $("message").textContent = text;
   $("message").hidden = !text;

@@ -1,7 +1,10 @@
 // The user's pictures, drawn or uploaded; they are sent again when an option changes.
-import { $, page, showMessage } from "./common.js";
+import { $, getLabel, page, showMessage } from "./common.js";
 
-/** Call `read(blob, caption, query)` with each picture, and `cleared()` when the drawing is cleared. */
+/**
+ * Call `read(blob, caption, query)` with each picture, and `cleared()` when the drawing is cleared.
+ * Return a function that reads the last picture again.
+ */
 export function makeDrawing(read, cleared) {
   const [channels, height, width] = page.state.shape, canvas = $("drawing"), scale = Math.ceil(280 / Math.max(height, width));
   [canvas.width, canvas.height] = [scale * width, scale * height];
@@ -11,7 +14,8 @@ export function makeDrawing(read, cleared) {
   const readAgain = () => {
     if (!picture) return;
     const invert = picture.caption === "upload" && $("invert").checked;
-    read(picture.blob, picture.caption, `center=${$("center").checked}&invert=${invert}`);
+    const label = getLabel() === null ? "" : `&label=${getLabel()}`;
+    read(picture.blob, picture.caption, `center=${$("center").checked}&invert=${invert}${label}`);
   };
   const clear = () => {
     context.fillStyle = "#000";
@@ -59,4 +63,5 @@ export function makeDrawing(read, cleared) {
   $("center").checked = page.state.shape.join() === "1,28,28" && page.state.data.includes("mnist");
   $("ink-label").hidden = channels !== 3;
   clear();
+  return readAgain;
 }

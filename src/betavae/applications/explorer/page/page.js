@@ -1,5 +1,5 @@
 // The page: sliders, pictures, the chosen image, the path.
-import { $, create, draw, page, request, runLatest, setSize, showMessage } from "./common.js";
+import { $, create, draw, getLabel, page, request, runLatest, setSize, showMessage } from "./common.js";
 import { makeDrawing } from "./drawing.js";
 import { drawMap, drawMarks, findNearest, loadMap, makeLegend } from "./map.js";
 
@@ -10,7 +10,7 @@ let chosen = null; // name of the encoded image, null once the latents have chan
 // ---- latents and decoded images
 
 const decode = runLatest(async (start) => {
-  const { images } = await request("api/decode", { z: page.z });
+  const { images } = await request("api/decode", { z: page.z, label: getLabel() });
   images.forEach((text, run) => draw(canvases[run], text));
   document.body.dataset.answered = performance.now() - start;
   $("answer").textContent = `last response in ${Math.round(document.body.dataset.answered)} ms`;
@@ -36,20 +36,22 @@ function setDimension(rank, value) {
   page.state.runs.forEach(({ order }, run) => { if (rank < order.length) page.z[run][order[rank]] = value; });
 }
 
-function setAll(value, caption) {
-  document.querySelectorAll(".slider").forEach((_, rank) => setDimension(rank, value()));
+function setAll(latents, caption) {
+  page.z = latents;
   clearChosen(caption);
   update();
 }
 
-function drawNormal() {
-  return Math.sqrt(-2 * Math.log(1 - Math.random())) * Math.cos(2 * Math.PI * Math.random());
+function setMean() {
+  setAll(page.state.runs.map(({ center }) => [...center]), "none: the prior's mean");
 }
+
+const sample = runLatest(async () => setAll((await request("api/sample")).z, "none: a sample of the prior"));
 
 function makeSliders() {
   const { runs } = page.state, most = Math.max(...runs.map(({ order }) => order.length));
   for (let rank = 0; rank < most; rank++) {
-    const reach = Math.max(3, ...runs.map((run) => Math.ceil(run.reach[run.order[rank]] || 0)));
+    const reach = Math.max(...runs.map((run) => Math.ceil(run.reach[run.order[rank]] || 0)));
     const range = create("input", { type: "range", min: -reach, max: reach, step: 0.01, id: `slider${rank}` });
     range.addEventListener("input", () => { setDimension(rank, Number(range.value)); update(); });
     const name = create("span", {}, create("meter", { max: 1, ariaHidden: "true" }), "");
@@ -99,6 +101,7 @@ function choose({ image, runs }, name, caption, index = null) {
 const chooseTestImage = runLatest(async (index) => {
   const response = await request("api/image", { index }), values = page.state.labels.map((factor) => factor[index]);
   $("index").value = index;
+  if (getLabel() !== null) $("label").selectedIndex = values[0];
   const label = page.state.classes?.[values[0]] ?? values.join(", ");
   choose(response, `test image ${index}`, `Test image ${index}, label ${label}`, index);
 });
@@ -111,7 +114,7 @@ const choosePicture = runLatest(async (blob, caption, query) => {
 
 const drawPath = runLatest(async () => {
   const { start, end } = page.ends;
-  const { images } = await request("api/path", { start: start.z, end: end.z, steps: FRAMES });
+  const { images } = await request("api/path", { start: start.z, end: end.z, steps: FRAMES, label: getLabel() });
   document.querySelectorAll("#strips canvas").forEach((canvas, run) => {
     images[run].forEach((text, column) => draw(canvas, text, column));
   });
@@ -160,7 +163,7 @@ function makeRuns() {
 
 async function start() {
   const state = page.state = await request("api/state");
-  page.z = state.runs.map(({ order }) => order.map(() => 0));
+  page.z = state.runs.map(({ center }) => [...center]);
   $("about").textContent = `${state.data}, ${state.images.toLocaleString("en")} test images, ` +
     (state.runs.length > 1 ? `${state.runs.length} runs side by side` : state.runs[0].path);
   $("note").textContent = `Numbers are in nats per image: ${state.note}.`;
@@ -171,12 +174,19 @@ async function start() {
   makeSliders();
   nameSliders();
   makeLegend();
-  makeDrawing(choosePicture, () => setAll(() => 0, "none: the prior's mean"));
+  state.conditions.forEach((name) => $("label").append(create("option", { textContent: name })));
+  $("label-label").hidden = !state.conditions.length;
+  const readAgain = makeDrawing(choosePicture, setMean);
 
   const on = (id, event, act) => $(id).addEventListener(event, act);
   on("lead", "change", () => { page.lead = $("lead").selectedIndex; nameSliders(); update(); loadMap(); });
-  on("sample", "click", () => setAll(drawNormal, "none: a sample of the prior"));
-  on("zero", "click", () => setAll(() => 0, "none: the prior's mean"));
+  on("label", "change", () => {
+    if (chosen?.startsWith("your ")) readAgain();
+    else update();
+    if (page.ends.start && page.ends.end) drawPath();
+  });
+  on("sample", "click", sample);
+  on("zero", "click", setMean);
   on("all", "click", () => { $("all").hidden = true; update(); });
   on("axes", "change", loadMap);
   on("factor", "change", () => { makeLegend(); drawMap(); });

@@ -1,0 +1,76 @@
+"""Match labels to the classes of a conditional model."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from betavae.errors import UserError
+
+MAX_COLUMNS = 20  # classes side by side in a figure
+
+
+def find_class(label: object, classes: Sequence[str], key: str = "label") -> int:
+    """Find the number of a class by its name, or by the number itself if no class is named by a number.
+
+    Raises:
+        UserError: If there is no such class.
+    """
+    if str(label) in classes:
+        return classes.index(str(label))
+    has_numbers = any(name.isdecimal() for name in classes)
+    if isinstance(label, int) and 0 <= label < len(classes) and not has_numbers:
+        return label
+    raise UserError(f"{key}={label} is invalid: expected {describe_classes(classes)}")
+
+
+def describe_classes(classes: Sequence[str]) -> str:
+    """Name the classes of a model, the first twenty of many."""
+    return f"one of {', '.join(classes[:20])}{', ...' if len(classes) > 20 else ''}"
+
+
+def match_labels(
+    classes: Sequence[str], n: int, label: int | str | None, labels: Sequence[object] | None, where: str
+) -> Tensor:
+    """Match the labels of images or latents to the classes of a model.
+
+    Args:
+        classes: The classes of the model; none if it is not conditional.
+        n: The number of images.
+        label: A class for all of them, instead of their own labels.
+        labels: Their own labels: names of classes, or integers, which `find_class` finds.
+        where: The images, for messages.
+
+    Returns:
+        Class numbers, (N,); zeros for a model that is not conditional, which ignores them.
+
+    Raises:
+        UserError: If labels are missing, or are no classes of the model.
+    """
+    if not classes:
+        if label is not None:
+            raise UserError(f"label={label} is invalid: expected null, since the model is not conditional")
+        return torch.zeros(n, dtype=torch.long)
+    if label is not None:
+        return torch.full((n,), find_class(label, classes))
+    if labels is None:
+        raise UserError(
+            f"{where} has no labels, which a conditional model needs: pass label={describe_classes(classes)}"
+        )
+    numbers = {value: find_class(value, classes, f"{where}: label") for value in dict.fromkeys(map(as_value, labels))}
+    return torch.tensor([numbers[as_value(value)] for value in labels])
+
+
+def as_value(label: object) -> object:
+    """Return a label as a dictionary key; several factors of an image, which are a list, as a text."""
+    return label if isinstance(label, int) else str(label)
+
+
+def cycle_labels(classes: Sequence[str], n: int) -> Tensor:
+    """Return class numbers (N,) that cycle through the classes: in a grid, a column per class."""
+    return torch.arange(n) % max(1, len(classes))
+
+
+def count_columns(classes: Sequence[str], default: int) -> int:
+    """Return the columns of a grid of samples with cycled labels: `default`, or a column per class."""
+    return min(len(classes), MAX_COLUMNS) or default

@@ -1,0 +1,156 @@
+"""Every script with a conditional model and with learned priors, on images whose gray level is their label."""
+
+import json
+import re
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import betavae
+from tests.commands import run
+
+SHADES = (30, 120, 210)
+SMALL = [
+    "trainer=smoke",
+    *("data=arrays", "data.root=x.npz", "data.batch_size=50", "data.test_size=100", "data.validation_size=100"),
+    *("model.hidden_dims=[16]", "model.latent_dim=2", "trainer.max_epochs=40", "trainer.limit_train_batches=1.0"),
+    "optimizer.lr=0.01",
+]
+MODELS = {
+    "conditional": ["model.conditional=true"],
+    "mixture": ["prior=mixture", "prior.components=5"],
+    "vamp": ["prior=vamp", "prior.components=5"],
+    "flow": ["prior=flow", "prior.transforms=2", "prior.hidden_dims=[8]", "model.conditional=true"],
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shades")
+    labels = np.arange(700) % 3
+    noise = np.random.default_rng(0).integers(-20, 20, (700, 8, 8))
+    images = (noise + np.array(SHADES)[labels][:, None, None]).astype(np.uint8)
+    np.savez(folder / "x.npz", images=images, labels=labels)
+    np.savez(folder / "unlabeled.npz", images=images[:6])
+    for name in ("0", "2", "seven"):
+        (folder / ("names" if name == "seven" else "files") / name).mkdir(parents=True)
+    Image.fromarray(images[0]).save(folder / "files" / "0" / "a.png")
+    Image.fromarray(images[2]).save(folder / "files" / "2" / "b.png")
+    Image.fromarray(images[0]).save(folder / "names" / "seven" / "c.png")
+    for name, settings in MODELS.items():
+        run(*SMALL, *settings, f"hydra.run.dir={name}", cwd=folder)
+    return folder
+
+
+@pytest.fixture
+def script(trained):
+    return lambda name, *words, ckpt="conditional", **how: run(
+        f"ckpt={ckpt}", *words, cwd=trained, script=f"scripts/{name}.py", **how
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_every_script_takes_the_model(trained, script, name):
+    is_conditional = "model.conditional=true" in MODELS[name]
+    label = ["label=2"] if is_conditional else []
+    out, run_model = trained / f"out_{name}", lambda *words, **how: script(*words, ckpt=name, **how)
+    assert {path.stem for path in (trained / name / "figures").iterdir()} >= {"samples", "traversal", "manifold"}
+    run_model("evaluate", "k=20")
+    run_model("fidelity", "n=40", "repeats=2")
+    scores = json.loads((trained / name / "fidelity.json").read_text())
+    assert ("label_match" in scores["prior"]) == is_conditional
+    for sampler in ("prior", "gaussian", "mixture", "knn"):
+        run_model("sample", f"sampler={sampler}", f"out={out}/samples.png")
+        run_model(
+            "sample", f"sampler={sampler}", "label=2", f"out={out}/samples.png", code=sampler == "prior" and not label
+        )
+    run_model("traverse", f"out={out}/traverse.png")
+    run_model("traverse", "image=null", *label, f"out={out}/traverse.png")
+    run_model("manifold", *label, f"out={out}/manifold.png")
+    run_model("interpolate", "labels=[0,2]", f"out={out}/interpolate.png")
+    run_model("interpolate", "images=[0,1]", f"out={out}/interpolate.png")
+    run_model("interpolate", "images=files", f"out={out}/interpolate.png")
+    run_model("reconstruct", "images=files", f"out={out}/reconstruct.png")
+    for suffix in (".npz", ".csv"):
+        run_model("encode", "images=x.npz", f"out={out}/z{suffix}")
+        run_model("decode", f"latents={out}/z{suffix}", f"out={out}/decoded{suffix}.d")
+    run_model("detect", f"out={out}/detect", "alpha=0.05")
+    run_model("detect", "images=unlabeled.npz", *label, f"out={out}/unlabeled", "alpha=0.05")
+    message = run_model("compress", f"out={out}/x.bvae", code=1)
+    assert "error: compression needs" in message and message.count("\n") == 1
+    for form in ("onnx", "pt2", "torchscript", "safetensors", "folder"):
+        run_model("export", f"format={form}", f"out={out}/{form}")
+    graphs = json.loads((out / "onnx" / "model.json").read_text())["graphs"]
+    assert ("prior" in graphs) == (name != "conditional")
+    assert ("label" in graphs["decoder"]["inputs"]) == is_conditional
+    loaded = betavae.load(out / "folder").vae
+    assert loaded.given(torch.tensor([1])).sample(3).shape == (3, 1, 8, 8)
+
+
+@pytest.mark.slow
+def test_conditional_model_draws_the_requested_label(trained, script):
+    def brightness():
+        return 255 * torch.load(trained / "s.pt", weights_only=True).mean((1, 2, 3))
+
+    for label, shade in enumerate(SHADES):
+        script("sample", f"label={label}", "n=20", "out=s.png", "save_tensor=true")
+        assert (brightness() - shade).abs().max() < 25
+    script("sample", "n=9", "out=s.png", "save_tensor=true")
+    assert (brightness().view(3, 3) - torch.tensor(SHADES)).abs().max() < 25  # a column per class
+    assert Image.open(trained / "s.png").width == 2 * (3 * 10 + 2)
+    script("fidelity", "n=40", "repeats=2", "sampler=prior")
+    scores = json.loads((trained / "conditional" / "fidelity.json").read_text())
+    assert scores["prior"]["label_match"]["mean"] > 0.95 and scores["test images"]["label_match"]["mean"] > 0.95
+    script("manifold", "label=2", "out=s.png")
+    assert np.asarray(Image.open(trained / "s.png"))[2:-2, 2:-2].max() > 180
+
+
+@pytest.mark.slow
+def test_latents_are_decoded_with_their_labels(trained, script):
+    for suffix in (".npz", ".csv"):
+        script("encode", "images=files", f"out=z{suffix}")
+        script("decode", f"latents=z{suffix}", "out=own")
+        script("decode", f"latents=z{suffix}", "out=other", "label=1")
+        for folder, shades in (("own", (30, 210)), ("other", (120, 120))):
+            pictures = sorted((trained / folder).rglob("*.png"))
+            assert [np.asarray(Image.open(path)).mean() for path in pictures] == pytest.approx(shades, abs=25)
+    # The label of all images replaces their own, also in the file.
+    script("encode", "images=names", "label=0", "out=named.npz")
+    assert np.load(trained / "named.npz")["labels"].tolist() == ["0"]
+    own, other = (np.load(trained / name) for name in ("z.npz", "named.npz"))
+    np.testing.assert_allclose(own["mean"][0], other["mean"][0], atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["encode", "images=unlabeled.npz"], "images=unlabeled.npz has no labels, which a conditional model needs"),
+        (["encode", "images=names"], "images=names: label=seven is invalid: expected one of 0, 1, 2"),
+        (["reconstruct", "images=files/0"], "has no labels"),
+        (["detect", "images=unlabeled.npz"], "has no labels"),
+        (["sample", "label=7"], "label=7 is invalid: expected one of 0, 1, 2"),
+        (["manifold"], "the manifold has no labels"),
+        (["traverse", "image=null"], "image=null has no labels"),
+        (["decode", "latents=z.npy"], "z.npy has no labels"),
+    ],
+)
+def test_missing_or_unknown_label_is_one_sentence(trained, script, words, message):
+    np.save(trained / "z.npy", np.zeros((2, 2)))
+    output = script(*words, code=1)
+    assert message in output and output.startswith("error: ") and output.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_data_without_usable_labels_are_rejected(trained):
+    np.savez(trained / "far.npz", images=np.zeros((400, 8, 8), np.uint8), labels=np.arange(400) * 10**7)
+    for root, message in (("unlabeled.npz", "has none, or the same"), ("far.npz", "needs labels that count from 0")):
+        words = [*SMALL, f"data.root={root}", "model.conditional=true", "hydra.run.dir=bad"]
+        words += ["data.test_size=1", "data.validation_size=1", "data.batch_size=2"]
+        output = run(*words, cwd=trained, code=1)
+        assert re.search(f"error: model.conditional=true .*{message}", output)
+    assert all(one < other for one, other in pairwise(SHADES))

@@ -1,0 +1,46 @@
+import pytest
+import torch
+
+from betavae.data.labels import cycle_labels, match_labels
+from betavae.errors import UserError
+
+DIGITS, PETS = [str(digit) for digit in range(10)], ["cat", "dog", "fox"]
+
+
+@pytest.mark.parametrize(
+    ("classes", "labels", "numbers"),
+    [
+        (PETS, ["fox", "cat", "fox"], [2, 0, 2]),
+        (PETS, [1, 1, 0], [1, 1, 0]),
+        (DIGITS, ["7", "0", "7"], [7, 0, 7]),
+        (DIGITS, [7, 0, 7], [7, 0, 7]),
+        (["3", "8"], [8, 3, 8], [1, 0, 1]),  # names come before numbers
+    ],
+)
+def test_labels_are_matched_by_name_then_by_number(classes, labels, numbers):
+    assert match_labels(classes, 3, None, labels, "x").tolist() == numbers
+    assert match_labels(classes, 3, labels[0], None, "x").tolist() == [numbers[0]] * 3
+
+
+@pytest.mark.parametrize(
+    ("classes", "label", "labels", "message"),
+    [
+        (PETS, None, None, "x has no labels, which a conditional model needs: pass label=one of cat, dog, fox"),
+        (PETS, None, ["cat", "cow"], "x: label=cow is invalid: expected one of cat, dog, fox"),
+        (PETS, None, [0, 3], "x: label=3 is invalid: expected one of cat, dog, fox"),
+        (PETS, None, ["cat", "1"], "x: label=1 is invalid"),  # a folder's name is no number
+        (PETS, -1, None, "label=-1 is invalid"),
+        (PETS, None, [[0, 1], [1, 0]], r"x: label=\[0, 1\] is invalid"),
+        (["3", "8"], 0, None, "label=0 is invalid: expected one of 3, 8"),  # or else 1 could mean two classes
+        ([], "cat", ["cat", "cat"], "label=cat is invalid: expected null, since the model is not conditional"),
+    ],
+)
+def test_missing_and_unknown_labels_are_rejected(classes, label, labels, message):
+    with pytest.raises(UserError, match=message):
+        match_labels(classes, 2, label, labels, "x")
+
+
+def test_labels_cycle_through_the_classes_and_are_zero_without():
+    assert cycle_labels(PETS, 7).tolist() == [0, 1, 2, 0, 1, 2, 0]
+    assert torch.equal(cycle_labels([], 4), torch.zeros(4, dtype=torch.long))
+    assert torch.equal(match_labels([], 4, None, ["a"] * 4, "x"), torch.zeros(4, dtype=torch.long))
