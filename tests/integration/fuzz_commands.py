@@ -48,19 +48,8 @@ INTERNALS = re.compile(
     r"|unexpected keyword|positional argument|must be str, not|not subscriptable|not iterable|size mismatch|MagicMock"
 )
 # Settings that start other processes, wait for other machines or download data.
-NOT_HERE = (
-    "trainer.num_nodes",
-    "trainer.devices",
-    "trainer.strategy",
-    "data.name",
-    "data",
-    "resume",
-    "hydra",
-    "debug",
-    "traceback",
-    "plugins",
-    "init_from",
-)
+NOT_HERE = ("trainer.num_nodes", "trainer.devices", "trainer.strategy", "data.name", "data", "resume", "hydra", "debug")
+NOT_HERE += ("traceback", "plugins", "init_from")
 
 
 @dataclass(frozen=True)

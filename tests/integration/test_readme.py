@@ -162,6 +162,15 @@ def test_readme_has_the_versions_of_the_package():
 
 
 @pytest.mark.parametrize("page", PAGES)
+def test_commands_quote_what_shells_change(page):
+    """zsh rejects an unquoted bracket, and replaces a leading ~."""
+    for command in commands(PAGES[page]):
+        if "[ckpt=PATH" not in command:  # a synopsis
+            unquoted = re.sub(r"'[^']*'|\"[^\"]*\"", "", command)
+            assert not re.search(r"[\[\](){}*?]|\s~", unquoted), command
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_links_lead_to_files_and_headings(page):
     here = REPO if page == "README.md" else REPO / "docs"
     text = BLOCK.sub("", PAGES[page])

@@ -275,12 +275,15 @@ M = TypeVar("M", bound=BaseModel)
 
 
 def suggest(name: str, names: Iterable[Any], otherwise: str = "") -> str:
-    """Return a hint at what to type instead of a name, or at the most similar of some names, or `otherwise`."""
-    if name in HABITS:
-        return f"; {HABITS[name]}"
+    """Return a hint at the most similar of some names, or `otherwise`."""
     known = [str(n) for n in names]
     close = [n for n in known if n.startswith(name)] or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else otherwise
+
+
+def suggest_key(key: str, keys: Iterable[str], otherwise: str = "") -> str:
+    """Return a hint at what to type instead of an unknown setting, or `otherwise`."""
+    return f"; {HABITS[key]}" if key in HABITS else suggest(key, keys, otherwise)
 
 
 def nested_model(model: type[BaseModel], name: str) -> type[BaseModel] | None:
@@ -360,7 +363,7 @@ def validate(model: type[M], values: Any, prefix: str = "") -> M:
     path = [str(name) for name in problem["loc"] if name != "[key]"]
     if problem["type"] in ("extra_forbidden", "invalid_key"):
         key = ".".join(path)
-        raise UserError(f"{prefix}{key} is not a setting{suggest(key, dotted_keys(model))}")
+        raise UserError(f"{prefix}{key} is not a setting{suggest_key(key, dotted_keys(model))}")
     # Behind the names of settings, a location has the items of lists and the branches of unions.
     group: type[BaseModel] = model
     names: list[str] = []
