@@ -193,7 +193,7 @@ def test_a_signaled_run_saves_and_resumes_exactly(tmp_path: Path, root: str, arg
     expected, _ = run_whole(tmp_path, args)
     steps: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM) * 20:
-        at = steps[-1] + (0, 5, 11)[len(steps) % 3] if steps else 2
+        at = steps[-1] + (0, 4, 9)[len(steps) % 3] if steps else 2
         child = start_or_resume(tmp_path, args, prepare=signal_at(at, number))
         code = child.wait()
         if code == 0:
