@@ -1,4 +1,4 @@
-"""Build the documentation site: `python docs/build.py [FOLDER]`. A broken link or an unknown name is an error."""
+"""Build the documentation site: `python docs/build.py [FOLDER]`. A broken link or a missing image is an error."""
 
 import re
 import shutil
@@ -35,6 +35,14 @@ def write_pages(docs: Path) -> None:
     (docs / "index.md").write_text(adapt_links((REPO / "README.md").read_text()))
     for name in PROJECT_PAGES:
         (docs / name).write_text(adapt_links((REPO / name).read_text()))
+
+
+def check_images(docs: Path) -> None:
+    """Exit if a page shows an image that does not exist. Zensical itself checks only links."""
+    for page in docs.glob("*.md"):
+        for image in re.findall(r"!\[[^]]*\]\((?!https?:)([^)]+)\)", page.read_text()):
+            if not (docs / image).is_file():
+                sys.exit(f"error: {page.name} shows {image}, which does not exist")
 
 
 def write_notebook(path: Path, docs: Path) -> None:
@@ -85,6 +93,7 @@ def build(folder: Path) -> None:
         write_pages(docs)
         for notebook in (REPO / "docs").glob("*.ipynb"):
             write_notebook(notebook, docs)
+        check_images(docs)
         nav = ['"api/index.md"', *(f'"api/{part}.md"' for part in write_api(docs))]
         settings = (REPO / "zensical.toml").read_text().replace('"api/"', f"[{', '.join(nav)}]")
         (work / "zensical.toml").write_text(settings)

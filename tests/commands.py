@@ -6,6 +6,7 @@ Most run in children that are forked from this process after its imports, which 
 
 import atexit
 import contextlib
+import functools
 import gc
 import importlib.util
 import json
@@ -45,8 +46,12 @@ with warnings.catch_warnings():  # pytest's own filters stay; the children get t
     import betavae.runtime.evaluation
     import betavae.runtime.training
     import betavae.sweeps.report  # noqa: F401
+    from betavae.runtime import hydra_config
 
     Plugins.instance()
+    # A child with an error would parse all YAML files for the names of the settings.
+    hydra_config.all_keys = functools.cache(hydra_config.all_keys)  # type: ignore[assignment]
+    hydra_config.all_keys()
     FILTERS = warnings.filters[:]
 gc.collect()
 gc.freeze()  # every child would scan these million objects
@@ -116,8 +121,8 @@ class Child:
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(output, 1)
         os.dup2(output, 2)
-        sys.stdin, sys.stdout = os.fdopen(0), os.fdopen(1, "w", 1)
-        sys.stderr = os.fdopen(2, "w", 1, errors="backslashreplace")
+        sys.stdin, sys.stdout = os.fdopen(0, closefd=False), os.fdopen(1, "w", 1, closefd=False)
+        sys.stderr = os.fdopen(2, "w", 1, errors="backslashreplace", closefd=False)
         sys.excepthook = sys.__excepthook__
         for handler in logging.root.handlers[:]:
             logging.root.removeHandler(handler)
@@ -207,6 +212,17 @@ def fresh(*args: str, cwd: Path, code: int = 0, **environment: str) -> str:
 def read_record(folder: Path) -> dict[str, Any]:
     """Return the metrics.json of a run folder."""
     return json.loads((folder / "metrics.json").read_text())
+
+
+def is_equal(a: object, b: object) -> bool:
+    """Return whether two nested values are equal, their tensors bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and a.equal(b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(is_equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return isinstance(b, list | tuple) and len(a) == len(b) and all(map(is_equal, a, b))
+    return a == b
 
 
 def wait_for(folder: Path, pattern: str, process: Any, count: int = 1) -> None:

@@ -112,12 +112,12 @@ def save_grids(grids: Sequence[Grid], out: str | Path, caption: str = "", across
 def arrange(grids: Sequence[Grid], across: int, caption: str = "") -> Drawing:
     """Arrange grids in cells of equal size, with labels around them and a caption below."""
     titles = [[shorten(line) for line in grid.title.splitlines()] for grid in grids]
-    left = max(0, *(measure(label) + MARGIN for grid in grids for label in grid.row_labels), 0)
+    left = max((measure(shorten(label)) + MARGIN for grid in grids for label in grid.row_labels), default=0)
     top = LINE * (max(map(len, titles)) + any(grid.column_labels for grid in grids))
     scales = [choose_scale(grid, across) for grid in grids]
     pictures = [draw_tiles(grid, scale) for grid, scale in zip(grids, scales, strict=True)]
     cell_width = max(
-        left + max(picture.shape[2] for picture in pictures), *(measure(t) for title in titles for t in title), 0
+        [left + picture.shape[2] for picture in pictures] + [measure(t) for title in titles for t in title]
     )
     cell_height = top + max(picture.shape[1] for picture in pictures)
     placed, texts = [], []

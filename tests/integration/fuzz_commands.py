@@ -31,7 +31,7 @@ from pathlib import Path
 import torch
 
 from betavae.data.datasets.mnist import load_mnist
-from tests.commands import REPO, Child, load_script, started
+from tests.commands import REPO, Child, is_equal, load_script, started
 
 MAX_SECONDS = 280  # of one command, by the clock
 MAX_CPU_SECONDS = 60
@@ -48,19 +48,8 @@ INTERNALS = re.compile(
     r"|unexpected keyword|positional argument|must be str, not|not subscriptable|not iterable|size mismatch|MagicMock"
 )
 # Settings that start other processes, wait for other machines or download data.
-NOT_HERE = (
-    "trainer.num_nodes",
-    "trainer.devices",
-    "trainer.strategy",
-    "data.name",
-    "data",
-    "resume",
-    "hydra",
-    "debug",
-    "traceback",
-    "plugins",
-    "init_from",
-)
+NOT_HERE = ("trainer.num_nodes", "trainer.devices", "trainer.strategy", "data.name", "data", "resume", "hydra", "debug")
+NOT_HERE += ("traceback", "plugins", "init_from")
 
 
 @dataclass(frozen=True)
@@ -294,20 +283,10 @@ def assert_same_runs(a: str, b: str) -> None:
     """Compare two finished runs bit for bit."""
     first, second = (torch.load(f"{run}/checkpoints/last.ckpt", weights_only=True) for run in (a, b))
     for key in ("state_dict", "optimizer_states", "lr_schedulers", "random_state", "epoch", "global_step"):
-        assert equal(first[key], second[key]), f"{key} differs after a resume"
+        assert is_equal(first[key], second[key]), f"{key} differs after a resume"
     records = [json.loads(Path(run, "metrics.json").read_text()) for run in (a, b)]
     for key in ("test", "validation", "epochs", "steps", "checkpoint"):
         assert records[0].get(key) == records[1].get(key), f"{key} in metrics.json differs after a resume"
-
-
-def equal(a: object, b: object) -> bool:
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and a.equal(b)
-    if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return isinstance(b, list | tuple) and len(a) == len(b) and all(map(equal, a, b))
-    return a == b
 
 
 # Values for any key; most are invalid for most keys.

@@ -201,7 +201,7 @@ def test_random_command_lines_build_or_are_rejected(monkeypatch, tmp_path):
     keys = sorted({*dotted_keys(TrainConfig), *known} - {"resume"})
     built = rejected = 0
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        for number in range(int(os.environ.get("BETAVAE_FUZZ", 150))):
+        for number in range(int(os.environ.get("BETAVAE_FUZZ", 100))):
             line = command_line(rng, keys)
             composing = True
             try:

@@ -91,6 +91,7 @@ def test_csv_rows_equal_the_points_of_tensorboard(runs, name):
     assert len(expected["test/kl"]) == 1
 
 
+@pytest.mark.slow
 def test_the_csv_logger_writes_figures(runs):
     figures = runs.folder / "whole" / "figures"
     names = {f"{name}_{step:06d}" for name in (*DRAWN, "latent_kl_per_dimension") for step in (16, 32)}
@@ -100,6 +101,7 @@ def test_the_csv_logger_writes_figures(runs):
         assert (figures / f"{name}_000016.png").read_bytes() != (figures / f"{name}.png").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_resumed_csv_is_identical(runs, tmp_path, data_root):
     """The run is killed between two checkpoints, and after the test."""
     whole = (runs.folder / "whole" / "curves.csv").read_bytes()
@@ -210,6 +212,7 @@ def history(found: list[Any]) -> dict[int, dict[str, Any]]:
     return steps
 
 
+@pytest.mark.slow
 @needs["wandb"]
 def test_wandb_offline_has_curves_settings_and_figures(runs):
     folder = runs.folder / "whole"
@@ -230,6 +233,7 @@ def test_wandb_offline_has_curves_settings_and_figures(runs):
     assert f"wandb sync {file.parent.relative_to(runs.folder)}\n" in runs.text and "WARNING" not in runs.text
 
 
+@pytest.mark.slow
 @needs["wandb"]
 def test_wandb_resumes_under_the_same_id(runs):
     folder = runs.folder / "resumed"
@@ -257,6 +261,7 @@ def test_wandb_without_a_login_is_a_one_line_error(tmp_path, data_root):
     assert not list(tmp_path.rglob("*.*"))
 
 
+@pytest.mark.slow
 @needs["mlflow"]
 @pytest.mark.parametrize("name", ["whole", "resumed"])
 def test_mlflow_has_curves_settings_and_figures(runs, name):

@@ -1,11 +1,15 @@
 """The README and its pages are correct: their commands and their code run as they are written."""
 
+import itertools
 import re
 import shlex
+import subprocess
+import sys
+from typing import Any
 
 import pytest
 
-from tests.commands import REPO, run
+from tests.commands import REPO, Child, run
 
 PAGES = {path.name: path.read_text() for path in (REPO / "README.md", *sorted((REPO / "docs").glob("*.md")))}
 README = PAGES["README.md"]
@@ -47,7 +51,7 @@ def small(command: str) -> tuple[str, list[str]]:
     if script == "train.py" and not {"--help", "--cfg"} & set(words):
         words += ["trainer.max_epochs=1", f"trainer.limit_train_batches={10 if 'step_counter' in command else 2}"]
         words += ["trainer.limit_val_batches=1", "trainer.limit_test_batches=1", "trainer.log_every_n_steps=1"]
-        words += ["trainer.compile=false", "callbacks.figures_every_n_epochs=0"]
+        words += ["trainer.compile=false", "callbacks.figures_every_n_epochs=0", "data.eval_batch_size=100"]
         words += ["trainer.steps_per_batch=1"] * ("burda" in command)  # a Lightning batch would be ten steps
         # Two values of each swept setting are enough.
         words = [re.sub(r"^([\w.]+=[^,\[]+,[^,]+),.*", r"\1", word) for word in words]
@@ -73,6 +77,23 @@ def test_readme_has_the_first_commands():
     assert len(COMMANDS) > 20
 
 
+def shorten_benchmark() -> None:
+    """Run the parts of a benchmark as forked processes, on five batches."""
+    from torch.utils.data import DataLoader
+
+    iterate, popen = DataLoader.__iter__, subprocess.Popen
+    DataLoader.__iter__ = lambda self: itertools.islice(iterate(self), 5)  # type: ignore[assignment, method-assign]
+
+    def fork(arguments: list[str], **how: Any) -> Any:
+        if arguments[0] != sys.executable:
+            return popen(arguments, **how)
+        _, script, *words = arguments
+        words += ["trainer.limit_train_batches=5"] * script.endswith("train.py")
+        return Child(*words, cwd=how["cwd"], script=script, terminal=how["stdout"].fileno())
+
+    subprocess.Popen = fork  # type: ignore[assignment, misc]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("command", UNIQUE_COMMANDS)
 def test_command_runs(folder, command):
@@ -80,7 +101,8 @@ def test_command_runs(folder, command):
         if f"logger={name}" in command:
             pytest.importorskip(name)
     script, words = small(command)
-    output = run(*words, cwd=folder, script=script)
+    prepare = shorten_benchmark if script == "scripts/benchmarks/training.py" else None
+    output = run(*words, cwd=folder, script=script, prepare=prepare)
     assert "Warning" not in output and "Traceback" not in output
     pictures = [path for name in re.findall(r"\S+\.png\b", output) if (path := folder / name).exists()]
     assert pictures or script in ("train.py", "scripts/results.py", "scripts/sweep_report.py")
@@ -137,6 +159,15 @@ def test_readme_has_the_versions_of_the_package():
     )
     versions = f"Python 3.{first} to 3.{int(end) - 1}, PyTorch from {torch} and Lightning from {lightning}."
     assert versions in " ".join(README.split())
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_quote_what_shells_change(page):
+    """zsh rejects an unquoted bracket, and replaces a leading ~."""
+    for command in commands(PAGES[page]):
+        if "[ckpt=PATH" not in command:  # a synopsis
+            unquoted = re.sub(r"'[^']*'|\"[^\"]*\"", "", command)
+            assert not re.search(r"[\[\](){}*?]|\s~", unquoted), command
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -18,7 +18,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from betavae.module import VAEModule
 from betavae.runtime.training import TrainingRun
 from betavae.runtime.yaml_files import read_yaml
-from tests.commands import TINY, Child, run
+from tests.commands import TINY, Child, is_equal, run
+
+pytestmark = pytest.mark.slow
 
 # Random numbers in the data and the model, both schedules, figures, and early stopping.
 RICH = [
@@ -59,20 +61,10 @@ def outcome(folder: Path) -> dict[str, Any]:
     return found
 
 
-def same(a: Any, b: Any) -> bool:
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
-    return a == b
-
-
 def assert_same(folder: Path, expected: dict[str, Any]) -> None:
     found = outcome(folder)
     assert found.keys() == expected.keys()
-    assert not [key for key in expected if not same(found[key], expected[key])]
+    assert not [key for key in expected if not is_equal(found[key], expected[key])]
 
 
 def run_whole(tmp: Path, args: list[str]) -> tuple[dict[str, Any], float]:
@@ -101,7 +93,6 @@ def rich(tmp_path_factory: pytest.TempPathFactory, root: str) -> tuple[dict[str,
     return run_whole(tmp_path_factory.mktemp("whole"), [*RICH, root])
 
 
-@pytest.mark.slow
 def test_a_run_killed_at_random_moments_resumes_exactly(
     tmp_path: Path, root: str, rich: tuple[dict[str, Any], float]
 ) -> None:
@@ -124,7 +115,6 @@ def test_a_run_killed_at_random_moments_resumes_exactly(
     assert len(met) >= 3, met  # the kills were spread over the run
 
 
-@pytest.mark.slow
 def test_a_run_killed_while_saving_resumes_exactly(
     tmp_path: Path, root: str, rich: tuple[dict[str, Any], float]
 ) -> None:
@@ -183,7 +173,6 @@ def signal_at(step: int, number: int) -> Callable[[], None]:
     return prepare
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "args",
     [
@@ -218,7 +207,6 @@ def test_a_signaled_run_saves_and_resumes_exactly(tmp_path: Path, root: str, arg
     assert_same(tmp_path / "run", expected)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_signaled_during_its_test_is_tested_again(tmp_path: Path, root: str, number: int) -> None:
     def prepare() -> None:
@@ -234,7 +222,6 @@ def test_a_run_signaled_during_its_test_is_tested_again(tmp_path: Path, root: st
     assert_same(tmp_path / "run", expected)
 
 
-@pytest.mark.slow
 def test_a_compiled_run_resumes_uncompiled(tmp_path, data_root):
     """Fused Adam pairs weights and moments by their layout in memory, which `compile_loss` changes."""
     args = [
@@ -266,7 +253,6 @@ def test_a_compiled_run_resumes_uncompiled(tmp_path, data_root):
         torch.testing.assert_close(weights("other")[name], value, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.slow
 def test_every_kind_of_setting_resumes(tmp_path, root):
     """Settings may be added, deleted or custom, and a text may look like an interpolation."""
 

@@ -104,6 +104,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, data_root):
     assert read_record(kept)["status"] == "finished"
 
 
+@pytest.mark.slow
 @mounts
 def test_a_full_disk_during_unpacking_is_a_one_line_error(tmp_path):
     script = f"""

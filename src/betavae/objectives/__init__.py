@@ -6,7 +6,7 @@
     neg_elbo = recon + kl             (compared across values of beta)
 
 `elbo.py` has the ELBO, `importance_weighted.py` the bounds with several samples, `disentangling.py` the objectives made
-to disentangle, `schedules.py` the schedules of beta.
+to disentangle, `mmd.py` InfoVAE and WAE, `schedules.py` the schedules of beta.
 
 To add an objective, write a function with `elbo`'s first four arguments and name it in `OBJECTIVES`. Further arguments
 are its settings, from `configs/objective/`. Further terms go into `LossTerms.extra_terms` and appear by name in every
@@ -24,7 +24,8 @@ from betavae.errors import UserError
 from betavae.models.vae import VAE
 from betavae.objectives.disentangling import beta_tcvae, capacity_vae, dip_vae, kl_decomposition
 from betavae.objectives.elbo import LossTerms, elbo
-from betavae.objectives.importance_weighted import dreg, iwae
+from betavae.objectives.importance_weighted import ciwae, dreg, iwae, miwae, piwae
+from betavae.objectives.mmd import mmd_vae
 
 __all__ = ["OBJECTIVES", "LossTerms", "build_objective", "check_prior", "elbo", "select_objective_kwargs"]
 
@@ -32,6 +33,10 @@ OBJECTIVES: dict[str, Callable[..., LossTerms]] = {
     "elbo": elbo,
     "iwae": iwae,
     "dreg": dreg,
+    "ciwae": ciwae,
+    "miwae": miwae,
+    "piwae": piwae,
+    "mmd_vae": mmd_vae,
     "beta_tcvae": beta_tcvae,
     "dip_vae": dip_vae,
     "capacity_vae": capacity_vae,
@@ -49,6 +54,7 @@ def select_objective_kwargs(settings: dict[str, Any]) -> dict[str, Any]:
 STANDARD_PRIOR_ONLY = {
     "objective=beta_tcvae": "its dimension-wise KL compares each latent dimension with N(0, 1)",
     "objective=dip_vae": "it moves the covariance of the latents towards that of N(0, I)",
+    "objective=mmd_vae": "its MMD compares z with samples of N(0, I)",
     "objective.kl_decomposition": "its dimension-wise KL compares each latent dimension with N(0, 1)",
     "objective.free_bits": "it needs the KL of each latent dimension",
 }

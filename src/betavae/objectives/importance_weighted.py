@@ -39,6 +39,49 @@ def iwae(vae: VAE, x: Tensor, noise: Tensor, beta: Tensor | float) -> LossTerms:
     return _iw_terms(vae, posterior, z, log_px, log_weights)
 
 
+def ciwae(vae: VAE, x: Tensor, noise: Tensor, beta: Tensor | float, elbo_weight: float) -> LossTerms:
+    """Compute CIWAE (Rainforth et al. 2018): `elbo_weight` of the ELBO and 1 - `elbo_weight` of `iwae`.
+
+    The ELBO is that of the same k samples, with its KL estimated from them.
+    """
+    posterior, z, params = vae(x, noise)
+    log_px = vae.likelihood.log_prob(x, params)
+    log_weights = log_px + beta * log_prior_over_posterior(vae, z, posterior)
+    terms = _iw_terms(vae, posterior, z, log_px, log_weights)
+    return terms._replace(loss=(1 - elbo_weight) * terms.loss - elbo_weight * log_weights.mean())
+
+
+def miwae(vae: VAE, x: Tensor, noise: Tensor, beta: Tensor | float, groups: int) -> LossTerms:
+    """Compute MIWAE (Rainforth et al. 2018): the mean of `iwae` over equal groups of the k samples."""
+    posterior, z, params = vae(x, noise)
+    log_px = vae.likelihood.log_prob(x, params)
+    log_weights = log_px + beta * log_prior_over_posterior(vae, z, posterior)
+    terms = _iw_terms(vae, posterior, z, log_px, log_weights)
+    return terms._replace(loss=-log_mean_exp(log_weights.unflatten(0, (groups, -1)).transpose(0, 1)).mean())
+
+
+def piwae(vae: VAE, x: Tensor, noise: Tensor, beta: Tensor | float, groups: int) -> LossTerms:
+    """Compute PIWAE (Rainforth et al. 2018): `iwae` of all k samples for the decoder, `miwae` for the encoder.
+
+    The value is that of `iwae`. The gradient of a bound is that of sum_i v_i log w_i, with v_i the normalized weights;
+    here they are those of `iwae`, and what reaches the encoder is multiplied by the quotient of both.
+    """
+    posterior = vae.encode(x)
+    samples = Posterior(*(part.expand_as(noise) for part in posterior))  # one posterior per sample, to tell them apart
+    z = samples.rsample(noise)
+    log_px = vae.likelihood.log_prob(x, vae.decode_params(z))
+    log_weights = log_px + beta * log_prior_over_posterior(vae, z, samples)
+    terms = _iw_terms(vae, posterior, z, log_px, log_weights)
+    with torch.no_grad():
+        decoder_weights = log_weights.softmax(0).clamp(min=1e-30)  # a divisor
+        encoder_weights = log_weights.unflatten(0, (groups, -1)).softmax(1).flatten(0, 1) / groups
+        factor = (encoder_weights / decoder_weights).unsqueeze(-1)
+    for part in samples if z.requires_grad else ():
+        part.register_hook(lambda grad: grad * factor)
+    surrogate = -(decoder_weights * log_weights).sum(0).mean()
+    return terms._replace(loss=terms.loss.detach() + surrogate - surrogate.detach())
+
+
 def dreg(vae: VAE, x: Tensor, noise: Tensor, beta: Tensor | float, resample: int | None = None) -> LossTerms:
     """Compute `iwae` with the doubly reparameterized gradient of the encoder (Tucker et al. 2019).
 

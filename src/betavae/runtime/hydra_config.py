@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from betavae.errors import UserError, first_line
 from betavae.runtime import distributed
 from betavae.runtime.cli import argument, describe_error, quote_value, report_errors
-from betavae.runtime.settings import flatten, suggest
+from betavae.runtime.settings import flatten, suggest_key
 
 # Beside the sources; if the package is installed elsewhere, beside the script that runs, its folder or in the package.
 CONFIG_ROOTS = (Path(__file__).parents[3], *Path(sys.argv[0]).resolve().parents[:2], Path(__file__).parents[1])
@@ -280,7 +280,7 @@ def describe_config_error(error: Exception, composing: bool, keys: list[str]) ->
         return f"{match[1]} has a comma: pass -m for a sweep, or quote one value twice: {argument(key, value)}"
     if match := re.search(r"(?:In '[^']+': )?Could not find '([^'/]+)/([^']+)'", text):
         options = sorted({path.stem for folder in config_folders() for path in (folder / match[1]).glob("*.yaml")})
-        hint = suggest(match[1], ()) if match[1] == "debug" else ""
+        hint = suggest_key(match[1], ()) if match[1] == "debug" else ""
         return f"{match[1]}={match[2]} is invalid: expected one of {', '.join(options)}{hint}"
     return first_line(error)
 
@@ -288,7 +288,7 @@ def describe_config_error(error: Exception, composing: bool, keys: list[str]) ->
 def describe_unknown_key(key: str, keys: list[str]) -> str:
     """Describe a key that the config of this run does not have."""
     if key not in keys:
-        return f"{key} is not a setting{suggest(key, keys, '; `--help` and `--cfg job` show all settings')}"
+        return f"{key} is not a setting{suggest_key(key, keys, '; `--help` and `--cfg job` show all settings')}"
     group, _, name = key.partition(".")
     files = sorted((CONFIGS / group).glob("*.yaml"))
     if options := [f"{group}={path.stem}" for path in files if name in OmegaConf.load(path)]:

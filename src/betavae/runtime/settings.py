@@ -120,6 +120,9 @@ class Objective(ExtensibleGroup):
     diagonal: NonNegativeFloat = UNSET
     gamma: NonNegativeFloat = UNSET
     sampling: Literal["stratified", "weighted"] = UNSET
+    elbo_weight: Fraction = UNSET
+    groups: PositiveInt = UNSET
+    mmd_weight: NonNegativeFloat = UNSET
 
 
 class BetaSchedule(ExtensibleGroup):
@@ -272,12 +275,15 @@ M = TypeVar("M", bound=BaseModel)
 
 
 def suggest(name: str, names: Iterable[Any], otherwise: str = "") -> str:
-    """Return a hint at what to type instead of a name, or at the most similar of some names, or `otherwise`."""
-    if name in HABITS:
-        return f"; {HABITS[name]}"
+    """Return a hint at the most similar of some names, or `otherwise`."""
     known = [str(n) for n in names]
     close = [n for n in known if n.startswith(name)] or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else otherwise
+
+
+def suggest_key(key: str, keys: Iterable[str], otherwise: str = "") -> str:
+    """Return a hint at what to type instead of an unknown setting, or `otherwise`."""
+    return f"; {HABITS[key]}" if key in HABITS else suggest(key, keys, otherwise)
 
 
 def nested_model(model: type[BaseModel], name: str) -> type[BaseModel] | None:
@@ -357,7 +363,7 @@ def validate(model: type[M], values: Any, prefix: str = "") -> M:
     path = [str(name) for name in problem["loc"] if name != "[key]"]
     if problem["type"] in ("extra_forbidden", "invalid_key"):
         key = ".".join(path)
-        raise UserError(f"{prefix}{key} is not a setting{suggest(key, dotted_keys(model))}")
+        raise UserError(f"{prefix}{key} is not a setting{suggest_key(key, dotted_keys(model))}")
     # Behind the names of settings, a location has the items of lists and the branches of unions.
     group: type[BaseModel] = model
     names: list[str] = []
@@ -414,6 +420,9 @@ def check_settings(values: Config) -> None:
     if (objective.get("resample") or 0) >= objective["k"]:
         resample, k = objective["resample"], objective["k"]
         raise UserError(f"objective.resample={resample} is invalid: expected null or fewer than objective.k={k}")
+    if objective["k"] % objective.get("groups", 1):
+        groups, k = objective["groups"], objective["k"]
+        raise UserError(f"objective.groups={groups} is invalid: expected a divisor of objective.k={k}")
     if "num_train_images" in objective:
         raise UserError("objective.num_train_images is not a setting: it is the number of training images")
     if set(trainer["max_time"] or "1") <= {"0", ":"}:

@@ -4,13 +4,10 @@ import base64
 import io
 import json
 import math
-import os
 import re
 import signal
 import socket
 import struct
-import subprocess
-import sys
 import urllib.request
 import zlib
 from dataclasses import replace
@@ -25,7 +22,8 @@ from betavae.errors import UserError
 from betavae.metrics.embedding import compute_tsne
 from betavae.models.vae import VAE
 from betavae.runtime import checkpoint
-from tests.conftest import DATA, MODEL, MODULE, REPO
+from tests.commands import Child
+from tests.conftest import DATA, MODEL, MODULE
 from tests.unit.applications.conftest import save_vae
 
 pytest.importorskip("starlette", reason='the explorer needs pip install -e ".[explore]"')
@@ -440,17 +438,14 @@ def sweep(tmp_path_factory):
 
 
 def test_command_serves_a_sweep_until_interrupted(sweep):
-    command = [sys.executable, REPO / "scripts" / "explore.py", f"ckpt={sweep}", "browser=false"]
-    pipe, environment = subprocess.PIPE, os.environ | {"PYTHONPATH": str(REPO / "src")}
-    process = subprocess.Popen(command, cwd=sweep, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+    child = Child(f"ckpt={sweep}", "browser=false", cwd=sweep, script="scripts/explore.py")
+    while "serving the page" not in child.text:
+        assert child.poll() is None, child.text
     try:
-        text = "".join(process.stdout.readline() for _ in range(3))
-        url = re.search(r"beta_2/.*\n.*beta_10/.*\nserving the page at (http://127\.0\.0\.1:\d+);", text)[1]
+        url = re.search(r"beta_2/.*\n.*beta_10/.*\nserving the page at (http://127\.0\.0\.1:\d+);", child.text)[1]
         with urllib.request.urlopen(f"{url}/api/state", timeout=30) as response:
             state = json.load(response)
         assert [run["name"] for run in state["runs"]] == ["beta=2.0", "beta=10.0"]
-        process.send_signal(signal.SIGINT)
-        rest = process.communicate(timeout=30)[0]
     finally:
-        process.kill()
-    assert process.returncode == 0 and rest == "the server has stopped\n"
+        child.send(signal.SIGINT)
+    assert child.wait() == 0 and re.search(r";.*\nthe server has stopped\n$", child.text), child.text

@@ -178,6 +178,7 @@ def test_crop_keeps_the_middle_and_pad_the_whole_image(tmp_path):
     path = save(tmp_path / "a.png", GRAY)  # 6 high, 9 wide
     pixels, notes = read_image(path, (1, 6, 6))
     assert torch.equal(pixels[0], torch.from_numpy(GRAY[:, 1:7])) and notes == ["center-cropped"]
+    assert torch.equal(read_image(path, (1, 3, 9))[0][0], torch.from_numpy(GRAY[1:4]))
     pixels, notes = read_image(path, (1, 9, 9), fit="pad", background="black")
     assert torch.equal(pixels[0, 2:8], torch.from_numpy(GRAY)) and notes == ["padded with black"]
     assert not pixels[0, :2].any() and not pixels[0, 8:].any()

@@ -62,6 +62,7 @@ def test_residual_block_starts_as_identity_and_learns():
     block(x).square().sum().backward()
     torch.optim.SGD(block.parameters(), 0.1).step()
     assert not torch.allclose(block(x), x)
+    torch.testing.assert_close(block(x), x + block.f(x))
 
 
 def test_blocks_deepen_a_resnet():

@@ -7,8 +7,9 @@ from torch import distributions as D
 from torch import nn
 from torch.nn import functional as F
 
-from betavae.models.vae import VAE
-from betavae.objectives import dreg, elbo, iwae
+from betavae.errors import UserError
+from betavae.models.vae import VAE, Posterior
+from betavae.objectives import LossTerms, dreg, elbo, iwae
 from tests.conftest import MODEL
 
 
@@ -177,3 +178,12 @@ def test_kl_is_summed_in_float32_under_autocast():
     assert terms.kl.dtype == terms.recon.dtype == terms.loss.dtype == torch.float32
     exact = terms.recon.double().mean() + terms.kl.double().sum(1).mean()
     assert terms.loss.item() == pytest.approx(exact.item(), rel=1e-6)
+
+
+def test_an_extra_term_is_a_scalar_or_one_number_per_image():
+    terms = LossTerms(torch.tensor(1.0), torch.ones(4), torch.ones(4, 2), Posterior(torch.ones(4, 2), torch.ones(4, 2)))
+    sums = terms._replace(extra_terms={"scalar": torch.tensor(0.5), "each": torch.arange(4.0)}).batch_sums()
+    assert sums["scalar"] / 4 == 0.5 and sums["each"] == 6
+    for shape in ((1,), (4, 1), (4, 2), (2, 4)):
+        with pytest.raises(UserError, match=r"its extra term odd has shape .*; expected \(4,\), one number per image"):
+            terms._replace(extra_terms={"odd": torch.ones(shape)}).batch_sums()

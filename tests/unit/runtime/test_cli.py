@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from betavae.runtime.cli import argument, parse_value
+from betavae.runtime.cli import adapt_commands, argument, parse_value
 from tests.commands import TINY, Child, run
 from tests.integration.test_resume import signal_at
 
@@ -102,3 +102,12 @@ def test_every_printed_command_of_a_sweep_works(workdir):
     report = typed(r"^next  python scripts/sweep_report\.py (.*)$", text)
     assert typed(r"^ +tensorboard --logdir (.*)$", text) == [f"{FOLDER}/sweep"]
     assert "| 1 | 1/1 |" in run(*report, cwd=workdir, script="scripts/sweep_report.py")
+
+
+def test_messages_name_the_command_that_started(monkeypatch):
+    text = 'python train.py -m; python scripts/sweep_report.py sweep=a; pip install -e ".[explore]"; scripts/detect.py'
+    monkeypatch.delenv("BETAVAE_CONSOLE", raising=False)
+    assert adapt_commands(text) == text
+    monkeypatch.setenv("BETAVAE_CONSOLE", "1")
+    expected = 'betavae train -m; betavae sweep_report sweep=a; pip install "betavae[explore]"; scripts/detect.py'
+    assert adapt_commands(text) == expected

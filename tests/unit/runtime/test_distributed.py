@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from betavae.runtime import distributed
-from tests.commands import ENVIRONMENT, REPO, Child, run, wait_for
+from tests.commands import ENVIRONMENT, REPO, Child, is_equal, run, wait_for
 
 SETTINGS = [
     *("trainer=[smoke,ddp]", "trainer.accelerator=cpu", "trainer.max_epochs=4", "trainer.limit_train_batches=8"),
@@ -77,20 +77,6 @@ def state(folder: Path) -> dict:
     return {key: content[key] for key in ("state_dict", "random_state", "optimizer_states", "batches", "global_step")}
 
 
-def assert_same(one: object, other: object) -> None:
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, other)  # type: ignore[arg-type]
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys()  # type: ignore[attr-defined]
-        for key in one:
-            assert_same(one[key], other[key])  # type: ignore[index]
-    elif isinstance(one, list | tuple):
-        for left, right in zip(one, other, strict=True):  # type: ignore[call-overload]
-            assert_same(left, right)
-    else:
-        assert one == other
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, data_root: str) -> tuple[Path, str]:
     cwd = tmp_path_factory.mktemp("whole")
@@ -116,7 +102,7 @@ def resume_and_compare(whole: tuple[Path, str], tmp_path: Path, exact: bool) -> 
     assert state(tmp_path / "run")["global_step"] == 32
     (expected,) = (whole[0] / "runs").iterdir()
     if exact:
-        assert_same(state(tmp_path / "run"), state(expected))
+        assert is_equal(state(tmp_path / "run"), state(expected))
 
 
 @pytest.mark.slow
