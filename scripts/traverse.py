@@ -44,7 +44,9 @@ def main(settings: Settings) -> None:
     origin = "the prior's mean" if settings.image is None else f"test image {settings.image}"
     if settings.label is not None:
         origin += f" with label {settings.label}"
-    caption = f"from {origin}, one latent dimension per row with its KL; {run.caption}"
+    caption = (
+        f"from {origin}, one latent dimension per row with its KL, in standard deviations of the prior; {run.caption}"
+    )
     grids.save_grids([grid], settings.out, caption)
     print(f"{grid.rows} latent dimensions of {run.path}, ordered by KL, saved to {settings.out}")
     if collapse := describe_collapse(count_active_units(posterior.mean), run.vae.latent_dim, kl.sum().item()):

@@ -74,7 +74,7 @@ def make_traversal_grid(vae: VAE, z: Tensor, values: Tensor, kl: Tensor, rows: i
     Args:
         vae: The model.
         z: The latents to start from.
-        values: The values of the dimension `(V,)`, one per column.
+        values: The values of the dimension `(V,)`, one per column, as in `plotting.traverse`.
         kl: The KL per latent dimension in nats, which sorts the rows.
         rows: The number of rows; None for all dimensions.
     """
@@ -86,8 +86,10 @@ def make_traversal_grid(vae: VAE, z: Tensor, values: Tensor, kl: Tensor, rows: i
 
 def make_manifold_grid(vae: VAE, size: int) -> Grid:
     """Arrange `size` by `size` images of a 2-D latent space, labeled with z."""
-    labels = [f"{value:.1f}" for value in plotting.compute_quantiles(size).tolist()]
-    return Grid(plotting.decode_manifold(vae, size), size, labels[::-1], labels)
+    images = plotting.decode_manifold(vae, size)
+    quantiles, (mean, std) = plotting.compute_quantiles(size), vae.prior.moments()
+    across, up = ([f"{value:.1f}" for value in (mean[d].item() + std[d].item() * quantiles).tolist()] for d in range(2))
+    return Grid(images, size, up[::-1], across)
 
 
 def save_grids(grids: Sequence[Grid], out: str | Path, caption: str = "", across: int | None = None) -> None:

@@ -122,7 +122,7 @@ def load_latents(path: Path, latent_dim: int) -> tuple[list[str], Tensor, list[o
             names = [str(row["name"]) for row in rows]
             dimensions = sum(key.startswith("mean_") for key in (rows[0] if rows else ()))
             z = torch.tensor([[float(row[f"mean_{d}"]) for d in range(dimensions)] for row in rows])
-            texts = [row.get("label") or "" for row in rows]
+            texts = ["" if (label := row.get("label")) is None else str(label) for row in rows]
             labels: list[object] | None = (
                 [int(text) if text.isdecimal() else text for text in texts] if any(texts) else None
             )

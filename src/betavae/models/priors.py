@@ -110,7 +110,8 @@ class GaussianComponents(Prior):
         return mixture_log_prob(z, *self.components(), self.log_weights.log_softmax(0))
 
     def transform(self, noise: Tensor, uniform: Tensor | None = None) -> Tensor:
-        assert uniform is not None
+        if uniform is None:
+            raise ValueError("a mixture needs uniform numbers, which choose its components")
         mean, logvar = self.components()
         edges = self.log_weights.float().softmax(0).cumsum(0)[:-1]
         chosen = (uniform[:, None] >= edges).sum(1)
@@ -216,7 +217,7 @@ class Flow(Prior):
 
     def log_prob(self, z: Tensor) -> Tensor:
         noise = at_least_float32(z).flatten(0, -2)
-        log_det = noise.new_zeros(len(noise))
+        log_det = noise.new_zeros(noise.shape[0])  # `len` would be a constant of an exported graph
         for layer in self.layers:
             noise, change = layer(noise)
             log_det = log_det + change

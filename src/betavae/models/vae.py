@@ -138,7 +138,7 @@ class VAE(nn.Module):
         x = x.to(next(self.encoder.parameters()).dtype)
         if self.classes:
             planes = self.one_hot_labels().to(x)[:, :, None, None]
-            x = torch.cat((x, planes.expand(len(x), -1, *x.shape[2:])), 1)
+            x = torch.cat((x, planes.expand(x.shape[0], -1, *x.shape[2:])), 1)
         # Single precision also under autocast: bfloat16 resolves a KL of 25 nats to an eighth only.
         params = at_least_float32(self.encoder(x))
         return Posterior(*params.chunk(2, dim=-1))

@@ -83,13 +83,13 @@ class TrainedRun(NamedTuple):
         images = self.subset(split, root, max_images)
         return self.scaling.apply(images.pixels), images.labels
 
-    def encode(self, values: Tensor) -> Posterior:
-        """Return the posterior of stored values `(B, C, H, W)`."""
-        return self.vae.encode(self.scaling.apply(values))
+    def encode(self, values: Tensor, labels: Tensor | None = None) -> Posterior:
+        """Return the posterior of stored values `(B, C, H, W)`, for a conditional model with their `labels` `(B,)`."""
+        return self.vae.given(labels).encode(self.scaling.apply(values))
 
-    def decode(self, z: Tensor) -> Tensor:
-        """Return the means of p(x|z), `(..., C, H, W)`, in the units of the stored values."""
-        return self.scaling.invert(self.vae.decode(z))
+    def decode(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return the means of p(x|z), `(..., C, H, W)`, in the units of the stored values; `labels` as in `encode`."""
+        return self.scaling.invert(self.vae.given(labels).decode(z))
 
     def split(self, split: str, root: str | None = None) -> ImageSet:
         """Return the stored images of a split, for evaluation binarized as in training.

@@ -67,7 +67,7 @@ def resolve_labels(run: TrainedRun, where: str | list[str], images: LoadedImages
         UserError: If the images have no labels, or other ones than the model.
     """
     labels = images.labels
-    if labels is not None and where in SPLITS and run.vae.classes and not isinstance(labels[0], str):
+    if labels and where in SPLITS and run.vae.classes and not isinstance(labels[0], str):
         labels = [run.vae.classes[number] for number in labels]
     elif is_dataset_name(where) and where != run.data["name"]:
         labels = None  # their numbers have another meaning

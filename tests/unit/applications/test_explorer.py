@@ -38,9 +38,9 @@ from betavae.data.image_io import read_image
 from betavae.storage.cache import load_or_compute
 
 
-def make_run(latent_dim: int, beta: float, root: str, name: str = "mnist") -> checkpoint.TrainedRun:
+def make_run(latent_dim: int, beta: float, root: str, name: str = "mnist", **settings) -> checkpoint.TrainedRun:
     """Make a run with random weights, large enough that its images differ."""
-    model = MODEL | {"latent_dim": latent_dim, "hidden_dims": [16]}
+    model = MODEL | {"latent_dim": latent_dim, "hidden_dims": [16]} | settings
     vae = VAE(**model).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(latent_dim)
     for weight in vae.parameters():
@@ -220,6 +220,37 @@ def test_image_is_encoded_by_every_run(client, explorer):
         assert run["mean"] == pytest.approx(mean.tolist(), rel=1e-5, abs=1e-6)
         numbers = {score["name"]: score["value"] for score in run["scores"]}
         assert numbers["neg. ELBO"] == pytest.approx(numbers["recon"] + numbers["KL"])
+
+
+def test_conditional_model_is_shown_with_the_chosen_label(data_root):
+    """Test images have their own label; latents and uploads need a choice."""
+    prior = {"name": "mixture", "components": 3}
+    run = make_run(2, 1.0, data_root, classes=[str(digit) for digit in range(10)], prior=prior)
+    model = queries.load_models([run]).models[0]
+    images = run.split("test")
+    own = [run.vae.given(images.labels[[i]]).encode(images.pixels[[i]].float() / 255).mean[0] for i in range(3)]
+    torch.testing.assert_close(model.means[:3], torch.stack(own))
+    app = server.build_app(queries.Explorer([model], images), {"localhost"})
+    with TestClient(app, base_url="http://127.0.0.1:8000") as client:
+        assert client.get("/api/state").json()["conditions"][3] == "3"
+        assert client.post("/api/image", json={"index": 2}).json()["runs"][0]["mean"] == pytest.approx(
+            own[2].tolist(), rel=1e-4, abs=1e-5
+        )
+        for label in (3, 8):
+            (text,) = client.post("/api/decode", json={"z": [[1.0, 0.5]], "label": label}).json()["images"]
+            wanted = run.vae.given(torch.tensor([label])).decode(torch.tensor([[1.0, 0.5]]))
+            assert torch.equal(to_pixels(text), to_bytes(wanted))
+        for words in ({}, {"label": None}, {"label": 10}):
+            answer = client.post("/api/decode", json={"z": [[0.0, 0.0]]} | words)
+            assert answer.status_code == 400 and "expected 0 to 9" in answer.json()["error"]
+        (z,) = client.get("/api/sample").json()["z"]
+        assert len(z) == 2 and z != client.get("/api/sample").json()["z"][0]
+
+
+def test_prior_sample_uses_equal_noise_for_dimensions_of_equal_rank(explorer):
+    samples = queries.sample_prior(explorer)
+    ranked = [z[queries.sort_by_kl(model)] for z, model in zip(samples, explorer.models, strict=True)]
+    assert torch.equal(ranked[0], ranked[1][:3]) and len(ranked[1]) == 5
 
 
 def test_path_is_a_straight_line(client, explorer):

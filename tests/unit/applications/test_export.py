@@ -86,6 +86,38 @@ def test_torch_formats_compute_the_models_numbers(tmp_path, form, name):
     check_no_paths(tmp_path / "export")
 
 
+@pytest.mark.parametrize("prior", ["flow", "mixture"])
+@pytest.mark.parametrize("form", ["pt2", pytest.param("onnx", marks=pytest.mark.slow)])
+def test_labels_and_learned_priors_are_inputs_of_graphs(tmp_path, form, prior):
+    settings = {"flow": {"transforms": 2, "hidden_dims": [4]}, "mixture": {"components": 3}}[prior]
+    model = MODELS["conv"] | {"classes": ["cat", "dog", "fox"], "prior": {"name": prior} | settings}
+    vae = VAE(**model).requires_grad_(False).eval()
+    for parameter in vae.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    graphs = export.export_graphs(vae, model, form, tmp_path / "export")["graphs"]
+
+    def compute(name, **inputs):
+        path = tmp_path / "export" / graphs[name]["file"]
+        assert list(graphs[name]["inputs"]) == list(inputs)
+        if form == "pt2":
+            return torch.export.load(path).module()(*inputs.values())
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(path)
+        arrays = session.run(None, {key: value.numpy() for key, value in inputs.items()})
+        return [torch.from_numpy(array) for array in arrays]
+
+    x, noise, uniform, label = torch.rand(5, 3, 10, 7), torch.randn(5, 2), torch.rand(5), torch.tensor([2, 0, 1, 1, 2])
+    more = {"uniform": uniform} if prior == "mixture" else {}
+    (z,) = compute("prior", noise=noise, **more)
+    torch.testing.assert_close(z, vae.prior.transform(noise, uniform))
+    torch.testing.assert_close(compute("decoder", z=z, label=label)[0], vae.given(label).decode(z).clamp(0, 1))
+    torch.testing.assert_close(compute("encoder", image=x, label=label)[0], vae.given(label).encode(x).mean)
+    recon, kl = compute("score", image=x, noise=noise, label=label)
+    torch.testing.assert_close(recon + kl, vae.given(label).neg_elbo(x, noise[None]), rtol=1e-4, atol=1e-3)
+    assert graphs["decoder"]["inputs"]["label"]["dtype"] == "int64"
+
+
 def check_no_paths(folder):
     """Check that no file names a folder of this machine."""
     for path in folder.iterdir():
