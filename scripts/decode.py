@@ -10,7 +10,7 @@ from betavae.runtime.settings import PathStr
 
 class Settings(ModelSettings):
     latents: PathStr = Field("latents.npz", title="a file of encode.py, or FILE.npy of latents (N, latent_dim)")
-    out: PathStr = Field("decoded", title="folder for one PNG per image; or FILE.npy, in the type of the training data")
+    out: PathStr = Field("decoded", title="folder for one PNG per image; or FILE.npy; or FILE.csv of a table")
 
 
 @script_command(Settings)
@@ -21,18 +21,22 @@ def main(settings: Settings) -> None:
         from tqdm import tqdm
 
         from betavae import plotting
-        from betavae.applications.latents import BATCH_SIZE, load_latents
+        from betavae.applications.latents import BATCH_SIZE, load_latents, save_rows
         from betavae.data.file_listing import png_filenames
         from betavae.runtime import checkpoint
         from betavae.storage.files import atomic_path
 
     run = checkpoint.load(settings.ckpt, settings.runs)
     names, z = load_latents(Path(settings.latents), run.vae.latent_dim)
-    if settings.out.endswith(".npy"):
-        values = torch.cat([run.scaling.to_stored(run.vae.decode(batch)) for batch in z.split(BATCH_SIZE)])
-        with atomic_path(settings.out) as path, open(path, "wb") as array:
-            np.save(array, values.numpy())
-        print(f"{len(z):,} images decoded by {run.path}, saved to {settings.out} as {run.scaling.dtype}")
+    if settings.out.endswith(".npy") or run.columns is not None:
+        x = torch.cat([run.vae.decode(batch) for batch in z.split(BATCH_SIZE)])
+        if settings.out.endswith(".npy"):
+            with atomic_path(settings.out) as path, open(path, "wb") as array:
+                np.save(array, run.scaling.to_stored(x).numpy())
+        else:
+            save_rows(run, x, settings.out, names)
+        kind = "images" if run.columns is None else "rows"
+        print(f"{len(z):,} {kind} decoded by {run.path}, saved to {settings.out} as {run.scaling.dtype}")
         return
     files = png_filenames(names, settings.out)
     with tqdm(total=len(z), desc="decoding", unit=" images", disable=None) as bar:

@@ -44,8 +44,8 @@ def main(settings: Settings) -> None:
     calibration = len(detector.state["calibration"][settings.score])
     rate = false_alarm_rate(settings.alpha, calibration)
     claim_folder(out, REPORT, "out")
-    result = report.score_images(detector, images.pixels, settings.score, settings.alpha)
-    report.save_report(detector, result, images, is_inlier, out)
+    result = report.score_images(detector, report.scale_images(run, images.pixels), settings.score, settings.alpha)
+    report.save_report(run, detector, result, images, is_inlier, out)
     for note in images.notes:
         print(note)
     print(f"flagged {int(result.flagged.sum()):,} of {len(images.names):,} images at alpha={settings.alpha}")

@@ -59,17 +59,21 @@ def export_folder(run: "TrainedRun", out: Path, seed: int) -> None:
     data = {key: value for key, value in run.data.items() if key not in ("root", "cache")}
     if data:
         content |= {"datamodule_hyper_parameters": data | {"root": "data"}, "fingerprints": run.fingerprints}
-        content["scaling"] = asdict(run.scaling)
+        content |= {"scaling": asdict(run.scaling), "columns": run.columns}
     results = {name: read_json(run.folder / f"{name}.json") for name in ("metrics", "evaluation", "fidelity")}
     # Results of another checkpoint, or of an earlier file with this name, are left out.
     source = {"checkpoint": str(run.path.relative_to(run.folder)), "sha256": hash_file(run.path)}
     results = {k: v for k, v in results.items() if all(v.get(key, value) == value for key, value in source.items())}
     name = as_text(run.folder.resolve().name if run.path.parent.name == "checkpoints" else run.path.stem)
     images = run.scaling.to_picture(run.vae.sample(64, 1.0, torch.Generator().manual_seed(seed)))
+    card = format_model_card(name, run.settings, data, results)
     with atomic_dir(out) as folder:
         checkpoint.save_checkpoint(content, folder / "checkpoints" / "best.ckpt")
-        (folder / "README.md").write_text(format_model_card(name, run.settings, data, results))
-        plotting.save_image(plotting.make_grid(images, 8), folder / "samples.png")
+        if run.columns is None:
+            plotting.save_image(plotting.make_grid(images, 8), folder / "samples.png")
+        else:
+            card = card.replace("![samples](samples.png)\n\n", "")
+        (folder / "README.md").write_text(card)
         saved = checkpoint.load(folder).vae.state_dict()
         if not all(torch.equal(saved[key], value) for key, value in weights.items()):
             raise RuntimeError(f"{out} does not contain the weights that were written to it")

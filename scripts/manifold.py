@@ -18,6 +18,7 @@ def main(settings: Settings) -> None:
         from betavae.runtime import checkpoint
 
     run = checkpoint.load(settings.ckpt, settings.runs)
+    run.require_images("manifold.py")
     pictures = run.scaling.to_picture(plotting.decode_manifold(run.vae, settings.size))
     plotting.save_image(plotting.make_grid(pictures, settings.size), settings.out)
     print(f"the manifold of {run.path}, {settings.size} x {settings.size} images, saved to {settings.out}")

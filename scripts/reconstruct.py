@@ -22,6 +22,7 @@ def main(settings: Settings) -> None:
         from betavae.runtime.inputs import resolve_images
 
     run = checkpoint.load(settings.ckpt, settings.runs)
+    run.require_images("reconstruct.py")
     images = resolve_images(run, settings.images, settings.data_root)
     order = torch.randperm(len(images.pixels), generator=torch.Generator().manual_seed(settings.seed))
     x = run.scaling.apply(images.pixels.index_select(0, order[: settings.n]))

@@ -17,7 +17,7 @@ class Settings(DataSettings, SeedSettings):
     label: int | None = Field(None, title="only images with this label; needs a fitted sampler")
     temperature: NonNegativeFloat = Field(1.0, title="factor of the prior's standard deviation")
     columns: PositiveInt = Field(8, title="images per row")
-    out: PathStr = Field("samples.png", title="image file for the grid")
+    out: PathStr = Field("samples.png", title="image file for the grid; FILE.csv for a model of a table")
     save_images: bool = Field(False, title="also save each image, in a folder named like `out`")
     save_tensor: bool = Field(False, title="also save a tensor (n, C, H, W), in a .pt file named like `out`")
 
@@ -28,6 +28,7 @@ def main(settings: Settings) -> None:
         import torch
 
         from betavae import plotting
+        from betavae.applications.latents import save_rows
         from betavae.applications.sampling import load_or_fit_sampler
         from betavae.errors import UserError
         from betavae.runtime import checkpoint
@@ -42,6 +43,10 @@ def main(settings: Settings) -> None:
         sampler = load_or_fit_sampler(settings.sampler, run, settings.data_root, settings.label)
         images = run.vae.decode(sampler.sample(settings.n, generator))
     out = Path(settings.out)
+    if run.columns is not None:
+        save_rows(run, images, settings.out)
+        print(f"{settings.n} samples of {run.path}, sampler={settings.sampler}, saved to {settings.out}")
+        return
     pictures = run.scaling.to_picture(images)
     plotting.save_image(plotting.make_grid(pictures, settings.columns), out)
     print(f"{settings.n} samples of {run.path}, sampler={settings.sampler}, saved to {out}")

@@ -21,19 +21,22 @@ class ImageSet:
         labels: int64, (N,), or (N, F) for F factors.
         classes: The names of the values of a single label.
         names: The file name of each image, if images come from files.
+        columns: The name of each channel, if these are the columns of a table and H = W = 1.
     """
 
     pixels: Any
     labels: Tensor
     classes: list[str] | None = None
     names: list[str] | None = None
+    columns: list[str] | None = None
 
     def __len__(self) -> int:
         return self.pixels.shape[0]
 
     def find_label(self, label: int) -> int:
         """Return the number of the class that has this name, or the label itself if there is none."""
-        return self.classes.index(str(label)) if str(label) in (self.classes or ()) else label
+        names = self.classes or []
+        return names.index(str(label)) if str(label) in names else label
 
     @property
     def dtype(self) -> torch.dtype:

@@ -48,12 +48,14 @@ class ImageLogger(Callback):
             yield x.to(next(vae.parameters())), test.labels[index]
 
     def draw(self, trainer: L.Trainer, vae: VAE) -> tuple[dict[str, Tensor], Tensor]:
-        """Return figures `(C, H, W)` in [0, 1] by name, and the KL per latent dimension in nats."""
+        """Return figures `(C, H, W)` in [0, 1] by name, none of a table, and the KL per latent dimension in nats."""
         kl = torch.cat([gaussian_kl(vae.encode(x)) for x, _ in self.images(trainer, vae, 1000)]).mean(0).cpu()
         x, _ = next(self.images(trainer, vae, 16))
         z = torch.randn(64, vae.latent_dim, generator=torch.Generator().manual_seed(0)).to(x.device)
         by_kl = kl.argsort(descending=True).tolist()[:10]
         span = torch.linspace(-3, 3, 11, device=x.device)
+        if trainer.datamodule.splits["test"].columns is not None:  # type: ignore[attr-defined]
+            return {}, kl
         rows = plotting.traverse(vae, vae.encode(x[:1]).mean[0], by_kl, span)
         tiles = {
             "reconstructions": (plotting.stack_reconstructions(vae, x), 8),
@@ -69,9 +71,10 @@ class ImageLogger(Callback):
     def log_figures(self, trainer: L.Trainer, vae: VAE) -> dict[str, Tensor]:
         """Draw the model and send the figures to every logger; return them, or nothing if drawing failed."""
         figures: dict[str, Tensor] = {}
+        kl = None
         with evaluating(vae), warn_on_error("drawing figures of the model"):
             figures, kl = self.draw(trainer, vae)
-        for logger in run_loggers(trainer) if figures else []:
+        for logger in run_loggers(trainer) if kl is not None else []:
             with warn_on_error(f"sending figures to {type(logger).__name__}"):
                 for name, image in figures.items():
                     logger.log_image_grid(name, image, trainer.global_step)
@@ -86,7 +89,8 @@ class ImageLogger(Callback):
         side = plotting.MAX_SPRITE_SIDE // math.ceil(math.sqrt(n))
         batches = []
         for x, labels in self.images(trainer, vae, n):
-            pictures = to_picture(x.float().cpu()).clamp(0, 1)
+            # A row of a table is a square in the color of its label.
+            pictures = to_picture(x.float().cpu()).clamp(0, 1) if x.shape[1] in (1, 3) else torch.ones(len(x), 1, 8, 8)
             batches.append((vae.encode(x).mean.cpu(), labels, plotting.make_tiles(pictures, labels, side)))
         means, names, tiles = (torch.cat(parts) for parts in zip(*batches, strict=True))
         for logger in run_loggers(trainer):

@@ -107,8 +107,11 @@ def plot_scatter(groups: Sequence[SettingGroup], keys: Sequence[str], metric: st
 
 
 @torch.no_grad()
-def plot_samples(groups: Sequence[SettingGroup], seed: int) -> "Figure":
-    """Draw 16 samples of the first finished job of each setting, from the same z if dimensions allow."""
+def plot_samples(groups: Sequence[SettingGroup], seed: int) -> "Figure | None":
+    """Draw 16 samples of the first finished job of each setting, from the same z if dimensions allow.
+
+    Returns None for models of tables.
+    """
     finished = [group for group in groups if group.finished]
     last_key = list(groups[0].values)[-1:]
     columns = len(sort_values(groups, last_key[0])) if last_key else 1
@@ -119,9 +122,11 @@ def plot_samples(groups: Sequence[SettingGroup], seed: int) -> "Figure":
     lines = max(title.count("\n") + 1 for title in titles)
     figure = plotting.create_figure(1.6 * columns, (1.6 + 0.12 * lines) * rows)
     for number, (group, title) in enumerate(zip(finished, titles, strict=True), start=1):
-        vae = checkpoint.load(str(group.finished[0].folder), "").vae
+        run = checkpoint.load(str(group.finished[0].folder), "")
+        if run.columns is not None:
+            return None
         axes = figure.add_subplot(rows, columns, number)
-        images = vae.sample(16, 1.0, torch.Generator().manual_seed(seed))
+        images = run.scaling.to_picture(run.vae.sample(16, 1.0, torch.Generator().manual_seed(seed)))
         plotting.draw_image(axes, plotting.make_grid(images, 4))
         axes.set_title(title, fontsize=7)
     return figure

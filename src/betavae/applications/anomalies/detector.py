@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from betavae.applications.anomalies import scores as scoring
+from betavae.data.loader import BYTES
 from betavae.errors import UserError
 from betavae.models.vae import VAE
 
@@ -35,16 +36,16 @@ BATCH_PIXELS = 2**20
 class DetectorState(TypedDict):
     """Everything a detector has fitted, as tensors and numbers for `torch.save`."""
 
-    kernels: Tensor  # (M, 8), statistics of training images
-    center: Tensor  # (8,), their mean
-    scale: Tensor  # (8,), their standard deviation
+    kernels: Tensor  # (M, 8), or 7 without a background: statistics of training images
+    center: Tensor  # their mean
+    scale: Tensor  # their standard deviation
     svm: scoring.OneClassSVM  # of the standardized statistics
-    background: float  # most frequent gray level
+    background: float | None  # most frequent gray level
     spread: Tensor  # (latent_dim,), standard deviation of the posterior means
     mixture: scoring.GaussianMixture  # of the posterior means over `spread`
     surprises: Tensor  # (2, 2), mean and standard deviation of the latent surprise and of the unexplained nats
-    pixel_mean: Tensor  # (H, W), of `pixel_surprise`
-    pixel_sd: Tensor  # (H, W)
+    pixel_mean: Tensor  # (H, W), or (C, 1) of a table, of `pixel_surprise`
+    pixel_sd: Tensor
     calibration: dict[str, Tensor]  # sorted scores of the validation images
 
 
@@ -61,7 +62,7 @@ class Detector(NamedTuple):
 
         Args:
             vae: The trained VAE.
-            train: `(N, C, H, W)`, uint8 or floats in [0, 1].
+            train: `(N, C, H, W)`, uint8, or floats as the VAE sees them.
             validation: Images of the same distribution that the VAE was not trained on. If it was trained on them, the
                 false-alarm rate is higher than stated.
             names: The scores to calibrate.
@@ -77,7 +78,8 @@ class Detector(NamedTuple):
         step = max(1, math.ceil(len(train) / MAX_FIT_IMAGES))
         train = train.index_select(0, torch.arange(0, len(train), step))
         background = find_background(vae, train)
-        values = torch.cat([scoring.statistics(vae, x).cpu() for x in iter_batches(vae, train)])
+        is_unit = background is not None
+        values = torch.cat([scoring.statistics(vae, x, is_unit).cpu() for x in iter_batches(vae, train)])
         latents = [scoring.latent_and_unexplained(vae, x, background) for x in iter_batches(vae, train)]
         means, unexplained = (torch.cat(part).cpu() for part in zip(*latents, strict=True))
         center, scale = values.mean(0), values.std(0).clamp(min=1e-9)
@@ -115,7 +117,7 @@ class Detector(NamedTuple):
         - combined: see `score_combined`.
 
         Args:
-            x: `(N, C, H, W)`, uint8 or floats in [0, 1].
+            x: `(N, C, H, W)`, uint8, or floats as the VAE sees them.
             names: Names in `FAST_SCORES` and `SLOW_SCORES`.
 
         Returns:
@@ -136,13 +138,17 @@ class Detector(NamedTuple):
             parts = [[functions[name](part).double().cpu() for name in names] for part in iter_batches(self.vae, x)]
         return {name: torch.cat(score) for name, score in zip(names, zip(*parts, strict=True), strict=True)}
 
+    def statistics(self, x: Tensor) -> Tensor:
+        """Compute the statistics of the scores `dose` and `dose_svm`."""
+        return scoring.statistics(self.vae, x, self.state["background"] is not None).cpu()
+
     def score_dose(self, x: Tensor) -> Tensor:
         """Score by density of states with kernel density estimates."""
-        return -scoring.kernel_density(self.state["kernels"], scoring.statistics(self.vae, x).cpu()).sum(1)
+        return -scoring.kernel_density(self.state["kernels"], self.statistics(x)).sum(1)
 
     def score_dose_svm(self, x: Tensor) -> Tensor:
         """Score by density of states with a one-class SVM."""
-        rows = (scoring.statistics(self.vae, x).cpu() - self.state["center"]) / self.state["scale"]
+        rows = (self.statistics(x) - self.state["center"]) / self.state["scale"]
         return -scoring.svm_decision(self.state["svm"], rows)
 
     def score_combined(self, x: Tensor) -> Tensor:
@@ -173,7 +179,7 @@ class Detector(NamedTuple):
             raise UserError(f"score={name} is invalid: expected one of {', '.join(self.state['calibration'])}")
 
     def compute_heat_maps(self, x: Tensor) -> Tensor:
-        """Compute the standardized surprise of each pixel, `(N, H, W)`.
+        """Compute the standardized surprise of each pixel, `(N, H, W)`, or of each column of a table, `(N, C, 1)`.
 
         It is `pixel_surprise` in standard deviations from the training images' mean at that pixel. A standard deviation
         counts as at least a tenth of the root mean square over pixels. Without that floor, any ink near the border,
@@ -192,8 +198,10 @@ def check_scikit_learn() -> None:
         raise UserError('anomaly detection needs scikit-learn: pip install -e ".[evaluation]"')
 
 
-def find_background(vae: VAE, images: Tensor) -> float:
-    """Find the most frequent gray level, in [0, 1]."""
+def find_background(vae: VAE, images: Tensor) -> float | None:
+    """Find the most frequent gray level; return None for tables and values that are not in [0, 1]."""
+    if images.is_floating_point() and (images.shape[2:] == (1, 1) or images.min() < 0 or images.max() > 1):
+        return None
     counts = torch.zeros(256, dtype=torch.long)
     for x in iter_batches(vae, images):
         counts += (255 * x).round().byte().cpu().flatten().bincount(minlength=256)
@@ -238,12 +246,12 @@ def fit_mixture(means: Tensor, spread: Tensor) -> scoring.GaussianMixture:
 
 
 def fit_pixel_surprise(vae: VAE, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute the mean and standard deviation of `pixel_surprise` over images, `(H, W)` each."""
-    total, squares = torch.zeros(2, *images.shape[2:], dtype=torch.double)
+    """Compute the mean and standard deviation of `pixel_surprise` over images."""
+    total, squares = torch.zeros(2, 1, 1, dtype=torch.double)
     for x in iter_batches(vae, images):
         surprises = scoring.pixel_surprise(vae, x).double().cpu()
-        total += surprises.sum(0)
-        squares += surprises.square().sum(0)
+        total = total + surprises.sum(0)
+        squares = squares + surprises.square().sum(0)
     mean = total / len(images)
     return mean, (squares - len(images) * mean.square()).clamp(min=0).div(len(images) - 1).sqrt()
 
@@ -297,11 +305,11 @@ def false_alarm_rate(alpha: float, calibration: int, new_images: int | None = No
 
 
 def iter_batches(vae: VAE, images: Tensor) -> Iterator[Tensor]:
-    """Iterate over images `(N, C, H, W)`, uint8 or floats in [0, 1], as batches of floats on the VAE's device."""
+    """Iterate over images `(N, C, H, W)`, uint8 or scaled floats, as batches of floats on the VAE's device."""
     if not len(images):
         raise UserError("there are no images to score")
     weight = next(vae.parameters())
     batch_size = max(1, min(BATCH_SIZE, BATCH_PIXELS // images[0].numel()))
     for index in torch.arange(len(images)).split(batch_size):
         batch = images.index_select(0, index)
-        yield batch.to(weight) / 255 if batch.dtype == torch.uint8 else batch.to(weight)
+        yield (BYTES.apply(batch) if batch.dtype == torch.uint8 else batch).to(weight)

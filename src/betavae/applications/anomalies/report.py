@@ -17,6 +17,8 @@ from betavae.applications.anomalies.detector import (
 )
 from betavae.applications.trained_run import TrainedRun
 from betavae.data.image_io import LoadedImages
+from betavae.data.loader import BYTES
+from betavae.data.scaling import Scaling
 from betavae.errors import UserError
 from betavae.plotting import create_figure, draw_image, make_grid, save_figure, save_image, stack_reconstructions
 from betavae.storage.cache import hash_file, load_or_compute
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MAX_SHOWN_IMAGES = 64
+MAX_UNUSUAL = 3  # columns named for each row of a table
 HEAT_MAP_RANGE = 5  # standard deviations from the middle of the color map to its ends
 # Constant, since a detector is fitted only to the data of its checkpoint, whose hash is in the file name.
 CACHE_KEY = {"version": 4}
@@ -56,9 +59,14 @@ def load_or_fit_detector(run: TrainedRun, data_root: str | None = None) -> Detec
             )
         train = run.subset("train", data_root, MAX_FIT_IMAGES)
         print("fitting the detector to training images, which happens once ...", flush=True)
-        return dict(Detector.fit(run.vae, train.pixels, validation.pixels).state)
+        return dict(Detector.fit(run.vae, scale_images(run, train.pixels), scale_images(run, validation.pixels)).state)
 
     return Detector(run.vae, cast(DetectorState, load_or_compute(detector_path(run), CACHE_KEY, fit)))
+
+
+def scale_images(run: TrainedRun, pixels: Tensor) -> Tensor:
+    """Scale stored images for `Detector`, which scales bytes itself, a batch at a time."""
+    return pixels if run.scaling.is_bytes else run.scaling.apply(pixels)
 
 
 def detector_path(run: TrainedRun) -> Path:
@@ -103,17 +111,34 @@ def match_inliers(labels: Sequence[object] | None, inliers: Sequence[int | str])
 
 
 def save_report(
-    detector: Detector, result: ScoredImages, images: LoadedImages, is_inlier: Sequence[bool] | None, out: Path
+    run: TrainedRun,
+    detector: Detector,
+    result: ScoredImages,
+    images: LoadedImages,
+    is_inlier: Sequence[bool] | None,
+    out: Path,
 ) -> None:
     """Save the table and the figures to a folder; with `is_inlier` also the ROC curve."""
-    write_table(result, images.names, images.labels, images.skipped, out / "scores.csv")
+    unusual = find_unusual_columns(run, detector, images.pixels) if run.columns else None
+    write_table(result, images.names, images.labels, images.skipped, out / "scores.csv", unusual)
     save_figure(draw_histogram(detector, result), out / "histogram.png")
-    save_figure(draw_extremes(images.pixels, result), out / "extremes.png")
-    save_image(draw_flagged_images(detector, images.pixels, result), out / "where.png")
+    if not run.columns:
+        save_figure(draw_extremes(images.pixels, result, run.scaling), out / "extremes.png")
+        save_image(draw_flagged_images(detector, images.pixels, result, run.scaling), out / "where.png")
     if is_inlier is not None:
         save_figure(draw_roc(result, is_inlier), out / "roc.png")
     elif has_stamp(out / "roc.png"):  # It shows other images.
         (out / "roc.png").unlink()
+
+
+def find_unusual_columns(run: TrainedRun, detector: Detector, pixels: Tensor) -> list[str]:
+    """Name the `MAX_UNUSUAL` most surprising columns of each row, with their value and surprise."""
+    surprise, order = detector.compute_heat_maps(scale_images(run, pixels)).flatten(1).sort(descending=True)
+    values, names = pixels.flatten(1), run.columns or []
+    return [
+        "; ".join(f"{names[c]}={values[row, c]:.6g} ({surprise[row, i]:+.1f} sd)" for i, c in enumerate(best))
+        for row, best in enumerate(order[:, :MAX_UNUSUAL].tolist())
+    ]
 
 
 def write_table(
@@ -122,16 +147,24 @@ def write_table(
     labels: Sequence[object] | None,
     unread: Sequence[tuple[str, str]],
     out: Path,
+    unusual: Sequence[str] | None = None,
 ) -> None:
-    """Write a CSV row per image; that of an unreadable image has the reason instead of a flag."""
+    """Write a CSV row per image; that of an unreadable image has the reason instead of a flag.
+
+    The rows of a table are ordered by their score, and name their most unusual columns.
+    """
+    ranking = result.scores[result.score].argsort(descending=True).tolist()
     # A file name may have bytes that are not UTF-8.
     with atomic_path(out) as path, open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         rows = csv.writer(file)
-        rows.writerow(["name", "label", *result.scores, "p_value", "flagged", f"made by {STAMP}"])
-        for i, name in enumerate(names):
+        extra = ["unusual_columns"] if unusual is not None else []
+        rows.writerow(["name", "label", *result.scores, "p_value", "flagged", *extra, f"made by {STAMP}"])
+        for i in range(len(names)) if unusual is None else ranking:
+            name, more = names[i], [unusual[i]] if unusual is not None else []
             scores = [f"{values[i].item():.6g}" for values in result.scores.values()]
             label = "" if labels is None else labels[i]
-            rows.writerow([name, label, *scores, f"{result.p_values[i].item():.6g}", bool(result.flagged[i]), ""])
+            p_value, flagged = f"{result.p_values[i].item():.6g}", bool(result.flagged[i])
+            rows.writerow([name, label, *scores, p_value, flagged, *more, ""])
         for name, reason in unread:
             rows.writerow([name, *[""] * (2 + len(result.scores)), f"not read: {reason}", ""])
 
@@ -152,14 +185,15 @@ def draw_histogram(detector: Detector, result: ScoredImages) -> "Figure":
     return figure
 
 
-def draw_extremes(pixels: Tensor, result: ScoredImages) -> "Figure":
+def draw_extremes(pixels: Tensor, result: ScoredImages, scaling: Scaling = BYTES) -> "Figure":
     """Draw the 32 images with the highest and the 32 with the lowest scores."""
     order = result.scores[result.score].argsort(descending=True)
     figure = create_figure(6, 3)
     for axes, title, index in zip(
         figure.subplots(1, 2), ("most anomalous", "least anomalous"), (order[:32], order.flip(0)[:32]), strict=True
     ):
-        draw_image(axes, make_grid(pixels[index].float() / 255, 8))
+        x = scaling.apply(pixels.index_select(0, index))
+        draw_image(axes, make_grid(scaling.to_picture(x), 8))
         axes.set_title(title, fontsize=9)
     return figure
 
@@ -177,7 +211,7 @@ def draw_roc(result: ScoredImages, is_inlier: Sequence[bool]) -> "Figure":
     return figure
 
 
-def draw_flagged_images(detector: Detector, pixels: Tensor, result: ScoredImages) -> Tensor:
+def draw_flagged_images(detector: Detector, pixels: Tensor, result: ScoredImages, scaling: Scaling = BYTES) -> Tensor:
     """Draw the flagged images above their reconstructions and heat maps, as an image `(3, H, W)`.
 
     These are up to `MAX_SHOWN_IMAGES` with the highest scores, or the eight highest if none is flagged. Heat maps go
@@ -187,11 +221,12 @@ def draw_flagged_images(detector: Detector, pixels: Tensor, result: ScoredImages
 
     order = result.scores[result.score].argsort(descending=True)
     flagged = order[result.flagged[order]]
-    x = pixels[flagged[:MAX_SHOWN_IMAGES] if len(flagged) else order[:8]].float() / 255
+    x = scaling.apply(pixels.index_select(0, flagged[:MAX_SHOWN_IMAGES] if len(flagged) else order[:8]))
     position = (detector.compute_heat_maps(x).numpy() + HEAT_MAP_RANGE) / (2 * HEAT_MAP_RANGE)
     maps = torch.from_numpy(colormaps["coolwarm"](position)[..., :3]).movedim(-1, 1)
     columns = min(8, len(x))
-    rows = stack_reconstructions(detector.vae, x).unflatten(0, (-1, 2, columns)).expand(-1, -1, -1, 3, -1, -1)
+    pairs = scaling.to_picture(stack_reconstructions(detector.vae, x))
+    rows = pairs.unflatten(0, (-1, 2, columns)).expand(-1, -1, -1, 3, -1, -1)
     maps = torch.cat((maps, maps.new_zeros(-len(x) % columns, *maps.shape[1:]))).unflatten(0, (-1, 1, columns))
     return make_grid(torch.cat((rows, maps.to(rows)), 1).flatten(0, 2), columns)
 
