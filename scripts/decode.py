@@ -10,7 +10,7 @@ from betavae.runtime.settings import PathStr
 
 class Settings(ModelSettings, LabelSettings):
     latents: PathStr = Field("latents.npz", title="a file of encode.py, or FILE.npy of latents (N, latent_dim)")
-    out: PathStr = Field("decoded", title="folder for one PNG per image; or FILE.npy, in the type of the training data")
+    out: PathStr = Field("decoded", title="folder for one PNG per image; or FILE.npy; or FILE.csv of a table")
 
 
 @script_command(Settings)
@@ -21,7 +21,7 @@ def main(settings: Settings) -> None:
         from tqdm import tqdm
 
         from betavae import plotting
-        from betavae.applications.latents import BATCH_SIZE, load_latents
+        from betavae.applications.latents import BATCH_SIZE, load_latents, save_rows
         from betavae.data.file_listing import png_filenames
         from betavae.data.labels import match_labels
         from betavae.runtime import checkpoint
@@ -31,12 +31,15 @@ def main(settings: Settings) -> None:
     names, z, own = load_latents(Path(settings.latents), run.vae.latent_dim)
     labels = match_labels(run.vae.classes, len(z), settings.label, own, settings.latents)
     batches = [slice(start, start + BATCH_SIZE) for start in range(0, len(z), BATCH_SIZE)]
-    if settings.out.endswith(".npy"):
-        images = [run.vae.given(labels[batch]).decode(z[batch]) for batch in batches]
-        values = torch.cat([run.scaling.to_stored(image) for image in images])
-        with atomic_path(settings.out) as path, open(path, "wb") as array:
-            np.save(array, values.numpy())
-        print(f"{len(z):,} images decoded by {run.path}, saved to {settings.out} as {run.scaling.dtype}")
+    if settings.out.endswith(".npy") or run.columns is not None:
+        x = torch.cat([run.vae.given(labels[batch]).decode(z[batch]) for batch in batches])
+        if settings.out.endswith(".npy"):
+            with atomic_path(settings.out) as path, open(path, "wb") as array:
+                np.save(array, run.scaling.to_stored(x).numpy())
+        else:
+            save_rows(run, x, settings.out, names, labels)
+        kind = "images" if run.columns is None else "rows"
+        print(f"{len(z):,} {kind} decoded by {run.path}, saved to {settings.out} as {run.scaling.dtype}")
         return
     files = png_filenames(names, settings.out)
     with tqdm(total=len(z), desc="decoding", unit=" images", disable=None) as bar:

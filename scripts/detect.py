@@ -45,8 +45,9 @@ def main(settings: Settings) -> None:
     calibration = len(detector.state["calibration"][settings.score])
     rate = false_alarm_rate(settings.alpha, calibration)
     claim_folder(out, REPORT, "out")
-    result = report.score_images(detector, images.pixels, settings.score, settings.alpha, labels)
-    report.save_report(detector, result, images, is_inlier, out, labels)
+    pixels = report.scale_images(run, images.pixels)
+    result = report.score_images(detector, pixels, settings.score, settings.alpha, labels)
+    report.save_report(run, detector, result, images, is_inlier, out, labels)
     for note in images.notes:
         print(note)
     print(f"flagged {int(result.flagged.sum()):,} of {len(images.names):,} images at alpha={settings.alpha}")

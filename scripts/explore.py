@@ -43,6 +43,8 @@ def main(settings: Settings) -> None:
     listener = server.open_socket(settings.host, settings.port)
     names = settings.ckpt if isinstance(settings.ckpt, list) else [settings.ckpt]
     runs = [checkpoint.load(path, settings.runs) for name in names for path in list_runs(name)]
+    for run in runs:
+        run.require_images("explore.py")
     explorer = load_models(runs, settings.data_root, load_p_values(runs))
     url, warning = server.get_page_url(listener)
     print("\n".join(str(run.path) for run in runs))

@@ -60,7 +60,7 @@ def export_folder(run: "TrainedRun", out: Path, seed: int) -> None:
     data = {key: value for key, value in run.data.items() if key not in ("root", "cache")}
     if data:
         content |= {"datamodule_hyper_parameters": data | {"root": "data"}, "fingerprints": run.fingerprints}
-        content["scaling"] = asdict(run.scaling)
+        content |= {"scaling": asdict(run.scaling), "columns": run.columns}
     results = {name: read_json(run.folder / f"{name}.json") for name in ("metrics", "evaluation", "fidelity")}
     # Results of another checkpoint, or of an earlier file with this name, are left out.
     source = {"checkpoint": str(run.path.relative_to(run.folder)), "sha256": hash_file(run.path)}
@@ -70,10 +70,14 @@ def export_folder(run: "TrainedRun", out: Path, seed: int) -> None:
     vae = run.vae.given(cycle_labels(run.vae.classes, 8 * columns))
     images = run.scaling.to_picture(vae.sample(8 * columns, 1.0, torch.Generator().manual_seed(seed)))
     samples = grids.Grid(images, columns, column_labels=run.vae.classes[:columns])
+    card = format_model_card(name, run.settings, data, results)
     with atomic_dir(out) as folder:
         checkpoint.save_checkpoint(content, folder / "checkpoints" / "best.ckpt")
-        (folder / "README.md").write_text(format_model_card(name, run.settings, data, results))
-        grids.save_grids([samples], folder / "samples.png", f"{len(images)} samples; {run.caption}")
+        if run.columns is None:
+            grids.save_grids([samples], folder / "samples.png", f"{len(images)} samples; {run.caption}")
+        else:
+            card = card.replace("![samples](samples.png)\n\n", "")
+        (folder / "README.md").write_text(card)
         saved = checkpoint.load(folder).vae.state_dict()
         if not all(torch.equal(saved[key], value) for key, value in weights.items()):
             raise RuntimeError(f"{out} does not contain the weights that were written to it")

@@ -40,6 +40,7 @@ def main(settings: Settings) -> None:
         from betavae.storage.files import STAMP, atomic_path
 
     run = checkpoint.load(settings.ckpt, settings.runs)
+    run.require_images("fidelity.py")
     if not run.scaling.is_bytes:
         raise UserError(
             f"{run.path} was trained on {run.scaling.dtype} with data.scaling={run.scaling.mode}: expected a model of "

@@ -40,6 +40,7 @@ def main(settings: Settings) -> None:
         if images is not None and getattr(settings, key) != Settings.model_fields[key].default:
             raise UserError(f"{key}={getattr(settings, key)} is invalid with images: remove one of the two")
     run = checkpoint.load(settings.ckpt, settings.runs)
+    run.require_images("interpolate.py")
     if images is None:
         x, labels = run.images("test", settings.data_root)
         starts, ends = draw_pairs(x, labels, settings.labels, settings.rows, settings.seed)

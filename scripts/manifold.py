@@ -20,6 +20,7 @@ def main(settings: Settings) -> None:
         from betavae.runtime import checkpoint
 
     run = checkpoint.load(settings.ckpt, settings.runs)
+    run.require_images("manifold.py")
     vae = run.vae.given(match_labels(run.vae.classes, 1, settings.label, None, "the manifold"))
     label = "" if settings.label is None else f"label {settings.label}; "
     caption = f"{label}z0 to the right, z1 up, at quantiles of the prior; {run.caption}"

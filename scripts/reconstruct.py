@@ -23,6 +23,7 @@ def main(settings: Settings) -> None:
         from betavae.runtime.inputs import resolve_images, resolve_labels
 
     run = checkpoint.load(settings.ckpt, settings.runs)
+    run.require_images("reconstruct.py")
     images = resolve_images(run, settings.images, settings.data_root)
     labels = resolve_labels(run, settings.images, images, settings.label)
     order = torch.randperm(len(images.pixels), generator=torch.Generator().manual_seed(settings.seed))

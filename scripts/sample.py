@@ -19,7 +19,7 @@ class Settings(DataSettings, SeedSettings):
     )
     temperature: NonNegativeFloat = Field(1.0, title="factor of the prior's noise")
     columns: PositiveInt | None = Field(None, title="images per row; null: 8, or one column per class")
-    out: PathStr = Field("samples.png", title="image file for the grid")
+    out: PathStr = Field("samples.png", title="image file for the grid; FILE.csv for a model of a table")
     save_images: bool = Field(False, title="also save each image, in a folder named like `out`")
     save_tensor: bool = Field(False, title="also save a tensor (n, C, H, W), in a .pt file named like `out`")
 
@@ -30,6 +30,7 @@ def main(settings: Settings) -> None:
         import torch
 
         from betavae import grids, plotting
+        from betavae.applications.latents import save_rows
         from betavae.applications.sampling import load_or_fit_sampler
         from betavae.data.labels import count_columns, cycle_labels, find_class
         from betavae.errors import UserError
@@ -37,9 +38,10 @@ def main(settings: Settings) -> None:
 
     run = checkpoint.load(settings.ckpt, settings.runs)
     generator, classes, label = torch.Generator().manual_seed(settings.seed), run.vae.classes, settings.label
-    vae = run.vae.given(cycle_labels(classes, settings.n))
+    labels = cycle_labels(classes, settings.n)
     if classes and label is not None:
-        vae = run.vae.given(torch.tensor([find_class(label, classes)]))
+        labels = torch.tensor([find_class(label, classes)])
+    vae = run.vae.given(labels)
     if settings.sampler == "prior" and (label is None or classes):
         images = vae.sample(settings.n, settings.temperature, generator)
     elif settings.temperature != 1:
@@ -49,6 +51,10 @@ def main(settings: Settings) -> None:
         images = vae.decode(sampler.sample(settings.n, generator))
     columns = settings.columns or (8 if label is not None else count_columns(classes, 8))
     out = Path(settings.out)
+    if run.columns is not None:
+        save_rows(run, images, settings.out, labels=labels.expand(settings.n))
+        print(f"{settings.n} samples of {run.path}, sampler={settings.sampler}, saved to {settings.out}")
+        return
     shown = "" if settings.label is None else f", label {settings.label}"
     heat = "" if settings.temperature == 1 else f", temperature {settings.temperature:g}"
     caption = f"{settings.n} samples, sampler={settings.sampler}{shown}{heat}; {run.caption}"

@@ -28,7 +28,7 @@ def commands(text: str) -> list[str]:
 EXCLUDED = ("RUN_FOLDER", "IMAGE_FOLDER", "hydra/launcher", "sweep=optuna", "trainer=ddp", "schema.py", "explore.py")
 # Pages whose commands run in test_pages.py or in the tests of their application.
 OTHER_PAGES = ("extending.md", "images.md", "anomalies.md", "compression.md", "generation.md", "export.md")
-OTHER_PAGES += ("explorer.md", "disentanglement.md")
+OTHER_PAGES += ("explorer.md", "disentanglement.md", "tables.md")
 COMMANDS = [
     command
     for name, text in PAGES.items()

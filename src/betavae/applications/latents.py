@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from betavae.applications.trained_run import TrainedRun
 from betavae.data.array_io import ArrayFile
 from betavae.data.loader import BYTES
 from betavae.data.scaling import Scaling
@@ -87,6 +88,27 @@ def write_npz(path: Path, latents: Latents, names: Sequence[str], labels: Sequen
     np.savez(path, **arrays)
     with zipfile.ZipFile(path, "a") as archive:
         archive.comment = STAMP.encode()
+
+
+def save_rows(
+    run: TrainedRun, x: Tensor, out: str | Path, names: Sequence[str] = (), labels: Tensor | None = None
+) -> None:
+    """Save rows of a table `(N, C, 1, 1)`, as the model sees them, as FILE.csv in the units of the data.
+
+    The rows of a conditional model also have the classes of their `labels` `(N,)`, in the column `data.label`.
+
+    Raises:
+        UserError: If `out` has another ending, or is a file that this project did not write.
+    """
+    if Path(out).suffix != ".csv":
+        raise UserError(f"out={out} is invalid: expected FILE.csv for {run.path}, a model of a table")
+    values = run.scaling.to_stored(x).flatten(1).T.tolist()
+    columns: dict[str, Sequence[object]] = {"name": names} if names else {}
+    columns |= dict(zip(run.columns or (), values, strict=True))
+    if run.vae.classes and labels is not None:
+        columns[str(run.data.get("label", "label"))] = [run.vae.classes[number] for number in labels]
+    with atomic_path(out) as path:
+        write_csv(path, columns)
 
 
 def write_csv(path: Path, columns: Mapping[str, Sequence[object]]) -> None:

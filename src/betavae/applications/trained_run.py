@@ -37,6 +37,10 @@ class TrainedRun(Protocol):
         """The fingerprint of each split of data that can change."""
 
     @property
+    def columns(self) -> list[str] | None:
+        """The columns of a model of a table."""
+
+    @property
     def scaling(self) -> Scaling:
         """The map from stored values to those that the VAE sees."""
 

@@ -20,6 +20,7 @@ from betavae.data.datasets.dsprites import load_dsprites
 from betavae.data.datasets.image_folder import load_image_folder
 from betavae.data.datasets.mnist import load_mnist
 from betavae.data.datasets.sprites import load_sprites
+from betavae.data.datasets.table import load_table
 from betavae.data.datasets.torchvision import load_cifar10, load_fashion_mnist, load_kmnist, load_svhn
 from betavae.data.image_set import ImageSet
 
@@ -31,7 +32,8 @@ DATASETS: dict[str, Callable[..., ImageSet | None]] = {
     "svhn": load_svhn,
     "folder": load_image_folder,
     "arrays": load_arrays,
+    "table": load_table,
     "sprites": load_sprites,
     "dsprites": load_dsprites,
 }
-USER_DATASETS = {"folder", "arrays"}
+USER_DATASETS = {"folder", "arrays", "table"}

@@ -24,12 +24,14 @@ class ImageSet:
         labels: int64, (N,), or (N, F) for F factors.
         classes: The names of the values of a single label.
         names: The file name of each image, if images come from files.
+        columns: The name of each channel, if these are the columns of a table and H = W = 1.
     """
 
     pixels: Any
     labels: Tensor
     classes: list[str] | None = None
     names: list[str] | None = None
+    columns: list[str] | None = None
 
     def __len__(self) -> int:
         return self.pixels.shape[0]

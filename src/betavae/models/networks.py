@@ -58,6 +58,8 @@ class MLPDecoder(nn.Sequential):
 class ConvEncoder(nn.Sequential):
     """Map `(B, *image_shape)` to `(B, 2 * latent_dim)`, with a stride-2 convolution per entry of `hidden_dims`."""
 
+    needs_images = True  # and not the rows of a table, which have no neighbors
+
     def __init__(self, image_shape: Sequence[int], hidden_dims: Sequence[int], latent_dim: int, activation: str):
         channels, height, width = image_shape
         layers: list[nn.Module] = []
@@ -129,6 +131,8 @@ def stage_shapes(image_shape: Sequence[int], hidden_dims: Sequence[int]) -> list
 
 class ResNetEncoder(nn.Sequential):
     """Map images `(B, *image_shape)` of any size to `(B, 2 * latent_dim)`; `hidden_dims` are channels per stage."""
+
+    needs_images = True
 
     def __init__(
         self, image_shape: Sequence[int], hidden_dims: Sequence[int], latent_dim: int, activation: str, blocks: int = 1

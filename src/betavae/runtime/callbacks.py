@@ -53,9 +53,11 @@ class ImageLogger(Callback):
             yield x.to(next(vae.parameters())), test.labels[index]
 
     def draw(self, trainer: L.Trainer, vae: VAE) -> tuple[dict[str, Grid], Tensor]:
-        """Return grids of images by name, and the KL per latent dimension in nats."""
+        """Return grids of images by name, none for a table, and the KL per latent dimension in nats."""
         posteriors = [vae.given(labels).encode(x) for x, labels in self.images(trainer, vae, 1000)]
         kl = torch.cat([vae.kl_per_dimension(posterior) for posterior in posteriors]).mean(0).cpu()
+        if trainer.datamodule.splits["test"].columns is not None:  # type: ignore[attr-defined]
+            return {}, kl
         x, labels = next(self.images(trainer, vae, 16))
         columns, first = count_columns(vae.classes, 8), vae.given(labels[:1])
         sampled = vae.given(cycle_labels(vae.classes, 8 * columns))
@@ -75,9 +77,10 @@ class ImageLogger(Callback):
     def log_figures(self, trainer: L.Trainer, vae: VAE) -> dict[str, Grid]:
         """Draw the model and send the figures to every logger; return them, or nothing if drawing failed."""
         figures: dict[str, Grid] = {}
+        kl = None
         with evaluating(vae), warn_on_error("drawing figures of the model"):
             figures, kl = self.draw(trainer, vae)
-        for logger in run_loggers(trainer) if figures else []:
+        for logger in run_loggers(trainer) if kl is not None else []:
             with warn_on_error(f"sending figures to {type(logger).__name__}"):
                 for name, grid in figures.items():
                     picture = plotting.make_grid(grid.images, grid.columns)
@@ -93,7 +96,9 @@ class ImageLogger(Callback):
         side = plotting.MAX_SPRITE_SIDE // math.ceil(math.sqrt(n))
         batches = []
         for x, labels in self.images(trainer, vae, n):
-            pictures, means = to_picture(x.float().cpu()).clamp(0, 1), vae.given(labels).encode(x).mean.cpu()
+            # A row of a table is a square in the color of its label.
+            pictures = to_picture(x.float().cpu()).clamp(0, 1) if x.shape[1] in (1, 3) else torch.ones(len(x), 1, 8, 8)
+            means = vae.given(labels).encode(x).mean.cpu()
             batches.append((means, labels, plotting.make_tiles(pictures, labels, side)))
         means, names, tiles = (torch.cat(parts) for parts in zip(*batches, strict=True))
         for logger in run_loggers(trainer):

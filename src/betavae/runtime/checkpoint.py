@@ -41,6 +41,7 @@ class TrainedRun(NamedTuple):
     settings: Config  # the arguments of VAEModule
     data: Config  # the arguments of ImageDataModule
     fingerprints: dict[str, str] = {}  # noqa: RUF012 - of each split whose images can change
+    columns: list[str] | None = None  # of a model of a table
     scaling: Scaling = BYTES  # from stored values to those that the model sees; a checkpoint from before it has bytes
     caption: str = ""  # for figures: the run, its epoch and its validation neg. ELBO
 
@@ -82,6 +83,11 @@ class TrainedRun(NamedTuple):
         """
         images = self.subset(split, root, max_images)
         return self.scaling.apply(images.pixels), images.labels
+
+    def require_images(self, what: str) -> None:
+        """Raise UserError for a model of a table."""
+        if self.columns is not None:
+            raise UserError(f"{self.path} is a model of a table, and {what} needs a model of images")
 
     def encode(self, values: Tensor, labels: Tensor | None = None) -> Posterior:
         """Return the posterior of stored values `(B, C, H, W)`, for a conditional model with their `labels` `(B,)`."""
@@ -153,9 +159,8 @@ def load(ckpt: str | Path | None = None, runs: str = "runs", plugins: Sequence[s
     vae.load_state_dict({key.removeprefix("vae."): value for key, value in content["state_dict"].items()})
     vae = vae.eval().requires_grad_(False)
     scaling = Scaling.from_dict(content["scaling"], vae.image_shape[0]) if "scaling" in content else BYTES
-    return TrainedRun(
-        vae, path, settings, data, content.get("fingerprints", {}), scaling, format_caption(path, content)
-    )
+    fingerprints, columns = content.get("fingerprints", {}), content.get("columns")
+    return TrainedRun(vae, path, settings, data, fingerprints, columns, scaling, format_caption(path, content))
 
 
 def load_weights(vae: VAE, ckpt: str, model: Config) -> None:
@@ -230,6 +235,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
         check_weights(content["state_dict"], model, data)
         if "scaling" in content:
             Scaling.from_dict(content["scaling"], model["image_shape"][0])
+        columns = content.get("columns") or []
+        if (columns and [len(columns), 1, 1] != list(model["image_shape"])) or {type(name) for name in columns} - {str}:
+            raise ValueError("its columns are not those of its table")
     except Exception as error:
         if missing := describe_missing(content.get("plugins")):
             raise UserError(f"ckpt: {path} was {missing} ({first_line(error)})") from error

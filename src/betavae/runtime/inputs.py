@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from betavae.data import DATASETS, USER_DATASETS
+from betavae.data.datasets.table import read_table
 from betavae.data.file_listing import index_names
 from betavae.data.image_io import LoadedImages, read_images
 from betavae.data.image_set import ImageSet
@@ -41,7 +42,9 @@ def resolve_images(run: TrainedRun, where: str | list[str], data_root: str | Non
     """
     if where in SPLITS:
         return load_own_split(run, str(where), data_root)
-    if is_dataset_name(where):
+    if run.columns is not None:
+        found = read_rows(run, where)
+    elif is_dataset_name(where):
         images = DATASETS[str(where)](Path(data_root or "data"), "test")
         if images is None:
             raise UserError(f"images={where} has no test images")
@@ -72,6 +75,22 @@ def resolve_labels(run: TrainedRun, where: str | list[str], images: LoadedImages
     elif is_dataset_name(where) and where != run.data["name"]:
         labels = None  # their numbers have another meaning
     return match_labels(run.vae.classes, len(images.names), label, labels, f"images={where}")
+
+
+def read_rows(run: TrainedRun, where: str | list[str]) -> LoadedImages:
+    """Read the columns of a model of a table from a file, and the labels if they are there."""
+    path = Path(where if isinstance(where, str) else where[0]).expanduser()
+    if not isinstance(where, str) or path.suffix not in (".csv", ".parquet", ".npy"):
+        raise UserError(f"images={where} is invalid: expected FILE.csv, .parquet or .npy for a model of a table")
+    label = run.data.get("label")
+    try:
+        table = read_table(path, run.columns, label)
+    except UserError as error:
+        if label is None or f"has no column {label} " not in str(error):
+            raise
+        table = read_table(path, run.columns)  # new rows may have no labels
+    labels = None if table.labels is None else table.labels.tolist()
+    return LoadedImages(table.values, index_names(len(table.values)), labels, [])
 
 
 def load_own_split(run: TrainedRun, split: str, data_root: str | None) -> LoadedImages:

@@ -135,8 +135,9 @@ class ExactResume(Callback):
         checkpoint |= {"betavae_format": FORMAT, "plugins": dict(LOADED)}
         datamodule = getattr(trainer, "datamodule", None)
         checkpoint["fingerprints"] = getattr(datamodule, "fingerprints", {})
-        if scaling := getattr(datamodule, "scaling", None):
-            checkpoint["scaling"] = asdict(scaling)
+        if datamodule is not None and hasattr(datamodule, "scaling"):
+            checkpoint["scaling"] = asdict(datamodule.scaling)
+            checkpoint["columns"] = datamodule.splits["train"].columns
         # A random state of each process.
         states: Any = trainer.strategy.all_gather(torch.get_rng_state().to(module.device))
         checkpoint["random_state"] = states.view(trainer.world_size, -1).cpu()

@@ -102,6 +102,8 @@ class Data(ExtensibleGroup):
     validation_size: Annotated[float, Field(ge=0, lt=1)] | NonNegativeInt | None
     test_size: Annotated[float, Field(gt=0, lt=1)] | PositiveInt | None = UNSET
     download: bool = UNSET
+    label: str | int | None = UNSET
+    columns: Annotated[list[str | int], Field(min_length=1, examples=[["age", "height"]])] | None = UNSET
     batch_size: PositiveInt
     eval_batch_size: PositiveInt
     binarize: Literal["none", "threshold", "dynamic"]

@@ -239,6 +239,8 @@ class TrainingRun:
             if (described := as_user_error(error)) is error:
                 raise
             raise described from error
+        if splits["train"].columns is not None and getattr(self.module.vae.encoder, "needs_images", False):
+            raise UserError(f"model.network={settings['model']['network']} is invalid: expected mlp for a table")
         support = getattr(self.module.vae.likelihood, "support", "real numbers")
         check_likelihood(settings["model"]["likelihood"], support, self.datamodule.scaling)
         if settings["init"] == "data":

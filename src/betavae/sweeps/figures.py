@@ -113,13 +113,16 @@ def draw_samples(groups: Sequence[SettingGroup], seed: int) -> tuple[list[Grid],
     """Draw 16 samples of the first finished job of each setting, from the same z if dimensions allow.
 
     Returns:
-        A grid for each setting, and the number of grids in a row.
+        A grid for each setting, none for models of tables, and the number of grids in a row.
     """
     finished = [group for group in groups if group.finished]
     drawn = []
     for group in finished:
-        vae = checkpoint.load(str(group.finished[0].folder), "").vae
-        images = vae.given(cycle_labels(vae.classes, 16)).sample(16, 1.0, torch.Generator().manual_seed(seed))
+        run = checkpoint.load(str(group.finished[0].folder), "")
+        if run.columns is not None:
+            return [], 0
+        vae = run.vae.given(cycle_labels(run.vae.classes, 16))
+        images = run.scaling.to_picture(vae.sample(16, 1.0, torch.Generator().manual_seed(seed)))
         drawn.append(Grid(images, 4, title=group.label.replace(", ", "\n")))
     axes = [len(sort_values(groups, key)) for key in groups[0].values]
     is_grid = len(finished) == len(groups) == math.prod(axes)

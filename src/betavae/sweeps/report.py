@@ -167,8 +167,8 @@ def write_report(sweep: Path, out: Path, keys: Sequence[str] | None, metric: str
     files = {f"{name}.png": figure for name, figure in drawn.items() if figure is not None}
     for name, figure in files.items():
         plotting.save_figure(figure, out / name)
-    if finished:
-        drawn_samples, across = figures.draw_samples(groups, seed)
+    samples, across = figures.draw_samples(groups, seed) if finished else ([], 0)
+    if samples:
         caption = f"samples of the sweep {as_text(sweep.resolve().name)}, from the same z"
-        save_grids(drawn_samples, out / "samples.png", caption, across)
-    return ["table.csv", "table.md", *files, *(["samples.png"] if finished else [])]
+        save_grids(samples, out / "samples.png", caption, across)
+    return ["table.csv", "table.md", *files, *(["samples.png"] if samples else [])]

@@ -278,7 +278,7 @@ def test_low_statistic_is_as_anomalous_as_high(blob_detector, monkeypatch):
     detector = Detector(blob_detector.vae, blob_detector.state | {"kernels": kernels})
     rows = torch.zeros(3, 8).double()
     rows[0, 4], rows[1, 4] = -5, 5
-    monkeypatch.setattr(scoring, "statistics", lambda vae, x: rows)
+    monkeypatch.setattr(scoring, "statistics", lambda vae, x, is_unit: rows)
     below, above, typical = detector.compute_scores(blobs(3, 2), ("dose",))["dose"].tolist()
     assert below == pytest.approx(above)
     assert below > typical + 100

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from betavae.applications.anomalies import scores as scoring
+from betavae.data.loader import BYTES
 from betavae.errors import UserError
 from betavae.models.vae import VAE
 
@@ -35,16 +36,16 @@ BATCH_PIXELS = 2**20
 class DetectorState(TypedDict):
     """Everything a detector has fitted, as tensors and numbers for `torch.save`."""
 
-    kernels: Tensor  # (M, 8), statistics of training images
-    center: Tensor  # (8,), their mean
-    scale: Tensor  # (8,), their standard deviation
+    kernels: Tensor  # (M, 8), or 7 without a background: statistics of training images
+    center: Tensor  # their mean
+    scale: Tensor  # their standard deviation
     svm: scoring.OneClassSVM  # of the standardized statistics
-    background: float  # most frequent gray level
+    background: float | None  # most frequent gray level
     spread: Tensor  # (latent_dim,), standard deviation of the posterior means
     mixture: scoring.GaussianMixture  # of the posterior means over `spread`
     surprises: Tensor  # (2, 2), mean and standard deviation of the latent surprise and of the unexplained nats
-    pixel_mean: Tensor  # (H, W), of `pixel_surprise`
-    pixel_sd: Tensor  # (H, W)
+    pixel_mean: Tensor  # (H, W), or (C, 1) of a table, of `pixel_surprise`
+    pixel_sd: Tensor
     calibration: dict[str, Tensor]  # sorted scores of the validation images
 
 
@@ -69,7 +70,7 @@ class Detector(NamedTuple):
 
         Args:
             vae: The trained VAE.
-            train: `(N, C, H, W)`, uint8 or floats in [0, 1].
+            train: `(N, C, H, W)`, uint8, or floats as the VAE sees them.
             validation: Images of the same distribution that the VAE was not trained on. If it was trained on them, the
                 false-alarm rate is higher than stated.
             names: The scores to calibrate.
@@ -88,7 +89,8 @@ class Detector(NamedTuple):
         rows = torch.arange(0, len(train), step)
         train, labels = train.index_select(0, rows), None if train_labels is None else train_labels[rows]
         background = find_background(vae, train)
-        values = torch.cat([scoring.statistics(view, x).cpu() for view, x in iter_batches(vae, train, labels)])
+        is_unit = background is not None
+        values = torch.cat([scoring.statistics(view, x, is_unit).cpu() for view, x in iter_batches(vae, train, labels)])
         batches = iter_batches(vae, train, labels)
         latents = [scoring.latent_and_unexplained(view, x, background) for view, x in batches]
         means, unexplained = (torch.cat(part).cpu() for part in zip(*latents, strict=True))
@@ -130,7 +132,7 @@ class Detector(NamedTuple):
         - combined: see `score_combined`.
 
         Args:
-            x: `(N, C, H, W)`, uint8 or floats in [0, 1].
+            x: `(N, C, H, W)`, uint8, or floats as the VAE sees them.
             names: Names in `FAST_SCORES` and `SLOW_SCORES`.
             labels: The labels (N,) that a conditional model needs.
 
@@ -155,13 +157,17 @@ class Detector(NamedTuple):
                 parts.append([functions[name](detector, part).double().cpu() for name in names])
         return {name: torch.cat(score) for name, score in zip(names, zip(*parts, strict=True), strict=True)}
 
+    def statistics(self, x: Tensor) -> Tensor:
+        """Compute the statistics of the scores `dose` and `dose_svm`."""
+        return scoring.statistics(self.vae, x, self.state["background"] is not None).cpu()
+
     def score_dose(self, x: Tensor) -> Tensor:
         """Score by density of states with kernel density estimates."""
-        return -scoring.kernel_density(self.state["kernels"], scoring.statistics(self.vae, x).cpu()).sum(1)
+        return -scoring.kernel_density(self.state["kernels"], self.statistics(x)).sum(1)
 
     def score_dose_svm(self, x: Tensor) -> Tensor:
         """Score by density of states with a one-class SVM."""
-        rows = (scoring.statistics(self.vae, x).cpu() - self.state["center"]) / self.state["scale"]
+        rows = (self.statistics(x) - self.state["center"]) / self.state["scale"]
         return -scoring.svm_decision(self.state["svm"], rows)
 
     def score_combined(self, x: Tensor) -> Tensor:
@@ -192,7 +198,9 @@ class Detector(NamedTuple):
             raise UserError(f"score={name} is invalid: expected one of {', '.join(self.state['calibration'])}")
 
     def compute_heat_maps(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Compute the standardized surprise of each pixel, `(N, H, W)`; a conditional model needs `labels` `(N,)`.
+        """Compute the standardized surprise of each pixel, `(N, H, W)`, or of each column of a table, `(N, C, 1)`.
+
+        A conditional model needs `labels` `(N,)`.
 
         It is `pixel_surprise` in standard deviations from the training images' mean at that pixel. A standard deviation
         counts as at least a tenth of the root mean square over pixels. Without that floor, any ink near the border,
@@ -213,8 +221,10 @@ def check_scikit_learn() -> None:
         raise UserError('anomaly detection needs scikit-learn: pip install -e ".[evaluation]"')
 
 
-def find_background(vae: VAE, images: Tensor) -> float:
-    """Find the most frequent gray level, in [0, 1]."""
+def find_background(vae: VAE, images: Tensor) -> float | None:
+    """Find the most frequent gray level; return None for tables and values that are not in [0, 1]."""
+    if images.is_floating_point() and (images.shape[2:] == (1, 1) or images.min() < 0 or images.max() > 1):
+        return None
     counts = torch.zeros(256, dtype=torch.long)
     for _, x in iter_batches(vae, images):
         counts += (255 * x).round().byte().cpu().flatten().bincount(minlength=256)
@@ -259,12 +269,12 @@ def fit_mixture(means: Tensor, spread: Tensor) -> scoring.GaussianMixture:
 
 
 def fit_pixel_surprise(vae: VAE, images: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Compute the mean and standard deviation of `pixel_surprise` over images, `(H, W)` each."""
-    total, squares = torch.zeros(2, *images.shape[2:], dtype=torch.double)
+    """Compute the mean and standard deviation of `pixel_surprise` over images."""
+    total, squares = torch.zeros(2, 1, 1, dtype=torch.double)
     for view, x in iter_batches(vae, images, labels):
         surprises = scoring.pixel_surprise(view, x).double().cpu()
-        total += surprises.sum(0)
-        squares += surprises.square().sum(0)
+        total = total + surprises.sum(0)
+        squares = squares + surprises.square().sum(0)
     mean = total / len(images)
     return mean, (squares - len(images) * mean.square()).clamp(min=0).div(len(images) - 1).sqrt()
 
@@ -318,7 +328,7 @@ def false_alarm_rate(alpha: float, calibration: int, new_images: int | None = No
 
 
 def iter_batches(vae: VAE, images: Tensor, labels: Tensor | None = None) -> Iterator[tuple[VAE, Tensor]]:
-    """Iterate over images `(N, C, H, W)`, uint8 or floats in [0, 1], as batches of floats on the VAE's device.
+    """Iterate over images `(N, C, H, W)`, uint8 or scaled floats, as batches of floats on the VAE's device.
 
     Each comes with the VAE for its `labels`.
     """
@@ -329,4 +339,4 @@ def iter_batches(vae: VAE, images: Tensor, labels: Tensor | None = None) -> Iter
     for index in torch.arange(len(images)).split(batch_size):
         batch = images.index_select(0, index)
         view = vae.given(None if labels is None else labels[index])
-        yield view, batch.to(weight) / 255 if batch.dtype == torch.uint8 else batch.to(weight)
+        yield view, (BYTES.apply(batch) if batch.dtype == torch.uint8 else batch).to(weight)

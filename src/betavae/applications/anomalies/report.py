@@ -17,6 +17,8 @@ from betavae.applications.anomalies.detector import (
 )
 from betavae.applications.trained_run import TrainedRun
 from betavae.data.image_io import LoadedImages
+from betavae.data.loader import BYTES
+from betavae.data.scaling import Scaling
 from betavae.errors import UserError
 from betavae.grids import Grid, save_grids
 from betavae.plotting import create_figure, save_figure, stack_reconstructions
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MAX_SHOWN_IMAGES = 64
+MAX_UNUSUAL = 3  # columns named for each row of a table
 HEAT_MAP_RANGE = 5  # standard deviations from the middle of the color map to its ends
 # Constant, since a detector is fitted only to the data of its checkpoint, whose hash is in the file name.
 CACHE_KEY = {"version": 4}
@@ -57,10 +60,15 @@ def load_or_fit_detector(run: TrainedRun, data_root: str | None = None) -> Detec
             )
         train = run.subset("train", data_root, MAX_FIT_IMAGES)
         print("fitting the detector to training images, which happens once ...", flush=True)
-        images = (train.pixels, validation.pixels)
+        images = scale_images(run, train.pixels), scale_images(run, validation.pixels)
         return dict(Detector.fit(run.vae, *images, FAST_SCORES, train.labels, validation.labels).state)
 
     return Detector(run.vae, cast(DetectorState, load_or_compute(detector_path(run), CACHE_KEY, fit)))
+
+
+def scale_images(run: TrainedRun, pixels: Tensor) -> Tensor:
+    """Scale stored images for `Detector`, which scales bytes itself, a batch at a time."""
+    return pixels if run.scaling.is_bytes else run.scaling.apply(pixels)
 
 
 def detector_path(run: TrainedRun) -> Path:
@@ -107,6 +115,7 @@ def match_inliers(labels: Sequence[object] | None, inliers: Sequence[int | str])
 
 
 def save_report(
+    run: TrainedRun,
     detector: Detector,
     result: ScoredImages,
     images: LoadedImages,
@@ -115,14 +124,28 @@ def save_report(
     labels: Tensor | None = None,
 ) -> None:
     """Save the table and the figures to a folder; with `is_inlier` also the ROC curve."""
-    write_table(result, images.names, images.labels, images.skipped, out / "scores.csv")
+    unusual = find_unusual_columns(run, detector, images.pixels, labels) if run.columns else None
+    write_table(result, images.names, images.labels, images.skipped, out / "scores.csv", unusual)
     save_figure(draw_histogram(detector, result), out / "histogram.png")
-    save_grids(draw_extremes(images.pixels, result), out / "extremes.png", f"by the {result.score} score")
-    save_grids([draw_flagged_images(detector, images.pixels, result, labels)], out / "where.png")
+    if not run.columns:
+        extremes = draw_extremes(images.pixels, result, run.scaling)
+        save_grids(extremes, out / "extremes.png", f"by the {result.score} score")
+        save_grids([draw_flagged_images(detector, images.pixels, result, labels, run.scaling)], out / "where.png")
     if is_inlier is not None:
         save_figure(draw_roc(result, is_inlier), out / "roc.png")
     elif has_stamp(out / "roc.png"):  # It shows other images.
         (out / "roc.png").unlink()
+
+
+def find_unusual_columns(run: TrainedRun, detector: Detector, pixels: Tensor, labels: Tensor | None) -> list[str]:
+    """Name the `MAX_UNUSUAL` most surprising columns of each row, with their value and surprise."""
+    maps = detector.compute_heat_maps(scale_images(run, pixels), labels)
+    surprise, order = maps.flatten(1).sort(descending=True)
+    values, names = pixels.flatten(1), run.columns or []
+    return [
+        "; ".join(f"{names[c]}={values[row, c]:.6g} ({surprise[row, i]:+.1f} sd)" for i, c in enumerate(best))
+        for row, best in enumerate(order[:, :MAX_UNUSUAL].tolist())
+    ]
 
 
 def write_table(
@@ -131,16 +154,24 @@ def write_table(
     labels: Sequence[object] | None,
     unread: Sequence[tuple[str, str]],
     out: Path,
+    unusual: Sequence[str] | None = None,
 ) -> None:
-    """Write a CSV row per image; that of an unreadable image has the reason instead of a flag."""
+    """Write a CSV row per image; that of an unreadable image has the reason instead of a flag.
+
+    The rows of a table are ordered by their score, and name their most unusual columns.
+    """
+    ranking = result.scores[result.score].argsort(descending=True).tolist()
     # A file name may have bytes that are not UTF-8.
     with atomic_path(out) as path, open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         rows = csv.writer(file)
-        rows.writerow(["name", "label", *result.scores, "p_value", "flagged", f"made by {STAMP}"])
-        for i, name in enumerate(names):
+        extra = ["unusual_columns"] if unusual is not None else []
+        rows.writerow(["name", "label", *result.scores, "p_value", "flagged", *extra, f"made by {STAMP}"])
+        for i in range(len(names)) if unusual is None else ranking:
+            name, more = names[i], [unusual[i]] if unusual is not None else []
             scores = [f"{values[i].item():.6g}" for values in result.scores.values()]
             label = "" if labels is None else labels[i]
-            rows.writerow([name, label, *scores, f"{result.p_values[i].item():.6g}", bool(result.flagged[i]), ""])
+            p_value, flagged = f"{result.p_values[i].item():.6g}", bool(result.flagged[i])
+            rows.writerow([name, label, *scores, p_value, flagged, *more, ""])
         for name, reason in unread:
             rows.writerow([name, *[""] * (2 + len(result.scores)), f"not read: {reason}", ""])
 
@@ -161,11 +192,12 @@ def draw_histogram(detector: Detector, result: ScoredImages) -> "Figure":
     return figure
 
 
-def draw_extremes(pixels: Tensor, result: ScoredImages) -> list[Grid]:
+def draw_extremes(pixels: Tensor, result: ScoredImages, scaling: Scaling = BYTES) -> list[Grid]:
     """Draw the 32 images with the highest and the 32 with the lowest scores."""
     order = result.scores[result.score].argsort(descending=True)
     halves = {"most anomalous": order[:32], "least anomalous": order.flip(0)[:32]}
-    return [Grid(pixels[index].float() / 255, min(8, len(index)), title=title) for title, index in halves.items()]
+    drawn = {title: scaling.apply(pixels.index_select(0, index)) for title, index in halves.items()}
+    return [Grid(scaling.to_picture(x), min(8, len(x)), title=title) for title, x in drawn.items()]
 
 
 def draw_roc(result: ScoredImages, is_inlier: Sequence[bool]) -> "Figure":
@@ -181,7 +213,13 @@ def draw_roc(result: ScoredImages, is_inlier: Sequence[bool]) -> "Figure":
     return figure
 
 
-def draw_flagged_images(detector: Detector, pixels: Tensor, result: ScoredImages, labels: Tensor | None = None) -> Grid:
+def draw_flagged_images(
+    detector: Detector,
+    pixels: Tensor,
+    result: ScoredImages,
+    labels: Tensor | None = None,
+    scaling: Scaling = BYTES,
+) -> Grid:
     """Draw the flagged images above their reconstructions and heat maps.
 
     These are up to `MAX_SHOWN_IMAGES` with the highest scores, or the eight highest if none is flagged. Heat maps go
@@ -192,12 +230,12 @@ def draw_flagged_images(detector: Detector, pixels: Tensor, result: ScoredImages
     order = result.scores[result.score].argsort(descending=True)
     flagged = order[result.flagged[order]]
     shown = flagged[:MAX_SHOWN_IMAGES] if len(flagged) else order[:8]
-    x, labels = pixels[shown].float() / 255, None if labels is None else labels[shown]
+    x, labels = scaling.apply(pixels.index_select(0, shown)), None if labels is None else labels[shown]
     position = (detector.compute_heat_maps(x, labels).numpy() + HEAT_MAP_RANGE) / (2 * HEAT_MAP_RANGE)
     maps = torch.from_numpy(colormaps["coolwarm"](position)[..., :3]).movedim(-1, 1)
     columns = min(8, len(x))
-    rows = stack_reconstructions(detector.vae.given(labels), x)
-    rows = rows.unflatten(0, (-1, 2, columns)).expand(-1, -1, -1, 3, -1, -1)
+    pairs = scaling.to_picture(stack_reconstructions(detector.vae.given(labels), x))
+    rows = pairs.unflatten(0, (-1, 2, columns)).expand(-1, -1, -1, 3, -1, -1)
     maps = torch.cat((maps, maps.new_ones(-len(x) % columns, *maps.shape[1:]))).unflatten(0, (-1, 1, columns))
     names = ["image", "reconstruction", "heat map"] * len(rows)
     return Grid(torch.cat((rows, maps.to(rows)), 1).flatten(0, 2), columns, names)

@@ -86,11 +86,12 @@ def unexplained_nats(x: Tensor, reconstruction: Tensor) -> Tensor:
     return pixels.sum((1, 2, 3))
 
 
-def statistics(vae: VAE, x: Tensor) -> Tensor:
+def statistics(vae: VAE, x: Tensor, is_unit: bool = True) -> Tensor:
     """Compute eight statistics of encoder and decoder, `(N, 8)`, as in Morningstar et al. 2021.
 
     They are the neg. ELBO, recon, KL, |mean|^2, the sum of the posterior variances, the sum of the posterior
-    log-variances, and the squared error and `unexplained_nats` of the reconstruction.
+    log-variances, and the squared error and `unexplained_nats` of the reconstruction; the last one only if `x` is in
+    [0, 1].
     """
     posterior = vae.encode(x)
     mean, logvar = posterior
@@ -98,8 +99,18 @@ def statistics(vae: VAE, x: Tensor) -> Tensor:
     kl = vae.kl(posterior, posterior.rsample(antithetic_noise(vae, 4))).sum(1)
     bound = neg_elbo(vae, x)
     squares = (x - reconstruction).square().sum((1, 2, 3))
-    rows = (bound, bound - kl, kl, mean.square().sum(1), logvar.exp().sum(1), logvar.sum(1), squares)
-    return torch.stack((*rows, unexplained_nats(x, reconstruction)), 1).double()
+    rows: tuple[Tensor, ...] = (
+        bound,
+        bound - kl,
+        kl,
+        mean.square().sum(1),
+        logvar.exp().sum(1),
+        logvar.sum(1),
+        squares,
+    )
+    if is_unit:
+        rows += (unexplained_nats(x, reconstruction),)
+    return torch.stack(rows, 1).double()
 
 
 def kernel_density(values: Tensor, at: Tensor) -> Tensor:
@@ -132,12 +143,15 @@ def mixture_log_density(mixture: GaussianMixture, at: Tensor) -> Tensor:
     return (logs[:, None] - 0.5 * distances).logsumexp(0) - 0.5 * at.shape[1] * math.log(2 * math.pi)
 
 
-def latent_and_unexplained(vae: VAE, x: Tensor, background: float) -> tuple[Tensor, Tensor]:
+def latent_and_unexplained(vae: VAE, x: Tensor, background: float | None) -> tuple[Tensor, Tensor]:
     """Compute the posterior means `(N, latent_dim)`, and `unexplained_nats` per unit of ink `(N,)`.
 
-    Ink is the difference from `background`, the most frequent gray level of the training images.
+    Ink is the difference from `background`, the most frequent gray level of the training images. Without one, for
+    values that are not in [0, 1] and for tables, it is -log p(x|z) at the posterior mean instead.
     """
     mean = vae.encode(x).mean
+    if background is None:
+        return mean.double(), -vae.likelihood.log_prob(x, vae.decode_params(mean)).double()
     ink = (x - background).abs().sum((1, 2, 3)).clamp(min=1)
     return mean.double(), (unexplained_nats(x, vae.decode(mean)) / ink).double()
 
@@ -145,11 +159,14 @@ def latent_and_unexplained(vae: VAE, x: Tensor, background: float) -> tuple[Tens
 def pixel_surprise(vae: VAE, x: Tensor) -> Tensor:
     """Compute -log p(x|z) at the posterior mean for each pixel, summed over channels: `(N, H, W)` in nats.
 
-    Each pixel is passed to the likelihood as an image of its own, since pixels are independent given z.
+    For a table it is that of each column, `(N, C, 1)`: the columns become the rows of an image. Each pixel is passed to
+    the likelihood as an image of its own, since pixels are independent given z.
     """
 
     def split_pixels(images: Tensor) -> Tensor:
         return images.movedim(1, 3).flatten(0, 2)[..., None, None]
 
     params = vae.decode_params(vae.encode(x).mean)
+    if x.shape[2:] == (1, 1):
+        x, params = x.unflatten(1, (1, -1)).squeeze(3), params.unflatten(1, (-1, x.shape[1])).squeeze(3)
     return -vae.likelihood.log_prob(split_pixels(x), split_pixels(params)).view(len(x), *x.shape[2:])

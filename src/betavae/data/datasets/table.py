@@ -1,0 +1,167 @@
+"""Rows of numbers in FILE.csv, FILE.parquet or FILE.npy: a row is an image with a channel for each column."""
+
+import csv
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from betavae.data.array_io import ArrayFile, number_labels
+from betavae.data.holdout import DEFAULT_HOLDOUT, exclude_indices, hold_out_at_random
+from betavae.data.image_set import ImageSet
+from betavae.data.scaling import FULL_SCALE
+from betavae.errors import UserError
+
+Name = str | int  # of a column; columns without a header are numbered from 0
+
+
+class Table(NamedTuple):
+    """The columns of a table that are numbers, and the one that is the label."""
+
+    values: Tensor  # (N, C, 1, 1)
+    columns: list[str]
+    labels: np.ndarray | None  # (N,)
+
+
+def load_table(
+    root: Path,
+    split: str,
+    label: Name | None = None,
+    columns: Sequence[Name] | None = None,
+    test_size: float | None = None,
+) -> ImageSet | None:
+    """Load a split of the rows of a table, (N, C, 1, 1) for C columns.
+
+    Args:
+        root: FILE.csv, FILE.parquet or FILE.npy.
+        split: "train" or "test"; there are no "validation" rows.
+        label: The column of labels, numbers or text.
+        columns: The columns to model. None takes all except the label.
+        test_size: The rows to hold out for testing, a count or (below 1) a share. None holds out a tenth.
+
+    Raises:
+        UserError: If the file is invalid, has no such column, or a column has text or missing values.
+    """
+    if split == "validation":
+        return None
+    table = read_table(Path(root).expanduser(), columns, label)
+    n = len(table.values)
+    numbers, classes = torch.zeros(n, dtype=torch.int64), None
+    if table.labels is not None:
+        numbers, classes = number_labels(table.labels, table.labels)
+    test = hold_out_at_random(n, DEFAULT_HOLDOUT if test_size is None else test_size, "data.test_size")
+    index = test.sort().values if split == "test" else exclude_indices(test, n)
+    return ImageSet(table.values, numbers, classes, columns=table.columns).select(index)
+
+
+def read_table(path: Path, columns: Sequence[Name] | None = None, label: Name | None = None) -> Table:
+    """Read all rows of a table; the arguments are those of `load_table`."""
+    readers = {".csv": read_csv, ".parquet": read_parquet, ".npy": read_array}
+    if path.suffix not in readers:
+        raise UserError(f"{path} is not a table: expected FILE.csv, FILE.parquet or FILE.npy")
+    if not path.is_file():
+        raise UserError(f"{path} does not exist")
+    found = readers[path.suffix](path)
+    wanted = [str(name) for name in (found if columns is None else columns) if str(name) != str(label)]
+    for name in wanted if label is None else [*wanted, str(label)]:
+        if name not in found:
+            raise UserError(f"{path} has no column {name} (it has {', '.join(list(found)[:20])})")
+    if not wanted or not len(found[wanted[0]]):
+        raise UserError(f"{path} has no {'rows' if wanted else 'columns of numbers'}")
+    values = torch.from_numpy(np.stack([to_numbers(path, name, found[name]) for name in wanted], 1))
+    labels = None if label is None else to_labels(found[str(label)])
+    return Table(values[:, :, None, None], wanted, labels)
+
+
+def read_csv(path: Path) -> dict[str, np.ndarray]:
+    """Read the columns of a CSV file, as text, with commas, semicolons or tabs between them."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            first = file.readline()
+            file.seek(0)
+            rows = [row for row in csv.reader(file, delimiter=max(",;\t", key=first.count)) if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} is not a CSV file in UTF-8: {error}") from error
+    if not rows:
+        raise UserError(f"{path} is empty")
+    header = [name.strip() for name in rows[0]]
+    if all(map(is_number, header)):
+        header = [str(number) for number in range(len(header))]
+    else:
+        rows = rows[1:]
+    if len(set(header)) < len(header):
+        twice = next(name for name in header if header.count(name) > 1)
+        raise UserError(f"{path} has several columns named {twice!r}; rename them")
+    for number, row in enumerate(rows, start=1):
+        if len(row) != len(header):
+            raise UserError(f"{path}: row {number} has {len(row)} values: expected {len(header)}, one for each column")
+    return dict(zip(header, np.array(rows, dtype=str).reshape(-1, len(header)).T, strict=True))
+
+
+def read_parquet(path: Path) -> dict[str, np.ndarray]:
+    """Read the columns of a Parquet file."""
+    if find_spec("pyarrow") is None:
+        raise UserError(f'{path} needs pyarrow: pip install -e ".[parquet]"; or save it as FILE.csv')
+    from pyarrow import parquet
+
+    try:
+        table = parquet.read_table(path)
+    except Exception as error:  # pyarrow has an error of its own for each kind of damage
+        raise UserError(f"{path} is not an intact Parquet file: {error}") from error
+    return {name: column.to_numpy() for name, column in zip(table.column_names, table.columns, strict=True)}
+
+
+def read_array(path: Path) -> dict[str, np.ndarray]:
+    """Map the columns of a FILE.npy (N, C), which are numbered."""
+    array = ArrayFile(path).read("images")
+    if array.ndim != 2 or array.dtype.kind not in "biuf" or not array.dtype.isnative:
+        raise UserError(f"{path} is {array.dtype} {tuple(array.shape)}: expected numbers (N, C), a row for each of N")
+    return {str(number): array[:, number] for number in range(array.shape[1])}
+
+
+def is_number(text: object) -> bool:
+    """Return whether a text is a finite number."""
+    try:
+        return bool(np.isfinite(float(str(text))))
+    except ValueError:
+        return False
+
+
+def to_numbers(path: Path, name: str, column: np.ndarray) -> np.ndarray:
+    """Convert a column to numbers of a type in `FULL_SCALE`; raise UserError for the first other value."""
+    if column.dtype.kind in "biuf":
+        numbers = column if column.dtype.name in FULL_SCALE else column.astype(np.float64)
+    else:
+        try:
+            numbers = column.astype(np.float64)
+        except (ValueError, TypeError):
+            numbers = np.array([float(str(value)) if is_number(value) else np.nan for value in column])
+    wrong = np.flatnonzero(~np.isfinite(numbers))
+    if not len(wrong):
+        return numbers
+    value, row = str(column[wrong[0]]).strip(), wrong[0] + 1
+    more = f", and in {len(wrong) - 1:,} more rows" if len(wrong) > 1 else ""
+    if value.lower() in ("", "none", "nan", "na", "n/a", "null", "<na>"):
+        raise UserError(
+            f"{path}: column {name} has no value in row {row}{more}; fill in these values, remove the rows, or leave "
+            "the column out of data.columns"
+        )
+    raise UserError(
+        f"{path}: column {name} has {value!r} in row {row}{more}: expected numbers; leave the column out of "
+        f"data.columns, or name it as the label by data.label={name}"
+    )
+
+
+def to_labels(column: np.ndarray) -> np.ndarray:
+    """Convert a column to integers if it has no other values, else to text."""
+    text = np.array([str(value).strip() for value in column.tolist()])
+    try:
+        numbers = text.astype(np.float64)
+        whole = bool((numbers == numbers.astype(np.int64)).all())
+    except ValueError:
+        return text
+    return numbers.astype(np.int64) if whole else text

@@ -1,0 +1,97 @@
+import numpy as np
+import pytest
+import torch
+
+from betavae.data.datasets.table import load_table, read_table
+from betavae.errors import UserError
+
+
+def write(path, text):
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_a_csv_file_has_columns_and_a_label(tmp_path, separator):
+    path = write(tmp_path / "t.csv", '\ufeff"a b",kind,c\n1,x,2.5\n\n-3e2,y,0\n0.1,x, 7 \n'.replace(",", separator))
+    table = read_table(path, label="kind")
+    assert table.columns == ["a b", "c"] and table.labels.tolist() == ["x", "y", "x"]
+    assert table.values.dtype == torch.float64 and table.values.shape == (3, 2, 1, 1)
+    assert table.values.flatten(1).tolist() == [[1, 2.5], [-300, 0], [0.1, 7]]
+    assert read_table(path, ["c"]).values.flatten().tolist() == [2.5, 0, 7]
+    assert read_table(path, ["c", "a b"]).columns == ["c", "a b"]  # in this order
+
+
+def test_a_csv_file_without_a_header_has_numbered_columns(tmp_path):
+    path = write(tmp_path / "t.csv", "1,2,5\n3,4,6\n")
+    table = read_table(path, label=2)
+    assert table.columns == ["0", "1"] and table.values.flatten(1).tolist() == [[1, 2], [3, 4]]
+    assert table.labels.tolist() == [5, 6] and table.labels.dtype == np.int64
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int64", "bool", "uint16"])
+def test_an_array_has_numbered_columns(tmp_path, dtype):
+    array = np.array([[0, 1, 2], [1, 0, 5]]).astype(dtype)
+    np.save(tmp_path / "t.npy", array)
+    table = read_table(tmp_path / "t.npy", label=0)
+    assert table.columns == ["1", "2"] and table.labels.tolist() in ([0, 1], ["False", "True"])
+    assert np.array_equal(table.values.flatten(1).numpy(), array[:, 1:])
+
+
+def test_a_parquet_file_is_read(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(pa.table({"a": [1, 2], "b": [0.5, None], "k": ["u", "v"]}), tmp_path / "t.parquet")
+    table = read_table(tmp_path / "t.parquet", ["a"], "k")
+    assert table.values.flatten().tolist() == [1, 2] and table.labels.tolist() == ["u", "v"]
+    with pytest.raises(UserError, match="column b has no value in row 2"):
+        read_table(tmp_path / "t.parquet", ["b"])
+    write(tmp_path / "t.parquet", "PAR1")
+    with pytest.raises(UserError, match="is not an intact Parquet file"):
+        read_table(tmp_path / "t.parquet")
+
+
+@pytest.mark.parametrize(
+    ("text", "settings", "message"),
+    [
+        ("a,b\n1,x\n2,3\n4,y\n", {}, "column b has 'x' in row 1, and in 1 more rows: expected numbers; .*data.label=b"),
+        ("a,b\n1,2\n3,\n", {}, "column b has no value in row 2; fill in"),
+        ("a,b\n1,2\n3,NaN\n", {}, "column b has no value in row 2"),
+        ("a,b\n1,2\n3,inf\n", {}, "column b has 'inf' in row 2"),
+        ("a,b\n1,2\n3\n", {}, "row 2 has 1 values: expected 2"),
+        ("a,a\n1,2\n", {}, "several columns named 'a'"),
+        ("a,b\n1,2\n", {"label": "c"}, r"has no column c \(it has a, b\)"),
+        ("a,b\n1,2\n", {"columns": ["a", "d"]}, "has no column d"),
+        ("a,b\n", {}, "has no rows"),
+        ("a\n1\n", {"label": "a"}, "has no columns of numbers"),
+        ("", {}, "is empty"),
+    ],
+)
+def test_invalid_tables_are_rejected_by_column_and_row(tmp_path, text, settings, message):
+    with pytest.raises(UserError, match=message):
+        read_table(write(tmp_path / "t.csv", text), **settings)
+
+
+def test_other_files_are_no_tables(tmp_path):
+    np.save(tmp_path / "t.npy", np.zeros((3, 2, 2)))
+    (tmp_path / "t.txt").touch()
+    for name, message in {
+        "t.npy": r"\(3, 2, 2\): expected numbers",
+        "t.txt": "not a table",
+        "no.csv": "not exist",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            read_table(tmp_path / name)
+
+
+def test_splits_keep_rows_labels_and_columns(tmp_path):
+    rows = "\n".join(f"{i},{i * i},{'even' if i % 2 == 0 else 'odd'}" for i in range(40))
+    path = write(tmp_path / "t.csv", f"n,square,parity\n{rows}\n")
+    train, test = (load_table(path, split, "parity", test_size=8) for split in ("train", "test"))
+    assert (len(train), len(test)) == (32, 8) and load_table(path, "validation") is None
+    assert train.columns == test.columns == ["n", "square"] and test.classes == ["even", "odd"]
+    for images in (train, test):
+        n, square = images.tensor().flatten(1).T
+        assert torch.equal(square, n * n) and torch.equal(images.labels, n.long() % 2)
+    assert not set(train.tensor()[:, 0].flatten().tolist()) & set(test.tensor()[:, 0].flatten().tolist())
