@@ -6,7 +6,6 @@ Most run in children that are forked from this process after its imports, which 
 
 import atexit
 import contextlib
-import functools
 import gc
 import importlib.util
 import json
@@ -50,7 +49,6 @@ with warnings.catch_warnings():  # pytest's own filters stay; the children get t
 
     Plugins.instance()
     # A child with an error would parse all YAML files for the names of the settings.
-    hydra_config.all_keys = functools.cache(hydra_config.all_keys)  # type: ignore[assignment]
     hydra_config.all_keys()
     FILTERS = warnings.filters[:]
 gc.collect()

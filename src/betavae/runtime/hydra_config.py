@@ -1,6 +1,7 @@
 """Hydra's part of train.py: the config folder, the names of run folders, and one-line errors."""
 
 import contextlib
+import functools
 import hashlib
 import inspect
 import logging
@@ -224,7 +225,7 @@ def hydra_command() -> Iterator[None]:
     logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it reports the font cache that it makes
     run_dir.note_named_folders(sys.argv[1:])
     Plugins.instance().register(UserConfigs)
-    with report_errors(lambda error: describe_config_error(error, not JobOutcome.composed, all_keys())):
+    with report_errors(lambda error: describe_config_error(error, not JobOutcome.composed)):
         yield
         if JobOutcome.error:
             raise JobOutcome.error
@@ -249,13 +250,12 @@ def is_multirun() -> bool:
     return HydraConfig.get().mode == RunMode.MULTIRUN
 
 
-def describe_config_error(error: Exception, composing: bool, keys: list[str]) -> str | None:
+def describe_config_error(error: Exception, composing: bool) -> str | None:
     """Describe an error in one sentence, or return None for a bug of this project.
 
     Args:
         error: The error of a command.
         composing: Whether Hydra is composing the config, where no code of this project can fail.
-        keys: The known settings.
     """
     if sentence := describe_error(error) or describe_launcher_error(str(error)):
         return sentence
@@ -272,7 +272,7 @@ def describe_config_error(error: Exception, composing: bool, keys: list[str]) ->
         cause = cause.__cause__ or cause.__context__
     text = "\n".join(messages)
     if match := re.search(r"Could not override '([^']+)'", text):
-        return describe_unknown_key(match[1], keys)
+        return describe_unknown_key(match[1], all_keys())
     if match := re.search(r"Could not delete from config\. The value of '([^']+)' is ", text):
         return f"~{match[1]}=... deletes {match[1]} only if that is its value; `~{match[1]}` deletes any value"
     if match := re.search(r"Ambiguous value for argument '([^']+)'", text):
@@ -307,6 +307,7 @@ def describe_launcher_error(text: str) -> str | None:
     return None
 
 
+@functools.cache
 def all_keys() -> list[str]:
     """List the dotted keys of `configs/train.yaml` and of every option of its groups."""
     keys = [path.name for path in CONFIGS.iterdir() if path.is_dir()]
