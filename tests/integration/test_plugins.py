@@ -117,6 +117,7 @@ def environment(tmp_path_factory):
     (site,) = (folder / "venv" / "lib").glob("python*/site-packages")
     (site / "shared.pth").write_text(f"{sysconfig.get_paths()['purelib']}\n{REPO / 'src'}\n")
     write_package(folder / "source")
+    (folder / "data").mkdir()  # the root of the data set, which scripts require
     install = ["-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
     subprocess.run([python, *install, "--target", site, folder / "source"], check=True, env=ENVIRONMENT)
 
