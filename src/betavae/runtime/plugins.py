@@ -18,6 +18,7 @@ REGISTRIES = (
     ("betavae.models.networks", "NETWORKS"),
     ("betavae.models.networks", "ACTIVATIONS"),
     ("betavae.models.likelihoods", "LIKELIHOODS"),
+    ("betavae.models.priors", "PRIORS"),
     ("betavae.objectives", "OBJECTIVES"),
     ("betavae.objectives.schedules", "BETA_SCHEDULES"),
     ("betavae.optim", "LR_DECAYS"),
