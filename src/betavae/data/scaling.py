@@ -16,7 +16,7 @@ MODES = ("unit", "minmax", "standardize", "none")
 # The largest value that `unit` maps to 1, of each type that is read.
 FULL_SCALE = {"bool": 1.0, "uint8": 255.0, "uint16": 65535.0, "float16": 1.0, "float32": 1.0, "float64": 1.0}
 BLOCK_VALUES = 2**22  # values that are measured at once
-MAX_SAMPLED_VALUES = 2**26  # of integers, whose type bounds them: evenly spaced images of larger sets are measured
+MAX_SAMPLED_VALUES = 2**22  # of integers, whose type bounds them: evenly spaced images of larger sets are measured
 DARK_SHARE = 1 / 4  # of the type's range: a largest value below it is probably that of another type
 
 

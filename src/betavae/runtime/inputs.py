@@ -52,7 +52,8 @@ def resolve_images(run: TrainedRun, where: str | list[str], data_root: str | Non
     else:
         settings = {key: run.data[key] for key in ("fit", "background") if key in run.data}
         found = read_images(where, run.vae.image_shape, **settings, dtype=run.scaling.stored_dtype)
-        check_values(ImageSet(found.pixels, torch.empty(0)), run.scaling.mode, f"images={where}: its images")
+        if found.pixels.is_floating_point():
+            check_values(ImageSet(found.pixels, torch.empty(0)), run.scaling.mode, f"images={where}: its images")
     if run.data.get("binarize", "none") == "none":
         return found
     threshold = f"{run.scaling.invert(torch.tensor([0.5])).mean():g}" if not run.scaling.is_bytes else "127"

@@ -23,9 +23,10 @@ SPLITS = ("train", "validation", "test")
 @pytest.mark.parametrize("name", DATASETS)
 def test_a_path_from_a_checkpoint_is_only_read(tmp_path, monkeypatch, name):
     victim = tmp_path / "victim"
-    fixed = {"arrays": victim / "x.npz", "folder": victim}
+    fixed = {"arrays": victim / "x.npz", "folder": victim, "table": victim / "x.npy"}
     victim.mkdir()
     np.savez(victim / "x.npz", images=np.zeros((20, 28, 28), np.uint8))
+    np.save(victim / "x.npy", np.zeros((20, 3)))
     for i in range(20):
         Image.new("L", (28, 28), i).save(victim / f"{i}.png")
     before = {path: path.stat().st_mtime_ns for path in (victim, *victim.rglob("*"))}

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import distributions as D
 
-from betavae.models.likelihoods import LIKELIHOODS, MIN_LOG_SCALE, Bernoulli, ContinuousBernoulli, Gaussian, Laplace
+from betavae.models.likelihoods import LIKELIHOODS, Bernoulli, ContinuousBernoulli, Gaussian, Laplace
+from betavae.models.location_scale import MIN_LOG_SCALE
 from tests.commands import TINY, run
 
 SHAPE = (3, 4, 1, 5, 5)  # 3 posterior samples of 4 images
