@@ -21,10 +21,11 @@ def main(settings: Settings) -> None:
         from tqdm import tqdm
 
         from betavae import plotting
-        from betavae.applications.latents import BATCH_SIZE, load_latents, save_rows
+        from betavae.applications.latents import BATCH_SIZE, load_latents
         from betavae.data.file_listing import png_filenames
         from betavae.data.labels import match_labels
         from betavae.runtime import checkpoint
+        from betavae.runtime.outputs import save_rows
         from betavae.storage.files import atomic_path
 
     run = checkpoint.load(settings.ckpt, settings.runs)

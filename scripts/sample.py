@@ -30,11 +30,11 @@ def main(settings: Settings) -> None:
         import torch
 
         from betavae import grids, plotting
-        from betavae.applications.latents import save_rows
         from betavae.applications.sampling import load_or_fit_sampler
         from betavae.data.labels import count_columns, cycle_labels, find_class
         from betavae.errors import UserError
         from betavae.runtime import checkpoint
+        from betavae.runtime.outputs import save_rows
 
     run = checkpoint.load(settings.ckpt, settings.runs)
     generator, classes, label = torch.Generator().manual_seed(settings.seed), run.vae.classes, settings.label

@@ -2,7 +2,7 @@
 
 import csv
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -11,14 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from betavae.applications.trained_run import TrainedRun
 from betavae.data.array_io import ArrayFile
 from betavae.data.loader import BYTES
 from betavae.data.scaling import Scaling
 from betavae.errors import UserError
 from betavae.models.vae import VAE
 from betavae.objectives import elbo
-from betavae.storage.files import STAMP, atomic_path
+from betavae.storage.files import STAMP, atomic_path, write_csv
 
 BATCH_SIZE = 500
 MAX_PARQUET_RATIO = 8  # values, and unpacked bytes, per byte of a Parquet file
@@ -88,35 +87,6 @@ def write_npz(path: Path, latents: Latents, names: Sequence[str], labels: Sequen
     np.savez(path, **arrays)
     with zipfile.ZipFile(path, "a") as archive:
         archive.comment = STAMP.encode()
-
-
-def save_rows(
-    run: TrainedRun, x: Tensor, out: str | Path, names: Sequence[str] = (), labels: Tensor | None = None
-) -> None:
-    """Save rows of a table `(N, C, 1, 1)`, as the model sees them, as FILE.csv in the units of the data.
-
-    The rows of a conditional model also have the classes of their `labels` `(N,)`, in the column `data.label`.
-
-    Raises:
-        UserError: If `out` has another ending, or is a file that this project did not write.
-    """
-    if Path(out).suffix != ".csv":
-        raise UserError(f"out={out} is invalid: expected FILE.csv for {run.path}, a model of a table")
-    values = run.scaling.to_stored(x).flatten(1).T.tolist()
-    columns: dict[str, Sequence[object]] = {"name": names} if names else {}
-    columns |= dict(zip(run.columns or (), values, strict=True))
-    if run.vae.classes and labels is not None:
-        columns[str(run.data.get("label", "label"))] = [run.vae.classes[number] for number in labels]
-    with atomic_path(out) as path:
-        write_csv(path, columns)
-
-
-def write_csv(path: Path, columns: Mapping[str, Sequence[object]]) -> None:
-    """Write a table whose last column, which is empty, marks it as a file of this project."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow([*columns, f"made by {STAMP}"])
-        writer.writerows([*row, ""] for row in zip(*columns.values(), strict=True))
 
 
 def to_columns(latents: Latents, names: Sequence[str], labels: Sequence[object] | None) -> dict[str, Sequence[object]]:

@@ -2,6 +2,7 @@
 
 import codecs
 import contextlib
+import csv
 import errno
 import json
 import os
@@ -10,7 +11,7 @@ import secrets
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from betavae.errors import UserError
@@ -126,6 +127,14 @@ def atomic_dir(out: str | Path, key: str = "out") -> Iterator[Path]:
     finally:
         if part:
             shutil.rmtree(part, ignore_errors=True)
+
+
+def write_csv(path: Path, columns: Mapping[str, Sequence[object]]) -> None:
+    """Write a table whose last column, which is empty, marks it as a file of this project."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow([*columns, f"made by {STAMP}"])
+        writer.writerows([*row, ""] for row in zip(*columns.values(), strict=True))
 
 
 def has_stamp(path: Path) -> bool:

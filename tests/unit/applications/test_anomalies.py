@@ -353,7 +353,8 @@ def test_invalid_scores_and_no_images_are_rejected(blob_detector):
 def test_detector_is_fitted_to_images_as_the_model_saw_them(tmp_path, data_root, binarize, monkeypatch):
     seen = {}
 
-    def stub(vae, train, validation):
+    def stub(vae, train, validation, names, train_labels, validation_labels):
+        assert len(train_labels) == len(train) and len(validation_labels) == len(validation)
         seen.update(train=train, validation=validation)
         return Detector(vae, {"calibration": {}})
 
