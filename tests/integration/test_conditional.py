@@ -101,9 +101,6 @@ def test_conditional_model_draws_the_requested_label(trained, script):
         assert (brightness() - shade).abs().max() < 25
     script("sample", "n=9", "out=s.png", "save_tensor=true")
     assert (brightness().view(3, 3) - torch.tensor(SHADES)).abs().max() < 25  # a column per class
-    script("fidelity", "n=40", "repeats=2", "sampler=prior")
-    scores = json.loads((trained / "conditional" / "fidelity.json").read_text())
-    assert scores["prior"]["label_match"]["mean"] > 0.95 and scores["test images"]["label_match"]["mean"] > 0.95
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import torch
 
 from betavae.metrics.fidelity import (
     Moments,
+    Reference,
     average_repeats,
     estimate_moments,
     extract_pixel_features,
@@ -135,3 +136,24 @@ def test_likely_copies_are_found_relative_to_usual_distances():
     rows, neighbors = find_likely_copies(fake, real, count=2, neighbors=2)
     assert rows.tolist() == [2, 0]  # 0.01 / 1, 1 / 10; the other one is 0.5 / 1
     assert neighbors.tolist() == [[2, 3], [0, 1]]
+
+
+def test_label_match_is_the_share_of_images_read_as_their_label():
+    class Brightness:
+        """Read the first pixel as the label."""
+
+        def features(self, x):
+            return x.flatten(1)
+
+        def classify(self, features):
+            return features[:, 0].round().long()
+
+    x = torch.rand(60, 1, 2, 2)
+    x[:, 0, 0, 0] = torch.arange(60) % 2
+    labels = torch.arange(60) % 2
+    wanted = labels.clone()
+    wanted[:3] = 1 - wanted[:3]  # wrong in the first repeat only
+    reference = Reference([x], labels, Brightness())
+    scores, _ = reference.score(x.split(7), 30, wanted)
+    assert scores["label_match"]["mean"] == pytest.approx((27 / 30 + 1) / 2)
+    assert "label_match" not in reference.score(x.split(7), 30)[0]
