@@ -129,11 +129,14 @@ def test_beta_tcvae_gradient_equals_finite_differences(vae, x):
         assert ((above - below) / 2e-5).item() == pytest.approx(gradient[place].item(), rel=1e-5, abs=1e-8)
 
 
+BOUNDS = {"ciwae": {"elbo_weight": 0.5}, "miwae": {"groups": 2}, "piwae": {"groups": 2}, "mmd_vae": {"mmd_weight": 9.0}}
+
+
 @pytest.mark.parametrize("images", [1, 7])
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_objectives_accept_one_dimension_and_one_image(x, name, images):
     own = {"dip_vae": {"variant": "i", "off_diagonal": 2.0, "diagonal": 5.0}, "capacity_vae": {"gamma": 9.0}}
-    own["beta_tcvae"] = {"sampling": "stratified"}
+    own |= {"beta_tcvae": {"sampling": "stratified"}} | BOUNDS
     objective = build_objective({"name": name, "kl_decomposition": True, "num_train_images": 9, **own.get(name, {})})
     vae = VAE(**SMALL | {"latent_dim": 1}).double()
     terms = objective(vae, x[:images], torch.randn(2, images, 1, dtype=torch.float64), 2.0)
@@ -181,7 +184,7 @@ def test_any_objective_can_log_the_kl_decomposition(vae, x):
         "beta_tcvae": {"num_train_images": 20, "sampling": "stratified"},
         "dip_vae": {"variant": "i", "off_diagonal": 1.0, "diagonal": 1.0},
         "capacity_vae": {"gamma": 1.0},
-    }
+    } | BOUNDS
     for name in OBJECTIVES:
         settings = {"name": name, "k": 2, "num_train_images": 20, **own.get(name, {})}
         plain = build_objective(settings)(vae, x, noise, 2.0)
