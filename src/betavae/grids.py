@@ -149,10 +149,11 @@ def draw_tiles(grid: Grid, scale: int) -> Tensor:
 def label_tiles(grid: Grid, scale: int, x: int, y: int) -> list[Text]:
     """Place the labels of rows and columns beside tiles whose left and top are given, as many as have room."""
     step_y, step_x = (scale * size + GAP for size in grid.images.shape[-2:])
-    every = 1 + max((measure(label) for label in grid.column_labels), default=0) // step_x
+    names = [fit(label, max(step_x, MIN_TILE)) for label in grid.column_labels]
+    every = 1 + max(map(measure, names), default=0) // step_x
     across = [x + GAP / 2 + (i + 0.5) * step_x for i in range(grid.columns)]
     down = [y + GAP / 2 + (i + 0.5) * step_y for i in range(grid.rows)]
-    above = zip(list(grid.column_labels)[::every], across[::every], strict=False)
+    above = zip(names[::every], across[::every], strict=False)
     beside = list(zip(grid.row_labels, down, strict=False))[:: 1 + LINE // step_y]
     texts = [Text(label, place, y - LINE / 2, "m") for label, place in above]
     return texts + [Text(shorten(label), x - MARGIN / 2, place, "r") for label, place in beside]
@@ -215,7 +216,17 @@ def measure(text: str) -> int:
 
 
 def shorten(text: str) -> str:
+    """Return a text as one line of at most `MAX_LABEL` characters."""
+    text = " ".join(text.splitlines())
     return text if len(text) <= MAX_LABEL else f"{text[: MAX_LABEL - 1]}…"
+
+
+def fit(text: str, width: int) -> str:
+    """Shorten a text until it is less wide than `width`."""
+    text = shorten(text)
+    while measure(text) >= width and len(text) > 1:
+        text = f"{text[:-2]}…"
+    return text
 
 
 def wrap(text: str, width: int) -> list[str]:

@@ -51,6 +51,16 @@ def test_labels_are_beside_their_rows_and_columns():
     assert places["caption"].y > y + 2 * 86
 
 
+def test_long_labels_are_cut_and_keep_to_one_line(tmp_path):
+    labels = ["a long\nname of a class", "b"]
+    grid = Grid(constant_images(0, 0), 2, ["row\none"], labels)
+    drawing = grids.arrange([grid], 1)
+    first, second, row = drawing.texts
+    assert first.text.startswith("a long n") and first.text.endswith("…") and second.text == "b"
+    assert grids.measure(first.text) <= 86 and row.text == "row one"
+    grids.save_grids([grid], tmp_path / "a.png")
+
+
 def test_labels_without_room_are_left_out():
     labels = [f"value {number}" for number in range(20)]
     grid = Grid(torch.zeros(400, 1, 80, 80), 20, labels, labels)

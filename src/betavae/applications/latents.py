@@ -116,7 +116,7 @@ def load_latents(path: Path, latent_dim: int) -> tuple[list[str], Tensor, list[o
             z = torch.tensor([[float(row[f"mean_{d}"]) for d in range(dimensions)] for row in rows])
             texts = ["" if (label := row.get("label")) is None else str(label) for row in rows]
             labels: list[object] | None = (
-                [int(text) if text.isdecimal() else text for text in texts] if any(texts) else None
+                [int(text) if is_integer(text) else text for text in texts] if any(texts) else None
             )
         else:
             file, is_bare = ArrayFile(path), path.suffix == ".npy"
@@ -134,6 +134,11 @@ def load_latents(path: Path, latent_dim: int) -> tuple[list[str], Tensor, list[o
     if labels is not None and len(labels) != len(z):
         raise UserError(f"latents: {path} has {len(labels)} labels for {len(z)} latents")
     return names, z, labels
+
+
+def is_integer(text: str) -> bool:
+    """Return whether a text is an integer as Python writes it, and not a name such as 007."""
+    return text.isascii() and text.isdecimal() and text == str(int(text))
 
 
 def check_pyarrow(path: Path) -> None:

@@ -101,8 +101,8 @@ def importance_bounds(
 
 
 def count_decode_floats(vae: VAE) -> int:
-    """Count the numbers that exist at most while one z is decoded and its log-probability computed."""
-    sizes = [4 * vae.likelihood.params_per_channel * math.prod(vae.image_shape)]
+    """Count the numbers that exist at most while one z is decoded and its log-probabilities computed."""
+    sizes = [vae.prior.count_floats(), 4 * vae.likelihood.params_per_channel * math.prod(vae.image_shape)]
     layers = [layer for layer in vae.decoder.modules() if not any(layer.children())]
     hooks = [layer.register_forward_hook(lambda _, __, output: sizes.append(output.numel())) for layer in layers]
     vae.decode_params(torch.zeros(1, vae.latent_dim).to(next(vae.parameters())))

@@ -41,6 +41,10 @@ class Prior(nn.Module):
         noise = temperature * torch.randn(n, self.latent_dim, generator=generator)
         return self.transform(noise.to(like), uniform)
 
+    def count_floats(self) -> int:
+        """Count the numbers of 4 bytes, beyond a few per latent dimension, that `log_prob` holds for one z."""
+        return 0
+
     def transform(self, noise: Tensor, uniform: Tensor | None = None) -> Tensor:
         """Turn noise `(n, latent_dim)` from N(0, I) into samples; `uniform` `(n,)` in [0, 1) chooses components."""
         raise NotImplementedError
@@ -108,6 +112,9 @@ class GaussianComponents(Prior):
 
     def log_prob(self, z: Tensor) -> Tensor:
         return mixture_log_prob(z, *self.components(), self.log_weights.log_softmax(0))
+
+    def count_floats(self) -> int:
+        return 8 * len(self.log_weights)  # four matrices in double precision
 
     def transform(self, noise: Tensor, uniform: Tensor | None = None) -> Tensor:
         if uniform is None:

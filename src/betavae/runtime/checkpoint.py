@@ -232,6 +232,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
         check_group("model", plain | {"conditional": "classes" in model})
         check_group("prior", model.get("prior", {"name": "standard"}))
         check_group("data", data)
+        classes = model.get("classes", [""])
+        if not (isinstance(classes, list) and {type(name) for name in classes} == {str}):
+            raise ValueError("its classes are not a list of names")
         check_weights(content["state_dict"], model, data)
         if "scaling" in content:
             Scaling.from_dict(content["scaling"], model["image_shape"][0])

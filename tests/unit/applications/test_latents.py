@@ -31,7 +31,7 @@ def test_encoding_agrees_with_the_model(vae, pixels):
     torch.testing.assert_close(latents.neg_elbo, recon + latents.kl)
 
 
-@pytest.mark.parametrize("labels", [None, ["cat", "dog", "cat"], [7, 0, 7]], ids=["unlabeled", "names", "numbers"])
+@pytest.mark.parametrize("labels", [None, ["cat", "007", "²"], [7, 0, 7]], ids=["unlabeled", "names", "numbers"])
 @pytest.mark.parametrize("suffix", [".npz", ".csv", ".parquet"])
 def test_saved_latents_are_loaded_unchanged(vae, pixels, tmp_path, suffix, labels):
     if suffix == ".parquet":

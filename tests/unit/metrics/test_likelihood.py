@@ -141,7 +141,10 @@ def test_bounds_do_not_depend_on_chunks_or_other_images():
 
 def test_decode_floats_count_every_layer_output():
     """Count 400 numbers before and after the activation, the logits, unflattened, and four more of them."""
-    assert count_decode_floats(VAE(**MODEL)) == 4 * 784 + 400 + 400 + 784 + 784
+    floats = count_decode_floats(VAE(**MODEL))
+    assert floats == 4 * 784 + 400 + 400 + 784 + 784
+    # Of a mixture, four numbers of 8 bytes per component.
+    assert count_decode_floats(VAE(**MODEL, prior={"name": "mixture", "components": 500})) == floats + 4000
 
 
 def test_the_first_group_is_saved_and_not_computed_again(tmp_path, monkeypatch, capsys):

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from betavae.errors import UserError
 from betavae.models.vae import VAE
-from betavae.runtime.checkpoint import FORMAT, format_caption, save_checkpoint
+from betavae.runtime.checkpoint import FORMAT, format_caption, read_checkpoint, save_checkpoint
 from tests.commands import REPO, fresh
 from tests.conftest import DATA, MODULE
 
@@ -42,3 +43,14 @@ def test_a_caption_has_run_epoch_and_validation_neg_elbo():
     )
     assert format_caption(Path("alone.ckpt"), {}) == "alone.ckpt"
     assert format_caption(Path("alone.ckpt"), {"epoch": "9", "callbacks": []}) == "alone.ckpt"
+
+
+@pytest.mark.parametrize("classes", ["01", [], [0, 1], {"0": 1, "1": 1}])
+def test_classes_that_are_no_list_of_names_are_rejected(tmp_path, classes):
+    model = MODULE["model"] | {"hidden_dims": [2], "classes": classes}
+    weights = {f"vae.{name}": value for name, value in VAE(**model).state_dict().items()}
+    content = {"betavae_format": FORMAT, "hyper_parameters": MODULE | {"model": model}, "state_dict": weights}
+    content["datamodule_hyper_parameters"] = DATA | {"root": "data"}
+    save_checkpoint(content, tmp_path / "model.ckpt")
+    with pytest.raises(UserError, match="its classes are not a list of names"):
+        read_checkpoint(tmp_path / "model.ckpt")
