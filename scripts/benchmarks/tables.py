@@ -1,4 +1,4 @@
-"""Rank the rows of a table by how unusual they are: `python scripts/benchmarks/tables.py [seeds=[0,1,2]]`.
+"""Rank the rows of a table by how unusual they are: `python scripts/benchmarks/tables.py ['seeds=[0,1,2]']`.
 
 The table is scikit-learn's breast cancer table, 569 rows of 30 measurements. 70 % of the benign rows are for training;
 the others and the malignant rows are ranked by scripts/detect.py, by an isolation forest and by the reconstruction

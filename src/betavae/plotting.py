@@ -76,7 +76,8 @@ def decode_manifold(vae: VAE, size: int) -> Tensor:
     """
     if vae.latent_dim != 2:
         raise UserError(
-            f"model.latent_dim={vae.latent_dim} is invalid: expected a model with latent_dim=2 for a manifold"
+            f"ckpt has model.latent_dim={vae.latent_dim}, and a manifold needs 2; train a model with "
+            "model.latent_dim=2, or pass the ckpt=PATH of one"
         )
     quantiles = compute_quantiles(size).to(next(vae.parameters()).device)
     rows, columns = torch.meshgrid(quantiles.flip(0), quantiles, indexing="ij")

@@ -161,6 +161,18 @@ def test_readme_has_the_versions_of_the_package():
     assert versions in " ".join(README.split())
 
 
+def test_settings_page_lists_every_option_of_every_group():
+    rows = dict(re.findall(r"^\| `(\w+)` \| ([\w, ]+)", PAGES["settings.md"], re.MULTILINE))
+    for group in (path for path in (REPO / "configs").iterdir() if path.is_dir() and path.name != "hydra"):
+        options = {path.stem for path in group.glob("*.yaml")} - ({"default"} if group.name == "trainer" else set())
+        assert options <= set(rows[group.name].strip().split(", ")), group.name
+
+
+def test_settings_page_describes_every_experiment():
+    section = PAGES["settings.md"].split("## Experiments")[1].split("\n## ")[0]
+    assert all(f"`{path.stem}`" in section for path in (REPO / "configs/experiment").glob("*.yaml"))
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_quote_what_shells_change(page):
     """zsh rejects an unquoted bracket, and replaces a leading ~."""

@@ -143,8 +143,10 @@ def load_or_fit_sampler(
     fit_density = SAMPLERS[name]
     if fit_density is None:
         if label is not None and not run.vae.classes:
-            expected = "expected null with sampler=prior, which ignores labels"
-            raise UserError(f"label={label} is invalid: {expected} unless the model is conditional")
+            expected = "expected null with sampler=prior, since the model is not conditional"
+            raise UserError(
+                f"label={label} is invalid: {expected} (pass sampler=mixture, or train with model.conditional=true)"
+            )
         return PriorSampler(run.vae.prior)
     checkpoint = hash_file(run.path)
     key: dict[str, object] = {"sampler": name, "label": label, "checkpoint": checkpoint, "version": 2}

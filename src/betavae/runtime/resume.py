@@ -282,7 +282,11 @@ def load_resumed_config(run: RunFolder, now: DictConfig, overrides: list[str]) -
     if not run.last.exists():
         return settings, None
     content = read_checkpoint(run.last)
-    trained = {key: value for key, value in content["hyper_parameters"]["model"].items() if key != "image_shape"}
+    saved = content["hyper_parameters"]["model"]
+    trained = {key: value for key, value in saved.items() if key not in ("image_shape", "classes")}
+    # As `module_arguments` derives the arguments of the VAE from the settings.
+    trained["conditional"] = "classes" in saved
+    model["prior"] = settings["prior"]
     if trained != model:
         key = next(key for key in {**model, **trained} if model.get(key) != trained.get(key))
         raise UserError(
