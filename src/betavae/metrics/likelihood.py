@@ -84,19 +84,22 @@ def importance_bounds(
         posterior = view.encode(images)
         generator = torch.Generator().manual_seed(seed + 1_000_003 * (first // RNG_GROUP))
         log_px_sum = to_float64(torch.zeros(len(images), device=device))
-        kl_sum = torch.zeros_like(log_px_sum).unsqueeze(1)
+        log_pz_sum = torch.zeros_like(log_px_sum)
         log_weights = log_px_sum.new_empty(samples, len(images))
         for chunk in log_weights.split(chunk_size):
             # Drawn for a whole group on the CPU: the same on every device and for any number of images.
             noise = torch.randn(len(chunk), RNG_GROUP, vae.latent_dim, generator=generator)[:, : len(images)]
             z = posterior.rsample(noise.to(images))
             log_px = vae.likelihood.log_prob(images, view.decode_params(z))
-            chunk.copy_(log_px + vae.prior.log_prob(z) - posterior.log_prob(z))
-            kl = vae.kl(posterior, z)
-            kl_sum = kl_sum + len(chunk) * to_float64(kl)
+            log_pz = vae.prior.log_prob(z)
+            chunk.copy_(log_px + log_pz - posterior.log_prob(z))
             log_px_sum += to_float64(log_px).sum(0)
+            log_pz_sum += to_float64(log_pz).sum(0)
         nll = [math.log(k) - log_weights[: samples // k * k].unflatten(0, (-1, k)).logsumexp(1).mean(0) for k in ks]
-        rows = (-log_px_sum / samples, kl_sum / samples, torch.stack(nll, 1), *posterior)
+        kl = vae.prior.closed_form_kl(*posterior)
+        if kl is None:
+            kl = (-to_float64(posterior.entropy()) - log_pz_sum / samples).unsqueeze(1)
+        rows = (-log_px_sum / samples, kl, torch.stack(nll, 1), *posterior)
         yield PerImageBounds(*(row.cpu().double() for row in rows))
 
 
