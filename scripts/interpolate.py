@@ -13,7 +13,7 @@ from betavae.runtime.settings import IntAtLeast2, NonEmptyStr, NonNegativeInt, P
 
 
 class Settings(DataSettings, SeedSettings, LabelSettings):
-    labels: Annotated[list[int], Field(min_length=2, max_length=2)] = Field(
+    labels: Annotated[list[int | NonEmptyStr], Field(min_length=2, max_length=2)] = Field(
         [3, 8], title="labels of the start and the end, which are random test images"
     )
     images: Annotated[list[NonEmptyStr | NonNegativeInt], Field(min_length=1)] | NonEmptyStr | None = Field(
@@ -42,9 +42,11 @@ def main(settings: Settings) -> None:
     run = checkpoint.load(settings.ckpt, settings.runs)
     run.require_images("interpolate.py")
     if images is None:
-        x, labels = run.images("test", settings.data_root)
-        starts, ends = draw_pairs(x, labels, settings.labels, settings.rows, settings.seed)
-        pairs = torch.tensor([settings.labels]).expand(settings.rows, 2)
+        test = run.subset("test", settings.data_root)
+        numbers = [test.find_label(label) for label in settings.labels]
+        x = run.scaling.apply(test.pixels)
+        starts, ends = draw_pairs(x, test.labels, numbers, settings.rows, settings.seed)
+        pairs = torch.tensor([numbers]).expand(settings.rows, 2)
     elif isinstance(images, str) or not any(isinstance(image, int) for image in images):
         files = images if isinstance(images, str) else list(map(str, images))
         found = resolve_images(run, files)

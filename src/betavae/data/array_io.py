@@ -113,6 +113,9 @@ class ArrayFile:
         if labels.ndim == 2:
             return torch.from_numpy(labels.astype(np.int64)), None
         others = [self.read(other).reshape(-1) for other in keys if other in self.arrays]
+        for other in others:
+            if (other.dtype.kind in "US") != (labels.dtype.kind in "US") or other.dtype.kind not in kinds:
+                raise UserError(f"{self.path}: {key} is {labels.dtype}, and other labels are {other.dtype}")
         return number_labels(labels, np.concatenate([labels, *others]))
 
 

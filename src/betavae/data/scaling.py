@@ -65,7 +65,8 @@ class Scaling:
             valid = found.mode in MODES and found.dtype in FULL_SCALE
             valid &= len(found.shift) == len(found.factor) and len(found.shift) in (1, channels)
             valid &= all(isinstance(n, float) and math.isfinite(n) for n in numbers) and min(found.factor) > 0
-        except TypeError:
+            valid = valid and found.low <= found.high and (found.mode != "unit" or found == cls.unit(found.dtype))
+        except (TypeError, ValueError):
             valid = False
         if not valid:
             raise ValueError("its scaling is not valid")
@@ -127,7 +128,7 @@ class Scaling:
         """Return x as gray values or colors in [0, 1] for a figure."""
         if self.mode == "unit":
             return x
-        return ((self.invert(x) - self.low) / max(self.high - self.low, 1e-300)).float()
+        return ((self.invert(x) - self.low) / ((self.high - self.low) or 1.0)).float()  # constant data are black
 
     def from_picture(self, picture: Tensor) -> Tensor:
         """Invert `to_picture`."""
@@ -221,6 +222,8 @@ def check_values(images: ImageSet, mode: str, where: str) -> Measured:
             f"{where} hold {found.nan:,} NaN and {found.infinite:,} infinite values, in {found.damaged_images:,} of "
             f"{n:,} images (the other values are from {low:.6g} to {high:.6g}); remove them by `{remedy}`"
         )
+    if max(-low, high) > torch.finfo(torch.float32).max:
+        raise UserError(f"{where} have values from {low:.6g} to {high:.6g}: expected at most 3.4e38, as float32 has")
     if mode == "unit" and images.dtype.is_floating_point and found.outside:
         raise UserError(
             f"{where} have {found.outside:,} of {found.values:,} values outside of [0, 1] (they are from {low:.6g} to "

@@ -6,6 +6,7 @@ others. A checkpoint records the plugins of its run, and never imports one. Impo
 
 import importlib
 import os
+import re
 import sys
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint, entry_points
@@ -88,9 +89,12 @@ def describe_missing(recorded: object) -> str:
         recorded: The plugins as `LOADED` has them, from a file that may hold anything.
     """
     plugins = recorded if isinstance(recorded, dict) else {}
-    missing = {name: package for name, package in plugins.items() if name not in LOADED}
-    modules = [str(name) for name, package in missing.items() if not package]
-    packages = [str(package) for package in dict.fromkeys(missing.values()) if package]
+    texts = {name: package for name, package in plugins.items() if isinstance(name, str) and isinstance(package, str)}
+    # The sentence is printed, and its command may be pasted into a shell.
+    safe = {name: package for name, package in texts.items() if re.fullmatch(r"[\w.]+,[\w. +!-]*", f"{name},{package}")}
+    missing = {name: package for name, package in safe.items() if name not in LOADED}
+    modules = [name for name, package in missing.items() if not package]
+    packages = [package for package in dict.fromkeys(missing.values()) if package]
     remedies = [f"install {', '.join(packages)}"] * bool(packages)
     remedies += [f"pass 'plugins=[{','.join(modules)}]'"] * bool(modules)
-    return f"trained with the plugins {', '.join(map(str, missing))}; {' and '.join(remedies)}" if missing else ""
+    return f"trained with the plugins {', '.join(missing)}; {' and '.join(remedies)}" if missing else ""

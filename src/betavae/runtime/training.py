@@ -246,7 +246,10 @@ class TrainingRun:
         if settings["init"] == "data":
             pixels = splits["train"].pixels.index_select(0, torch.arange(min(len(splits["train"]), 60_000)))
             try:
-                self.module.vae.init_from_mean_image(self.datamodule.scaling.apply(pixels.float().mean(0)))
+                values = (
+                    pixels if pixels.dtype == torch.float64 else pixels.float()
+                )  # of large numbers, whose digits count
+                self.module.vae.init_from_mean_image(self.datamodule.scaling.apply(values.mean(0)))
             except ValueError as error:
                 raise UserError(str(error)) from error
         init_vamp_prior(self.module.vae.prior, self.datamodule)
@@ -400,7 +403,8 @@ class TrainingRun:
             log.info("      docs/numbers.md explains these numbers")
             log.info("run   %s", self.folder.path)
             commands = [logger.view_command for logger in run_loggers(self.trainer) if logger.view_command]
-            commands.append(f"python scripts/sample.py {run_argument('ckpt', self.tested_checkpoint)}")
+            out = "" if self.datamodule.splits["train"].columns is None else " out=samples.csv"
+            commands.append(f"python scripts/sample.py {run_argument('ckpt', self.tested_checkpoint)}{out}")
             log.info("next  %s", adapt_commands("\n      ".join(commands)))
         self.end_loggers("finished")
 

@@ -69,6 +69,13 @@ def test_other_labels_are_numbered_and_named(tmp_path, labels, numbers, classes)
     assert found.dtype == torch.int64 and found.tolist() == numbers and names == classes
 
 
+def test_labels_of_splits_with_other_types_are_rejected(tmp_path):
+    arrays = {"y_train": np.array([0, 1, 1]), "y_test": np.array(["cat", "dog", "dog"])}
+    file = ArrayFile(save(tmp_path / "a.npz", arrays))
+    with pytest.raises(UserError, match="y_train is int64, and other labels are <U3"):
+        file.read_labels("y_train", 3, ["y_train", "y_val", "y_test"])
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

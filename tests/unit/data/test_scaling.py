@@ -68,6 +68,26 @@ def test_a_checkpoint_gives_back_the_scaling_and_rejects_others():
             Scaling.from_dict(asdict(found) | changes, 2)
     with pytest.raises(ValueError, match="scaling is not valid"):
         Scaling.from_dict(asdict(found), 3)
+    # Bytes are also scaled without these numbers.
+    for changes in ({"factor": [5.0]}, {"shift": [1.0]}, {"high": -1.0}, {"shift": [], "factor": []}):
+        with pytest.raises(ValueError, match="scaling is not valid"):
+            Scaling.from_dict(asdict(Scaling.unit()) | changes, 1)
+
+
+@pytest.mark.parametrize("mode", ["minmax", "standardize", "none"])
+def test_pictures_of_constant_data_are_black(mode):
+    pixels = torch.full((4, 1, 2, 2), 5.0)
+    found = fit_scaling(mode, {"train": as_set(pixels)}, "a")
+    x = found.apply(pixels)
+    assert found.factor == [1.0] and torch.equal(found.to_picture(x), torch.zeros(4, 1, 2, 2))
+    assert torch.equal(found.to_stored(x), pixels)
+
+
+@pytest.mark.parametrize("mode", ["minmax", "standardize", "none"])
+def test_values_beyond_float32_are_rejected(mode):
+    pixels = torch.tensor([0.0, 1.7e308], dtype=torch.float64).view(2, 1, 1, 1)
+    with pytest.raises(UserError, match=r"images have values from 0 to 1.7e.308: expected at most 3.4e38"):
+        fit_scaling(mode, {"train": as_set(pixels)}, "a")
 
 
 def test_large_float64_values_keep_their_differences():

@@ -72,3 +72,8 @@ def test_missing_plugins_say_what_to_install_and_pass():
     text = "trained with the plugins extra.nets, mypkg.nets, mypkg.data; install extra 1.0 and pass 'plugins="
     assert describe_missing(recorded) == text + "[mypkg.nets,mypkg.data]'"
     assert describe_missing({}) == describe_missing(None) == describe_missing(["x"]) == ""
+
+
+@pytest.mark.parametrize("recorded", [{"a": ["b"]}, {1: ""}, {"x]'; rm -rf ~": ""}, {"x": "p\nq"}, {"x": {}}])
+def test_recorded_plugins_of_any_content_are_left_out(recorded):
+    assert describe_missing(recorded) == ""

@@ -1,6 +1,7 @@
 """Rows of numbers in FILE.csv, FILE.parquet or FILE.npy: a row is an image with a channel for each column."""
 
 import csv
+import re
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -52,6 +53,11 @@ def load_table(
     n = len(table.values)
     numbers, classes = torch.zeros(n, dtype=torch.int64), None
     if table.labels is not None:
+        if len(missing := np.flatnonzero(table.labels == "")):
+            raise UserError(
+                f"{root}: column {label}, the label, has no value in row {missing[0] + 1}; fill it in, remove such "
+                "rows, or pass another data.label"
+            )
         numbers, classes = number_labels(table.labels, table.labels)
     test = hold_out_at_random(n, DEFAULT_HOLDOUT if test_size is None else test_size, "data.test_size")
     index = test.sort().values if split == "test" else exclude_indices(test, n)
@@ -66,10 +72,17 @@ def read_table(path: Path, columns: Sequence[Name] | None = None, label: Name | 
     if not path.is_file():
         raise UserError(f"{path} does not exist")
     found = readers[path.suffix](path)
-    wanted = [str(name) for name in (found if columns is None else columns) if str(name) != str(label)]
+    wanted = [str(name) for name in (found if columns is None else columns) if label is None or str(name) != str(label)]
+    if columns is None and "" in wanted:
+        raise UserError(
+            f"{path}: column {list(found).index('') + 1} has no name, as a column of row numbers; name it, remove it, "
+            "or name the columns to model in data.columns"
+        )
     for name in wanted if label is None else [*wanted, str(label)]:
         if name not in found:
             raise UserError(f"{path} has no column {name} (it has {', '.join(list(found)[:20])})")
+        if wanted.count(name) > 1:
+            raise UserError(f"data.columns has {name} twice; name each column once")
     if not wanted or not len(found[wanted[0]]):
         raise UserError(f"{path} has no {'rows' if wanted else 'columns of numbers'}")
     values = torch.from_numpy(np.stack([to_numbers(path, name, found[name]) for name in wanted], 1))
@@ -78,10 +91,13 @@ def read_table(path: Path, columns: Sequence[Name] | None = None, label: Name | 
 
 
 def read_csv(path: Path) -> dict[str, np.ndarray]:
-    """Read the columns of a CSV file, as text, with commas, semicolons or tabs between them."""
+    """Read the columns of a CSV file, as text, with commas, semicolons or tabs between them.
+
+    A first row of numbers is no header, except 0, 1, 2, ..., which is that of an array without names.
+    """
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            first = file.readline()
+            first = re.sub('"[^"]*"', "", file.readline())  # quoted names may have commas
             file.seek(0)
             rows = [row for row in csv.reader(file, delimiter=max(",;\t", key=first.count)) if row]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
@@ -89,8 +105,9 @@ def read_csv(path: Path) -> dict[str, np.ndarray]:
     if not rows:
         raise UserError(f"{path} is empty")
     header = [name.strip() for name in rows[0]]
-    if all(map(is_number, header)):
-        header = [str(number) for number in range(len(header))]
+    numbered = [str(number) for number in range(len(header))]
+    if all(map(is_number, header)) and (header != numbered or len(header) < 3):
+        header = numbered
     else:
         rows = rows[1:]
     if len(set(header)) < len(header):
@@ -99,7 +116,8 @@ def read_csv(path: Path) -> dict[str, np.ndarray]:
     for number, row in enumerate(rows, start=1):
         if len(row) != len(header):
             raise UserError(f"{path}: row {number} has {len(row)} values: expected {len(header)}, one for each column")
-    return dict(zip(header, np.array(rows, dtype=str).reshape(-1, len(header)).T, strict=True))
+    # Python's texts, since NumPy's have the length of the longest one of the whole table.
+    return dict(zip(header, np.array(rows, dtype=object).reshape(-1, len(header)).T, strict=True))
 
 
 def read_parquet(path: Path) -> dict[str, np.ndarray]:
@@ -133,6 +151,8 @@ def is_number(text: object) -> bool:
 
 def to_numbers(path: Path, name: str, column: np.ndarray) -> np.ndarray:
     """Convert a column to numbers of a type in `FULL_SCALE`; raise UserError for the first other value."""
+    if column.dtype.kind in "mM":  # times, which NumPy would convert to any unit
+        column = column.astype(str)
     if column.dtype.kind in "biuf":
         numbers = column if column.dtype.name in FULL_SCALE else column.astype(np.float64)
     else:
@@ -157,8 +177,8 @@ def to_numbers(path: Path, name: str, column: np.ndarray) -> np.ndarray:
 
 
 def to_labels(column: np.ndarray) -> np.ndarray:
-    """Convert a column to integers if it has no other values, else to text."""
-    text = np.array([str(value).strip() for value in column.tolist()])
+    """Convert a column to integers if it has no other values, else to text, "" for a missing value."""
+    text = np.array(["" if value is None or value != value else str(value).strip() for value in column.tolist()])
     try:
         numbers = text.astype(np.float64)
         whole = bool((numbers == numbers.astype(np.int64)).all())

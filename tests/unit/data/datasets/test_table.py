@@ -1,3 +1,5 @@
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -29,6 +31,32 @@ def test_a_csv_file_without_a_header_has_numbered_columns(tmp_path):
     assert table.labels.tolist() == [5, 6] and table.labels.dtype == np.int64
 
 
+def test_a_header_of_an_unnamed_array_is_no_row(tmp_path):
+    path = write(tmp_path / "t.csv", "0,1,2\n5,6,7\n")
+    assert read_table(path).columns == ["0", "1", "2"] and read_table(path).values.flatten().tolist() == [5, 6, 7]
+
+
+def test_quoted_names_may_have_the_other_separators(tmp_path):
+    table = read_table(write(tmp_path / "t.csv", '"a,b";"c,d"\n1;2\n'))
+    assert table.columns == ["a,b", "c,d"] and table.values.flatten().tolist() == [1, 2]
+
+
+def test_one_long_text_does_not_widen_the_other_cells(tmp_path):
+    path = write(tmp_path / "t.csv", "a,b,note\n" + f"1,2,{'x' * 100_000}\n" + "1,2,y\n" * 1000)
+    tracemalloc.start()
+    assert len(read_table(path, ["a", "b"]).values) == 1001
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10 * 2**20  # as NumPy's texts they would take 1.2 GB
+
+
+def test_missing_labels_are_rejected_for_training_only(tmp_path):
+    path = write(tmp_path / "t.csv", "a,y\n" + "1,u\n" * 20 + "2,\n")
+    with pytest.raises(UserError, match="column y, the label, has no value in row 21; fill it in"):
+        load_table(path, "train", label="y")
+    assert read_table(path, label="y").labels.tolist() == ["u"] * 20 + [""]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "int64", "bool", "uint16"])
 def test_an_array_has_numbered_columns(tmp_path, dtype):
     array = np.array([[0, 1, 2], [1, 0, 5]]).astype(dtype)
@@ -47,6 +75,10 @@ def test_a_parquet_file_is_read(tmp_path):
     assert table.values.flatten().tolist() == [1, 2] and table.labels.tolist() == ["u", "v"]
     with pytest.raises(UserError, match="column b has no value in row 2"):
         read_table(tmp_path / "t.parquet", ["b"])
+    times = pa.array([None, 0], pa.timestamp("us"))
+    parquet.write_table(pa.table({"time": times, "y": ["u", None]}), tmp_path / "t.parquet")
+    with pytest.raises(UserError, match=r"column time has '1970-.*' in row 2: expected numbers|column time has 'NaT'"):
+        read_table(tmp_path / "t.parquet", label="y")
     write(tmp_path / "t.parquet", "PAR1")
     with pytest.raises(UserError, match="is not an intact Parquet file"):
         read_table(tmp_path / "t.parquet")
@@ -57,6 +89,8 @@ def test_a_parquet_file_is_read(tmp_path):
     [
         ("a,b\n1,x\n2,3\n4,y\n", {}, "column b has 'x' in row 1, and in 1 more rows: expected numbers; .*data.label=b"),
         ("a,b\n1,2\n3,\n", {}, "column b has no value in row 2; fill in"),
+        (",b\n1,2\n3,4\n", {}, "column 1 has no name, as a column of row numbers; name it, remove it, or name"),
+        ("a,b\n1,2\n", {"columns": ["a", "a"]}, "data.columns has a twice"),
         ("a,b\n1,2\n3,NaN\n", {}, "column b has no value in row 2"),
         ("a,b\n1,2\n3,inf\n", {}, "column b has 'inf' in row 2"),
         ("a,b\n1,2\n3\n", {}, "row 2 has 1 values: expected 2"),
