@@ -17,7 +17,7 @@ SMALL = [
     "trainer=smoke",
     *("data=arrays", "data.root=x.npz", "data.batch_size=50", "data.test_size=100", "data.validation_size=100"),
     *("model.hidden_dims=[16]", "model.latent_dim=2", "trainer.max_epochs=15", "trainer.limit_train_batches=1.0"),
-    *("optimizer.lr=0.02", "trainer.check_val_every_n_epoch=15"),
+    *("optimizer.lr=0.02", "trainer.check_val_every_n_epoch=15", "model.activation=tanh"),
 ]
 MODELS = {
     "conditional": ["model.conditional=true"],
