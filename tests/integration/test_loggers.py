@@ -146,7 +146,7 @@ def test_a_foreign_csv_is_kept(tmp_path, data_root):
 @pytest.mark.parametrize(
     ("mistake", "said"),
     [
-        ("logger=wandbb", "logger=wandbb is invalid: expected one of csv, mlflow, tensorboard, wandb"),
+        ("logger=wandbb", "logger=wandbb is invalid: expected one of csv, mlflow, none, tensorboard, wandb"),
         ("logger=[csv,wandbb]", "wandbb"),
         (
             "logger=wandb logger.wandb.mode=onlin",

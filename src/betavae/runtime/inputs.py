@@ -1,5 +1,6 @@
 """Resolve the images that a user names to the pixels that a model sees."""
 
+import re
 from pathlib import Path
 
 import torch
@@ -72,7 +73,7 @@ def resolve_labels(run: TrainedRun, where: str | list[str], images: LoadedImages
     """
     labels = images.labels
     if labels and where in SPLITS and run.vae.classes and not isinstance(labels[0], str):
-        labels = [run.vae.classes[number] for number in labels]
+        labels = [str(n) if str(n) in run.vae.classes else run.vae.classes[n] for n in labels]
     elif is_dataset_name(where) and where != run.data["name"]:
         labels = None  # their numbers have another meaning
     return match_labels(run.vae.classes, len(images.names), label, labels, f"images={where}")
@@ -99,6 +100,8 @@ def load_own_split(run: TrainedRun, split: str, data_root: str | None) -> Loaded
     labels: list | None = images.labels.tolist()
     if run.data["name"] in USER_DATASETS and images.classes:  # users know these labels only by name
         labels = [images.classes[label] for label in images.labels]
+        if run.data["name"] == "arrays" and all(re.fullmatch("0|-?[1-9][0-9]*", name) for name in images.classes):
+            labels = list(map(int, labels))  # the numbers in the file
     elif images.names:
         labels = None
     return LoadedImages(images.tensor(), images.names or index_names(len(images)), labels, [])
