@@ -25,7 +25,16 @@ def commands(text: str) -> list[str]:
 
 
 # These need your own images, a launcher (test_sweeps.py), a browser (test_explorer_page.py) or several devices.
-EXCLUDED = ("RUN_FOLDER", "IMAGE_FOLDER", "hydra/launcher", "sweep=optuna", "trainer=ddp", "schema.py", "explore.py")
+EXCLUDED = (
+    "RUN_FOLDER",
+    "NAME.py",
+    "IMAGE_FOLDER",
+    "hydra/launcher",
+    "sweep=optuna",
+    "trainer=ddp",
+    "schema.py",
+    "explore.py",
+)
 # Pages whose commands run in test_pages.py or in the tests of their application.
 OTHER_PAGES = ("extending.md", "images.md", "anomalies.md", "compression.md", "generation.md", "export.md")
 OTHER_PAGES += ("explorer.md", "disentanglement.md", "tables.md")

@@ -68,9 +68,9 @@ def assert_same(folder: Path, expected: dict[str, Any]) -> None:
 
 
 def run_whole(tmp: Path, args: list[str]) -> tuple[dict[str, Any], float]:
-    child = Child(*args, "hydra.run.dir=whole", cwd=tmp)
+    child = Child(*args, "hydra.run.dir=whole/run", cwd=tmp)  # captions name the folder
     assert child.wait() == 0, child.text
-    return outcome(tmp / "whole"), time.perf_counter() - child.started
+    return outcome(tmp / "whole" / "run"), time.perf_counter() - child.started
 
 
 def start_or_resume(tmp: Path, args: list[str], **kwargs: Any) -> Child:

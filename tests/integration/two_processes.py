@@ -17,10 +17,10 @@ from betavae.runtime.resume import ExactResume
 class Fixed(VAEModule):
     """A module whose noise depends only on the image."""
 
-    def loss(self, x: Tensor, noise: Tensor, beta: Tensor) -> Any:
+    def loss(self, x: Tensor, labels: Tensor | None, noise: Tensor, beta: Tensor) -> Any:
         self.drawn = float(noise[0, 0, 0])
         noise = x.flatten(1)[:, 300 : 300 + self.vae.latent_dim].unsqueeze(0) * 2 - 1
-        return super().loss(x, noise, beta)
+        return super().loss(x, labels, noise, beta)
 
     def on_train_batch_end(self, *args: Any) -> None:
         self.drawn_in_training = self.all_gather(torch.tensor(self.drawn)).view(-1).tolist()

@@ -20,12 +20,12 @@ def test_compiled_loss_equals_the_plain_loss(network):
     torch.nn.init.ones_(module.vae.encoder[-1].bias)  # or there is hardly any KL
     x, noise = torch.rand(8, 1, 28, 28), torch.randn(1, 8, 20)
     beta = torch.tensor(2.0)
-    loss, sums = module.loss(x, noise, beta)
+    loss, sums = module.loss(x, None, noise, beta)
     expected = torch.autograd.grad(loss, list(module.parameters()))
     keys = list(module.state_dict())
     compile_loss(module, None)
     assert all(p.is_contiguous(memory_format=torch.channels_last) for p in module.parameters() if p.ndim == 4)
-    compiled, compiled_sums = module.loss(x, noise, beta)
+    compiled, compiled_sums = module.loss(x, None, noise, beta)
     torch.testing.assert_close(compiled, elbo(module.vae, x, noise, 2.0).loss)
     torch.testing.assert_close(compiled_sums, sums)
     for ours, plain in zip(torch.autograd.grad(compiled, list(module.parameters())), expected, strict=True):
@@ -51,6 +51,6 @@ def test_compile_cache_is_reset_in_a_long_sweep(monkeypatch):
     for latent_dim in range(1, 8):
         module = VAEModule(**MODULE | {"model": MODEL | {"hidden_dims": [4], "latent_dim": latent_dim}})
         compile_loss(module, None)
-        module.loss(torch.rand(2, 1, 28, 28), torch.randn(1, 2, latent_dim), torch.tensor(1.0))
+        module.loss(torch.rand(2, 1, 28, 28), None, torch.randn(1, 2, latent_dim), torch.tensor(1.0))
         cached.append(len(torch._dynamo.eval_frame._debug_get_cache_entry_list(VAEModule.loss.__code__)))
     assert max(cached) == 3 and cached.count(1) >= 2
