@@ -22,7 +22,7 @@ def main(settings: Settings) -> None:
         from betavae import grids
         from betavae.data.labels import match_labels
         from betavae.errors import UserError
-        from betavae.metrics.collapse import count_active_units, describe_collapse
+        from betavae.metrics.collapse import count_active_units, describe_collapse, estimate_kl
         from betavae.runtime import checkpoint
 
     run = checkpoint.load(settings.ckpt, settings.runs)
@@ -50,7 +50,8 @@ def main(settings: Settings) -> None:
     )
     grids.save_grids([grid], settings.out, caption)
     print(f"{grid.rows} latent dimensions of {run.path}, ordered by KL, saved to {settings.out}")
-    if collapse := describe_collapse(count_active_units(posterior.mean), run.vae.latent_dim, kl.sum().item()):
+    total = estimate_kl(run.vae, posterior)  # of a learned prior, not the sum of the parts per dimension
+    if collapse := describe_collapse(count_active_units(posterior.mean), run.vae.latent_dim, total):
         print(f"note  {collapse}")
 
 

@@ -8,6 +8,7 @@ import torch
 import yaml
 
 from betavae.runtime.hydra_config import translate_arguments
+from betavae.runtime.run_folder import MARKER_FILE, RUN
 from tests.commands import TINY, run
 
 ONE = [*TINY, "trainer.max_epochs=1", "trainer.limit_train_batches=2", "callbacks=none", "logger=none"]
@@ -70,6 +71,15 @@ def test_fast_dev_run_tries_everything_and_leaves_nothing(workdir, tmp_path, dat
     assert not list(tmp_path.iterdir())
     run(*TINY, f"data.root={data_root}", "trainer.fast_dev_run=2", "model.latent_dim=0", cwd=tmp_path, code=1)
     assert not list(tmp_path.iterdir())
+
+
+def test_fast_dev_run_keeps_what_a_folder_held(tmp_path, data_root):
+    folder = tmp_path / "earlier"
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / MARKER_FILE).write_text(RUN)  # a run without its settings
+    (folder / "checkpoints" / "last.ckpt").write_bytes(b"weights of an earlier run")
+    run(*TINY, f"data.root={data_root}", "debug=fdr", "hydra.run.dir=earlier", cwd=tmp_path)
+    assert (folder / "checkpoints" / "last.ckpt").read_bytes() == b"weights of an earlier run"
 
 
 def test_a_run_continues_from_a_file_or_folder_of_any_name(workdir, first):

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from betavae.models.vae import VAE
+from betavae.models.vae import VAE, Posterior
 from betavae.objectives.elbo import ACTIVE_UNIT_THRESHOLD
 
 ONE_BIT = math.log(2)  # nats
@@ -39,11 +39,16 @@ def count_active_units(mean: Tensor) -> int:
 
 
 @torch.no_grad()
+def estimate_kl(vae: VAE, posterior: Posterior) -> float:
+    """Estimate the mean KL per image in nats, under a learned prior from one z per image with a fixed seed."""
+    noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(0))
+    return vae.kl(posterior, posterior.rsample(noise.to(posterior.mean))).sum(1).mean().item()
+
+
+@torch.no_grad()
 def diagnose_collapse(vae: VAE, x: Tensor) -> str | None:
     """Describe a posterior collapse on images `(N, C, H, W)`, or return None, also for few images."""
     if len(x) < MIN_IMAGES:
         return None
     posterior = vae.encode(x)
-    noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(0))
-    kl = vae.kl(posterior, posterior.rsample(noise.to(posterior.mean))).sum(1).mean().item()
-    return describe_collapse(count_active_units(posterior.mean), vae.latent_dim, kl)
+    return describe_collapse(count_active_units(posterior.mean), vae.latent_dim, estimate_kl(vae, posterior))

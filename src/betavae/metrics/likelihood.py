@@ -71,10 +71,8 @@ def importance_bounds(
         The bounds of each group of `RNG_GROUP` images; `PerImageBounds.concat` joins them.
     """
     device, samples = next(vae.parameters()).device, max(ks)
-    chunk_size = max(
-        1,
-        memory_mb * 2**20 // (4 * RNG_GROUP * count_decode_floats(vae.given(labels if labels is None else labels[:1]))),
-    )
+    floats = count_decode_floats(vae.given(None if labels is None else labels[:1]))
+    chunk_size = max(1, memory_mb * 2**20 // (4 * RNG_GROUP * floats))
     # glibc returns large blocks to the system and fetches them again, which takes half the time of a chunk, until it
     # has seen one of this size freed. The block is never written to, so it takes no memory.
     torch.empty(31 * 2**18)

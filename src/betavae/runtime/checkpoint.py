@@ -42,7 +42,7 @@ class TrainedRun(NamedTuple):
     data: Config  # the arguments of ImageDataModule
     fingerprints: dict[str, str] = {}  # noqa: RUF012 - of each split whose images can change
     columns: list[str] | None = None  # of a model of a table
-    scaling: Scaling = BYTES  # from stored values to those that the model sees; a checkpoint from before it has bytes
+    scaling: Scaling = BYTES  # from stored values to those that the model sees; bytes if the checkpoint has none
     caption: str = ""  # for figures: the run, its epoch and its validation neg. ELBO
 
     @property

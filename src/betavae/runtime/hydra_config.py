@@ -196,11 +196,9 @@ def drop_optimizer_defaults(cfg: DictConfig) -> None:
 
     if (name := cfg.optimizer.name) in optimizer_names():
         taken = inspect.signature(optimizer_class(name)).parameters
+        kept = {"name", *(item.removeprefix("optimizer.") for item in typed)}
         with open_dict(cfg):
-            for key in {str(key) for key in cfg.optimizer} - {
-                "name",
-                *(item.removeprefix("optimizer.") for item in typed),
-            }:
+            for key in {str(key) for key in cfg.optimizer} - kept:
                 is_list = OmegaConf.is_list(cfg.optimizer[key])  # the eps of Adafactor is a pair
                 if key not in taken or isinstance(taken[key].default, tuple) != is_list:
                     del cfg.optimizer[key]

@@ -73,7 +73,8 @@ def resolve_labels(run: TrainedRun, where: str | list[str], images: LoadedImages
     """
     labels = images.labels
     if labels and where in SPLITS and run.vae.classes and not isinstance(labels[0], str):
-        labels = [str(n) if str(n) in run.vae.classes else run.vae.classes[n] for n in labels]
+        are_names = run.data["name"] in USER_DATASETS  # others have class numbers
+        labels = [str(label) if are_names else run.vae.classes[label] for label in labels]
     elif is_dataset_name(where) and where != run.data["name"]:
         labels = None  # their numbers have another meaning
     return match_labels(run.vae.classes, len(images.names), label, labels, f"images={where}")

@@ -107,7 +107,7 @@ class Data(ExtensibleGroup):
     batch_size: PositiveInt
     eval_batch_size: PositiveInt
     binarize: Literal["none", "threshold", "dynamic"]
-    scaling: Literal["unit", "minmax", "standardize", "none"] = UNSET  # runs from before it have none
+    scaling: Literal["unit", "minmax", "standardize", "none"] = UNSET
     seed: Seed
 
 

@@ -131,10 +131,10 @@ def claim_run_folder(folder: RunFolder, new: bool, sweep: bool, keep: bool) -> I
         try:
             yield
         except UserError:
-            keep = keep and not (made and not folder.read_metrics())
+            keep = keep and bool(folder.read_metrics())
             raise
         finally:
-            if not keep:
+            if made and not keep:  # another folder may hold the outputs of an earlier run
                 close_log()
                 folder.delete()
 
@@ -246,9 +246,8 @@ class TrainingRun:
         if settings["init"] == "data":
             pixels = splits["train"].pixels.index_select(0, torch.arange(min(len(splits["train"]), 60_000)))
             try:
-                values = (
-                    pixels if pixels.dtype == torch.float64 else pixels.float()
-                )  # of large numbers, whose digits count
+                # A mean of large numbers would lose digits in float32.
+                values = pixels if pixels.dtype == torch.float64 else pixels.float()
                 self.module.vae.init_from_mean_image(self.datamodule.scaling.apply(values.mean(0)))
             except ValueError as error:
                 raise UserError(str(error)) from error

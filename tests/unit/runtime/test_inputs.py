@@ -5,10 +5,11 @@ import pytest
 import torch
 from PIL import Image
 
+from betavae.data.image_io import LoadedImages
 from betavae.errors import UserError
 from betavae.models.vae import VAE
 from betavae.runtime.checkpoint import TrainedRun
-from betavae.runtime.inputs import is_dataset_name, resolve_images
+from betavae.runtime.inputs import is_dataset_name, resolve_images, resolve_labels
 from tests.conftest import DATA, MODEL, MODULE
 
 
@@ -75,3 +76,14 @@ def test_labels_of_a_folder_are_class_names(make_run, tmp_path):
         run = run._replace(fingerprints={"test": run.data_source().fingerprint(test)})
         images = resolve_images(run, "test")
     assert images.names == test.names and images.labels == [name.split("/")[0] for name in test.names]
+
+
+def test_numbers_of_labels_are_classes_or_names():
+    """Labels of a built-in data set are class numbers, those of an array the numbers that name its classes."""
+    vae = VAE(**MODEL, classes=["1", "0"])
+    images = LoadedImages(torch.zeros(3, 1, 28, 28), ["a", "b", "c"], [0, 1, 1], [])
+    numbers = {
+        name: resolve_labels(TrainedRun(vae, Path("x.ckpt"), MODULE, DATA | {"name": name}), "test", images, None)
+        for name in ("mnist", "arrays")
+    }
+    assert numbers["mnist"].tolist() == [0, 1, 1] and numbers["arrays"].tolist() == [1, 0, 0]
