@@ -76,7 +76,7 @@ def main(settings: Settings) -> None:
             "device": torch.cuda.get_device_name() if device == "cuda" else device,
             "sampling_seconds": round(seconds, 1),
         }
-        result |= summarize(vae, per_image, ks)
+        result |= summarize(vae, per_image, ks, labels)
         if train is not None:
             means = encode_means(vae, run.scaling.apply(train.pixels), train.labels)
             result |= probe_accuracy(means, train.labels, per_image.mean.float(), labels)

@@ -87,7 +87,7 @@ def main(settings: Settings) -> None:
         for name in [*names, "reconstructions", "test images"]:
             batches = (batch.float() / 255 for batch in x_test.split(BATCH_SIZE))
             if name in SAMPLERS:
-                sampler = load_or_fit_sampler(name, run, settings.data_root)
+                sampler = load_or_fit_sampler(name, run, settings.data_root, labels=sampled_labels)
                 latents[name] = sampler.sample(total, torch.Generator().manual_seed(settings.seed))
                 pairs = zip(latents[name].split(BATCH_SIZE), sampled_labels.split(BATCH_SIZE), strict=True)
                 batches = (run.vae.given(some).decode(z).clamp(0, 1) for z, some in pairs)

@@ -47,7 +47,7 @@ def main(settings: Settings) -> None:
     elif settings.temperature != 1:
         raise UserError(f"temperature={settings.temperature:g} is invalid: expected 1 with a fitted sampler or a label")
     else:
-        sampler = load_or_fit_sampler(settings.sampler, run, settings.data_root, label)
+        sampler = load_or_fit_sampler(settings.sampler, run, settings.data_root, label, labels)
         images = vae.decode(sampler.sample(settings.n, generator))
     columns = settings.columns or (8 if label is not None else count_columns(classes, 8))
     out = Path(settings.out)

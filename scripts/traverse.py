@@ -33,12 +33,13 @@ def main(settings: Settings) -> None:
     posterior = run.vae.given(labels).encode(x)
     kl = run.vae.kl_per_dimension(posterior).mean(0)
     if settings.image is None:
-        start, label = run.vae.prior.moments()[0], None
+        label = match_labels(run.vae.classes, 1, settings.label, None, "image=null")
+        start = run.vae.given(label).prior.moments()[0]
     else:
         label = labels[[settings.image]]
         start = run.vae.given(label).encode(x[[settings.image]]).mean[0]
-    if label is None or settings.label is not None:
-        label = match_labels(run.vae.classes, 1, settings.label, None, "image=null")
+        if settings.label is not None:
+            label = match_labels(run.vae.classes, 1, settings.label, None, "image=null")
     values = torch.linspace(-settings.span, settings.span, settings.steps)
     grid = grids.make_traversal_grid(run.vae.given(label), start, values, kl, settings.dimensions)
     grid = grid._replace(images=run.scaling.to_picture(grid.images))
@@ -50,7 +51,7 @@ def main(settings: Settings) -> None:
     )
     grids.save_grids([grid], settings.out, caption)
     print(f"{grid.rows} latent dimensions of {run.path}, ordered by KL, saved to {settings.out}")
-    total = estimate_kl(run.vae, posterior)  # of a learned prior, not the sum of the parts per dimension
+    total = estimate_kl(run.vae.given(labels), posterior)  # of a learned prior, not the sum of the parts per dimension
     if collapse := describe_collapse(count_active_units(posterior.mean), run.vae.latent_dim, total):
         print(f"note  {collapse}")
 

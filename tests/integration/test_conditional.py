@@ -21,7 +21,7 @@ SMALL = [
 ]
 MODELS = {
     "conditional": ["model.conditional=true"],
-    "mixture": ["prior=mixture", "prior.components=5"],
+    "mixture": ["prior=mixture", "prior.components=5", "model.conditional=true"],
     "vamp": ["prior=vamp", "prior.components=5"],
     "flow": ["prior=flow", "prior.transforms=2", "prior.hidden_dims=[8]", "model.conditional=true"],
 }

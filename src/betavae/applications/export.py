@@ -10,10 +10,9 @@ The graphs take and return float32, for B images of `(C, H, W)` and D latent dim
   KL(q(z|x) || p(z)), both `(B,)` in nats. Their sum is the negative ELBO from one sample.
 
 Images are in the units of the data, or with `data.scaling=unit` in [0, 1]: see `Scaling.to_data_units`. For a
-conditional model, encoder, decoder and score also take label `(B,)`, int64, the number of each image's class.
+conditional model, all graphs also take label `(B,)`, int64, the number of each image's class.
 """
 
-import inspect
 import json
 import logging
 import math
@@ -55,7 +54,7 @@ class Graph(nn.Module):
         super().__init__()
         self.vae: VAE = vae
         self.scaling = scaling
-        if vae.classes and "label" in inspect.signature(self.forward).parameters:
+        if vae.classes:
             self.inputs = (*self.inputs, "label")
 
 
@@ -90,8 +89,9 @@ class Prior(Graph):
         if vae.prior.has_components:
             self.inputs = (*self.inputs, "uniform")
 
-    def forward(self, noise: Tensor, uniform: Tensor | None = None) -> tuple[Tensor]:
-        return (self.vae.prior.transform(noise, uniform),)
+    def forward(self, noise: Tensor, second: Tensor | None = None, third: Tensor | None = None) -> tuple[Tensor]:
+        named = dict(zip(self.inputs, (noise, second, third), strict=False))
+        return (self.vae.given(named.get("label")).prior.transform(noise, named.get("uniform")),)
 
 
 class Score(Graph):
@@ -171,7 +171,7 @@ def write_onnx(graph: Graph, path: Path) -> Runner:
 def export_program(graph: Graph) -> torch.export.ExportedProgram:
     """Export a graph with a dynamic batch size, without the paths of this machine."""
     batch = torch.export.Dim("batch", min=1)
-    dynamic = {name: {0: batch} for name in graph.inputs}
+    dynamic = tuple({0: batch} for _ in graph.inputs)
     # torch would treat a batch size of 1 as constant.
     program = torch.export.export(graph, make_inputs(graph, 2), dynamic_shapes=dynamic)
     for node in program.graph.nodes:

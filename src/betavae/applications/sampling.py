@@ -15,7 +15,7 @@ To add a sampler, write a function from z `(N, latent_dim)` to a `FittedSampler`
 
 import hashlib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,6 +78,20 @@ class PriorSampler(NamedTuple):
 FittedSampler = Mixture | NeighborLines
 
 
+class ByClass(NamedTuple):
+    """A sampler for each class of a conditional model."""
+
+    labels: Tensor  # (N,), of the samples to draw
+    samplers: dict[int, FittedSampler]
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw `(n, D)` on the CPU, for the first `n` labels."""
+        labels, z = self.labels[:n], {}
+        for label, sampler in self.samplers.items():
+            z[label] = iter(sampler.sample(int((labels == label).sum()), generator))
+        return torch.stack([next(z[label]) for label in labels.tolist()])
+
+
 def fit_gaussian(z: Tensor) -> Mixture:
     """Fit one normal distribution with full covariance."""
     covariance = torch.cov(z.double().T).view(1, z.shape[1], -1)
@@ -124,8 +138,12 @@ def sample_posterior(vae: VAE, x: Tensor, seed: int = 0, labels: Tensor | None =
 
 
 def load_or_fit_sampler(
-    name: str, run: TrainedRun, data_root: str | None = None, label: int | str | None = None
-) -> FittedSampler | PriorSampler:
+    name: str,
+    run: TrainedRun,
+    data_root: str | None = None,
+    label: int | str | None = None,
+    labels: Tensor | None = None,
+) -> FittedSampler | PriorSampler | ByClass:
     """Fit a sampler to the training images of a run, or load it from the run folder.
 
     The cached file has the hash of the checkpoint in its name, which determines the training images. With `label`, or
@@ -136,6 +154,7 @@ def load_or_fit_sampler(
         run: The run whose VAE encodes the images.
         data_root: The folder of the training data; None for the folder used in training.
         label: Fit to the images with this label only.
+        labels: Class numbers of the samples to draw, which a conditional model needs: `(N,)`, or `(1,)` for all.
 
     Raises:
         UserError: If there are too few such images, or the data have no such label.
@@ -147,7 +166,13 @@ def load_or_fit_sampler(
             raise UserError(
                 f"label={label} is invalid: {expected} (pass sampler=mixture, or train with model.conditional=true)"
             )
-        return PriorSampler(run.vae.prior)
+        return PriorSampler(run.vae.given(labels).prior)
+    if run.vae.classes and label is None and labels is not None:
+        fitted: dict[int, Any] = {
+            number: load_or_fit_sampler(name, run, data_root, run.vae.classes[number])
+            for number in labels.unique().tolist()
+        }
+        return ByClass(labels, fitted)
     checkpoint = hash_file(run.path)
     key: dict[str, object] = {"sampler": name, "label": label, "checkpoint": checkpoint, "version": 2}
     images, suffix = None, ""

@@ -59,6 +59,28 @@ def decompose_kl(posterior: Posterior, prior: Prior, seed: int = 0, chunk_size: 
     return result | ({"moments_kl": moments_kl.item()} if isinstance(prior, StandardNormal) else {})
 
 
+def decompose_kl_by_class(posterior: Posterior, vae: VAE, labels: Tensor | None) -> dict[str, float | bool]:
+    """Average `decompose_kl` over the classes of a conditional model, for which it splits KL(q(z|x, y) || p(z|y)).
+
+    Args:
+        posterior: Of N images, in double precision.
+        vae: The model.
+        labels: `(N,)`. A class has the weight of its images.
+
+    Raises:
+        ValueError: If there are no labels.
+    """
+    if labels is None:
+        raise ValueError("a conditional VAE needs the labels of its images")
+    result: dict[str, float | bool] = {"by_class": True}
+    for label in labels.unique():
+        rows = labels == label
+        split = decompose_kl(Posterior(*(part[rows] for part in posterior)), vae.given(label[None]).prior)
+        for name, value in split.items():
+            result[name] = result.get(name, 0.0) + rows.double().mean().item() * value
+    return result
+
+
 @torch.no_grad()
 def encode_means(vae: VAE, x: Tensor, labels: Tensor) -> Tensor:
     """Encode images `(N, C, H, W)` with their labels to their posterior means `(N, latent_dim)` on the CPU."""

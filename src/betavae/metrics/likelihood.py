@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from betavae.metrics.aggregate_posterior import decompose_kl
+from betavae.metrics.aggregate_posterior import decompose_kl, decompose_kl_by_class
 from betavae.metrics.collapse import count_active_units
 from betavae.models.precision import to_float64
 from betavae.models.vae import VAE, Posterior
@@ -89,7 +89,7 @@ def importance_bounds(
             noise = torch.randn(len(chunk), RNG_GROUP, vae.latent_dim, generator=generator)[:, : len(images)]
             z = posterior.rsample(noise.to(images))
             log_px = vae.likelihood.log_prob(images, view.decode_params(z))
-            log_pz = vae.prior.log_prob(z)
+            log_pz = view.prior.log_prob(z)
             chunk.copy_(log_px + log_pz - posterior.log_prob(z))
             log_px_sum += to_float64(log_px).sum(0)
             log_pz_sum += to_float64(log_pz).sum(0)
@@ -158,18 +158,22 @@ def standard_error(values: Tensor) -> float:
     return values.std().item() / math.sqrt(len(values))
 
 
-def summarize(vae: VAE, per_image: PerImageBounds, ks: list[int]) -> dict[str, Any]:
-    """Return the means over images with their standard errors, as in evaluation.json."""
+def summarize(vae: VAE, per_image: PerImageBounds, ks: list[int], labels: Tensor | None = None) -> dict[str, Any]:
+    """Return the means over images with their standard errors, as in evaluation.json.
+
+    A conditional model needs the labels `(N,)`.
+    """
     posterior = Posterior(per_image.mean, per_image.logvar)
     device, dtype = next(vae.parameters()).device, next(vae.parameters()).dtype
     per_dimension = vae.kl_per_dimension(Posterior(*(part.to(device, dtype) for part in posterior)))
+    aggregate = decompose_kl_by_class(posterior, vae, labels) if vae.classes else decompose_kl(posterior, vae.prior)
     kl = per_image.kl.sum(1)
     terms = {"neg_elbo": per_image.recon + kl, "recon": per_image.recon, "kl": kl}
     terms |= {f"nll_{k}": per_image.nll[:, number] for number, k in enumerate(ks)}
     return {name: {"mean": values.mean().item(), "se": standard_error(values)} for name, values in terms.items()} | {
         "active_units": count_active_units(per_image.mean),
         "kl_per_dimension": per_dimension.double().mean(0).tolist(),
-        "aggregate": decompose_kl(posterior, vae.prior),
+        "aggregate": aggregate,
     }
 
 
@@ -180,6 +184,7 @@ def format_summary(result: dict[str, Any]) -> str:
         return f"{result[name]['mean']:8.3f} ± {result[name]['se']:.3f}"
 
     aggregate = result["aggregate"]
+    by_class = aggregate.get("by_class", False)
     lines = [
         f"neg. ELBO       {value('neg_elbo')}   ({result['k'][-1]:,} posterior samples)",
         f"  recon         {value('recon')}",
@@ -187,12 +192,14 @@ def format_summary(result: dict[str, Any]) -> str:
         *(f"{'NLL' if not i else '   '} K={k:<9}{value(f'nll_{k}')}" for i, k in enumerate(result["k"])),
         f"active units    {result['active_units']} of {len(result['kl_per_dimension'])}",
         f"KL {aggregate['mutual_information'] + aggregate['marginal_kl']:.2f} = mutual information "
-        f"{aggregate['mutual_information']:.2f} (at most log {result['images']} = "
+        f"{aggregate['mutual_information']:.2f} (at most log {'N' if by_class else result['images']} = "
         f"{aggregate['mutual_information_limit']:.2f})",
         f"  + KL(aggregate posterior || prior) {aggregate['marginal_kl']:.2f}",
     ]
     if "moments_kl" in aggregate:
         lines[-1] += f", at least {aggregate['moments_kl']:.2f} by its mean and covariance"
+    if by_class:
+        lines[-1] += "; both for the N images of a class, averaged"
     if "knn_accuracy" in result:
         lines.append(
             f"labels from posterior means: 5 nearest neighbors {result['knn_accuracy']:.2%}, linear "

@@ -2,7 +2,8 @@
 
 The KL to a learned prior has no closed form; it is estimated from samples of the posterior (`VAE.kl`). To add a prior,
 write a class with the methods of `Prior` and name it in `PRIORS`. Its constructor takes `latent_dim`, and if it has
-such parameters the VAE's `image_shape` and `encode`; the others are settings of the group `prior`.
+such parameters the VAE's `image_shape` and `encode`, and `num_classes`, with which it is p(z|y) in a conditional model;
+the others are settings of the group `prior`.
 """
 
 import itertools
@@ -11,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from betavae.errors import UserError
 from betavae.models.precision import at_least_float32, to_float64
@@ -21,11 +23,33 @@ NUM_MOMENT_SAMPLES = 10_000
 MAX_LOG_SCALE = 3.0  # of a coupling layer: factors from 1/20 to 20
 
 
+def one_hot_labels(labels: Tensor | None, num_classes: int) -> Tensor:
+    """Return the one-hot vectors `(B, num_classes)` of labels `(B,)`.
+
+    Raises:
+        ValueError: If there are no labels.
+    """
+    if labels is None:
+        raise ValueError("a conditional VAE needs the labels of its images: vae.given(labels)")
+    return F.one_hot(labels, num_classes)
+
+
 class Prior(nn.Module):
-    """Base class of the priors."""
+    """Base class of the priors. With `num_classes`, it is p(z|y), and `given` sets the labels y."""
 
     latent_dim: int
+    num_classes = 0
+    labels: Tensor | None = None  # (B,) or (1,), of a view by `given`
     has_components = False  # True: a sample also takes a uniform number, which chooses a component
+
+    def given(self, labels: Tensor) -> "Prior":
+        """Return a view with the same weights for z with these labels, `(B,)` or `(1,)` for all of them."""
+        if not self.num_classes:
+            return self
+        view = type(self).__new__(type(self))  # `copy.copy` is beyond torch.compile
+        view.__dict__.update(self.__dict__)
+        view.labels = labels
+        return view
 
     def log_prob(self, z: Tensor) -> Tensor:
         """Return log p(z) in nats, `(..., B)`, for z `(..., B, latent_dim)`."""
@@ -54,8 +78,15 @@ class Prior(nn.Module):
         return None
 
     def moments(self) -> tuple[Tensor, Tensor]:
-        """Return mean and standard deviation of each latent dimension, `(latent_dim,)` each."""
-        z = self.sample(NUM_MOMENT_SAMPLES, generator=torch.Generator().manual_seed(0))
+        """Return mean and standard deviation of each latent dimension, `(latent_dim,)` each.
+
+        p(z|y) without a label, or with several, is averaged over all classes.
+        """
+        prior = self
+        if self.num_classes and (self.labels is None or len(self.labels) > 1):
+            labels = torch.arange(NUM_MOMENT_SAMPLES) % self.num_classes
+            prior = self.given(labels)
+        z = prior.sample(NUM_MOMENT_SAMPLES, generator=torch.Generator().manual_seed(0))
         return z.mean(0), z.std(0)
 
 
@@ -89,7 +120,7 @@ def mixture_log_prob(z: Tensor, mean: Tensor, logvar: Tensor, log_weights: Tenso
         z: `(..., B, D)`.
         mean: `(K, D)`.
         logvar: `(K, D)`.
-        log_weights: `(K,)`, whose exponentials sum to 1.
+        log_weights: `(K,)`, or `(B, K)` for each z its own; the exponentials sum to 1.
     """
     # The squares (z - mean)^2 / var as two matrix products, which lose digits to cancellation: hence double precision,
     # which autocast and faster products of float32 leave alone.
@@ -103,44 +134,51 @@ def mixture_log_prob(z: Tensor, mean: Tensor, logvar: Tensor, log_weights: Tenso
 class GaussianComponents(Prior):
     """Base class of the mixtures of K normal distributions with diagonal covariance."""
 
-    log_weights: nn.Parameter  # (K,), before the softmax
+    log_weights: nn.Parameter  # (K,), or of p(z|y) (num_classes, K), before the softmax
     has_components = True
 
     def components(self) -> tuple[Tensor, Tensor]:
         """Return the means and log-variances, `(K, latent_dim)` each."""
         raise NotImplementedError
 
+    def select_log_weights(self) -> Tensor:
+        """Return the normalized log-weights: `(K,)`, or of p(z|y) those of the labels, `(B, K)`."""
+        weights = self.log_weights.log_softmax(-1)
+        return one_hot_labels(self.labels, self.num_classes).to(weights) @ weights if self.num_classes else weights
+
     def log_prob(self, z: Tensor) -> Tensor:
-        return mixture_log_prob(z, *self.components(), self.log_weights.log_softmax(0))
+        return mixture_log_prob(z, *self.components(), self.select_log_weights())
 
     def count_floats(self) -> int:
-        return 8 * len(self.log_weights)  # four matrices in double precision
+        return 8 * self.log_weights.shape[-1]  # four matrices in double precision
 
     def transform(self, noise: Tensor, uniform: Tensor | None = None) -> Tensor:
         if uniform is None:
             raise ValueError("a mixture needs uniform numbers, which choose its components")
         mean, logvar = self.components()
-        edges = self.log_weights.float().softmax(0).cumsum(0)[:-1]
+        edges = self.select_log_weights().float().exp().cumsum(-1)[..., :-1]
         chosen = (uniform[:, None] >= edges).sum(1)
         return mean[chosen] + torch.exp(0.5 * logvar[chosen]) * noise
 
     def moments(self) -> tuple[Tensor, Tensor]:
         mean, logvar = self.components()
-        weights = self.log_weights.softmax(0)
+        one_class = self.labels is not None and len(self.labels) == 1
+        weights = self.select_log_weights().exp() if one_class else self.log_weights.softmax(-1)
+        weights = weights.reshape(-1, len(mean)).mean(0)
         center = weights @ mean
         return center, (weights @ (logvar.exp() + (mean - center) ** 2)).sqrt()
 
 
 class Mixture(GaussianComponents):
-    """Mixture of Gaussians with learned means, scales and weights."""
+    """Mixture of Gaussians with learned means, scales and weights. The weights of p(z|y) depend on the label."""
 
-    def __init__(self, latent_dim: int, components: int):
+    def __init__(self, latent_dim: int, components: int, num_classes: int = 0):
         super().__init__()
-        self.latent_dim = latent_dim
+        self.latent_dim, self.num_classes = latent_dim, num_classes
         # Close to N(0, I), and different enough to become different components.
         self.mean = nn.Parameter(0.3 * torch.randn(components, latent_dim))
         self.log_scale = nn.Parameter(torch.zeros(components, latent_dim))
-        self.log_weights = nn.Parameter(torch.zeros(components))
+        self.log_weights = nn.Parameter(torch.zeros(*[num_classes] * bool(num_classes), components))
 
     def components(self) -> tuple[Tensor, Tensor]:
         return self.mean, 2 * self.log_scale
@@ -177,12 +215,13 @@ class Coupling(nn.Module):
         num_fixed: The number of values in `a`.
         num_changed: The number of values in `b`.
         hidden_dims: The hidden widths of the network for s and t.
+        num_classes: The number of values in the one-hot vector that the network sees beside `a`.
     """
 
-    def __init__(self, num_fixed: int, num_changed: int, hidden_dims: Sequence[int]):
+    def __init__(self, num_fixed: int, num_changed: int, hidden_dims: Sequence[int], num_classes: int = 0):
         super().__init__()
         self.sizes = (num_fixed, num_changed)
-        widths = [num_fixed, *hidden_dims]
+        widths = [num_fixed + num_classes, *hidden_dims]
         layers: list[nn.Module] = []
         for n_in, n_out in itertools.pairwise(widths):
             layers += [nn.Linear(n_in, n_out), nn.ReLU()]
@@ -191,48 +230,61 @@ class Coupling(nn.Module):
         nn.init.zeros_(last.bias)
         self.network = nn.Sequential(*layers, last)
 
-    def scale_and_shift(self, fixed: Tensor) -> tuple[Tensor, Tensor]:
+    def scale_and_shift(self, fixed: Tensor, one_hot: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return s and t; s is bounded, softly, to (-`MAX_LOG_SCALE`, `MAX_LOG_SCALE`)."""
-        log_scale, shift = at_least_float32(self.network(fixed)).chunk(2, -1)
+        inputs = fixed if one_hot is None else torch.cat((fixed, one_hot), -1)
+        log_scale, shift = at_least_float32(self.network(inputs)).chunk(2, -1)
         return log_scale / (1 + log_scale.abs() / MAX_LOG_SCALE), shift
 
-    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, z: Tensor, one_hot: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the transformed z and the log-determinant `(B,)` of the Jacobian, for z `(B, D)`."""
         fixed, changed = z.split(self.sizes, -1)
-        log_scale, shift = self.scale_and_shift(fixed)
+        log_scale, shift = self.scale_and_shift(fixed, one_hot)
         return torch.cat((changed * log_scale.exp() + shift, fixed), -1), log_scale.sum(-1)
 
-    def invert(self, z: Tensor) -> Tensor:
+    def invert(self, z: Tensor, one_hot: Tensor | None = None) -> Tensor:
         """Return the z that `forward` maps to this one."""
         changed, fixed = z.split(self.sizes[::-1], -1)
-        log_scale, shift = self.scale_and_shift(fixed)
+        log_scale, shift = self.scale_and_shift(fixed, one_hot)
         return torch.cat((fixed, (changed - shift) * torch.exp(-log_scale)), -1)
 
 
 class Flow(Prior):
-    """RealNVP (Dinh et al. 2017): z becomes N(0, I) in affine coupling layers. It starts as N(0, I)."""
+    """RealNVP (Dinh et al. 2017): z becomes N(0, I) in affine coupling layers. It starts as N(0, I).
 
-    def __init__(self, latent_dim: int, transforms: int, hidden_dims: Sequence[int]):
+    The layers of p(z|y) also see the label.
+    """
+
+    def __init__(self, latent_dim: int, transforms: int, hidden_dims: Sequence[int], num_classes: int = 0):
         super().__init__()
         if latent_dim < 2:
             raise UserError(f"prior=flow needs model.latent_dim of at least 2, and it is {latent_dim}")
         sizes = (latent_dim // 2, latent_dim - latent_dim // 2)
-        self.latent_dim = latent_dim
+        self.latent_dim, self.num_classes = latent_dim, num_classes
         self.layers = nn.ModuleList(
-            Coupling(*(sizes if number % 2 == 0 else sizes[::-1]), hidden_dims) for number in range(transforms)
+            Coupling(*(sizes if number % 2 == 0 else sizes[::-1]), hidden_dims, num_classes)
+            for number in range(transforms)
         )
 
+    def one_hot_for(self, z: Tensor) -> Tensor | None:
+        """Return the one-hot vectors of the labels of z `(..., B, latent_dim)`, `(-1, num_classes)`, for p(z|y)."""
+        if not self.num_classes:
+            return None
+        one_hot = one_hot_labels(self.labels, self.num_classes).to(z)
+        return one_hot.expand(*z.shape[:-1], -1).flatten(0, -2)
+
     def log_prob(self, z: Tensor) -> Tensor:
-        noise = at_least_float32(z).flatten(0, -2)
+        noise, one_hot = at_least_float32(z).flatten(0, -2), self.one_hot_for(z)
         log_det = noise.new_zeros(noise.shape[0])  # `len` would be a constant of an exported graph
         for layer in self.layers:
-            noise, change = layer(noise)
+            noise, change = layer(noise, one_hot)
             log_det = log_det + change
         return (log_det - 0.5 * (noise**2 + LOG_2PI).sum(-1)).unflatten(0, z.shape[:-1])
 
     def transform(self, noise: Tensor, uniform: Tensor | None = None) -> Tensor:
+        one_hot = self.one_hot_for(noise)
         for layer in reversed(self.layers):
-            noise = layer.invert(noise)  # type: ignore[operator]
+            noise = layer.invert(noise, one_hot)  # type: ignore[operator]
         return noise
 
 

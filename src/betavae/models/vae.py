@@ -7,12 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from betavae.models.likelihoods import LIKELIHOODS
 from betavae.models.networks import NETWORKS
 from betavae.models.precision import at_least_float32
-from betavae.models.priors import PRIORS, Prior
+from betavae.models.priors import PRIORS, Prior, one_hot_labels
 
 
 class Posterior(NamedTuple):
@@ -41,9 +40,9 @@ class Posterior(NamedTuple):
 class VAE(nn.Module):
     """Encoder q(z|x), decoder with likelihood p(x|z), prior p(z).
 
-    A conditional model, which has `classes`, is q(z|x, y), p(x|z, y) and p(z) for images with a label y: planes of its
-    one-hot vector are further channels of the encoder's images, and the vector follows the decoder's z. `given` sets
-    the labels.
+    A conditional model, which has `classes`, is q(z|x, y), p(x|z, y) and p(z|y) for images with a label y: planes of
+    its one-hot vector are further channels of the encoder's images, and the vector follows the decoder's z. A learned
+    prior sees the vector, too, and N(0, I) is the same for each y. `given` sets the labels.
 
     Every argument is a plain value, so that a checkpoint can hold the recipe.
 
@@ -94,7 +93,7 @@ class VAE(nn.Module):
         self.decoder = decoder(
             params_shape, hidden_dims, decoder_inputs, activation, **select_kwargs(decoder, settings)
         )
-        self.prior = build_prior(prior, latent_dim, self.image_shape, self.encode)
+        self.prior = build_prior(prior, latent_dim, self.image_shape, self.encode, len(self.classes))
 
     def given(self, labels: Tensor | None) -> "VAE":
         """Return a view of a conditional model, with the same weights, that sees images with these labels.
@@ -106,19 +105,9 @@ class VAE(nn.Module):
         if not self.classes or labels is None:
             return self
         view = type(self).__new__(type(self))  # `copy.copy` is beyond torch.compile
-        view.__dict__.update(self.__dict__)
-        view.labels = labels
+        # An entry of `__dict__` is found before the submodule of this name, which view and model share.
+        view.__dict__.update(self.__dict__, labels=labels, prior=self.prior.given(labels))
         return view
-
-    def one_hot_labels(self) -> Tensor:
-        """Return the labels `(B, len(classes))`.
-
-        Raises:
-            ValueError: If no labels are set.
-        """
-        if self.labels is None:
-            raise ValueError("a conditional VAE needs the labels of its images: vae.given(labels)")
-        return F.one_hot(self.labels, len(self.classes))
 
     def init_from_mean_image(self, mean: Tensor) -> None:
         """Shift the encoder's input by the mean image `(C, H, W)` and make it the decoder's first output.
@@ -137,7 +126,7 @@ class VAE(nn.Module):
         """Return the posterior of images `(B, C, H, W)` in [0, 1]."""
         x = x.to(next(self.encoder.parameters()).dtype)
         if self.classes:
-            planes = self.one_hot_labels().to(x)[:, :, None, None]
+            planes = one_hot_labels(self.labels, len(self.classes)).to(x)[:, :, None, None]
             x = torch.cat((x, planes.expand(x.shape[0], -1, *x.shape[2:])), 1)
         # Single precision also under autocast: bfloat16 resolves a KL of 25 nats to an eighth only.
         params = at_least_float32(self.encoder(x))
@@ -147,7 +136,8 @@ class VAE(nn.Module):
         """Return the likelihood's parameters `(..., P * C, H, W)` at z `(..., latent_dim)`."""
         z = z.to(next(self.decoder.parameters()).dtype)
         if self.classes:
-            z = torch.cat((z, self.one_hot_labels().to(z).expand(*z.shape[:-1], -1)), -1)
+            one_hot = one_hot_labels(self.labels, len(self.classes)).to(z)
+            z = torch.cat((z, one_hot.expand(*z.shape[:-1], -1)), -1)
         return self.decoder(z.flatten(0, -2)).unflatten(0, z.shape[:-1])
 
     def decode(self, z: Tensor) -> Tensor:
@@ -213,10 +203,12 @@ class VAE(nn.Module):
         return self.decode(self.encode(x).mean)
 
 
-def build_prior(settings: Mapping[str, Any], latent_dim: int, image_shape: Sequence[int], encode: Any) -> Prior:
+def build_prior(
+    settings: Mapping[str, Any], latent_dim: int, image_shape: Sequence[int], encode: Any, num_classes: int
+) -> Prior:
     """Return the prior `settings["name"]` with its settings, and with what it takes of the model."""
     prior = PRIORS[settings["name"]]
-    model = {"latent_dim": latent_dim, "image_shape": image_shape, "encode": encode}
+    model = {"latent_dim": latent_dim, "image_shape": image_shape, "encode": encode, "num_classes": num_classes}
     own = {name: value for name, value in settings.items() if name != "name"}
     return prior(**select_kwargs(prior, model), **own)
 

@@ -243,8 +243,10 @@ def test_conditional_model_is_shown_with_the_chosen_label(data_root):
         for words in ({}, {"label": None}, {"label": 10}):
             answer = client.post("/api/decode", json={"z": [[0.0, 0.0]]} | words)
             assert answer.status_code == 400 and "expected 0 to 9" in answer.json()["error"]
-        (z,) = client.get("/api/sample").json()["z"]
-        assert len(z) == 2 and z != client.get("/api/sample").json()["z"][0]
+        (z,) = client.get("/api/sample", params={"label": 3}).json()["z"]
+        assert len(z) == 2 and z != client.get("/api/sample", params={"label": 3}).json()["z"][0]
+        for query in ({}, {"label": 10}):
+            assert "expected 0 to 9" in client.get("/api/sample", params=query).json()["error"]
 
 
 def test_prior_sample_uses_equal_noise_for_dimensions_of_equal_rank(explorer):

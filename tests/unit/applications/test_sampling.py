@@ -139,6 +139,16 @@ def test_sampler_is_fitted_once_per_checkpoint_and_label(run):
     torch.testing.assert_close(load_or_fit_sampler("gaussian", run, label=2).means[0], one.means[0])
 
 
+def test_conditional_model_has_a_sampler_per_class(run):
+    run.vae = VAE("mlp", [16], 2, "relu", "bernoulli", [1, 28, 28], classes="abc").requires_grad_(False)
+    labels = torch.tensor([2, 0, 2, 2, 0])
+    z = load_or_fit_sampler("gaussian", run, labels=labels).sample(5, torch.Generator().manual_seed(3))
+    generator = torch.Generator().manual_seed(3)
+    for label in (0, 2):
+        own = load_or_fit_sampler("gaussian", run, label="abc"[label])
+        assert torch.equal(z[labels == label], own.sample(int((labels == label).sum()), generator))
+
+
 def test_invalid_label_is_rejected(run):
     with pytest.raises(UserError, match="label=7 is invalid: expected a label from 0 to 2"):
         load_or_fit_sampler("gaussian", run, label=7)

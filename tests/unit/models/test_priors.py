@@ -5,7 +5,7 @@ import torch
 from torch import distributions as D
 
 from betavae.errors import UserError
-from betavae.metrics.aggregate_posterior import decompose_kl
+from betavae.metrics.aggregate_posterior import decompose_kl, decompose_kl_by_class
 from betavae.metrics.likelihood import PerImageBounds, importance_bounds
 from betavae.models.priors import PRIORS, Flow, Mixture, StandardNormal, VampPrior
 from betavae.models.vae import VAE, Posterior
@@ -57,19 +57,28 @@ def test_mixture_of_one_standard_normal_is_the_standard_prior():
 NAMED_PRIORS = (("standard", {}), ("mixture", {"components": 1}))
 
 
-@pytest.mark.parametrize("name", PRIORS)
-def test_density_integrates_to_one_in_two_dimensions(name):
-    prior = build_vae(name, latent_dim=2).prior
+CASES = [*((name, None) for name in PRIORS), *((name, label) for name in ("mixture", "flow") for label in (0, 2))]
+
+
+def build_prior(name: str, label: int | None):
+    """Build p(z) in two dimensions, or with a label p(z|y) of three classes."""
+    vae = build_vae(name, latent_dim=2, classes=None if label is None else "abc")
+    return vae.prior if label is None else vae.given(torch.tensor([label])).prior
+
+
+@pytest.mark.parametrize(("name", "label"), CASES)
+def test_density_integrates_to_one_in_two_dimensions(name, label):
+    prior = build_prior(name, label)
     axis = torch.linspace(-12, 12, 481, dtype=torch.float64)
     grid = torch.cartesian_prod(axis, axis)
     total = prior.log_prob(grid).exp().sum() * (axis[1] - axis[0]) ** 2
     assert total.item() == pytest.approx(1, abs=2e-4)
 
 
-@pytest.mark.parametrize("name", PRIORS)
+@pytest.mark.parametrize(("name", "label"), CASES)
 @torch.no_grad()
-def test_samples_have_the_moments_of_the_density(name):
-    prior = build_vae(name, latent_dim=2).prior
+def test_samples_have_the_moments_of_the_density(name, label):
+    prior = build_prior(name, label)
     axis = torch.linspace(-12, 12, 481, dtype=torch.float64)
     grid = torch.cartesian_prod(axis, axis)
     density = prior.log_prob(grid).exp()
@@ -82,6 +91,55 @@ def test_samples_have_the_moments_of_the_density(name):
     found = [part.double() for part in prior.moments()]
     torch.testing.assert_close(found[0], mean, rtol=0, atol=0.05)
     torch.testing.assert_close(found[1], std, rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize("name", ("mixture", "flow"))
+@torch.no_grad()
+def test_each_label_has_its_own_prior(name):
+    vae, labels = build_vae(name, classes="abc"), torch.tensor([2, 0, 0, 1])
+    x, noise = torch.rand(4, 1, 3, 4).double(), torch.randn(5, 4, 3).double()
+    together = vae.given(labels).prior
+    alone = [vae.given(label[None]).prior for label in labels]
+    wanted = torch.stack([prior.log_prob(noise[:, i]) for i, prior in enumerate(alone)], 1)
+    torch.testing.assert_close(together.log_prob(noise), wanted)
+    assert (alone[0].log_prob(noise[:, 1]) - alone[1].log_prob(noise[:, 1])).abs().min() > 1e-3
+    drawn = together.transform(noise[0], torch.full((4,), 0.4))
+    for i, prior in enumerate(alone):
+        torch.testing.assert_close(drawn[[i]], prior.transform(noise[0, [i]], torch.full((1,), 0.4)))
+    # A batch, and no label, stand for all classes alike.
+    moments = [vae.given(torch.tensor([label])).prior.moments() for label in range(3)]
+    for prior in (vae.prior, together):
+        mean, _ = prior.moments()
+        torch.testing.assert_close(mean, torch.stack([mean for mean, _ in moments]).mean(0), rtol=0, atol=0.02)
+    # The bound of an image is that under the prior of its label.
+    bounds = PerImageBounds.concat(list(importance_bounds(vae, x, [3], labels=labels)))
+    for i, label in enumerate(labels):
+        draws = torch.randn(3, 32, 3, generator=torch.Generator().manual_seed(0))[:, [i]].double()
+        torch.testing.assert_close(bounds.nll[i, 0], iwae(vae.given(label[None]), x[[i]], draws, 1.0).loss)
+    with pytest.raises(ValueError, match="needs the labels"):
+        vae.prior.log_prob(noise)
+    assert vae.prior.labels is None and vae.labels is None
+
+
+def test_conditional_prior_is_compiled_with_its_labels():
+    vae, labels = build_vae("flow", classes="abc"), torch.tensor([2, 0, 0, 1])
+    compiled = torch.compile(lambda z, labels: vae.given(labels).prior.log_prob(z), backend="eager", fullgraph=True)
+    z = torch.randn(4, 3).double()
+    torch.testing.assert_close(compiled(z, labels), vae.given(labels).prior.log_prob(z))
+
+
+@torch.no_grad()
+def test_kl_is_split_within_the_classes():
+    """With the aggregate posterior of each class as p(z|y), the whole KL is mutual information."""
+    vae = VAE(**SMALL, prior={"name": "mixture", "components": 9}, classes="ab").double()
+    labels = torch.tensor([0, 1, 1, 0, 0, 1, 0, 0, 0])
+    mean, logvar = vae.given(labels).encode(3 * torch.rand(9, 1, 3, 4).double())
+    vae.prior.mean.copy_(mean)
+    vae.prior.log_scale.copy_(0.5 * logvar)
+    vae.prior.log_weights.copy_(torch.where(labels == torch.tensor([[0], [1]]), 0.0, -1000.0))
+    split = decompose_kl_by_class(Posterior(mean, logvar), vae, labels)
+    assert split["marginal_kl"] == pytest.approx(0, abs=1e-9) and split["by_class"]
+    assert split["mutual_information_limit"] == pytest.approx((6 * math.log(6) + 3 * math.log(3)) / 9)
 
 
 def test_mixture_equals_torch_distributions():

@@ -243,14 +243,17 @@ def sort_by_kl(model: LoadedModel) -> Tensor:
 
 
 @torch.no_grad()
-def sample_prior(explorer: Explorer) -> list[Tensor]:
-    """Draw a sample of each model's prior, `(latent_dim,)`, from the same noise for dimensions of equal rank by KL."""
+def sample_prior(explorer: Explorer, label: Tensor | None = None) -> list[Tensor]:
+    """Draw a sample of each model's prior, `(latent_dim,)`, from the same noise for dimensions of equal rank by KL.
+
+    `label` is (1,), for conditional models.
+    """
     uniform, noise = torch.rand(1), torch.randn(max(model.vae.latent_dim for model in explorer.models))
     samples = []
     for model in explorer.models:
         own = torch.empty(1, model.vae.latent_dim)
         own[0, sort_by_kl(model)] = noise[: model.vae.latent_dim]
-        samples.append(model.vae.prior.transform(own, uniform)[0])
+        samples.append(model.vae.given(label).prior.transform(own, uniform)[0])
     return samples
 
 

@@ -85,6 +85,13 @@ class MapRequest(BaseModel):
     axes: Literal["pca", "largest", "tsne"] = "pca"
 
 
+class SampleRequest(BaseModel):
+    """A query string; not strict, since its values are text."""
+
+    model_config = ConfigDict(extra="forbid")
+    label: Label = None
+
+
 class UploadOptions(BaseModel):
     """A query string; not strict, since its values are text."""
 
@@ -131,7 +138,8 @@ def build_app(explorer: Explorer, names: set[str], loopback: bool = True) -> Sta
         return JSONResponse({"points": round_points(points), **plane})
 
     def get_sample(request: Request) -> Response:
-        return JSONResponse({"z": [z.tolist() for z in queries.sample_prior(explorer)]})
+        label = explorer.check_label(SampleRequest.model_validate(dict(request.query_params)).label)
+        return JSONResponse({"z": [z.tolist() for z in queries.sample_prior(explorer, label)]})
 
     async def post_decode(request: Request) -> Response:
         body = await parse_body(request, DecodeRequest)

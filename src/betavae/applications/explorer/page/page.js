@@ -46,7 +46,10 @@ function setMean() {
   setAll(page.state.runs.map(({ center }) => [...center]), "none: the prior's mean");
 }
 
-const sample = runLatest(async () => setAll((await request("api/sample")).z, "none: a sample of the prior"));
+const sample = runLatest(async () => {
+  const query = getLabel() === null ? "" : `?label=${getLabel()}`;
+  setAll((await request(`api/sample${query}`)).z, "none: a sample of the prior");
+});
 
 function makeSliders() {
   const { runs } = page.state, most = Math.max(...runs.map(({ order }) => order.length));
