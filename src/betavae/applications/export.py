@@ -10,7 +10,7 @@ The graphs take and return float32, for B images of `(C, H, W)` and D latent dim
   KL(q(z|x) || p(z)), both `(B,)` in nats. Their sum is the negative ELBO from one sample.
 
 Images are in the units of the data, or with `data.scaling=unit` in [0, 1]: see `Scaling.to_data_units`. For a
-conditional model, all graphs also take label `(B,)`, int64, the number of each image's class.
+conditional model, each graph also takes label `(B,)`, int64, the number of each image's class.
 """
 
 import json
