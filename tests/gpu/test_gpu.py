@@ -9,8 +9,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from copy import deepcopy
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +22,14 @@ import betavae
 from betavae.applications.sampling import sample_posterior
 from betavae.data import datamodule
 from betavae.models.likelihoods import LIKELIHOODS
-from betavae.models.networks import NETWORKS
+from betavae.models.priors import PRIORS
 from betavae.models.vae import VAE
 from betavae.module import VAEModule
-from betavae.objectives import OBJECTIVES, build_objective
+from betavae.objectives import OBJECTIVES
 from betavae.runtime.callbacks import CALLBACKS
 from tests.commands import REPO, TINY
 from tests.gpu.background import Command, Commands, has_cuda
+from tests.gpu.comparisons import compare_objectives, compare_priors
 
 ACCELERATOR, DEVICE = "gpu", "cuda"
 
@@ -38,6 +37,11 @@ if not has_cuda():
     pytest.skip("no GPU that torch can use through CUDA", allow_module_level=True)
 
 SMALL = [*TINY, "trainer.max_epochs=2", "callbacks.figures_every_n_epochs=0", f"trainer.accelerator={ACCELERATOR}"]
+
+LABELS = ["model.conditional=true", "prior=flow", "prior.transforms=2", "prior.hidden_dims=[8]"]
+MIXTURE = ["model.conditional=true", "prior=mixture", "prior.components=5"]
+VAMP = ["prior=vamp", "prior.components=5"]
+COLORS = ["data=arrays", "data.root=colors.npy", "data.scaling=standardize", "model.likelihood=gaussian"]
 
 GRAPH = ["trainer.cuda_graph=true", "trainer.steps_per_batch=10"]
 # Each with what it must agree with up to rounding: the same settings without the graph. The last has a smaller batch at
@@ -58,6 +62,7 @@ COMPILED = {
     "reduce_overhead": ["trainer.compile=reduce-overhead"],
     "max_autotune": ["trainer.compile=max-autotune"],
     "compiled_conv": ["trainer.compile=true", "model=conv", "model.hidden_dims=[4,8]"],
+    "compiled_labels": ["trainer.compile=true", *LABELS],
     "fast": ["trainer=[smoke,fast]"],
     "graph_compiled": [*GRAPH, "trainer.compile=true"],
 }
@@ -67,6 +72,7 @@ EAGER = {
     "reduce_overhead": "plain",
     "max_autotune": "plain",
     "compiled_conv": "conv",
+    "compiled_labels": "labels",
     "fast": "bf16_ten_steps",
     "graph_compiled": "eager_graph",
 }
@@ -99,6 +105,11 @@ TRAININGS = {
         *("model.latent_dim=2", "model.activation=tanh"),
     ],
     "binary": ["data.binarize=threshold", "lr_schedule=cosine"],
+    "labels": LABELS,
+    "mixture": [*MIXTURE, "objective=piwae", "objective.k=4", "objective.groups=2", "trainer.precision=bf16-mixed"],
+    "vamp": [*VAMP, "model=conv", "model.hidden_dims=[4,8]"],
+    "mmd": ["objective=mmd_vae", "model.likelihood=laplace"],
+    "colors": [*COLORS, "model=conv", "model.hidden_dims=[4,8]"],
 }
 # Each is run to its end twice, and once with a SIGKILL in its second epoch and a SIGTERM in its third, at `STOPS`.
 RESUMED = {
@@ -120,6 +131,10 @@ NO_SYNCHRONIZATION = {
     "steps_mixed": ["trainer.precision=16-mixed", "model=conv", "model.hidden_dims=[4,8]", "lr_schedule=cosine"],
     "steps_muon": ["optimizer=muon", "trainer.gradient_clip_val=1.0", "trainer.accumulate_grad_batches=2"],
     "steps_dip": ["objective=dip_vae", "beta_schedule=linear"],
+    "steps_labels": LABELS,
+    "steps_mixture": [*MIXTURE, "objective=dreg"],
+    "steps_vamp": VAMP,
+    "steps_colors": COLORS,
     "steps_fast": ["trainer=[smoke,fast]", "trainer.limit_train_batches=8"],  # of ten steps
 }
 
@@ -130,6 +145,8 @@ def commands_for(data_root: str) -> dict[str, Command]:
 
     def train(name: str, *args: str, **how: Any) -> None:
         folder = how.pop("folder", name)
+        after = "saved_colors" if "data=arrays" in args else None
+        how = {"after": after} | how
         found[name] = Command([*SMALL, f"data.root={data_root}", f"hydra.run.dir={folder}", *args], **how)
 
     def resume(name: str, folder: str, *args: str, **how: Any) -> None:
@@ -172,12 +189,16 @@ def commands_for(data_root: str) -> dict[str, Command]:
         train(name, *long, watch, *args, prepare=watch_steps)
     train("from_memory", prepare=lambda: setattr(datamodule, "MAX_DEVICE_BYTES", 0))
     train("sprites", "data=sprites", "data.image_size=32", "data.root=none", "model=conv", "model.hidden_dims=[4,8]")
-    found["numbers"] = Command([], prepare=only(compare_numbers))
+    found["saved_colors"] = Command([], prepare=only(save_colors))
+    found["numbers"] = Command([], prepare=only(lambda: write_errors("numbers", compare_objectives(DEVICE))))
+    found["priors"] = Command([], prepare=only(lambda: write_errors("priors", compare_priors(DEVICE))))
     found["samples"] = Command([], prepare=only(compare_samples), after="plain")
     few = ["k=100", "max_images=64"]
     script("evaluated_on_gpu", "evaluate", "plain", *few, f"device={DEVICE}", "out=evaluated_on_gpu", "probes=false")
     script("evaluated_on_cpu", "evaluate", "plain", *few, "device=cpu", "out=evaluated_on_cpu", "probes=false")
     script("evaluated", "evaluate", "conv", "k=10", "max_images=64")
+    script("evaluated_labels", "evaluate", "labels", "k=10", "max_images=64", f"device={DEVICE}", "probes=false")
+    script("sampled_labels", "sample", "labels", "label=7", "out=sevens.png")
     script("encoded", "encode", "bf16-true", "out=latents.npz", "images=test")
     script("decoded", "decode", "plain", "latents=z.npy", "out=decoded", after="samples")
     script("compressed", "compress", "dreg", "images=pixels.npy", "out=a.bvae", "report=false", after="dreg")
@@ -255,49 +276,16 @@ def begin_again() -> None:
     os.execv(sys.executable, [sys.executable, str(REPO / "train.py"), *sys.argv[1:]])
 
 
+def save_colors() -> None:
+    np.save("colors.npy", np.random.default_rng(0).normal(3, 2, size=(20_000, 8, 8, 3)).astype(np.float32))
+
+
 def some_pixels() -> np.ndarray:
     return np.random.default_rng(0).integers(256, size=(20, 28, 28), dtype=np.uint8)
 
 
-SETTINGS: dict[str, dict[str, Any]] = {
-    "elbo": {"free_bits": 0.1},
-    "beta_tcvae": {"sampling": "weighted"},
-    "dip_vae": {"variant": "ii", "off_diagonal": 10.0, "diagonal": 5.0},
-    "capacity_vae": {"gamma": 10.0},
-}
-HIDDEN = {"mlp": [8], "conv": [2, 3], "resnet": [4, 8]}
-
-
-def compare_numbers() -> None:
-    """Compute each objective's loss, terms and gradients in double precision on both devices."""
-    errors: dict[str, list[str]] = {name: [] for name in OBJECTIVES}
-    x, noise = torch.rand(6, 1, 12, 12).mul(255).round().div(255).double(), torch.randn(3, 6, 2).double()
-    for name, network, likelihood in product(OBJECTIVES, NETWORKS, LIKELIHOODS):
-        objective = build_objective(
-            {"name": name, "k": 3, "num_train_images": 50, "kl_decomposition": True} | SETTINGS.get(name, {})
-        )
-        vae = VAE(network, HIDDEN[network], 2, "tanh", likelihood, [1, 12, 12]).double()
-        found = []
-        for device in ("cpu", DEVICE):
-            mine, given = deepcopy(vae).to(device), [t.to(device) for t in (x, noise, torch.tensor(0.5).double())]
-            torch.cuda.set_sync_debug_mode("error" if device == "cuda" else "default")
-            try:
-                terms = objective(mine, *given)
-                terms.loss.backward()
-                sums = terms.batch_sums()
-            except RuntimeError as error:
-                errors[name].append(f"{network}, {likelihood} on {device}: {error}")
-                break
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
-            gradients = {key: value.grad for key, value in mine.named_parameters()}
-            found.append({key: value.cpu() for key, value in (sums | gradients).items()})
-        else:
-            try:
-                torch.testing.assert_close(*found, rtol=1e-6, atol=1e-8)
-            except AssertionError as error:
-                errors[name].append(f"{network}, {likelihood}: {error}")
-    Path("numbers.json").write_text(json.dumps(errors))
+def write_errors(name: str, errors: dict[str, list[str]]) -> None:
+    Path(f"{name}.json").write_text(json.dumps(errors))
 
 
 def compare_samples() -> None:
@@ -451,6 +439,20 @@ def test_gradients_are_not_accumulated_in_a_replay(commands: Commands, folder: P
 def test_an_objective_is_the_same_on_both_devices(folder: Path, name: str) -> None:
     errors = json.loads((folder / "numbers.json").read_text())[name]
     assert not errors, "\n\n".join(errors)
+
+
+@needs("priors")
+@pytest.mark.parametrize("name", PRIORS)
+def test_a_prior_is_the_same_on_both_devices(folder: Path, name: str) -> None:
+    errors = json.loads((folder / "priors.json").read_text())[name]
+    assert not errors, "\n\n".join(errors)
+
+
+@needs("evaluated_labels", "sampled_labels")
+def test_a_conditional_model_is_evaluated_and_sampled(folder: Path) -> None:
+    found = json.loads((folder / "labels" / "evaluation.json").read_text())
+    assert found["aggregate"]["by_class"] and math.isfinite(found["nll_10"]["mean"])
+    assert (folder / "sevens.png").exists()
 
 
 @needs("samples", "decoded")

@@ -144,7 +144,10 @@ class Scaling:
 
     def per_channel(self, numbers: list[float], like: Tensor) -> Tensor | float:
         """Return one number, or a tensor of numbers that broadcasts over `(..., C, H, W)`."""
-        return numbers[0] if len(numbers) == 1 else like.new_tensor(numbers).view(-1, 1, 1)
+        if len(numbers) == 1:
+            return numbers[0]
+        values = torch.tensor(numbers, dtype=like.dtype).view(-1, 1, 1)
+        return values.to(like.device, non_blocking=like.is_cuda)  # or a GPU would be waited for in each batch
 
 
 class Measured(NamedTuple):
