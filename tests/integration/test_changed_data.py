@@ -133,6 +133,22 @@ def test_moved_images_are_the_same_data(trained, tmp_path, dataset, sizes, write
     run("resume=run", "trainer.max_epochs=2", f"data.root={elsewhere}", cwd=tmp_path / "place")
 
 
+@pytest.mark.slow
+def test_changed_labels_are_rejected_with_a_conditional_model(tmp_path):
+    labels = np.arange(300) % 3
+    np.savez(tmp_path / "x.npz", images=PIXELS, labels=labels)
+    quick = ["data.batch_size=20", "trainer.max_epochs=1", "callbacks.figures_every_n_epochs=0"]
+    for name, conditional in (("run", "true"), ("plain", "false")):
+        settings = ["data=arrays", "data.root=x.npz", f"model.conditional={conditional}", f"hydra.run.dir={name}"]
+        run(*TINY, *settings, *COUNTS, *quick, cwd=tmp_path)
+    np.savez(tmp_path / "x.npz", images=PIXELS, labels=labels[::-1])
+    text = run(*EVALUATE, cwd=tmp_path, script="scripts/evaluate.py", code=1)
+    assert text.startswith("error: x.npz: the test labels have changed since run/checkpoints/")
+    text = run("resume=run", "trainer.max_epochs=2", cwd=tmp_path, code=1)
+    assert text.startswith("error: resume: x.npz: the train labels, validation labels, test labels have changed since")
+    run("ckpt=plain", *EVALUATE[1:], cwd=tmp_path, script="scripts/evaluate.py")
+
+
 def test_every_script_rejects_changed_data(trained, tmp_path):
     place = tmp_path / "place"
     shutil.copytree(trained("arrays", COUNTS), place)

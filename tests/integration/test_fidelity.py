@@ -59,7 +59,7 @@ def score_few(tmp_path):
     source = {"name": "arrays", "root": str(tmp_path / "bars.npz"), "validation_size": 0.1, "test_size": 40}
     loaded = DataSource(**source, binarize="none")
     splits = loaded.load_training() | {"test": loaded.load_split("test")}
-    fingerprints = {split: loaded.fingerprint(images) for split, images in splits.items()}
+    fingerprints = {split: fingerprint(images) for split, images in splits.items()}
     model = MODEL | {"hidden_dims": [16], "latent_dim": 2, "image_shape": [1, 12, 12]}
     write_untrained_checkpoint(tmp_path / "lone.ckpt", model, DATA | source | {"batch_size": 10}, fingerprints)
 

@@ -361,7 +361,7 @@ def format_model_card(
 {imports}
 
 vae = betavae.load("THIS_FOLDER").vae
-images = {sample}
+samples = {sample}
 ```
 
 ![samples](samples.png)

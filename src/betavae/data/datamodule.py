@@ -53,6 +53,7 @@ class ImageDataModule(L.LightningDataModule):
             raise UserError(f"data.scaling={scaling} is invalid with data.binarize={binarize}: expected unit or minmax")
         self.originals: dict[str, ImageSet] = {}  # the splits before they are binarized
         self.splits: dict[str, ImageSet] = {}
+        self.has_conditions = False  # True: a conditional model sees the labels, whose changes are noticed, too
 
     def setup(self, stage: str | None = None) -> None:
         if self.splits:
@@ -69,9 +70,11 @@ class ImageDataModule(L.LightningDataModule):
 
     @functools.cached_property
     def fingerprints(self) -> dict[str, str]:
-        """The hash of each split after `setup`; empty for a data set whose name says which images it holds."""
-        hashes = {name: self.source.fingerprint(images) for name, images in self.originals.items()}
-        return {name: value for name, value in hashes.items() if value is not None}
+        """`DataSource.fingerprints` of all splits, after `setup`."""
+        found: dict[str, str] = {}
+        for split, images in self.originals.items():
+            found |= self.source.fingerprints(split, images, self.has_conditions)
+        return found
 
     @property
     def image_shape(self) -> list[int]:

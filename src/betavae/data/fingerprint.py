@@ -28,3 +28,10 @@ def fingerprint(images: ImageSet, labels: bool = False) -> str:
     if labels:
         digest.update(images.labels.contiguous().numpy().data)
     return digest.hexdigest()[:16]
+
+
+def hash_labels(images: ImageSet) -> str:
+    """Hash the labels and the names of the classes to 16 hexadecimal digits."""
+    digest = hashlib.sha256(json.dumps(images.classes and list(images.classes)).encode())
+    digest.update(images.labels.contiguous().numpy().data)
+    return digest.hexdigest()[:16]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from betavae.data import DATASETS, USER_DATASETS
-from betavae.data.fingerprint import fingerprint
+from betavae.data.fingerprint import fingerprint, hash_labels
 from betavae.data.holdout import DEFAULT_HOLDOUT, exclude_indices, hold_out_at_random, hold_out_by_name
 from betavae.data.image_set import ImageSet
 from betavae.data.loader import binarize_images
@@ -109,6 +109,8 @@ class DataSource:
         """Binarize images once, the same way in every run."""
         return images if self.binarize == "none" else binarize_images(images, self.binarize, scaling)
 
-    def fingerprint(self, images: ImageSet) -> str | None:
-        """Hash a split, or return None for a data set whose name says which images it holds."""
-        return fingerprint(images) if self.name in USER_DATASETS else None
+    def fingerprints(self, split: str, images: ImageSet, labels: bool) -> dict[str, str]:
+        """Hash the images of a split, and if asked the labels; empty for a data set whose name says what it holds."""
+        if self.name not in USER_DATASETS:
+            return {}
+        return {split: fingerprint(images)} | ({f"{split} labels": hash_labels(images)} if labels else {})

@@ -105,9 +105,11 @@ class TrainedRun(NamedTuple):
         """
         source = self.data_source(root)
         images = source.load_split("test") if split == "test" else source.load_training()[split]
-        if source.fingerprint(images) != self.fingerprints.get(split):
+        found = source.fingerprints(split, images, bool(self.vae.classes))
+        if changed := [name for name in found if found[name] != self.fingerprints.get(name)]:
+            what = f"{split} images" if split in changed else changed[0]
             raise UserError(
-                f"{source.root}: the {split} images have changed since {self.path} was trained, so images that it "
+                f"{source.root}: the {what} have changed since {self.path} was trained, so images that it "
                 "has seen could count as unseen; restore the data or pass a copy by data_root=PATH, or pass other "
                 "images by images=PATH if the command takes it"
             )

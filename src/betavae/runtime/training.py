@@ -232,6 +232,7 @@ class TrainingRun:
         self.datamodule = build_data(settings["data"])
         splits = self.datamodule.splits
         try:
+            self.datamodule.has_conditions = settings["model"]["conditional"]
             self.module = VAEModule(**module_arguments(settings, self.datamodule))
         except TypeError as error:  # of the arguments of a network or a likelihood
             raise UserError(f"model: {error}") from error
@@ -265,10 +266,12 @@ class TrainingRun:
             raise UserError(f"a search needs validation metrics, and this run never validates ({why})")
         found = self.datamodule.fingerprints
         known = state.get("fingerprints", {}) if state else found
-        if changed := [split for split in found if found[split] != known.get(split)]:
+        if changed := [name for name in found if found[name] != known.get(name)]:
+            images = [name for name in changed if name in splits]
+            what = f"{', '.join(images)} images" if images else ", ".join(changed)
             raise UserError(
-                f"resume: {self.datamodule.source.root}: the {', '.join(changed)} images have changed since this run "
-                "began; restore the data or pass a copy by data.root=PATH, or start a new run"
+                f"resume: {self.datamodule.source.root}: the {what} have changed since this run began; restore the "
+                "data or pass a copy by data.root=PATH, or start a new run"
             )
 
     def callback(self, kind: type[C]) -> C:

@@ -73,7 +73,7 @@ def test_labels_of_a_folder_are_class_names(make_run, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
         test = run.data_source().load_split("test")
-        run = run._replace(fingerprints={"test": run.data_source().fingerprint(test)})
+        run = run._replace(fingerprints=run.data_source().fingerprints("test", test, False))
         images = resolve_images(run, "test")
     assert images.names == test.names and images.labels == [name.split("/")[0] for name in test.names]
 
