@@ -49,8 +49,8 @@ def test_every_option_builds(option, data_root, tmp_path):
     built = TrainingRun(to_plain(cfg), RunFolder(tmp_path))
     assert not any(tmp_path.iterdir())
     assert built.trainer.max_epochs == (1 if option == "debug/fdr" else cfg.trainer.max_epochs)
-    x, _ = next(iter(built.datamodule.test_dataloader()))
-    built.module(x[:2])
+    x, labels = next(iter(built.datamodule.test_dataloader()))
+    built.module(x[:2], labels[:2])
     # The hyper-parameters in a checkpoint are plain values, which a round trip through YAML does not change.
     hparams = dict(built.module.hparams)
     assert OmegaConf.to_container(OmegaConf.create(OmegaConf.to_yaml(OmegaConf.create(hparams)))) == hparams
