@@ -81,14 +81,15 @@ def main(settings: Settings) -> None:
     reference = Reference((batch.float() / 255 for batch in x.split(BATCH_SIZE)), labels, classifier)
 
     names = [settings.sampler] if settings.sampler else list(SAMPLERS)
+    # All are fitted before the first is scored: a class may have too few images.
+    samplers = {name: load_or_fit_sampler(name, run, settings.data_root, labels=sampled_labels) for name in names}
     result: dict[str, Any] = {}
     latents, features = {}, {}
     with atomic_path(folder / "fidelity.json") as path:
         for name in [*names, "reconstructions", "test images"]:
             batches = (batch.float() / 255 for batch in x_test.split(BATCH_SIZE))
             if name in SAMPLERS:
-                sampler = load_or_fit_sampler(name, run, settings.data_root, labels=sampled_labels)
-                latents[name] = sampler.sample(total, torch.Generator().manual_seed(settings.seed))
+                latents[name] = samplers[name].sample(total, torch.Generator().manual_seed(settings.seed))
                 pairs = zip(latents[name].split(BATCH_SIZE), sampled_labels.split(BATCH_SIZE), strict=True)
                 batches = (run.vae.given(some).decode(z).clamp(0, 1) for z, some in pairs)
             elif name == "reconstructions":

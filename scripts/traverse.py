@@ -31,7 +31,7 @@ def main(settings: Settings) -> None:
     if settings.image is not None and settings.image >= len(x):
         raise UserError(f"image={settings.image} is invalid: expected the number of a test image, 0 to {len(x) - 1}")
     posterior = run.vae.given(labels).encode(x)
-    kl = run.vae.kl_per_dimension(posterior).mean(0)
+    kl = run.vae.given(labels).kl_per_dimension(posterior).mean(0)
     if settings.image is None:
         label = match_labels(run.vae.classes, 1, settings.label, None, "image=null")
         start = run.vae.given(label).prior.moments()[0]

@@ -61,6 +61,8 @@ def test_every_script_takes_the_model(trained, script, name):
     out, run_model = trained / f"out_{name}", lambda *words, **how: script(*words, ckpt=name, **how)
     assert {path.stem for path in (trained / name / "figures").iterdir()} >= {"samples", "traversal", "manifold"}
     run_model("evaluate", "k=20")
+    aggregate = json.loads((trained / name / "evaluation.json").read_text())["aggregate"]
+    assert aggregate.get("by_class", False) == is_conditional
     run_model("fidelity", "n=40", "repeats=2")
     scores = json.loads((trained / name / "fidelity.json").read_text())
     assert ("label_match" in scores["prior"]) == is_conditional

@@ -81,17 +81,19 @@ class Decoder(Graph):
 class Prior(Graph):
     """Noise to samples of a learned prior."""
 
-    inputs: tuple[str, ...] = ("noise",)
-    outputs = ("z",)
+    inputs, outputs = ("noise",), ("z",)
 
-    def __init__(self, vae: VAE, scaling: Scaling = BYTES):
-        super().__init__(vae, scaling)
-        if vae.prior.has_components:
-            self.inputs = (*self.inputs, "uniform")
+    def forward(self, noise: Tensor, label: Tensor | None = None) -> tuple[Tensor]:
+        return (self.vae.given(label).prior.transform(noise),)
 
-    def forward(self, noise: Tensor, second: Tensor | None = None, third: Tensor | None = None) -> tuple[Tensor]:
-        named = dict(zip(self.inputs, (noise, second, third), strict=False))
-        return (self.vae.given(named.get("label")).prior.transform(noise, named.get("uniform")),)
+
+class MixturePrior(Graph):
+    """Noise to samples of a learned mixture, whose components are chosen by uniform numbers."""
+
+    inputs, outputs = ("noise", "uniform"), ("z",)
+
+    def forward(self, noise: Tensor, uniform: Tensor, label: Tensor | None = None) -> tuple[Tensor]:
+        return (self.vae.given(label).prior.transform(noise, uniform),)
 
 
 class Score(Graph):
@@ -171,7 +173,7 @@ def write_onnx(graph: Graph, path: Path) -> Runner:
 def export_program(graph: Graph) -> torch.export.ExportedProgram:
     """Export a graph with a dynamic batch size, without the paths of this machine."""
     batch = torch.export.Dim("batch", min=1)
-    dynamic = tuple({0: batch} for _ in graph.inputs)
+    dynamic = {name: {0: batch} for name in graph.inputs}
     # torch would treat a batch size of 1 as constant.
     program = torch.export.export(graph, make_inputs(graph, 2), dynamic_shapes=dynamic)
     for node in program.graph.nodes:
@@ -251,6 +253,8 @@ def export_graphs(
         for name, make in GRAPHS.items():
             if name == "prior" and isinstance(vae.prior, StandardNormal):
                 continue
+            if name == "prior" and vae.prior.has_components:
+                make = MixturePrior
             graph, path = make(vae, scaling), folder / f"{name}{suffix}"
             try:
                 run = write(graph, path)

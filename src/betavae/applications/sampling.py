@@ -15,7 +15,7 @@ To add a sampler, write a function from z `(N, latent_dim)` to a `FittedSampler`
 
 import hashlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,15 +78,15 @@ class PriorSampler(NamedTuple):
 FittedSampler = Mixture | NeighborLines
 
 
-class ByClass(NamedTuple):
+class ClassSamplers(NamedTuple):
     """A sampler for each class of a conditional model."""
 
-    labels: Tensor  # (N,), of the samples to draw
+    labels: Tensor  # (N,) of the N samples to draw, or (1,) for all
     samplers: dict[int, FittedSampler]
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draw `(n, D)` on the CPU, for the first `n` labels."""
-        labels, z = self.labels[:n], {}
+        """Draw `(n, D)` on the CPU, for `n` labels."""
+        labels, z = self.labels.expand(n), {}
         for label, sampler in self.samplers.items():
             z[label] = iter(sampler.sample(int((labels == label).sum()), generator))
         return torch.stack([next(z[label]) for label in labels.tolist()])
@@ -143,7 +143,7 @@ def load_or_fit_sampler(
     data_root: str | None = None,
     label: int | str | None = None,
     labels: Tensor | None = None,
-) -> FittedSampler | PriorSampler | ByClass:
+) -> FittedSampler | PriorSampler | ClassSamplers:
     """Fit a sampler to the training images of a run, or load it from the run folder.
 
     The cached file has the hash of the checkpoint in its name, which determines the training images. With `label`, or
@@ -167,42 +167,63 @@ def load_or_fit_sampler(
                 f"label={label} is invalid: {expected} (pass sampler=mixture, or train with model.conditional=true)"
             )
         return PriorSampler(run.vae.given(labels).prior)
-    if run.vae.classes and label is None and labels is not None:
-        fitted: dict[int, Any] = {
-            number: load_or_fit_sampler(name, run, data_root, run.vae.classes[number])
-            for number in labels.unique().tolist()
-        }
-        return ByClass(labels, fitted)
+    if label is None and not run.vae.classes:
+        return load_or_fit(name, run, None, "", lambda: run.images("train", data_root, MAX_FIT_IMAGES))
+    train = run.subset("train", data_root, MAX_FIT_IMAGES)
+    digest = hashlib.sha256(train.labels.contiguous().numpy().data).hexdigest()[:16]
+
+    def fit_class(number: int) -> FittedSampler:
+        def read() -> tuple[Tensor, Tensor]:
+            chosen = train.labels == number
+            return run.scaling.apply(train.pixels[chosen]), train.labels[chosen]
+
+        return load_or_fit(name, run, number, digest, read)
+
+    if label is not None:
+        number = find_class(label, run.vae.classes) if run.vae.classes else train.find_label(label)
+        check_label(train.labels, number)
+        return fit_class(number)
+    if labels is None:
+        raise ValueError("a conditional VAE needs the labels of the samples")
+    return ClassSamplers(labels, {number: fit_class(number) for number in labels.unique().tolist()})
+
+
+def load_or_fit(
+    name: str, run: TrainedRun, label: int | None, digest: str, read: Callable[[], tuple[Tensor, Tensor]]
+) -> FittedSampler:
+    """Load a sampler from the run folder, or fit it to the images and labels that `read` returns.
+
+    Args:
+        name: A key of `SAMPLERS` that is fitted.
+        run: The run.
+        label: The number of the images' class; None for all images.
+        digest: The hash of the labels of the training images, on which the choice of the images depends.
+        read: The training images as the model sees them, and their labels.
+    """
+    fit_density = SAMPLERS[name]
+    assert fit_density is not None
     checkpoint = hash_file(run.path)
-    key: dict[str, object] = {"sampler": name, "label": label, "checkpoint": checkpoint, "version": 2}
-    images, suffix = None, ""
-    if label is not None or run.vae.classes:
-        train = run.subset("train", data_root, MAX_FIT_IMAGES)
-        images = run.scaling.apply(train.pixels), train.labels
-        key["labels"] = hashlib.sha256(train.labels.contiguous().numpy().data).hexdigest()[:16]
-        if label is not None:
-            number = find_class(label, run.vae.classes) if run.vae.classes else train.find_label(label)
-            images, suffix = select_label(*images, number), f"_{number if isinstance(label, str) else label}"
+    key = {"sampler": name, "label": label, "labels": digest, "checkpoint": checkpoint, "version": 3}
 
     def fit() -> dict[str, list[Tensor]]:
-        x, labels = images or run.images("train", data_root, MAX_FIT_IMAGES)
+        x, labels = read()
         min_images = max(2 * run.vae.latent_dim, NUM_NEIGHBORS + 2)
         if len(x) < min_images:
+            of = "" if label is None else f" of class {run.vae.classes[label] if run.vae.classes else label}"
             raise UserError(
-                f"sampler={name} needs at least {min_images} training images for {run.vae.latent_dim} latent "
-                f"dimensions, and there are {len(x)}"
+                f"sampler={name} needs at least {min_images} training images{of} for {run.vae.latent_dim} latent "
+                f"dimensions, and there are {len(x)} (sampler=prior needs none)"
             )
         return {"parts": list(fit_density(sample_posterior(run.vae, x, labels=labels)))}
 
+    suffix = "" if label is None else f"_{label}"
     parts = load_or_compute(run.folder / f"sampler_{name}{suffix}_{checkpoint}.pt", key, fit)["parts"]
     return NeighborLines(*parts) if name == "knn" else Mixture(*parts)
 
 
-def select_label(x: Tensor, labels: Tensor, label: int) -> tuple[Tensor, Tensor]:
-    """Select the images with a label; return them and their labels."""
+def check_label(labels: Tensor, label: int) -> None:
+    """Raise UserError if the labels of the training images are not single ones, or none is this label."""
     if labels.ndim != 1:
         raise UserError(f"label={label} is invalid: expected null (these data have several factors, not one label)")
-    chosen = labels == label
-    if not chosen.any():
+    if label not in labels:
         raise UserError(f"label={label} is invalid: expected a label from {int(labels.min())} to {int(labels.max())}")
-    return x[chosen], labels[chosen]

@@ -60,7 +60,7 @@ def decompose_kl(posterior: Posterior, prior: Prior, seed: int = 0, chunk_size: 
 
 
 def decompose_kl_by_class(posterior: Posterior, vae: VAE, labels: Tensor | None) -> dict[str, float | bool]:
-    """Average `decompose_kl` over the classes of a conditional model, for which it splits KL(q(z|x, y) || p(z|y)).
+    """Average `decompose_kl` over the classes of a conditional model: it splits KL(q(z|x, y) || p(z|y)).
 
     Args:
         posterior: Of N images, in double precision.

@@ -165,7 +165,7 @@ def summarize(vae: VAE, per_image: PerImageBounds, ks: list[int], labels: Tensor
     """
     posterior = Posterior(per_image.mean, per_image.logvar)
     device, dtype = next(vae.parameters()).device, next(vae.parameters()).dtype
-    per_dimension = vae.kl_per_dimension(Posterior(*(part.to(device, dtype) for part in posterior)))
+    per_dimension = vae.given(labels).kl_per_dimension(Posterior(*(part.to(device, dtype) for part in posterior)))
     aggregate = decompose_kl_by_class(posterior, vae, labels) if vae.classes else decompose_kl(posterior, vae.prior)
     kl = per_image.kl.sum(1)
     terms = {"neg_elbo": per_image.recon + kl, "recon": per_image.recon, "kl": kl}
@@ -199,7 +199,7 @@ def format_summary(result: dict[str, Any]) -> str:
     if "moments_kl" in aggregate:
         lines[-1] += f", at least {aggregate['moments_kl']:.2f} by its mean and covariance"
     if by_class:
-        lines[-1] += "; both for the N images of a class, averaged"
+        lines[-1] += " (means over the classes, each of N images)"
     if "knn_accuracy" in result:
         lines.append(
             f"labels from posterior means: 5 nearest neighbors {result['knn_accuracy']:.2%}, linear "

@@ -80,12 +80,11 @@ class Prior(nn.Module):
     def moments(self) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation of each latent dimension, `(latent_dim,)` each.
 
-        p(z|y) without a label, or with several, is averaged over all classes.
+        Those of p(z|y) for the label `(1,)` of a view, or without labels those of the mean over all classes.
         """
         prior = self
-        if self.num_classes and (self.labels is None or len(self.labels) > 1):
-            labels = torch.arange(NUM_MOMENT_SAMPLES) % self.num_classes
-            prior = self.given(labels)
+        if self.num_classes and self.labels is None:
+            prior = self.given(torch.arange(NUM_MOMENT_SAMPLES) % self.num_classes)
         z = prior.sample(NUM_MOMENT_SAMPLES, generator=torch.Generator().manual_seed(0))
         return z.mean(0), z.std(0)
 
@@ -162,9 +161,8 @@ class GaussianComponents(Prior):
 
     def moments(self) -> tuple[Tensor, Tensor]:
         mean, logvar = self.components()
-        one_class = self.labels is not None and len(self.labels) == 1
-        weights = self.select_log_weights().exp() if one_class else self.log_weights.softmax(-1)
-        weights = weights.reshape(-1, len(mean)).mean(0)
+        weights = self.log_weights.softmax(-1) if self.labels is None else self.select_log_weights().exp()
+        weights = weights.view(-1, len(mean)).mean(0)
         center = weights @ mean
         return center, (weights @ (logvar.exp() + (mean - center) ** 2)).sqrt()
 
@@ -266,7 +264,7 @@ class Flow(Prior):
             for number in range(transforms)
         )
 
-    def one_hot_for(self, z: Tensor) -> Tensor | None:
+    def expand_one_hot_labels(self, z: Tensor) -> Tensor | None:
         """Return the one-hot vectors of the labels of z `(..., B, latent_dim)`, `(-1, num_classes)`, for p(z|y)."""
         if not self.num_classes:
             return None
@@ -274,7 +272,7 @@ class Flow(Prior):
         return one_hot.expand(*z.shape[:-1], -1).flatten(0, -2)
 
     def log_prob(self, z: Tensor) -> Tensor:
-        noise, one_hot = at_least_float32(z).flatten(0, -2), self.one_hot_for(z)
+        noise, one_hot = at_least_float32(z).flatten(0, -2), self.expand_one_hot_labels(z)
         log_det = noise.new_zeros(noise.shape[0])  # `len` would be a constant of an exported graph
         for layer in self.layers:
             noise, change = layer(noise, one_hot)
@@ -282,7 +280,7 @@ class Flow(Prior):
         return (log_det - 0.5 * (noise**2 + LOG_2PI).sum(-1)).unflatten(0, z.shape[:-1])
 
     def transform(self, noise: Tensor, uniform: Tensor | None = None) -> Tensor:
-        one_hot = self.one_hot_for(noise)
+        one_hot = self.expand_one_hot_labels(noise)
         for layer in reversed(self.layers):
             noise = layer.invert(noise, one_hot)  # type: ignore[operator]
         return noise

@@ -177,14 +177,22 @@ class VAE(nn.Module):
     def kl_per_dimension(self, posterior: Posterior) -> Tensor:
         """Return the KL of each latent dimension to the normal with the prior's moments, `(B, latent_dim)` in nats.
 
-        For N(0, I) this is `kl`; for a learned prior, whose KL has no parts, it tells which dimensions are used.
+        For N(0, I) this is `kl`; for a learned prior, whose KL has no parts, it tells which dimensions are used. Under
+        p(z|y), each image has the moments of its label, if `given` has set it.
         """
         kl = self.prior.closed_form_kl(*posterior)
         if kl is None:
-            mean, std = self.prior.moments()
+            mean, std = self.prior.moments() if self.labels is None else self.moments_of_labels(self.labels)
             ratio = posterior.logvar - 2 * std.log()
             kl = 0.5 * (((posterior.mean - mean) / std) ** 2 + ratio.exp() - 1 - ratio)
         return kl
+
+    def moments_of_labels(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation of p(z|y) for each of the labels `(B,)`, `(B, latent_dim)` each."""
+        distinct, index = labels.unique(return_inverse=True)
+        moments = [self.given(label[None]).prior.moments() for label in distinct]
+        mean, std = (torch.stack(part)[index] for part in zip(*moments, strict=True))
+        return mean, std
 
     def neg_elbo(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
         """Return recon + KL in nats per image, `(B,)`, for the arguments of `forward`."""

@@ -54,8 +54,8 @@ class ImageLogger(Callback):
 
     def draw(self, trainer: L.Trainer, vae: VAE) -> tuple[dict[str, Grid], Tensor]:
         """Return grids of images by name, none for a table, and the KL per latent dimension in nats."""
-        posteriors = [vae.given(labels).encode(x) for x, labels in self.images(trainer, vae, 1000)]
-        kl = torch.cat([vae.kl_per_dimension(posterior) for posterior in posteriors]).mean(0).cpu()
+        views = [(vae.given(labels), x) for x, labels in self.images(trainer, vae, 1000)]
+        kl = torch.cat([view.kl_per_dimension(view.encode(x)) for view, x in views]).mean(0).cpu()
         if trainer.datamodule.splits["test"].columns is not None:  # type: ignore[attr-defined]
             return {}, kl
         x, labels = next(self.images(trainer, vae, 16))

@@ -226,6 +226,9 @@ def test_conditional_model_is_shown_with_the_chosen_label(data_root):
     """Test images have their own label; latents and uploads need a choice."""
     prior = {"name": "mixture", "components": 3}
     run = make_run(2, 1.0, data_root, classes=[str(digit) for digit in range(10)], prior=prior)
+    with torch.no_grad():
+        run.vae.prior.mean.copy_(torch.tensor([[-9.0], [0.0], [9.0]]).expand(3, 2))
+        run.vae.prior.log_weights.zero_()[[3, 8], [0, 2]] = 100.0
     model = queries.load_models([run]).models[0]
     images = run.split("test")
     own = [run.vae.given(images.labels[[i]]).encode(images.pixels[[i]].float() / 255).mean[0] for i in range(3)]
@@ -245,6 +248,13 @@ def test_conditional_model_is_shown_with_the_chosen_label(data_root):
             assert answer.status_code == 400 and "expected 0 to 9" in answer.json()["error"]
         (z,) = client.get("/api/sample", params={"label": 3}).json()["z"]
         assert len(z) == 2 and z != client.get("/api/sample", params={"label": 3}).json()["z"][0]
+        (means,) = [run["centers"] for run in client.get("/api/state").json()["runs"]]
+        for label in (3, 8):
+            wanted = run.vae.given(torch.tensor([label])).prior.moments()[0]
+            assert means[label] == pytest.approx(wanted.tolist(), abs=1e-5)
+            z = torch.tensor([client.get("/api/sample", params={"label": label}).json()["z"][0] for _ in range(40)])
+            assert (z.mean(0) - wanted).abs().max() < 1
+        assert means[3] == pytest.approx([-9, -9], abs=0.2) and means[8] == pytest.approx([9, 9], abs=0.2)
         for query in ({}, {"label": 10}):
             assert "expected 0 to 9" in client.get("/api/sample", params=query).json()["error"]
 

@@ -109,7 +109,7 @@ def test_labels_and_learned_priors_are_inputs_of_graphs(tmp_path, form, prior):
 
     x, noise, uniform, label = torch.rand(5, 3, 10, 7), torch.randn(5, 2), torch.rand(5), torch.tensor([2, 0, 1, 1, 2])
     more = {"uniform": uniform} if prior == "mixture" else {}
-    (z,) = compute("prior", noise=noise, label=label, **more)
+    (z,) = compute("prior", noise=noise, **more, label=label)
     torch.testing.assert_close(z, vae.given(label).prior.transform(noise, uniform))
     torch.testing.assert_close(compute("decoder", z=z, label=label)[0], vae.given(label).decode(z).clamp(0, 1))
     torch.testing.assert_close(compute("encoder", image=x, label=label)[0], vae.given(label).encode(x).mean)

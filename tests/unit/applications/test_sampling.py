@@ -147,6 +147,27 @@ def test_conditional_model_has_a_sampler_per_class(run):
     for label in (0, 2):
         own = load_or_fit_sampler("gaussian", run, label="abc"[label])
         assert torch.equal(z[labels == label], own.sample(int((labels == label).sum()), generator))
+    assert run.loads == 3  # once for each call
+    assert load_or_fit_sampler("gaussian", run, labels=torch.tensor([1])).sample(5).shape == (5, 2)
+
+
+def test_samples_of_a_conditional_prior_have_their_labels(run):
+    prior = {"name": "mixture", "components": 3}
+    run.vae = VAE("mlp", [16], 2, "relu", "bernoulli", [1, 28, 28], prior, "abc").requires_grad_(False)
+    run.vae.prior.mean.copy_(torch.tensor([[-50.0], [0.0], [50.0]]).expand(3, 2))
+    run.vae.prior.log_weights.copy_(100 * torch.eye(3))
+    labels = torch.tensor([2, 0, 1, 2])
+    z = load_or_fit_sampler("prior", run, labels=labels).sample(4, torch.Generator().manual_seed(0))
+    assert ((z - 50 * (labels[:, None] - 1)).abs() < 10).all()
+
+
+@pytest.mark.parametrize("number", (0, 2))
+def test_class_with_too_few_images_is_named(run, number):
+    run.vae = VAE("mlp", [16], 2, "relu", "bernoulli", [1, 28, 28], classes=["a", "b", "cat"]).requires_grad_(False)
+    run.labels = torch.where(torch.arange(60) < number, 2, torch.arange(60) % 2)
+    message = f"needs at least 7 training images of class cat for 2 latent dimensions, and there are {number}"
+    with pytest.raises(UserError, match=message):
+        load_or_fit_sampler("gaussian", run, labels=torch.tensor([0, 2]))
 
 
 def test_invalid_label_is_rejected(run):

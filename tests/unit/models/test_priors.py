@@ -97,6 +97,9 @@ def test_samples_have_the_moments_of_the_density(name, label):
 @torch.no_grad()
 def test_each_label_has_its_own_prior(name):
     vae, labels = build_vae(name, classes="abc"), torch.tensor([2, 0, 0, 1])
+    if name == "mixture":  # far apart
+        vae.prior.mean.mul_(10)
+        vae.prior.log_weights.mul_(5)
     x, noise = torch.rand(4, 1, 3, 4).double(), torch.randn(5, 4, 3).double()
     together = vae.given(labels).prior
     alone = [vae.given(label[None]).prior for label in labels]
@@ -106,11 +109,13 @@ def test_each_label_has_its_own_prior(name):
     drawn = together.transform(noise[0], torch.full((4,), 0.4))
     for i, prior in enumerate(alone):
         torch.testing.assert_close(drawn[[i]], prior.transform(noise[0, [i]], torch.full((1,), 0.4)))
-    # A batch, and no label, stand for all classes alike.
     moments = [vae.given(torch.tensor([label])).prior.moments() for label in range(3)]
-    for prior in (vae.prior, together):
-        mean, _ = prior.moments()
-        torch.testing.assert_close(mean, torch.stack([mean for mean, _ in moments]).mean(0), rtol=0, atol=0.02)
+    for label, (mean, std) in enumerate(moments):
+        drawn = vae.given(torch.tensor([label])).prior.sample(20_000, generator=torch.Generator().manual_seed(1))
+        assert ((drawn.mean(0) - mean).abs() < 0.05 * std).all()
+    means = torch.stack([mean for mean, _ in moments])
+    assert ((means[0] - means[2]).abs() > 0.1 * std).any()
+    assert ((vae.prior.moments()[0] - means.mean(0)).abs() < 0.05 * std).all()  # all classes alike
     # The bound of an image is that under the prior of its label.
     bounds = PerImageBounds.concat(list(importance_bounds(vae, x, [3], labels=labels)))
     for i, label in enumerate(labels):
@@ -139,6 +144,12 @@ def test_kl_is_split_within_the_classes():
     vae.prior.log_weights.copy_(torch.where(labels == torch.tensor([[0], [1]]), 0.0, -1000.0))
     split = decompose_kl_by_class(Posterior(mean, logvar), vae, labels)
     assert split["marginal_kl"] == pytest.approx(0, abs=1e-9) and split["by_class"]
+    # Where each posterior is the prior of its label, no dimension is used.
+    vae.prior.mean.copy_(torch.where(torch.arange(9)[:, None] < 5, 2.0, -1.0))
+    vae.prior.log_scale.zero_()
+    vae.prior.log_weights.copy_(torch.where((torch.arange(9) < 5) == torch.tensor([[True], [False]]), 0.0, -1000.0))
+    collapsed = Posterior(torch.where(labels[:, None] == 0, 2.0, -1.0).expand(9, 3).double(), torch.zeros_like(mean))
+    torch.testing.assert_close(vae.given(labels).kl_per_dimension(collapsed), torch.zeros_like(mean))
     assert split["mutual_information_limit"] == pytest.approx((6 * math.log(6) + 3 * math.log(3)) / 9)
 
 

@@ -168,9 +168,8 @@ def load_model(name: str, run: TrainedRun, images: ImageSet, p_values: PValueFun
     x, labels = select_images(run, images, index), images.labels[index]
     groups = importance_bounds(run.vae, x, [ELBO_SAMPLES], SEED, labels=labels)
     reference = torch.cat([group.recon + group.kl.sum(1) for group in groups])
-    return LoadedModel(
-        name, run, posterior.mean, run.vae.kl_per_dimension(posterior).mean(0), reference.sort().values, p_values
-    )
+    kl = run.vae.given(images.labels).kl_per_dimension(posterior).mean(0)
+    return LoadedModel(name, run, posterior.mean, kl, reference.sort().values, p_values)
 
 
 def select_images(run: TrainedRun, images: ImageSet, index: Tensor) -> Tensor:
@@ -205,11 +204,16 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
 def build_page_state(explorer: Explorer) -> dict[str, Any]:
     """Collect what the page needs to be drawn, as plain values.
 
-    `center` is the prior's mean. `reach` is the largest distance from 0, in each dimension, of the test images'
-    posterior means and of three standard deviations of the prior around its mean.
+    `centers` are the means of the prior, one for each class of conditional models. `reach` is the largest distance
+    from 0, in each dimension, of the test images' posterior means and of three standard deviations of the prior around
+    its mean.
     """
     labels, run = explorer.images.labels, explorer.models[0].run
     moments = [model.vae.prior.moments() for model in explorer.models]
+    conditions = torch.arange(len(explorer.conditions)).split(1) or (None,)
+    centers = [
+        [model.vae.given(label).prior.moments()[0].tolist() for label in conditions] for model in explorer.models
+    ]
     reaches = [
         torch.maximum(model.means.abs().amax(0), mean.abs() + 3 * std)
         for model, (mean, std) in zip(explorer.models, moments, strict=True)
@@ -229,10 +233,10 @@ def build_page_state(explorer: Explorer) -> dict[str, Any]:
                 "beta": model.run.settings["beta"],
                 "kl": model.kl.tolist(),
                 "order": sort_by_kl(model).tolist(),
-                "center": center.tolist(),
+                "centers": means,
                 "reach": reach.tolist(),
             }
-            for model, (center, _), reach in zip(explorer.models, moments, reaches, strict=True)
+            for model, means, reach in zip(explorer.models, centers, reaches, strict=True)
         ],
     }
 

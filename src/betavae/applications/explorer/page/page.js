@@ -42,8 +42,11 @@ function setAll(latents, caption) {
   update();
 }
 
+/** The prior's mean in each run, for the selected label. */
+const getMeans = () => page.state.runs.map(({ centers }) => [...centers[getLabel() ?? 0]]);
+
 function setMean() {
-  setAll(page.state.runs.map(({ center }) => [...center]), "none: the prior's mean");
+  setAll(getMeans(), "none: the prior's mean");
 }
 
 const sample = runLatest(async () => {
@@ -166,7 +169,7 @@ function makeRuns() {
 
 async function start() {
   const state = page.state = await request("api/state");
-  page.z = state.runs.map(({ center }) => [...center]);
+  page.z = state.runs.map(({ centers }) => [...centers[0]]);
   $("about").textContent = `${state.data}, ${state.images.toLocaleString("en")} test images, ` +
     (state.runs.length > 1 ? `${state.runs.length} runs side by side` : state.runs[0].path);
   $("note").textContent = `Numbers are in nats per image: ${state.note}.`;
