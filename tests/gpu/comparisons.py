@@ -87,7 +87,10 @@ def compare_priors(device: str) -> dict[str, list[str]]:
             finally:
                 forbid_synchronization(False)
             view = model.given(given)
-            samples = view.sample(6, generator=torch.Generator().manual_seed(1)), *view.prior.moments()
+            samples = (
+                view.sample(6, generator=torch.Generator().manual_seed(1)),
+                *model.given(given[:1]).prior.moments(),
+            )
             gradients = {key: value.grad.cpu() for key, value in model.named_parameters() if value.grad is not None}
             found.append([gradients, *(value.detach().cpu() for value in samples)])
         else:

@@ -15,6 +15,7 @@ To add a sampler, write a function from z `(N, latent_dim)` to a `FittedSampler`
 
 import hashlib
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -167,8 +168,9 @@ def load_or_fit_sampler(
                 f"label={label} is invalid: {expected} (pass sampler=mixture, or train with model.conditional=true)"
             )
         return PriorSampler(run.vae.given(labels).prior)
+    fit = partial(load_or_fit, name, fit_density, run)
     if label is None and not run.vae.classes:
-        return load_or_fit(name, run, None, "", lambda: run.images("train", data_root, MAX_FIT_IMAGES))
+        return fit(None, "", lambda: run.images("train", data_root, MAX_FIT_IMAGES))
     train = run.subset("train", data_root, MAX_FIT_IMAGES)
     digest = hashlib.sha256(train.labels.contiguous().numpy().data).hexdigest()[:16]
 
@@ -177,7 +179,7 @@ def load_or_fit_sampler(
             chosen = train.labels == number
             return run.scaling.apply(train.pixels[chosen]), train.labels[chosen]
 
-        return load_or_fit(name, run, number, digest, read)
+        return fit(number, digest, read)
 
     if label is not None:
         number = find_class(label, run.vae.classes) if run.vae.classes else train.find_label(label)
@@ -189,19 +191,23 @@ def load_or_fit_sampler(
 
 
 def load_or_fit(
-    name: str, run: TrainedRun, label: int | None, digest: str, read: Callable[[], tuple[Tensor, Tensor]]
+    name: str,
+    fit_density: Callable[[Tensor], FittedSampler],
+    run: TrainedRun,
+    label: int | None,
+    digest: str,
+    read: Callable[[], tuple[Tensor, Tensor]],
 ) -> FittedSampler:
     """Load a sampler from the run folder, or fit it to the images and labels that `read` returns.
 
     Args:
-        name: A key of `SAMPLERS` that is fitted.
+        name: The name of the sampler, for its file.
+        fit_density: The fit, a value of `SAMPLERS`.
         run: The run.
         label: The number of the images' class; None for all images.
         digest: The hash of the labels of the training images, on which the choice of the images depends.
         read: The training images as the model sees them, and their labels.
     """
-    fit_density = SAMPLERS[name]
-    assert fit_density is not None
     checkpoint = hash_file(run.path)
     key = {"sampler": name, "label": label, "labels": digest, "checkpoint": checkpoint, "version": 3}
 
