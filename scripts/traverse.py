@@ -30,8 +30,9 @@ def main(settings: Settings) -> None:
     x, labels = run.images("test", settings.data_root)
     if settings.image is not None and settings.image >= len(x):
         raise UserError(f"image={settings.image} is invalid: expected the number of a test image, 0 to {len(x) - 1}")
-    posterior = run.vae.given(labels).encode(x)
-    kl = run.vae.given(labels).kl_per_dimension(posterior).mean(0)
+    view = run.vae.given(labels)
+    posterior = view.encode(x)
+    kl = view.kl_per_dimension(posterior).mean(0)
     if settings.image is None:
         label = match_labels(run.vae.classes, 1, settings.label, None, "image=null")
         start = run.vae.given(label).prior.moments()[0]
@@ -51,7 +52,7 @@ def main(settings: Settings) -> None:
     )
     grids.save_grids([grid], settings.out, caption)
     print(f"{grid.rows} latent dimensions of {run.path}, ordered by KL, saved to {settings.out}")
-    total = estimate_kl(run.vae.given(labels), posterior)  # of a learned prior, not the sum of the parts per dimension
+    total = estimate_kl(view, posterior)  # of a learned prior, not the sum of the parts per dimension
     if collapse := describe_collapse(count_active_units(posterior.mean), run.vae.latent_dim, total):
         print(f"note  {collapse}")
 

@@ -1,5 +1,7 @@
 """Compute the same numbers on two devices."""
 
+import contextlib
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from itertools import product
 from typing import Any
@@ -22,12 +24,43 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "piwae": {"groups": 3},
     "mmd_vae": {"mmd_weight": 10.0},
 }
+PRIOR_SETTINGS: dict[str, dict[str, Any]] = {
+    "mixture": {"components": 4},
+    "vamp": {"components": 4},
+    "flow": {"transforms": 2, "hidden_dims": [8]},
+}
 HIDDEN = {"mlp": [8], "conv": [2, 3], "resnet": [4, 8]}
 
 
-def forbid_synchronization(forbid: bool) -> None:
-    if torch.cuda.is_available():
-        torch.cuda.set_sync_debug_mode("error" if forbid else "default")
+@contextlib.contextmanager
+def no_synchronization(device: str) -> Iterator[None]:
+    """Make waiting for a GPU an error."""
+    if device == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def find_difference(compute: Callable[[str], Any], device: str, rtol: float, atol: float) -> str | None:
+    """Describe how what `compute` returns for the CPU and for `device` differs, or how it fails."""
+    found = []
+    for place in ("cpu", device):
+        try:
+            found.append(compute(place))
+        except RuntimeError as error:
+            return f"on {place}: {error}"
+    try:
+        torch.testing.assert_close(*found, rtol=rtol, atol=atol)
+    except AssertionError as error:
+        return str(error)
+    return None
+
+
+def read_gradients(vae: VAE) -> dict[str, torch.Tensor]:
+    return {name: value.grad.cpu() for name, value in vae.named_parameters()}  # type: ignore[union-attr]
 
 
 def compare_objectives(device: str) -> dict[str, list[str]]:
@@ -39,26 +72,17 @@ def compare_objectives(device: str) -> dict[str, list[str]]:
             {"name": name, "k": 3, "num_train_images": 50, "kl_decomposition": True} | SETTINGS.get(name, {})
         )
         vae = VAE(network, HIDDEN[network], 2, "tanh", likelihood, [1, 12, 12]).double()
-        found = []
-        for place in ("cpu", device):
+
+        def compute(place: str, vae: VAE = vae, objective: Any = objective) -> dict[str, torch.Tensor]:
             mine, given = deepcopy(vae).to(place), [t.to(place) for t in (x, noise, torch.tensor(0.5).double())]
-            forbid_synchronization(place == "cuda")
-            try:
+            with no_synchronization(place):
                 terms = objective(mine, *given)
                 terms.loss.backward()
                 sums = terms.batch_sums()
-            except RuntimeError as error:
-                errors[name].append(f"{network}, {likelihood} on {place}: {error}")
-                break
-            finally:
-                forbid_synchronization(False)
-            gradients = {key: value.grad for key, value in mine.named_parameters()}
-            found.append({key: value.cpu() for key, value in (sums | gradients).items()})
-        else:
-            try:
-                torch.testing.assert_close(*found, rtol=1e-6, atol=1e-8)
-            except AssertionError as error:
-                errors[name].append(f"{network}, {likelihood}: {error}")
+            return {key: value.cpu() for key, value in sums.items()} | read_gradients(mine)
+
+        if difference := find_difference(compute, device, 1e-6, 1e-8):
+            errors[name].append(f"{network}, {likelihood}: {difference}")
     return errors
 
 
@@ -66,36 +90,23 @@ def compare_priors(device: str) -> dict[str, list[str]]:
     """Compute the loss and its gradients, samples and moments under each prior, with labels where it takes them."""
     errors: dict[str, list[str]] = {name: [] for name in PRIORS}
     x, noise, labels = torch.rand(6, 1, 4, 4).double(), torch.randn(3, 6, 2).double(), torch.arange(6) % 3
-    more: dict[str, dict[str, Any]] = {"mixture": {"components": 4}, "vamp": {"components": 4}}
-    more["flow"] = {"transforms": 2, "hidden_dims": [8]}
     for name, objective, classes in product(PRIORS, ("elbo", "iwae", "dreg"), ("", "abc")):
         if name == "vamp" and classes:
             continue
-        vae = VAE("mlp", [8], 2, "tanh", "bernoulli", [1, 4, 4], {"name": name} | more.get(name, {}), classes).double()
+        prior = {"name": name} | PRIOR_SETTINGS.get(name, {})
+        vae = VAE("mlp", [8], 2, "tanh", "bernoulli", [1, 4, 4], prior, classes).double()
         for parameter in vae.parameters():
             torch.nn.init.normal_(parameter, std=0.3)
-        found = []
-        for place in ("cpu", device):
-            model, given = deepcopy(vae).to(place), labels.to(place)
+
+        def compute(place: str, vae: VAE = vae, objective: str = objective) -> list[Any]:
+            mine, given = deepcopy(vae).to(place), labels.to(place)
             inputs = [t.to(place) for t in (x, noise, torch.tensor(0.5).double())]
-            forbid_synchronization(place == "cuda")
-            try:
-                build_objective({"name": objective, "k": 3})(model.given(given), *inputs).loss.backward()
-            except RuntimeError as error:
-                errors[name].append(f"{objective} on {place}: {error}")
-                break
-            finally:
-                forbid_synchronization(False)
-            view = model.given(given)
-            samples = (
-                view.sample(6, generator=torch.Generator().manual_seed(1)),
-                *model.given(given[:1]).prior.moments(),
-            )
-            gradients = {key: value.grad.cpu() for key, value in model.named_parameters() if value.grad is not None}
-            found.append([gradients, *(value.detach().cpu() for value in samples)])
-        else:
-            try:
-                torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
-            except AssertionError as error:
-                errors[name].append(f"{objective}, classes={classes}: {error}")
+            with no_synchronization(place):
+                build_objective({"name": objective, "k": 3})(mine.given(given), *inputs).loss.backward()
+            samples = mine.given(given).sample(6, generator=torch.Generator().manual_seed(1))
+            moments = mine.given(given[:1]).prior.moments()
+            return [read_gradients(mine), *(value.detach().cpu() for value in (samples, *moments))]
+
+        if difference := find_difference(compute, device, 1e-5, 1e-6):
+            errors[name].append(f"{objective}, classes={classes}: {difference}")
     return errors

@@ -109,7 +109,12 @@ class Score(Graph):
         return -log_px, vae.kl(posterior, z).sum(1)
 
 
-GRAPHS: dict[str, type[Graph]] = {"encoder": Encoder, "decoder": Decoder, "score": Score, "prior": Prior}
+def make_prior(vae: VAE, scaling: Scaling) -> Graph:
+    """Return the graph of a learned prior."""
+    return (MixturePrior if vae.prior.has_components else Prior)(vae, scaling)
+
+
+GRAPHS = {"encoder": Encoder, "decoder": Decoder, "score": Score, "prior": make_prior}
 TENSOR_DOCS: dict[str, dict[str, Any]] = {
     "image": {"shape": "C, H, W", "range": [0, 1], "unit": "gray value or color, byte / 255"},
     "mean": {"shape": "D", "unit": "latent space, in which the prior is {prior}"},
@@ -203,7 +208,7 @@ FORMATS: dict[str, tuple[str, Callable[[Graph, Path], Runner]]] = {
 }
 
 
-def measure_error(graph: Graph, run: Runner) -> float:
+def measure_error(graph: Graph, run: Runner, graph_name: str) -> float:
     """Measure the largest difference of an exported graph's outputs, relative to the larger of 1 and the output.
 
     Raises:
@@ -219,8 +224,9 @@ def measure_error(graph: Graph, run: Runner) -> float:
             error = ((found - expected).abs() / expected.abs().clamp(min=1)).max().item()
             largest = max(largest, math.inf if math.isnan(error) else error)
     if largest > TOLERANCE:
-        name = type(graph).__name__.lower()
-        raise UserError(f"the exported {name} differs from torch by {largest:.1e}; expected at most {TOLERANCE:.0e}")
+        raise UserError(
+            f"the exported {graph_name} differs from torch by {largest:.1e}; expected at most {TOLERANCE:.0e}"
+        )
     return largest
 
 
@@ -253,15 +259,13 @@ def export_graphs(
         for name, make in GRAPHS.items():
             if name == "prior" and isinstance(vae.prior, StandardNormal):
                 continue
-            if name == "prior" and vae.prior.has_components:
-                make = MixturePrior
             graph, path = make(vae, scaling), folder / f"{name}{suffix}"
             try:
                 run = write(graph, path)
             except (RuntimeError, ValueError, TypeError) as error:  # raised for some custom networks and likelihoods
                 reason = next((line for line in str(error).splitlines() if line), type(error).__name__)
                 raise UserError(f"format={form} does not support the {name} of this model ({reason})") from error
-            result["difference"][name] = measure_error(graph, run)
+            result["difference"][name] = measure_error(graph, run, name)
             inputs, outputs = (describe_tensors(names, vae, scaling) for names in (graph.inputs, graph.outputs))
             result["graphs"][name] = {"file": path.name, "inputs": inputs, "outputs": outputs}
         write_metadata(result, folder)

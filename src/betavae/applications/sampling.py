@@ -13,7 +13,6 @@ sample of q(z|x) for each training image:
 To add a sampler, write a function from z `(N, latent_dim)` to a `FittedSampler` and register it in `SAMPLERS`.
 """
 
-import hashlib
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from betavae.applications.trained_run import TrainedRun
+from betavae.data.fingerprint import hash_labels
 from betavae.data.labels import find_class
 from betavae.errors import UserError
 from betavae.metrics.fidelity import find_nearest
@@ -172,7 +172,7 @@ def load_or_fit_sampler(
     if label is None and not run.vae.classes:
         return fit(None, "", lambda: run.images("train", data_root, MAX_FIT_IMAGES))
     train = run.subset("train", data_root, MAX_FIT_IMAGES)
-    digest = hashlib.sha256(train.labels.contiguous().numpy().data).hexdigest()[:16]
+    digest = hash_labels(train)
 
     def fit_class(number: int) -> FittedSampler:
         def read() -> tuple[Tensor, Tensor]:

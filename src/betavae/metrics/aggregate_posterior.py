@@ -7,7 +7,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from betavae.models.priors import Prior, StandardNormal
+from betavae.models.priors import Prior, StandardNormal, require_labels
 from betavae.models.vae import VAE, Posterior
 
 NEIGHBORS = 5  # of the nearest-neighbor classifier, which needs as many training images
@@ -70,15 +70,13 @@ def decompose_kl_by_class(posterior: Posterior, vae: VAE, labels: Tensor | None)
     Raises:
         ValueError: If there are no labels.
     """
-    if labels is None:
-        raise ValueError("a conditional VAE needs the labels of its images")
-    result: dict[str, float | bool] = {"by_class": True}
+    labels = require_labels(labels)
+    splits = []
     for label in labels.unique():
         rows = labels == label
         split = decompose_kl(Posterior(*(part[rows] for part in posterior)), vae.given(label[None]).prior)
-        for name, value in split.items():
-            result[name] = result.get(name, 0.0) + rows.double().mean().item() * value
-    return result
+        splits.append((rows.double().mean().item(), split))
+    return {name: sum(share * split[name] for share, split in splits) for name in splits[0][1]} | {"by_class": True}
 
 
 @torch.no_grad()

@@ -23,15 +23,20 @@ NUM_MOMENT_SAMPLES = 10_000
 MAX_LOG_SCALE = 3.0  # of a coupling layer: factors from 1/20 to 20
 
 
-def one_hot_labels(labels: Tensor | None, num_classes: int) -> Tensor:
-    """Return the one-hot vectors `(B, num_classes)` of labels `(B,)`.
+def require_labels(labels: Tensor | None) -> Tensor:
+    """Return the labels; raise ValueError if there are none."""
+    if labels is None:
+        raise ValueError("a conditional VAE needs the labels of its images: vae.given(labels)")
+    return labels
+
+
+def one_hot_labels(labels: Tensor | None, num_classes: int, like: Tensor) -> Tensor:
+    """Return one-hot vectors `(..., B, num_classes)` beside vectors `like` `(..., B, D)`, for labels `(B,)` or `(1,)`.
 
     Raises:
         ValueError: If there are no labels.
     """
-    if labels is None:
-        raise ValueError("a conditional VAE needs the labels of its images: vae.given(labels)")
-    return F.one_hot(labels, num_classes)
+    return F.one_hot(require_labels(labels), num_classes).to(like).expand(*like.shape[:-1], -1)
 
 
 class Prior(nn.Module):
@@ -143,7 +148,7 @@ class GaussianComponents(Prior):
     def select_log_weights(self) -> Tensor:
         """Return the normalized log-weights: `(K,)`, or of p(z|y) those of the labels, `(B, K)`."""
         weights = self.log_weights.log_softmax(-1)
-        return one_hot_labels(self.labels, self.num_classes).to(weights) @ weights if self.num_classes else weights
+        return weights[require_labels(self.labels).to(weights.device)] if self.num_classes else weights
 
     def log_prob(self, z: Tensor) -> Tensor:
         return mixture_log_prob(z, *self.components(), self.select_log_weights())
@@ -176,7 +181,7 @@ class Mixture(GaussianComponents):
         # Close to N(0, I), and different enough to become different components.
         self.mean = nn.Parameter(0.3 * torch.randn(components, latent_dim))
         self.log_scale = nn.Parameter(torch.zeros(components, latent_dim))
-        self.log_weights = nn.Parameter(torch.zeros(*[num_classes] * bool(num_classes), components))
+        self.log_weights = nn.Parameter(torch.zeros((num_classes, components) if num_classes else components))
 
     def components(self) -> tuple[Tensor, Tensor]:
         return self.mean, 2 * self.log_scale
@@ -264,15 +269,12 @@ class Flow(Prior):
             for number in range(transforms)
         )
 
-    def expand_one_hot_labels(self, z: Tensor) -> Tensor | None:
-        """Return the one-hot vectors of the labels of z `(..., B, latent_dim)`, `(-1, num_classes)`, for p(z|y)."""
-        if not self.num_classes:
-            return None
-        one_hot = one_hot_labels(self.labels, self.num_classes).to(z)
-        return one_hot.expand(*z.shape[:-1], -1).flatten(0, -2)
+    def one_hot(self, z: Tensor) -> Tensor | None:
+        """Return what the layers of p(z|y) see beside z `(B, latent_dim)`: one-hot vectors `(B, num_classes)`."""
+        return one_hot_labels(self.labels, self.num_classes, z).flatten(0, -2) if self.num_classes else None
 
     def log_prob(self, z: Tensor) -> Tensor:
-        noise, one_hot = at_least_float32(z).flatten(0, -2), self.expand_one_hot_labels(z)
+        noise, one_hot = at_least_float32(z).flatten(0, -2), self.one_hot(z)
         log_det = noise.new_zeros(noise.shape[0])  # `len` would be a constant of an exported graph
         for layer in self.layers:
             noise, change = layer(noise, one_hot)
@@ -280,7 +282,7 @@ class Flow(Prior):
         return (log_det - 0.5 * (noise**2 + LOG_2PI).sum(-1)).unflatten(0, z.shape[:-1])
 
     def transform(self, noise: Tensor, uniform: Tensor | None = None) -> Tensor:
-        one_hot = self.expand_one_hot_labels(noise)
+        one_hot = self.one_hot(noise)
         for layer in reversed(self.layers):
             noise = layer.invert(noise, one_hot)  # type: ignore[operator]
         return noise

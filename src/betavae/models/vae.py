@@ -126,8 +126,8 @@ class VAE(nn.Module):
         """Return the posterior of images `(B, C, H, W)` in [0, 1]."""
         x = x.to(next(self.encoder.parameters()).dtype)
         if self.classes:
-            planes = one_hot_labels(self.labels, len(self.classes)).to(x)[:, :, None, None]
-            x = torch.cat((x, planes.expand(x.shape[0], -1, *x.shape[2:])), 1)
+            planes = one_hot_labels(self.labels, len(self.classes), x.flatten(1))[:, :, None, None]
+            x = torch.cat((x, planes.expand(-1, -1, *x.shape[2:])), 1)
         # Single precision also under autocast: bfloat16 resolves a KL of 25 nats to an eighth only.
         params = at_least_float32(self.encoder(x))
         return Posterior(*params.chunk(2, dim=-1))
@@ -136,8 +136,7 @@ class VAE(nn.Module):
         """Return the likelihood's parameters `(..., P * C, H, W)` at z `(..., latent_dim)`."""
         z = z.to(next(self.decoder.parameters()).dtype)
         if self.classes:
-            one_hot = one_hot_labels(self.labels, len(self.classes)).to(z)
-            z = torch.cat((z, one_hot.expand(*z.shape[:-1], -1)), -1)
+            z = torch.cat((z, one_hot_labels(self.labels, len(self.classes), z)), -1)
         return self.decoder(z.flatten(0, -2)).unflatten(0, z.shape[:-1])
 
     def decode(self, z: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from betavae import grids, plotting
 from betavae.data.labels import count_columns, cycle_labels
 from betavae.data.scaling import Scaling
 from betavae.grids import Grid
-from betavae.models.vae import VAE
+from betavae.models.vae import VAE, Posterior
 from betavae.runtime.checkpoint import format_caption
 from betavae.runtime.run_logger import run_loggers
 from betavae.runtime.terminal_log import warn_on_error
@@ -54,8 +54,9 @@ class ImageLogger(Callback):
 
     def draw(self, trainer: L.Trainer, vae: VAE) -> tuple[dict[str, Grid], Tensor]:
         """Return grids of images by name, none for a table, and the KL per latent dimension in nats."""
-        views = [(vae.given(labels), x) for x, labels in self.images(trainer, vae, 1000)]
-        kl = torch.cat([view.kl_per_dimension(view.encode(x)) for view, x in views]).mean(0).cpu()
+        encoded = [(labels, *vae.given(labels).encode(x)) for x, labels in self.images(trainer, vae, 1000)]
+        labels, mean, logvar = (torch.cat(parts) for parts in zip(*encoded, strict=True))
+        kl = vae.given(labels).kl_per_dimension(Posterior(mean, logvar)).mean(0).cpu()
         if trainer.datamodule.splits["test"].columns is not None:  # type: ignore[attr-defined]
             return {}, kl
         x, labels = next(self.images(trainer, vae, 16))

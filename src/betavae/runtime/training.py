@@ -230,9 +230,9 @@ class TrainingRun:
         settings["trainer"]["precision"] = PRECISION_ALIASES.get(precision, precision)
         self.fast_dev_run = int(settings["trainer"].get("fast_dev_run", 0))
         self.datamodule = build_data(settings["data"])
+        self.datamodule.has_conditions = settings["model"]["conditional"]
         splits = self.datamodule.splits
         try:
-            self.datamodule.has_conditions = settings["model"]["conditional"]
             self.module = VAEModule(**module_arguments(settings, self.datamodule))
         except TypeError as error:  # of the arguments of a network or a likelihood
             raise UserError(f"model: {error}") from error

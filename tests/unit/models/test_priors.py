@@ -174,6 +174,16 @@ def test_narrow_mixture_keeps_its_digits_in_single_precision():
         torch.testing.assert_close(prior.log_prob(z).double(), wanted.log_prob(z.double()), rtol=1e-5, atol=0)
 
 
+def test_weights_of_a_label_keep_their_digits():
+    prior = build_vae("mixture", classes="abc").prior.float().given(torch.tensor([2, 0]))
+    with torch.no_grad():
+        prior.log_weights.mul_(20)
+    z = torch.randn(2, 3)
+    wanted = prior.log_prob(z)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(prior.log_prob(z), wanted, rtol=1e-6, atol=0)
+
+
 def test_vamp_with_all_data_is_the_aggregate_posterior():
     vae = VAE(**SMALL, prior={"name": "vamp", "components": 9}).double()
     x = torch.rand(9, 1, 3, 4).double()

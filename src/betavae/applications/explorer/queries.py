@@ -206,17 +206,14 @@ def build_page_state(explorer: Explorer) -> dict[str, Any]:
 
     `centers` are the means of the prior, one for each class of conditional models. `reach` is the largest distance
     from 0, in each dimension, of the test images' posterior means and of three standard deviations of the prior around
-    its mean.
+    its means.
     """
     labels, run = explorer.images.labels, explorer.models[0].run
-    moments = [model.vae.prior.moments() for model in explorer.models]
     conditions = torch.arange(len(explorer.conditions)).split(1) or (None,)
-    centers = [
-        [model.vae.given(label).prior.moments()[0].tolist() for label in conditions] for model in explorer.models
-    ]
+    moments = [[model.vae.given(label).prior.moments() for label in conditions] for model in explorer.models]
     reaches = [
-        torch.maximum(model.means.abs().amax(0), mean.abs() + 3 * std)
-        for model, (mean, std) in zip(explorer.models, moments, strict=True)
+        torch.stack([model.means.abs().amax(0), *(mean.abs() + 3 * std for mean, std in own)]).amax(0)
+        for model, own in zip(explorer.models, moments, strict=True)
     ]
     return {
         "shape": list(explorer.image_shape),
@@ -233,10 +230,10 @@ def build_page_state(explorer: Explorer) -> dict[str, Any]:
                 "beta": model.run.settings["beta"],
                 "kl": model.kl.tolist(),
                 "order": sort_by_kl(model).tolist(),
-                "centers": means,
+                "centers": [mean.tolist() for mean, _ in own],
                 "reach": reach.tolist(),
             }
-            for model, means, reach in zip(explorer.models, centers, reaches, strict=True)
+            for model, own, reach in zip(explorer.models, moments, reaches, strict=True)
         ],
     }
 

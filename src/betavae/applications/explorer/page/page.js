@@ -42,11 +42,8 @@ function setAll(latents, caption) {
   update();
 }
 
-/** The prior's mean in each run, for the selected label. */
-const getMeans = () => page.state.runs.map(({ centers }) => [...centers[getLabel() ?? 0]]);
-
 function setMean() {
-  setAll(getMeans(), "none: the prior's mean");
+  setAll(page.state.runs.map(({ centers }) => [...centers[getLabel() ?? 0]]), "none: the prior's mean");
 }
 
 const sample = runLatest(async () => {
