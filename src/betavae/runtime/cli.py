@@ -168,7 +168,7 @@ def report_errors(describe: Callable[[Exception], str | None]) -> Iterator[None]
     except (KeyboardInterrupt, SystemExit) as stop:
         code = 130 if isinstance(stop, KeyboardInterrupt) else stop.code
         if code in (130, 143) and not isinstance(stop, RunInterrupted) and rank == 0:
-            print("stopped before anything was saved", file=sys.stderr)
+            print("stopped before the end", file=sys.stderr)
         sys.exit(code)
     except Exception as error:
         if traceback or not (sentence := describe(error)):
@@ -189,5 +189,4 @@ def gc_paused() -> Iterator[None]:
     finally:
         gc.freeze()  # a later scan of these objects takes 0.3 s each time (Python 3.11)
         gc.enable()
-        atexit.register(gc.unfreeze)  # a library would report frozen objects as leaked
-        atexit.register(gc.disable)  # Python scans once more as it exits
+        atexit.register(gc.freeze)  # Python scans all objects once more as it exits, for a second or more
