@@ -39,8 +39,7 @@ def main(settings: Settings) -> None:
                 np.save(array, run.scaling.to_stored(x).numpy())
         else:
             save_rows(run, x, settings.out, names, labels)
-        kind = "images" if run.columns is None else "rows"
-        print(f"{len(z):,} {kind} decoded by {run.path}, saved to {settings.out} as {run.scaling.dtype}")
+        print(f"{len(z):,} {run.item}s decoded by {run.path}, saved to {settings.out} as {run.scaling.dtype}")
         return
     files = png_filenames(names, settings.out)
     with tqdm(total=len(z), desc="decoding", unit=" images", disable=None) as bar:

@@ -50,7 +50,7 @@ def main(settings: Settings) -> None:
     report.save_report(run, detector, result, images, is_inlier, out, labels)
     for note in images.notes:
         print(note)
-    print(f"flagged {int(result.flagged.sum()):,} of {len(images.names):,} images at alpha={settings.alpha}")
+    print(f"flagged {int(result.flagged.sum()):,} of {len(images.names):,} {run.item}s at alpha={settings.alpha}")
     print(
         f"expected false-alarm rate {rate.mean:.2%}; 95 % interval {rate.low:.2%} to {rate.high:.2%}, due to the "
         f"sampling error of {calibration:,} calibration images"

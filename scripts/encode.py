@@ -39,7 +39,7 @@ def main(settings: Settings) -> None:
     names = images.labels if settings.label is None else [run.vae.classes[number] for number in labels]
     save_latents(latents, images.names, names, settings.out)
     count, dimensions = len(images.names), run.vae.latent_dim
-    print(f"{count:,} images encoded by {run.path} to {dimensions} latent dimensions, saved to {settings.out}")
+    print(f"{count:,} {run.item}s encoded by {run.path} to {dimensions} latent dimensions, saved to {settings.out}")
 
 
 if __name__ == "__main__":

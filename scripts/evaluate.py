@@ -55,7 +55,7 @@ def main(settings: Settings) -> None:
         raise UserError(f"device={device} is not available: {first_line(error)}") from error
 
     folder = Path(settings.out) if settings.out else run.folder
-    print(f"{run.path} on {len(x):,} test images, nats per image, ± standard error over images")
+    print(f"{run.path} on {len(x):,} test {run.item}s, nats per {run.item}, ± standard error")
     ks = [10**power for power in range(20) if 10**power < settings.k] + [settings.k]
     request = {"images": len(x), "k": ks, "seed": settings.seed, "matmul_precision": settings.matmul_precision}
     partial, key = folder / "evaluation.part", request | {"checkpoint": hash_file(run.path)}
@@ -65,13 +65,13 @@ def main(settings: Settings) -> None:
         seconds = time.perf_counter() - started
         if not all(values.isfinite().all() for values in per_image):
             raise UserError(f"{run.path}: its bounds are not finite; train the model again")
-        likelihood, binarize = run.vae.likelihood, run.data["binarize"]
+        binarize = run.data["binarize"]
         result: dict[str, Any] = {
             "made_by": STAMP,
             "checkpoint": str(run.path.relative_to(run.folder)),
             "data": f"{run.data['name']}, binarize={binarize}",
             "likelihood": run.settings["model"]["likelihood"],
-            "note": likelihood.describe(binarize, run.scaling.describe(run.vae.image_shape)),
+            "note": run.vae.describe_numbers(binarize, run.scaling.describe(run.vae.image_shape)),
             **request,
             "device": torch.cuda.get_device_name() if device == "cuda" else device,
             "sampling_seconds": round(seconds, 1),

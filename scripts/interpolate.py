@@ -68,7 +68,9 @@ def main(settings: Settings) -> None:
     grid = grids.Grid(
         run.scaling.to_picture(torch.cat(rows)), settings.steps + 2, column_labels=["start", *weights, "end"]
     )
-    caption = f"between posterior means; start and end are the images; {run.caption}"
+    shown = f"decoded as {settings.label}" if settings.label is not None else "decoded with the label of the start"
+    given = f"{shown}; " if run.vae.classes else ""
+    caption = f"between posterior means; start and end are the images; {given}{run.caption}"
     grids.save_grids([grid], settings.out, caption)
     print(f"{len(starts)} interpolations by {run.path}, each between its two originals, saved to {settings.out}")
 

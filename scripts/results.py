@@ -4,8 +4,15 @@ import shlex
 from pathlib import Path
 from statistics import fmean
 
-from betavae.runtime.cli import RunsSettings, script_command
-from betavae.sweeps.results import IGNORED_KEYS, EvaluatedRun, format_mean_sd, mean_sd, read_evaluated_runs
+from betavae.runtime.cli import RunsSettings, adapt_commands, run_argument, script_command
+from betavae.sweeps.results import (
+    IGNORED_KEYS,
+    EvaluatedRun,
+    find_unevaluated_runs,
+    format_mean_sd,
+    mean_sd,
+    read_evaluated_runs,
+)
 
 REPEATED_KEYS = ("seed", "data.seed", "data.root", *IGNORED_KEYS)  # settings that may differ within a row
 
@@ -55,6 +62,10 @@ def main(settings: Settings) -> None:
         print("|---|---|---|---|---|---|---|---|---|")
         for runs in rows.values():
             print(format_row(runs))
+    if missing := find_unevaluated_runs(Path(settings.runs)):
+        more = f" and {len(missing) - 1:,} more" if len(missing) > 1 else ""
+        command = adapt_commands(f"python scripts/evaluate.py {run_argument('ckpt', missing[0])}")
+        print(f"\nnot evaluated: {missing[0]}{more}; evaluate a run by `{command}`")
 
 
 if __name__ == "__main__":

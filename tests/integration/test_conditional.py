@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 import betavae
+from betavae.runtime.checkpoint import save_checkpoint
 from tests.commands import REPO, run
 
 SHADES = (30, 120, 210)
@@ -106,6 +107,39 @@ def test_conditional_model_draws_the_requested_label(trained, script):
     assert (brightness().view(3, 3) - torch.tensor(SHADES)).abs().max() < 25  # a column per class
 
 
+@pytest.fixture
+def label_in_z(trained):
+    """A model whose z is that of the label, and whose images are white or black where z and label do not match."""
+    content = torch.load(trained / "conditional/checkpoints/best.ckpt", weights_only=True)
+    weights = {key.removeprefix("vae."): value.zero_() for key, value in content["state_dict"].items()}
+    weights["encoder.1.weight"].view(16, 4, 64)[0, 1:] = torch.tensor([[-1.0], [0.0], [1.0]])
+    weights["encoder.3.weight"][0, 0] = 20.0
+    weights["encoder.3.bias"][2:] = -10.0  # log-variances
+    weights["decoder.0.weight"][:2, 0] = 0.1
+    weights["decoder.0.weight"][1, 2:] = torch.tensor([2.0, 0.0, -2.0])
+    weights["decoder.2.weight"][:, :2] = torch.tensor([2.0, 20.0])
+    save_checkpoint(content, trained / "label_in_z.ckpt")
+    return "label_in_z.ckpt"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sampler", ["gaussian", "knn"])
+def test_fitted_samples_are_decoded_with_their_label(trained, script, label_in_z, sampler):
+    wanted = torch.sigmoid(2 * torch.tensor([-2.0, 0.0, 2.0]).tanh())
+    words = (f"sampler={sampler}", "out=s.png", "save_tensor=true")
+    for label in range(3):
+        script("sample", *words, f"label={label}", "n=4", ckpt=label_in_z)
+        found = torch.load(trained / "s.pt", weights_only=True)
+        torch.testing.assert_close(found.mean((1, 2, 3)), wanted[label].expand(4), atol=0.1, rtol=0)
+    script("sample", *words, "n=9", ckpt=label_in_z)  # a column per class
+    found = torch.load(trained / "s.pt", weights_only=True).mean((1, 2, 3)).view(3, 3)
+    torch.testing.assert_close(found, wanted.expand(3, 3), atol=0.1, rtol=0)
+    script("fidelity", f"sampler={sampler}", "n=40", "repeats=2", "out=fitted", ckpt=label_in_z)
+    scores = json.loads((trained / "fitted" / "fidelity.json").read_text())
+    nearest = [scores[name]["nearest"]["mean"] for name in (sampler, "reconstructions")]
+    assert nearest[0] == pytest.approx(nearest[1], abs=0.1)
+
+
 @pytest.mark.slow
 def test_latents_are_decoded_with_their_labels(trained, script):
     for suffix in (".npz", ".csv"):
@@ -160,7 +194,7 @@ def test_commands_and_code_of_the_docs_run(trained, script, monkeypatch):
 @pytest.mark.slow
 def test_data_without_usable_labels_are_rejected(trained):
     np.savez(trained / "far.npz", images=np.zeros((400, 8, 8), np.uint8), labels=np.arange(400) * 10**7)
-    for root, message in (("unlabeled.npz", "has none, or the same"), ("far.npz", "needs labels that count from 0")):
+    for root, message in (("unlabeled.npz", "has no labels"), ("far.npz", "needs labels that count from 0")):
         words = [*SMALL, f"data.root={root}", "model.conditional=true", "hydra.run.dir=bad"]
         words += ["data.test_size=1", "data.validation_size=1", "data.batch_size=2"]
         output = run(*words, cwd=trained, code=1)

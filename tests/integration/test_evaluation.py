@@ -47,7 +47,9 @@ def test_runs_of_two_seeds_are_evaluated_and_averaged(tmp_path, data_root):
     values = [json.loads((folder / "evaluation.json").read_text())["nll_20"]["mean"] for folder in runs]
     mean, sd = sum(values) / 2, abs(values[0] - values[1]) / math.sqrt(2)
     row = next(line for line in table.splitlines() if "burda_iwae5" in line)
-    assert f"{mean:.2f} ± {sd:.2f}" in row and "| 2 |" in row and len(re.findall("burda_iwae5", table)) == 1
+    assert f"{mean:.2f} ± {sd:.2f}" in row and "| 2 |" in row and len(re.findall("burda_iwae5 ", table)) == 1
+    unevaluated = next((tmp_path / "burda").glob("*_burda_vae")).relative_to(tmp_path)
+    assert f"not evaluated: {unevaluated}; evaluate a run by `python scripts/evaluate.py ckpt={unevaluated}`" in table
     assert "not a complete evaluated run" in run("runs=other", cwd=tmp_path, script="scripts/results.py", code=1)
     assert "no evaluated run" in run("runs=nothing", cwd=tmp_path, script="scripts/results.py", code=1)
 

@@ -110,7 +110,7 @@ def test_scripts_reject_in_one_sentence(folder, name, args, message):
     [
         (["model.likelihood=bernoulli"], r"needs values in \[0, 1\].*model.likelihood=gaussian or laplace"),
         (["model=conv", "model.likelihood=gaussian"], "model.network=conv is invalid: expected mlp for a table"),
-        (["data.label=null", "model.likelihood=gaussian"], "column kind has 'a' in row 1, and in 499 more rows"),
+        (["data.label=null", "model.likelihood=gaussian"], "column kind has 'a' in row 0, and in 499 more rows"),
         (["data.columns=[]"], "data.columns=.* is invalid"),
     ],
 )

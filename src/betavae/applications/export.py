@@ -117,9 +117,9 @@ def make_prior(vae: VAE, scaling: Scaling) -> Graph:
 GRAPHS = {"encoder": Encoder, "decoder": Decoder, "score": Score, "prior": make_prior}
 TENSOR_DOCS: dict[str, dict[str, Any]] = {
     "image": {"shape": "C, H, W", "range": [0, 1], "unit": "gray value or color, byte / 255"},
-    "mean": {"shape": "D", "unit": "latent space, in which the prior is {prior}"},
-    "logvar": {"shape": "D", "unit": "log of the variance in latent space"},
-    "z": {"shape": "D", "unit": "latent space, in which the prior is {prior}"},
+    "mean": {"shape": "D", "unit": "mean of q(z|x)"},
+    "logvar": {"shape": "D", "unit": "log-variance of q(z|x)"},
+    "z": {"shape": "D", "unit": "a sample of q(z|x), or of the prior: {prior}"},
     "noise": {"shape": "D", "unit": "samples of N(0, I)"},
     "recon": {"shape": "", "unit": "nats per image, summed over pixels, of the scaled values that the network sees"},
     "kl": {"shape": "", "range": [0, None], "unit": "nats per image, summed over latent dimensions"},
@@ -280,13 +280,16 @@ def describe_tensors(names: tuple[str, ...], vae: VAE, scaling: Scaling) -> dict
         span = [0, 1] if scaling.mode == "unit" else [None, None]
         docs["image"] = {"shape": "C, H, W", "range": span, "unit": f"values {unit}"}
     shapes = {"C, H, W": vae.image_shape, "D": (vae.latent_dim,), "": ()}
-    prior = "N(0, I)" if isinstance(vae.prior, StandardNormal) else "learned: that of the graph `prior`"
+    prior = "N(0, I)" if isinstance(vae.prior, StandardNormal) else "an output of the graph `prior`"
     described = {}
     for name in names:
         about = docs[name] | {"unit": docs[name]["unit"].format(prior=prior)}
         about |= {"shape": ["batch", *shapes[about["shape"]]], "dtype": "int64" if name == "label" else "float32"}
         if name == "kl" and not isinstance(vae.prior, StandardNormal):
             del about["range"]  # an estimate from one sample may be negative
+            about["unit"] = "nats per image, log q(z|x) - log p(z) with the exact entropy of q(z|x)"
+        if name == "label":
+            about["range"] = [0, len(vae.classes) - 1]
         described[name] = about
     return described
 

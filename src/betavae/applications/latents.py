@@ -120,7 +120,7 @@ def load_latents(path: Path, latent_dim: int) -> tuple[list[str], Tensor, list[o
             )
         else:
             file, is_bare = ArrayFile(path), path.suffix == ".npy"
-            z = torch.from_numpy(np.asarray(file.read("images" if is_bare else "mean"), dtype=np.float32))
+            z = torch.from_numpy(np.array(file.read("images" if is_bare else "mean"), dtype=np.float32))
             names = [str(name) for name in (range(len(z)) if is_bare else file.read("names"))]
             labels = list(file.read("labels").tolist()) if not is_bare and "labels" in file.arrays else None
     except (UserError, OSError, ValueError, TypeError, KeyError, MemoryError, csv.Error) as error:

@@ -147,8 +147,8 @@ def load_or_fit_sampler(
 ) -> FittedSampler | PriorSampler | ClassSamplers:
     """Fit a sampler to the training images of a run, or load it from the run folder.
 
-    The cached file has the hash of the checkpoint in its name, which determines the training images. With `label`, or
-    for a conditional model, the sampler is also fitted again when the labels have changed.
+    The cached file has the hash of the checkpoint in its name, which determines the training images. With `label`, the
+    sampler of an unconditional model is also fitted again when the labels have changed.
 
     Args:
         name: A key of `SAMPLERS`.

@@ -92,7 +92,11 @@ class ImageDataModule(L.LightningDataModule):
         if images.labels.ndim != 1:
             raise UserError(f"model.conditional=true needs one label per image, and {where} has several factors")
         if len(images.labels.unique()) < 2:
-            raise UserError(f"model.conditional=true needs labels, and {where} has none, or the same for all images")
+            found = "one class" if images.classes else "no labels"
+            raise UserError(
+                f"model.conditional=true needs at least two classes, and {where} has {found}; expected a folder for "
+                "each class, FILE.npz with arrays images and labels, or data.label of a table"
+            )
         lowest, highest = int(images.labels.min()), int(images.labels.max())
         if lowest < 0 or highest >= len(images):
             found = f"{where} has labels from {lowest} to {highest}"

@@ -54,6 +54,11 @@ class ImageSet:
         return getattr(self.pixels, "dtype", torch.uint8)
 
     @property
+    def item(self) -> str:
+        """The word for one of them: "image", or "row" of a table."""
+        return "image" if self.columns is None else "row"
+
+    @property
     def nbytes(self) -> int:
         return math.prod(self.pixels.shape) * self.dtype.itemsize
 

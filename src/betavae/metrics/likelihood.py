@@ -199,10 +199,10 @@ def format_summary(result: dict[str, Any]) -> str:
     if "moments_kl" in aggregate:
         lines[-1] += f", at least {aggregate['moments_kl']:.2f} by its mean and covariance"
     if by_class:
-        lines[-1] += " (means over the classes, each of N images)"
+        lines[-1] += " (means over the classes; N: images of a class)"
     if "knn_accuracy" in result:
         lines.append(
             f"labels from posterior means: 5 nearest neighbors {result['knn_accuracy']:.2%}, linear "
-            f"{result['linear_accuracy']:.2%}"
+            f"{result['linear_accuracy']:.2%}" + (" (the encoder sees the label)" if by_class else "")
         )
     return "\n".join([*lines, f"note  {result['note']}"])

@@ -236,7 +236,8 @@ class Coupling(nn.Module):
     def scale_and_shift(self, fixed: Tensor, one_hot: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return s and t; s is bounded, softly, to (-`MAX_LOG_SCALE`, `MAX_LOG_SCALE`)."""
         inputs = fixed if one_hot is None else torch.cat((fixed, one_hot), -1)
-        log_scale, shift = at_least_float32(self.network(inputs)).chunk(2, -1)
+        dtype = next(self.network.parameters()).dtype
+        log_scale, shift = at_least_float32(self.network(inputs.to(dtype))).chunk(2, -1)
         return log_scale / (1 + log_scale.abs() / MAX_LOG_SCALE), shift
 
     def forward(self, z: Tensor, one_hot: Tensor | None = None) -> tuple[Tensor, Tensor]:

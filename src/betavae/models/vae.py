@@ -109,6 +109,11 @@ class VAE(nn.Module):
         view.__dict__.update(self.__dict__, labels=labels, prior=self.prior.given(labels))
         return view
 
+    def describe_numbers(self, binarize: str, values: str) -> str:
+        """Say what the loss of such images means, as `Likelihood.describe` does, and whether the labels are given."""
+        note = self.likelihood.describe(binarize, values)
+        return f"{note}; of images given their labels, -log p(x|y)" if self.classes else note
+
     def init_from_mean_image(self, mean: Tensor) -> None:
         """Shift the encoder's input by the mean image `(C, H, W)` and make it the decoder's first output.
 

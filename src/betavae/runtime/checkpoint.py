@@ -50,6 +50,11 @@ class TrainedRun(NamedTuple):
         """The run folder, or the folder of a checkpoint outside of one."""
         return self.path.parent.parent if self.path.parent.name == "checkpoints" else self.path.parent
 
+    @property
+    def item(self) -> str:
+        """The word for one input: "image", or "row" of a table."""
+        return "image" if self.columns is None else "row"
+
     def data_source(self, root: str | None = None) -> DataSource:
         """Return the data that the model was trained on.
 
@@ -107,11 +112,12 @@ class TrainedRun(NamedTuple):
         images = source.load_split("test") if split == "test" else source.load_training()[split]
         found = source.fingerprints(split, images, bool(self.vae.classes))
         if changed := [name for name in found if found[name] != self.fingerprints.get(name)]:
-            what = f"{split} images" if split in changed else changed[0]
+            what, so = f"{split} images", "images that it has seen could count as unseen"
+            if split not in changed:
+                what, so = changed[0], "they may be wrong for the images"
             raise UserError(
-                f"{source.root}: the {what} have changed since {self.path} was trained, so images that it "
-                "has seen could count as unseen; restore the data or pass a copy by data_root=PATH, or pass other "
-                "images by images=PATH if the command takes it"
+                f"{source.root}: the {what} have changed since {self.path} was trained, so {so}; restore the data or "
+                "pass a copy by data_root=PATH, or pass other images by images=PATH if the command takes it"
             )
         return images if split == "train" else source.binarize_for_eval(images, self.scaling)
 

@@ -177,6 +177,18 @@ def report_errors(describe: Callable[[Exception], str | None]) -> Iterator[None]
         sys.exit(1)
 
 
+def skip_last_scan() -> None:
+    """Keep Python from scanning all objects once more as it exits, which takes a second or more.
+
+    The scan would flush open files in reference cycles, such as those of a custom callback. So they are flushed here.
+    """
+    for found in gc.get_objects():
+        if issubclass(type(found), io.TextIOWrapper | io.BufferedWriter):
+            with contextlib.suppress(ValueError, OSError):  # closed, or on a full disk
+                found.flush()
+    gc.freeze()
+
+
 @contextlib.contextmanager
 def gc_paused() -> Iterator[None]:
     """Pause garbage collection during imports of torch, whose objects it would scan again and again for 0.5 s."""
@@ -189,4 +201,4 @@ def gc_paused() -> Iterator[None]:
     finally:
         gc.freeze()  # a later scan of these objects takes 0.3 s each time (Python 3.11)
         gc.enable()
-        atexit.register(gc.freeze)  # Python scans all objects once more as it exits, for a second or more
+        atexit.register(skip_last_scan)

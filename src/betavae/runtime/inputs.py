@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,11 +56,28 @@ def resolve_images(run: TrainedRun, where: str | list[str], data_root: str | Non
         found = read_images(where, run.vae.image_shape, **settings, dtype=run.scaling.stored_dtype)
         if found.pixels.is_floating_point():
             check_values(ImageSet(found.pixels, torch.empty(0)), run.scaling.mode, f"images={where}: its images")
+    if run.scaling.mode == "minmax" and (note := describe_outside(run, found.pixels)):
+        found = found._replace(notes=[*found.notes, note])
     if run.data.get("binarize", "none") == "none":
         return found
     threshold = f"{run.scaling.invert(torch.tensor([0.5])).mean():g}" if not run.scaling.is_bytes else "127"
     pixels = run.scaling.to_stored(binarize_pixels(found.pixels, "threshold", run.scaling))
     return found._replace(pixels=pixels, notes=[*found.notes, f"binarized: above {threshold} is 1"])
+
+
+def describe_outside(run: TrainedRun, pixels: Tensor) -> str | None:
+    """Describe values outside the range of the training data, which data.scaling=minmax maps to [0, 1]."""
+    values = pixels.numpy()
+    lowest, highest = (torch.from_numpy(f(values, (0, 2, 3))).double()[:, None, None] for f in (np.min, np.max))
+    low, high = run.scaling.apply(lowest).flatten(), run.scaling.apply(highest).flatten()
+    outside = torch.nonzero((low < -1e-6) | (high > 1 + 1e-6)).flatten().tolist()  # rounding
+    if not outside:
+        return None
+    if run.columns is not None:
+        names = ", ".join(run.columns[number] for number in outside[:5]) + ", ..." * (len(outside) > 5)
+        return f"values outside the range of the training data (data.scaling=minmax) in {names}"
+    found = f"values from {lowest.min().item():g} to {highest.max().item():g}"
+    return f"{found}; the training data have {run.scaling.low:g} to {run.scaling.high:g} (data.scaling=minmax)"
 
 
 def resolve_labels(run: TrainedRun, where: str | list[str], images: LoadedImages, label: int | str | None) -> Tensor:

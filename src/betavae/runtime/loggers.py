@@ -19,12 +19,10 @@ from betavae.runtime.remote_loggers import MLflow, WeightsAndBiases
 from betavae.runtime.run_folder import RunFolder, is_own_output
 from betavae.runtime.run_logger import RunLogger
 from betavae.runtime.settings import Config, check_signature
-from betavae.storage.files import STAMP, atomic_path
+from betavae.storage.files import STAMP_COLUMN, atomic_path
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-STAMP_COLUMN = f"made by {STAMP}"
 
 
 class TensorBoard(RunLogger, TensorBoardLogger):

@@ -433,6 +433,8 @@ def check_settings(values: Config) -> None:
 
     check_prior(objective, values["prior"]["name"])
     if values["model"]["conditional"] and values["prior"]["name"] == "vamp":
-        raise UserError("model.conditional=true is invalid with prior=vamp, whose pseudo-inputs have no labels")
+        raise UserError(
+            "model.conditional=true is invalid with prior=vamp, whose pseudo-inputs have no labels; use prior=flow"
+        )
     if steps > 1 and values["optimizer"]["name"] == "LBFGS":
         raise UserError(f"trainer.steps_per_batch={steps} is invalid: expected 1 with LBFGS (trainer=fast sets 10)")

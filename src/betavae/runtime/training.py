@@ -386,9 +386,9 @@ class TrainingRun:
             # Lightning has restored the callback from the tested checkpoint.
             validation = self.callback(LastValidationMetrics).metrics
             record["validation"] = {name: round(value, 4) for name, value in validation.items()}
-        if not vae.likelihood.is_discrete(binarize):
+        if vae.classes or not vae.likelihood.is_discrete(binarize):
             values = self.datamodule.scaling.describe(vae.image_shape)
-            record["note"] = vae.likelihood.describe(binarize, values)
+            record["note"] = vae.describe_numbers(binarize, values)
         if collapse := describe_collapse(scalars["active_units"], vae.latent_dim, scalars["kl"]):
             record["posterior_collapse"] = collapse
         self.folder.write_record(record)
@@ -414,11 +414,13 @@ class TrainingRun:
         apart = ("active_units", "neg_elbo", "bits_per_dimension")
         terms = [f"{DISPLAY_NAMES.get(name, name)} {scalars[name]:.2f}" for name in scalars if name not in apart]
         covered, total = self.count_test_images(), len(self.datamodule.splits["test"])
+        item = self.datamodule.splits["test"].item
         log.info(
-            "test  %s  neg. ELBO %.2f nats per image (%s%d active units, %s, trained in %.0f s)",
+            "test  %s  neg. ELBO %.2f nats per %s (%s%d active units, %s, trained in %.0f s)",
             "  ".join(terms),
             scalars["neg_elbo"],
-            f"{covered:,} of {total:,} test images, " if covered < total else "",
+            item,
+            f"{covered:,} of {total:,} test {item}s, " if covered < total else "",
             scalars["active_units"],
             "no checkpoint" if self.fast_dev_run else self.tested_checkpoint.name,
             self.record["fit_seconds"],

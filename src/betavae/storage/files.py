@@ -17,6 +17,7 @@ from pathlib import Path
 from betavae.errors import UserError
 
 STAMP = "betavae"  # in every file that a script writes to a path from the user
+STAMP_COLUMN = f"made by {STAMP}"  # the last and empty column of a CSV file
 COMPRESSED_MAGIC = b"betavae images\r\n\x1a\n"  # its line ends reveal a file that was transferred as text
 TMP_SUFFIX = ".part"  # of a file that is being written
 TMP_PREFIX = "betavae-part-"  # of a file that is being written, where its suffix must be that of the whole file
@@ -133,7 +134,7 @@ def write_csv(path: Path, columns: Mapping[str, Sequence[object]]) -> None:
     """Write a table whose last column, which is empty, marks it as a file of this project."""
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow([*columns, f"made by {STAMP}"])
+        writer.writerow([*columns, STAMP_COLUMN])
         writer.writerows([*row, ""] for row in zip(*columns.values(), strict=True))
 
 
@@ -169,7 +170,7 @@ def has_stamp(path: Path) -> bool:
             end = path.read_bytes()[-(2**20) :]
             return b"made_by" in end and STAMP.encode() in end
         if path.suffix == ".csv":
-            return f"made by {STAMP}".encode() in start.splitlines()[0]
+            return STAMP_COLUMN.encode() in start.splitlines()[0]
         content = json.loads(path.read_text()) if path.suffix == ".json" else {}
         return content.get("made_by") == STAMP
     except Exception:  # an unreadable file is not one of this project

@@ -257,3 +257,13 @@ def read_evaluated_runs(runs: Path) -> list[EvaluatedRun]:
     if not found:
         raise UserError(f"no evaluated run under {runs}/: evaluate one by `python scripts/evaluate.py ckpt=RUN_FOLDER`")
     return found
+
+
+def find_unevaluated_runs(runs: Path) -> list[Path]:
+    """Return the folders of finished runs under a folder that have no evaluation.json, the newest last."""
+    folders = [path.parent for path in sorted(runs.rglob("metrics.json"))]
+    return [
+        folder
+        for folder in folders
+        if not (folder / "evaluation.json").exists() and read_json(folder / "metrics.json").get("status") == "finished"
+    ]

@@ -96,6 +96,24 @@ def test_runs_of_moved_data_are_compared_by_fingerprint(tmp_path):
             queries.load_models(runs)
 
 
+def test_labels_of_conditional_runs_are_compared(tmp_path):
+    pixels, labels = np.random.default_rng(0).integers(0, 255, (40, 28, 28), np.uint8), np.arange(40) % 2
+    np.savez(tmp_path / "x.npz", images=pixels, labels=labels)
+    plain = make_run(2, 1.0, str(tmp_path / "x.npz"), "arrays")
+    found = plain.data_source().fingerprints("test", plain.data_source().load_split("test"), True)
+    plain = plain._replace(fingerprints={"test": found["test"]})
+    conditional = make_run(2, 1.0, str(tmp_path / "x.npz"), "arrays", classes=["0", "1"])._replace(fingerprints=found)
+    assert len(queries.load_models([plain, conditional]).models) == 2
+    other = conditional._replace(fingerprints=found | {"test labels": "0"})
+    with pytest.raises(UserError, match="were trained on different labels"):
+        queries.load_models([plain, conditional, other])
+    np.savez(tmp_path / "x.npz", images=pixels, labels=1 - labels)
+    assert len(queries.load_models([plain]).models) == 1
+    for runs in ([plain, conditional], [conditional, plain]):
+        with pytest.raises(UserError, match="the test labels have changed since"):
+            queries.load_models(runs)
+
+
 def test_pca_map_equals_singular_value_decomposition(explorer):
     means = explorer.models[1].means.double()
     points, center, axes, share = queries.compute_map(explorer.models[1], "pca")

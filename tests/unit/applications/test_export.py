@@ -278,3 +278,22 @@ def test_code_of_the_docs_runs_without_torch(exported):
     done = subprocess.run([sys.executable, "-c", blocked + code + checks], capture_output=True, text=True, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(r"samples -?\d+\.\d+ shuffled -?\d+\.\d+", done.stdout.strip())
+
+
+@pytest.mark.slow
+def test_docs_code_for_labels_decodes_the_class(tmp_path):
+    torch.manual_seed(0)
+    settings = {"network": "mlp", "hidden_dims": [8], "latent_dim": 2, "activation": "relu", "image_shape": [1, 4, 4]}
+    settings |= {"likelihood": "bernoulli", "classes": list("0123456789")}
+    settings["prior"] = {"name": "flow", "transforms": 2, "hidden_dims": [8]}
+    vae = VAE(**settings).requires_grad_(False).eval()
+    export.export_graphs(vae, settings, "onnx", tmp_path / "out")
+    first, second = re.findall(
+        "```python\n(.*?)```", (REPO / "docs" / "export.md").read_text().split("without torch")[1], re.DOTALL
+    )[:2]
+    code = first.split("(images,)")[0] + second + "\nnp.savez('found.npz', z=z, sevens=sevens)"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "out", check=True)
+    found = {name: torch.from_numpy(values) for name, values in np.load(tmp_path / "out/found.npz").items()}
+    torch.testing.assert_close(found["sevens"], vae.given(torch.tensor([7])).decode(found["z"]).clamp(0, 1))
+    others = vae.given(torch.tensor([1])).decode(found["z"])
+    assert not torch.allclose(found["sevens"], others)

@@ -139,6 +139,22 @@ def test_bounds_do_not_depend_on_chunks_or_other_images():
     torch.testing.assert_close((first[0].mean() + first[1].sum(1).mean()).float(), terms.loss)
 
 
+def test_kl_per_dimension_is_to_the_prior_of_the_label():
+    torch.manual_seed(0)
+    prior = {"name": "mixture", "components": 2}
+    vae = VAE(**MODEL | {"latent_dim": 2, "prior": prior, "classes": ["a", "b"]}).requires_grad_(False)
+    vae.prior.mean.copy_(torch.tensor([[-3.0, 1.0], [5.0, 0.0]]))
+    vae.prior.log_weights.copy_(100 * torch.eye(2))
+    x, labels = torch.rand(6, *vae.image_shape), torch.tensor([0, 1, 1, 0, 1, 1])
+    groups = [*importance_bounds(vae, x, [1], 0, labels=labels)]
+    per_image = PerImageBounds(*map(torch.cat, zip(*groups, strict=True)))
+    mean, logvar = vae.given(labels).encode(x)
+    priors = D.Normal(vae.prior.mean[labels], vae.prior.log_scale.exp()[labels])
+    wanted = D.kl_divergence(D.Normal(mean, (0.5 * logvar).exp()), priors).mean(0)
+    found = summarize(vae, per_image, [1], labels)["kl_per_dimension"]
+    torch.testing.assert_close(torch.tensor(found), wanted, rtol=1e-3, atol=1e-3)
+
+
 def test_decode_floats_count_every_layer_output():
     """Count 400 numbers before and after the activation, the logits, unflattened, and four more of them."""
     floats = count_decode_floats(VAE(**MODEL))

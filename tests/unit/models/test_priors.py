@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -212,6 +213,17 @@ def test_flow_density_follows_from_its_jacobian():
         jacobian = torch.autograd.functional.jacobian(lambda z: to_noise(z[None])[0], z)
         wanted = D.Normal(0.0, 1.0).log_prob(to_noise(z[None])[0]).sum() + jacobian.slogdet().logabsdet
         torch.testing.assert_close(prior.log_prob(z[None])[0], wanted)
+
+
+@pytest.mark.parametrize("labels", [None, [0, 2]])
+def test_flow_runs_in_bfloat16(labels):
+    torch.manual_seed(0)
+    exact, z = build_vae("flow", classes="abc" if labels else None).float(), torch.randn(2, 3)
+    reduced = copy.deepcopy(exact).bfloat16()
+    given = None if labels is None else torch.tensor(labels)
+    wanted, found = (vae.given(given).prior.log_prob(z) for vae in (exact, reduced))
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, wanted, rtol=0.05, atol=0.1)
 
 
 @pytest.mark.parametrize("latent_dim", (2, 5))

@@ -3,6 +3,8 @@
 import re
 import shlex
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -111,3 +113,18 @@ def test_messages_name_the_command_that_started(monkeypatch):
     monkeypatch.setenv("BETAVAE_CONSOLE", "1")
     expected = 'betavae train -m; betavae sweep_report sweep=a; pip install "betavae[explore]"; scripts/detect.py'
     assert adapt_commands(text) == expected
+
+
+def test_open_files_in_reference_cycles_are_written_at_exit(tmp_path):
+    code = """
+from betavae.runtime.cli import gc_paused
+with gc_paused():
+    import torch
+class Callback:
+    pass
+callback = Callback()
+callback.trainer, callback.file = [callback], open("kept.txt", "w")
+callback.file.write("epoch 0")
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    assert (tmp_path / "kept.txt").read_text() == "epoch 0"

@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from betavae.data.image_io import LoadedImages
+from betavae.data.scaling import Scaling
 from betavae.errors import UserError
 from betavae.models.vae import VAE
 from betavae.runtime.checkpoint import TrainedRun
@@ -45,6 +46,26 @@ def test_a_file_named_as_a_data_set_is_a_file(tmp_path, monkeypatch):
     assert is_dataset_name("mnist") and not is_dataset_name("arrays") and not is_dataset_name(["mnist"])
     Path("mnist").touch()
     assert not is_dataset_name("mnist")
+
+
+def test_values_outside_the_training_range_are_reported(make_run, tmp_path):
+    scaling = Scaling("minmax", "uint16", [100.0], [3900.0], 100.0, 4000.0)
+    run = make_run()._replace(scaling=scaling)
+    values = np.linspace(100, 4000, 2 * 28 * 28).round().astype(np.uint16).reshape(2, 28, 28)
+    np.save(tmp_path / "in.npy", values)
+    assert resolve_images(run, str(tmp_path / "in.npy")).notes == []
+    np.save(tmp_path / "out.npy", values * 2)
+    assert resolve_images(run, str(tmp_path / "out.npy")).notes == [
+        "values from 200 to 8000; the training data have 100 to 4000 (data.scaling=minmax)"
+    ]
+
+
+def test_columns_outside_the_training_range_are_named(make_run, tmp_path):
+    scaling = Scaling("minmax", "float64", [0.0, -5.0], [10.0, 5.0], -5.0, 10.0)
+    run = make_run(name="table")._replace(scaling=scaling, columns=["a", "b"])
+    (tmp_path / "t.csv").write_text("a,b\n0,-5\n10,0.5\n")
+    notes = resolve_images(run, str(tmp_path / "t.csv")).notes
+    assert notes == ["values outside the range of the training data (data.scaling=minmax) in b"]
 
 
 @pytest.mark.parametrize("binarize", ["none", "threshold", "dynamic"])

@@ -23,7 +23,7 @@ from betavae.errors import UserError
 from betavae.grids import Grid, save_grids
 from betavae.plotting import create_figure, save_figure, stack_reconstructions
 from betavae.storage.cache import hash_file, load_or_compute
-from betavae.storage.files import STAMP, atomic_path, has_stamp
+from betavae.storage.files import STAMP_COLUMN, atomic_path, has_stamp
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -165,7 +165,7 @@ def write_table(
     with atomic_path(out) as path, open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         rows = csv.writer(file)
         extra = ["unusual_columns"] if unusual is not None else []
-        rows.writerow(["name", "label", *result.scores, "p_value", "flagged", *extra, f"made by {STAMP}"])
+        rows.writerow(["name", "label", *result.scores, "p_value", "flagged", *extra, STAMP_COLUMN])
         for i in range(len(names)) if unusual is None else ranking:
             name, more = names[i], [unusual[i]] if unusual is not None else []
             scores = [f"{values[i].item():.6g}" for values in result.scores.values()]

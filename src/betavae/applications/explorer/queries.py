@@ -134,7 +134,8 @@ def load_models(
     """
     if len(runs) > MAX_MODELS:
         raise UserError(f"ckpt: {len(runs)} runs are too many to show side by side; name at most {MAX_MODELS}")
-    images = runs[0].split("test", root)
+    # The data of a conditional run are checked for changed labels.
+    images = next((run for run in runs if run.vae.classes), runs[0]).split("test", root)
     images = images.select(torch.arange(min(MAX_MAP_IMAGES, len(images))))
     first = identify_test_images(runs[0])
     for run in runs[1:]:
@@ -142,6 +143,13 @@ def load_models(
             raise UserError(
                 f"ckpt: {runs[0].path} and {run.path} were trained on different data ({first}, "
                 f"{identify_test_images(run)}); name runs trained on the same data"
+            )
+    conditional = [run for run in runs if run.vae.classes]
+    for run in conditional[1:]:
+        if run.fingerprints.get("test labels") != conditional[0].fingerprints.get("test labels"):
+            raise UserError(
+                f"ckpt: {conditional[0].path} and {run.path} were trained on different labels; name runs trained on "
+                "the same data"
             )
     columns = zip(label_runs(runs), runs, p_values or [None] * len(runs), strict=True)
     return Explorer([load_model(name, run, images, function) for name, run, function in columns], images)
@@ -222,7 +230,7 @@ def build_page_state(explorer: Explorer) -> dict[str, Any]:
         "labels": (labels[:, None] if labels.ndim == 1 else labels).T.tolist(),
         "classes": explorer.images.classes,
         "conditions": list(explorer.conditions),
-        "note": run.vae.likelihood.describe(run.data["binarize"], run.scaling.describe(run.vae.image_shape)),
+        "note": run.vae.describe_numbers(run.data["binarize"], run.scaling.describe(run.vae.image_shape)),
         "runs": [
             {
                 "name": model.name,

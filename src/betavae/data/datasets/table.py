@@ -16,6 +16,7 @@ from betavae.data.holdout import DEFAULT_HOLDOUT, exclude_indices, hold_out_at_r
 from betavae.data.image_set import ImageSet
 from betavae.data.scaling import FULL_SCALE
 from betavae.errors import UserError
+from betavae.storage.files import STAMP_COLUMN
 
 Name = str | int  # of a column; columns without a header are numbered from 0
 
@@ -55,7 +56,7 @@ def load_table(
     if table.labels is not None:
         if len(missing := np.flatnonzero(table.labels == "")):
             raise UserError(
-                f"{root}: column {label}, the label, has no value in row {missing[0] + 1}; fill it in, remove such "
+                f"{root}: column {label}, the label, has no value in row {missing[0]}; fill it in, remove such "
                 "rows, or pass another data.label"
             )
         numbers, classes = number_labels(table.labels, table.labels)
@@ -113,11 +114,13 @@ def read_csv(path: Path) -> dict[str, np.ndarray]:
     if len(set(header)) < len(header):
         twice = next(name for name in header if header.count(name) > 1)
         raise UserError(f"{path} has several columns named {twice!r}; rename them")
-    for number, row in enumerate(rows, start=1):
+    for number, row in enumerate(rows):
         if len(row) != len(header):
             raise UserError(f"{path}: row {number} has {len(row)} values: expected {len(header)}, one for each column")
     # Python's texts, since NumPy's have the length of the longest one of the whole table.
-    return dict(zip(header, np.array(rows, dtype=object).reshape(-1, len(header)).T, strict=True))
+    columns = dict(zip(header, np.array(rows, dtype=object).reshape(-1, len(header)).T, strict=True))
+    columns.pop(STAMP_COLUMN, None)
+    return columns
 
 
 def read_parquet(path: Path) -> dict[str, np.ndarray]:
@@ -163,7 +166,7 @@ def to_numbers(path: Path, name: str, column: np.ndarray) -> np.ndarray:
     wrong = np.flatnonzero(~np.isfinite(numbers))
     if not len(wrong):
         return numbers
-    value, row = str(column[wrong[0]]).strip(), wrong[0] + 1
+    value, row = str(column[wrong[0]]).strip(), wrong[0]
     more = f", and in {len(wrong) - 1:,} more rows" if len(wrong) > 1 else ""
     if value.lower() in ("", "none", "nan", "na", "n/a", "null", "<na>"):
         raise UserError(

@@ -6,6 +6,7 @@ import torch
 
 from betavae.data.datasets.table import load_table, read_table
 from betavae.errors import UserError
+from betavae.storage.files import write_csv
 
 
 def write(path, text):
@@ -52,7 +53,7 @@ def test_one_long_text_does_not_widen_the_other_cells(tmp_path):
 
 def test_missing_labels_are_rejected_for_training_only(tmp_path):
     path = write(tmp_path / "t.csv", "a,y\n" + "1,u\n" * 20 + "2,\n")
-    with pytest.raises(UserError, match="column y, the label, has no value in row 21; fill it in"):
+    with pytest.raises(UserError, match="column y, the label, has no value in row 20; fill it in"):
         load_table(path, "train", label="y")
     assert read_table(path, label="y").labels.tolist() == ["u"] * 20 + [""]
 
@@ -66,6 +67,12 @@ def test_an_array_has_numbered_columns(tmp_path, dtype):
     assert np.array_equal(table.values.flatten(1).numpy(), array[:, 1:])
 
 
+def test_the_mark_of_own_files_is_no_column(tmp_path):
+    write_csv(tmp_path / "t.csv", {"a": [1, 2], "b": [3, 4]})
+    table = read_table(tmp_path / "t.csv")
+    assert table.columns == ["a", "b"] and table.values.flatten().tolist() == [1, 3, 2, 4]
+
+
 def test_a_parquet_file_is_read(tmp_path):
     pa = pytest.importorskip("pyarrow")
     from pyarrow import parquet
@@ -73,11 +80,11 @@ def test_a_parquet_file_is_read(tmp_path):
     parquet.write_table(pa.table({"a": [1, 2], "b": [0.5, None], "k": ["u", "v"]}), tmp_path / "t.parquet")
     table = read_table(tmp_path / "t.parquet", ["a"], "k")
     assert table.values.flatten().tolist() == [1, 2] and table.labels.tolist() == ["u", "v"]
-    with pytest.raises(UserError, match="column b has no value in row 2"):
+    with pytest.raises(UserError, match="column b has no value in row 1"):
         read_table(tmp_path / "t.parquet", ["b"])
     times = pa.array([None, 0], pa.timestamp("us"))
     parquet.write_table(pa.table({"time": times, "y": ["u", None]}), tmp_path / "t.parquet")
-    with pytest.raises(UserError, match=r"column time has '1970-.*' in row 2: expected numbers|column time has 'NaT'"):
+    with pytest.raises(UserError, match=r"column time has '1970-.*' in row 1: expected numbers|column time has 'NaT'"):
         read_table(tmp_path / "t.parquet", label="y")
     write(tmp_path / "t.parquet", "PAR1")
     with pytest.raises(UserError, match="is not an intact Parquet file"):
@@ -87,13 +94,13 @@ def test_a_parquet_file_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("text", "settings", "message"),
     [
-        ("a,b\n1,x\n2,3\n4,y\n", {}, "column b has 'x' in row 1, and in 1 more rows: expected numbers; .*data.label=b"),
-        ("a,b\n1,2\n3,\n", {}, "column b has no value in row 2; fill in"),
+        ("a,b\n1,x\n2,3\n4,y\n", {}, "column b has 'x' in row 0, and in 1 more rows: expected numbers; .*data.label=b"),
+        ("a,b\n1,2\n3,\n", {}, "column b has no value in row 1; fill in"),
         (",b\n1,2\n3,4\n", {}, "column 1 has no name, as a column of row numbers; name it, remove it, or name"),
         ("a,b\n1,2\n", {"columns": ["a", "a"]}, "data.columns has a twice"),
-        ("a,b\n1,2\n3,NaN\n", {}, "column b has no value in row 2"),
-        ("a,b\n1,2\n3,inf\n", {}, "column b has 'inf' in row 2"),
-        ("a,b\n1,2\n3\n", {}, "row 2 has 1 values: expected 2"),
+        ("a,b\n1,2\n3,NaN\n", {}, "column b has no value in row 1"),
+        ("a,b\n1,2\n3,inf\n", {}, "column b has 'inf' in row 1"),
+        ("a,b\n1,2\n3\n", {}, "row 1 has 1 values: expected 2"),
         ("a,a\n1,2\n", {}, "several columns named 'a'"),
         ("a,b\n1,2\n", {"label": "c"}, r"has no column c \(it has a, b\)"),
         ("a,b\n1,2\n", {"columns": ["a", "d"]}, "has no column d"),
