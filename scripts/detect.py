@@ -56,7 +56,7 @@ def main(settings: Settings) -> None:
         f"sampling error of {calibration:,} calibration images"
     )
     if images.notes and run.data.get("name") != "folder":  # Training images of a folder are adapted in the same way.
-        print("images adapted to the model may have another false-alarm rate: see docs/anomalies.md")
+        print("images with these notes may have another false-alarm rate: see docs/anomalies.md")
     if is_inlier is not None:
         for name, value in report.compute_detection_metrics(result, is_inlier).items():
             print(f"{name:36}{value:.4f}")

@@ -55,7 +55,7 @@ def main(settings: Settings) -> None:
         raise UserError(f"device={device} is not available: {first_line(error)}") from error
 
     folder = Path(settings.out) if settings.out else run.folder
-    print(f"{run.path} on {len(x):,} test {run.item}s, nats per {run.item}, ± standard error")
+    print(f"{run.path} on {len(x):,} test {run.item}s, nats per {run.item}, ± standard error over {run.item}s")
     ks = [10**power for power in range(20) if 10**power < settings.k] + [settings.k]
     request = {"images": len(x), "k": ks, "seed": settings.seed, "matmul_precision": settings.matmul_precision}
     partial, key = folder / "evaluation.part", request | {"checkpoint": hash_file(run.path)}

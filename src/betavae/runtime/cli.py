@@ -183,7 +183,7 @@ def skip_last_scan() -> None:
     The scan would flush open files in reference cycles, such as those of a custom callback. So they are flushed here.
     """
     for found in gc.get_objects():
-        if issubclass(type(found), io.TextIOWrapper | io.BufferedWriter):
+        if issubclass(type(found), io.TextIOWrapper | io.BufferedWriter | io.BufferedRandom):
             with contextlib.suppress(ValueError, OSError):  # closed, or on a full disk
                 found.flush()
     gc.freeze()

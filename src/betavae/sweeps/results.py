@@ -260,7 +260,7 @@ def read_evaluated_runs(runs: Path) -> list[EvaluatedRun]:
 
 
 def find_unevaluated_runs(runs: Path) -> list[Path]:
-    """Return the folders of finished runs under a folder that have no evaluation.json, the newest last."""
+    """Return the folders of finished runs under a folder that have no evaluation.json, by name."""
     folders = [path.parent for path in sorted(runs.rglob("metrics.json"))]
     return [
         folder

@@ -123,8 +123,9 @@ with gc_paused():
 class Callback:
     pass
 callback = Callback()
-callback.trainer, callback.file = [callback], open("kept.txt", "w")
+callback.trainer, callback.file, callback.both = [callback], open("kept.txt", "w"), open("kept.bin", "w+b")
 callback.file.write("epoch 0")
+callback.both.write(b"epoch 0")
 """
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
-    assert (tmp_path / "kept.txt").read_text() == "epoch 0"
+    assert (tmp_path / "kept.txt").read_text() == (tmp_path / "kept.bin").read_text() == "epoch 0"
