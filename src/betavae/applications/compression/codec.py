@@ -276,7 +276,9 @@ def compress(
             on_batch(n)
     heads, words = stack.get_content()
     payload = words.astype("<u4").tobytes() + heads.astype("<u8").tobytes()
-    missing = max(0, min_payload_bytes(len(images), list(vae.image_shape)) - len(payload))
+    # The net cost of a few tiny images may be negative, which leaves fewer bits than were borrowed.
+    min_bytes = max(min_payload_bytes(len(images), list(vae.image_shape)), 4 * stack.borrowed)
+    missing = max(0, min_bytes - len(payload))
     return Compressed(
         payload=bytes(math.ceil(missing / 4) * 4) + payload,  # Padding words are at the bottom, where no pop reads.
         image_shape=list(vae.image_shape),
