@@ -99,10 +99,12 @@ def test_a_run_killed_at_random_moments_resumes_exactly(
     expected, seconds = rich
     rng = random.Random(0)
     kills, chain, met = 0, 0, set()
-    while kills < 10 or chain:
+    # Where a moment falls depends on the machine's load: kill until three different states were resumed.
+    while (more := kills < 10 or len(met) < 3) or chain:
+        assert kills < 60, met
         child = start_or_resume(tmp_path, [*RICH, root])
         # The same run is killed up to five times in a row, then it may finish.
-        code = child.kill_after(rng.uniform(0.1, seconds)) if chain < 5 and kills < 10 else child.wait()
+        code = child.kill_after(rng.uniform(0.1, seconds)) if chain < 5 and more else child.wait()
         if code == -signal.SIGKILL:
             kills, chain = kills + 1, chain + 1
             last = tmp_path / "run" / "checkpoints" / "last.ckpt"
@@ -112,7 +114,6 @@ def test_a_run_killed_at_random_moments_resumes_exactly(
         assert_same(tmp_path / "run", expected)
         shutil.rmtree(tmp_path / "run")
         chain = 0
-    assert len(met) >= 3, met  # the kills were spread over the run
 
 
 def test_a_run_killed_while_saving_resumes_exactly(
