@@ -33,6 +33,8 @@ def first(workdir):
         ("trainer.profiler=simple", "++trainer.profiler=simple"),
         ("+trainer.sync_batchnorm=true +trainer.max_epochs=2", "++trainer.sync_batchnorm=true trainer.max_epochs=2"),
         ("trainer.profilr=simple +model.x=1 ~optimizer.fused", "trainer.profilr=simple +model.x=1 ~optimizer.fused"),
+        ("--prior=flow --trainer.profiler=simple", "prior=flow ++trainer.profiler=simple"),
+        ("--cfg=job --config-name=train", "--cfg=job --config-name=train"),
         ("--cfg job model.hidden_dims=[1,2]", "--cfg job model.hidden_dims=[1,2]"),
         ("data.root=a[1] name=x#1 runs=a,b", 'data.root="a[1]" name="x#1" runs=a,b'),
         ("""data.root="a[1]" runs=${name}""", """data.root="a[1]" runs=${name}"""),

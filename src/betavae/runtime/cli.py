@@ -88,11 +88,11 @@ def script_command(settings: type[S]) -> Callable[[Callable[[S], None]], Callabl
 
 
 def parse_arguments(words: list[str]) -> dict[str, Any]:
-    """Parse the `key=value` arguments of a script."""
+    """Parse the `key=value` arguments of a script. A key may have dashes, as in `--k=100`."""
     for word in words:
         if "=" not in word:
             raise UserError(f"{word} is not an argument: expected key=value (--help lists the keys)")
-    pairs = [word.partition("=")[::2] for word in words]
+    pairs = [word.removeprefix("--").partition("=")[::2] for word in words]
     return {"ckpt" if key == "ckpt_path" else key: parse_value(text) for key, text in pairs}
 
 

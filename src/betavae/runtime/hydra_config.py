@@ -33,6 +33,7 @@ CONFIG_ROOTS = (Path(__file__).parents[3], *Path(sys.argv[0]).resolve().parents[
 CONFIGS = next((root / "configs" for root in CONFIG_ROOTS if (root / "configs/train.yaml").is_file()), Path("configs"))
 # Settings whose value is a path or a name, with any characters.
 PATHS = ("data.root", "data.cache", "resume", "init_from", "runs", "name", "hydra.run.dir", "hydra.sweep.dir")
+HYDRA_OPTIONS = ("--cfg", "--package", "--info", "--config-", "--experimental-rerun")  # those with a value
 LAUNCHER_EXTRAS = {"joblib": "sweep", "submitit": "slurm", "ray": "ray"}  # the optional dependencies of each
 
 
@@ -140,6 +141,7 @@ def translate_arguments(words: list[str]) -> list[str]:
     """Translate the habits of Lightning and Hydra users into arguments that Hydra and the config accept.
 
     - `-m` may be anywhere.
+    - A setting may have dashes, as in `--beta=4`.
     - An argument of Lightning's Trainer and an option of a group need no `+`.
     - `logger` and `callbacks` may be null, [], false or none; `ckpt_path` is `resume`.
     - A path needs no quotes beside those of the shell.
@@ -150,6 +152,8 @@ def translate_arguments(words: list[str]) -> list[str]:
 
 def translate_argument(word: str) -> str:
     typed, equals, value = word.partition("=")
+    if equals and typed.startswith("--") and not typed.startswith(HYDRA_OPTIONS):
+        return translate_argument(word.removeprefix("--"))
     key = typed.lstrip("+")
     if not equals or key.startswith(("-", "~")):
         return word

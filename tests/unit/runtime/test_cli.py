@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from betavae.runtime.cli import adapt_commands, argument, parse_value
+from betavae.runtime.cli import adapt_commands, argument, parse_arguments, parse_value
 from tests.commands import TINY, Child, run
 from tests.integration.test_resume import signal_at
 
@@ -39,6 +39,10 @@ def test_hydra_and_scripts_parse_a_formatted_argument_back(value):
     assert type(resolved) is str and resolved == expected
     script_value = parse_value(word.partition("=")[2])
     assert type(script_value) is str and script_value == expected
+
+
+def test_keys_may_have_dashes_and_ckpt_path_is_ckpt():
+    assert parse_arguments(["--k=100", "ckpt_path=--a=1"]) == {"k": 100, "ckpt": "--a=1"}
 
 
 @pytest.mark.parametrize(
