@@ -29,7 +29,7 @@ def main(settings: Settings) -> None:
         from betavae.applications.anomalies import report
         from betavae.applications.anomalies.detector import false_alarm_rate
         from betavae.runtime import checkpoint
-        from betavae.runtime.inputs import is_dataset_name, resolve_images, resolve_labels
+        from betavae.runtime.inputs import includes_training_images, is_dataset_name, resolve_images, resolve_labels
         from betavae.runtime.run_folder import REPORT, check_claim, claim_folder
 
     out = Path(settings.out).expanduser()
@@ -50,6 +50,8 @@ def main(settings: Settings) -> None:
     report.save_report(run, detector, result, images, is_inlier, out, labels)
     for note in images.notes:
         print(note)
+    if includes_training_images(run, settings.images, settings.data_root):
+        print("the detector was fitted to some of these images and flags fewer of them; images=test are unseen")
     print(f"flagged {int(result.flagged.sum()):,} of {len(images.names):,} {run.item}s at alpha={settings.alpha}")
     print(
         f"expected false-alarm rate {rate.mean:.2%}; 95 % interval {rate.low:.2%} to {rate.high:.2%}, due to the "

@@ -154,7 +154,7 @@ def test_anomalies_page_flags_images(folder, outputs):
     assert [row["flagged"] == "True" for row in rows] == [float(row["p_value"]) <= 0.01 for row in rows]
     figures = {path.name for path in (folder / "anomalies").glob("*.png")}
     assert figures == {"histogram.png", "extremes.png", "where.png"}
-    assert "fitting" in text
+    assert "fitting" in text and "fitted to some of these images" in text
     again = run("images=IMAGE_FOLDER", "alpha=0.001", cwd=folder, script="scripts/detect.py", code=1)
     assert "fitting" not in again and "alpha=0.001 needs at least 999 validation images" in again
 

@@ -65,6 +65,16 @@ def resolve_images(run: TrainedRun, where: str | list[str], data_root: str | Non
     return found._replace(pixels=pixels, notes=[*found.notes, f"binarized: above {threshold} is 1"])
 
 
+def includes_training_images(run: TrainedRun, where: str | list[str], data_root: str | None = None) -> bool:
+    """Return True if `where` names the training or validation images, or the file or folder that has them."""
+    if where in ("train", "validation"):
+        return True
+    if not isinstance(where, str):
+        return False
+    path, root = (Path(name).expanduser() for name in (where, data_root or run.data["root"]))
+    return path.exists() and root.exists() and path.samefile(root)
+
+
 def describe_outside(run: TrainedRun, pixels: Tensor) -> str | None:
     """Describe values outside the range of the training data, which data.scaling=minmax maps to [0, 1]."""
     values = pixels.numpy()

@@ -395,7 +395,8 @@ def test_command_checks_its_settings_before_it_writes(ckpt, tmp_path):
     assert not (tmp_path / "anomalies").exists()
     text = detect(tmp_path, "images=labeled.npz", "inliers=[0]")
     assert "AUROC" in text and "fitting" not in text and (tmp_path / "anomalies" / "roc.png").exists()
-    detect(tmp_path, "images=x.npy")
+    assert "fitted to some of these images" not in detect(tmp_path, "images=x.npy")
+    assert "fitted to some of these images" in detect(tmp_path, "images=validation", "out=fitted")
     assert {path.stem for path in (tmp_path / "anomalies").glob("*.png")} == {"histogram", "extremes", "where"}
 
 
