@@ -21,8 +21,9 @@ def orthogonalize(matrix: Tensor) -> Tensor:
     for number, (a, b, c) in enumerate(POLAR_EXPRESS_COEFFS):
         gram = x @ x.mT if wide else x.mT @ x
         if number == 0:
-            # This bound on the largest singular value is tighter than the Frobenius norm.
-            norm = gram.norm().sqrt().clamp(min=1e-12)
+            # This bound on the largest singular value is tighter than the Frobenius norm. Fourth powers of a matrix
+            # below 1e-9 underflow: of the fading momentum of dead units, which would become an enormous step.
+            norm = gram.norm().sqrt().clamp(min=1e-8)
             x, gram = x / norm, gram / norm**2
         polynomial = torch.addmm(gram, gram, gram, beta=b, alpha=c)
         polynomial.diagonal().add_(a)

@@ -24,6 +24,11 @@ def test_orthogonalize_maps_the_singular_values(shape):
     assert (result - torch.diag(result.diagonal())).abs().max() < 0.02
 
 
+@pytest.mark.parametrize("scale", [1e-6, 1e-9, 1e-11, 2e-13, 1e-14, 1e-20, 1e-36, 0.0])
+def test_orthogonalize_bounds_the_step_of_a_vanishing_gradient(scale):
+    assert torch.linalg.matrix_norm(orthogonalize(scale * torch.randn(256, 25)), 2) < 2
+
+
 def test_vectors_get_adam_and_matrices_muon():
     layer = nn.Linear(50, 20)
     start, bias = layer.weight.detach().clone(), nn.Parameter(layer.bias.detach().clone())
