@@ -1,5 +1,6 @@
 """Read image files in the size, channels and range of a model. All of them go through `read_image`."""
 
+import contextlib
 import os
 import warnings
 from collections import Counter
@@ -118,7 +119,7 @@ def fit_deep_image(
 def find_common_dtype(paths: Iterable[str | Path]) -> torch.dtype:
     """Return uint16 or float32 if all readable images have 16 bits or floats, else uint8. Only headers are read."""
     found: torch.dtype | None = None
-    for path in paths:
+    for path in filter(os.path.isfile, paths):
         try:
             with Image.open(path, formats=FORMATS) as image:
                 is_deep = image.mode.startswith("I;16") or (image.format, image.mode) == ("PPM", "I")
@@ -190,7 +191,9 @@ def read_image(
         raise UnreadableImage("not a regular file")  # reading a pipe would block
     limit, side = max_pixels or Image.MAX_IMAGE_PIXELS, 2 * max(image_shape[1:])
     try:
-        with Image.open(file, formats=FORMATS) as opened:
+        # Pillow maps a file that it opens by its path, and then reads some rotated TIFFs in the wrong order.
+        source = open(file, "rb") if isinstance(file, str | Path) else contextlib.nullcontext(file)  # noqa: SIM115
+        with source as stream, Image.open(stream, formats=FORMATS) as opened:
             if limit and opened.width * opened.height > limit:
                 raise UnreadableImage(f"{opened.width} x {opened.height} pixels are above the limit of {limit:,}")
             notes = ["first of several frames"] if getattr(opened, "is_animated", False) else []
@@ -314,6 +317,8 @@ def read_images(
         if "labels" in file.arrays:
             numbers, classes = file.read_labels("labels", len(stored))
             labels = file.read("labels").reshape(-1).tolist() if classes else numbers.tolist()
+            if classes and isinstance(labels[0], bytes):
+                labels = [classes[number] for number in numbers.tolist()]
         if stored.dtype != dtype and not (stored.is_floating_point() and dtype.is_floating_point):
             raise UserError(
                 f"{paths[0]} holds {dtype_name(stored.dtype)}, and the model was trained on {dtype_name(dtype)}; pass "

@@ -245,9 +245,20 @@ def fit_scaling(mode: str, splits: Mapping[str, ImageSet], where: str) -> Scalin
         where: The start of messages, which names the file.
 
     Raises:
-        UserError: As `check_values`.
+        UserError: As `check_values`, and if the splits have different types or shapes.
     """
     name = dtype_name(splits["train"].dtype)
+    kinds = {
+        split: f"{dtype_name(images.dtype)} {tuple(images.pixels.shape[1:])}"
+        for split, images in splits.items()
+        if len(images)
+    }
+    for split, kind in kinds.items():
+        if kind != kinds["train"]:
+            raise UserError(
+                f"{where}: the {split} images are {kind} and the train images {kinds['train']}; save both in one type "
+                "and shape"
+            )
     found = {
         split: check_values(images, mode, f"{where}: the {split} images")
         for split, images in splits.items()

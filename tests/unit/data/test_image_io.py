@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
-from betavae.data.image_io import UnreadableImage, read_image, read_images
+from betavae.data.image_io import UnreadableImage, find_common_dtype, read_image, read_images
 from betavae.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -140,6 +140,23 @@ def test_exif_orientation_is_applied(tmp_path, suffix, orientation):
     difference = (pixels.int() - chw(expected).int()).abs().float().mean()
     assert difference < 2 if suffix == "jpg" else difference == 0
     assert notes == (["rotated by its EXIF orientation"] if 1 < orientation < 9 else [])
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_of_gray_tiffs_is_applied(tmp_path, orientation, dtype):
+    array = np.arange(54, dtype=dtype).reshape(6, 9)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    Image.fromarray(array).save(tmp_path / "a.tif", exif=exif)
+    expected = TURNS[orientation](array)
+    found = read_image(tmp_path / "a.tif", (1, *expected.shape), dtype=torch.from_numpy(array).dtype).pixels
+    assert np.array_equal(found[0].numpy(), expected)
+
+
+def test_a_pipe_has_no_type(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    assert find_common_dtype([tmp_path / "a.png"]) == torch.uint8
 
 
 def test_alpha_is_composited_before_resizing(tmp_path):
@@ -320,4 +337,6 @@ def test_arrays_are_converted_like_files(tmp_path):
     other = read_images(tmp_path / "a.npz", (1, 4, 4))
     save(tmp_path / "a.png", batch[3])
     assert torch.equal(other.pixels[3], read_image(tmp_path / "a.png", (1, 4, 4))[0])
+    np.savez(tmp_path / "b.npz", images=batch, labels=np.array([b"cat", b"dog", b"cat", b"dog", b"cat"]))
+    assert read_images(tmp_path / "b.npz", (3, 6, 9)).labels == ["cat", "dog", "cat", "dog", "cat"]
     assert other.labels == [0, 1, 2, 3, 4] and "5 of 5 images: color converted to gray" in other.notes

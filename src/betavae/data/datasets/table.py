@@ -15,7 +15,7 @@ from betavae.data.array_io import ArrayFile, number_labels
 from betavae.data.holdout import DEFAULT_HOLDOUT, exclude_indices, hold_out_at_random
 from betavae.data.image_set import ImageSet
 from betavae.data.scaling import FULL_SCALE
-from betavae.errors import UserError
+from betavae.errors import UserError, first_line
 from betavae.storage.files import STAMP_COLUMN
 
 Name = str | int  # of a column; columns without a header are numbered from 0
@@ -111,6 +111,11 @@ def read_csv(path: Path) -> dict[str, np.ndarray]:
         header = numbered
     else:
         rows = rows[1:]
+    for number, name in enumerate(header):
+        # A label, beside numbers, that is also the label of a row.
+        below = (row[number].strip() for row in rows[:1000] if number < len(row))
+        if not is_number(name) and any(map(is_number, header)) and name in below:
+            raise UserError(f"{path} has no header: add a first row with the names of its {len(header)} columns")
     if len(set(header)) < len(header):
         twice = next(name for name in header if header.count(name) > 1)
         raise UserError(f"{path} has several columns named {twice!r}; rename them")
@@ -132,8 +137,10 @@ def read_parquet(path: Path) -> dict[str, np.ndarray]:
     try:
         table = parquet.read_table(path)
     except Exception as error:  # pyarrow has an error of its own for each kind of damage
-        raise UserError(f"{path} is not an intact Parquet file: {error}") from error
-    return {name: column.to_numpy() for name, column in zip(table.column_names, table.columns, strict=True)}
+        raise UserError(f"{path} is not an intact Parquet file: {first_line(error)}") from error
+    # The row numbers of a pandas index without a name, which a CSV file has in a column without a name.
+    names = [re.sub(r"__index_level_\d+__", "", name) for name in table.column_names]
+    return {name: column.to_numpy() for name, column in zip(names, table.columns, strict=True)}
 
 
 def read_array(path: Path) -> dict[str, np.ndarray]:
@@ -187,4 +194,5 @@ def to_labels(column: np.ndarray) -> np.ndarray:
         whole = bool((numbers == numbers.astype(np.int64)).all())
     except ValueError:
         return text
+    whole &= len(np.unique(numbers)) == len(np.unique(text))  # 01 is not 1
     return numbers.astype(np.int64) if whole else text

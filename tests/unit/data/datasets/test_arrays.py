@@ -65,6 +65,24 @@ def test_validation_images_of_a_file_are_kept(tmp_path, names):
         ImageDataModule(**DATA | {"name": "arrays", "root": str(path), "batch_size": 5}).setup()
 
 
+@pytest.mark.parametrize(
+    ("test", "found"),
+    [
+        (
+            (IMAGES / 255).astype(np.float32),
+            r"test images are float32 \(1, 5, 7\) and the train images uint8 \(1, 5, 7\)",
+        ),
+        (IMAGES.astype(np.uint16), "test images are uint16"),
+        (IMAGES[:, 1:], r"test images are uint8 \(1, 4, 7\)"),
+    ],
+)
+def test_splits_of_other_types_or_shapes_are_rejected(tmp_path, test, found):
+    np.savez(tmp_path / "a.npz", x_train=IMAGES, x_test=test)
+    data = {"name": "arrays", "root": str(tmp_path / "a.npz"), "validation_size": None, "batch_size": 5}
+    with pytest.raises(UserError, match=found):
+        ImageDataModule(**DATA | data).setup()
+
+
 def test_a_npy_is_mapped(tmp_path):
     path = tmp_path / "a.npy"
     np.save(path, IMAGES)

@@ -37,6 +37,11 @@ def test_a_header_of_an_unnamed_array_is_no_row(tmp_path):
     assert read_table(path).columns == ["0", "1", "2"] and read_table(path).values.flatten().tolist() == [5, 6, 7]
 
 
+def test_numbers_may_be_names_beside_a_text(tmp_path):
+    table = read_table(write(tmp_path / "t.csv", "id,400,410\n01,1,2\n1,3,4\n"), label="id")
+    assert table.columns == ["400", "410"] and table.labels.tolist() == ["01", "1"]
+
+
 def test_quoted_names_may_have_the_other_separators(tmp_path):
     table = read_table(write(tmp_path / "t.csv", '"a,b";"c,d"\n1;2\n'))
     assert table.columns == ["a,b", "c,d"] and table.values.flatten().tolist() == [1, 2]
@@ -86,6 +91,10 @@ def test_a_parquet_file_is_read(tmp_path):
     parquet.write_table(pa.table({"time": times, "y": ["u", None]}), tmp_path / "t.parquet")
     with pytest.raises(UserError, match=r"column time has '1970-.*' in row 1: expected numbers|column time has 'NaT'"):
         read_table(tmp_path / "t.parquet", label="y")
+    parquet.write_table(pa.table({"x": [0.5], "__index_level_0__": [246]}), tmp_path / "t.parquet")  # as pandas does
+    with pytest.raises(UserError, match="column 2 has no name, as a column of row numbers"):
+        read_table(tmp_path / "t.parquet")
+    assert read_table(tmp_path / "t.parquet", ["x"]).values.item() == 0.5
     write(tmp_path / "t.parquet", "PAR1")
     with pytest.raises(UserError, match="is not an intact Parquet file"):
         read_table(tmp_path / "t.parquet")
@@ -107,6 +116,7 @@ def test_a_parquet_file_is_read(tmp_path):
         ("a,b\n", {}, "has no rows"),
         ("a\n1\n", {"label": "a"}, "has no columns of numbers"),
         ("", {}, "is empty"),
+        ("4.7,5.3,cat\n1,2,dog\n3,4,cat\n", {"label": "cat"}, "has no header: add a first row"),
     ],
 )
 def test_invalid_tables_are_rejected_by_column_and_row(tmp_path, text, settings, message):
