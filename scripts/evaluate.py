@@ -36,8 +36,7 @@ def main(settings: Settings) -> None:
         from betavae.models.precision import set_float32_precision
         from betavae.runtime import checkpoint
         from betavae.runtime.evaluation import load_probe_images
-        from betavae.storage.cache import hash_file
-        from betavae.storage.files import STAMP, atomic_path
+        from betavae.storage.files import STAMP, atomic_path, hash_file
 
     set_float32_precision(settings.matmul_precision)
     run = checkpoint.load(settings.ckpt, settings.runs)
@@ -69,6 +68,8 @@ def main(settings: Settings) -> None:
         result: dict[str, Any] = {
             "made_by": STAMP,
             "checkpoint": str(run.path.relative_to(run.folder)),
+            "sha256": key["checkpoint"],
+            **({"test_fingerprint": run.fingerprints["test"]} if run.fingerprints else {}),
             "data": f"{run.data['name']}, binarize={binarize}",
             "likelihood": run.settings["model"]["likelihood"],
             "note": run.vae.describe_numbers(binarize, run.scaling.describe(run.vae.image_shape)),

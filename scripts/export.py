@@ -51,8 +51,7 @@ def export_folder(run: "TrainedRun", out: Path, seed: int) -> None:
     from betavae.data.labels import count_columns, cycle_labels
     from betavae.runtime import checkpoint
     from betavae.runtime.run_folder import read_json
-    from betavae.storage.cache import hash_file
-    from betavae.storage.files import atomic_dir
+    from betavae.storage.files import atomic_dir, hash_file
 
     weights = run.vae.state_dict()
     content = {"betavae_format": checkpoint.FORMAT, "hyper_parameters": run.settings}

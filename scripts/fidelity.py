@@ -36,8 +36,7 @@ def main(settings: Settings) -> None:
         from betavae.metrics.fidelity import Reference, find_likely_copies
         from betavae.runtime import checkpoint
         from betavae.runtime.run_folder import read_json
-        from betavae.storage.cache import hash_file
-        from betavae.storage.files import STAMP, atomic_path
+        from betavae.storage.files import STAMP, atomic_path, hash_file
 
     run = checkpoint.load(settings.ckpt, settings.runs)
     run.require_images("fidelity.py")

@@ -6,6 +6,7 @@ import signal
 import numpy as np
 import pytest
 
+from betavae.storage.files import hash_file
 from tests.commands import TINY, Child, run, wait_for
 
 EVALUATE = "scripts/evaluate.py"
@@ -50,6 +51,16 @@ def test_runs_of_two_seeds_are_evaluated_and_averaged(tmp_path, data_root):
     assert f"{mean:.2f} ± {sd:.2f}" in row and "| 2 |" in row and len(re.findall("burda_iwae5 ", table)) == 1
     unevaluated = next((tmp_path / "burda").glob("*_burda_vae")).relative_to(tmp_path)
     assert f"not evaluated: {unevaluated}; evaluate a run by `python scripts/evaluate.py ckpt={unevaluated}`" in table
+    # A run that was trained further since, and one that was interrupted, whose record has no times.
+    with open(runs[1] / "checkpoints" / "last.ckpt", "ab") as file:
+        file.write(b"\0")
+    other = tmp_path / unevaluated
+    (other / "metrics.json").write_text(json.dumps({"status": "interrupted", "machine": "m"}))
+    result = json.loads((runs[0] / "evaluation.json").read_text())
+    (other / "evaluation.json").write_text(json.dumps(result | {"sha256": hash_file(other / "checkpoints/last.ckpt")}))
+    table = run("runs=burda", cwd=tmp_path, script="scripts/results.py")
+    assert f"not evaluated: {runs[1].relative_to(tmp_path)};" in table
+    assert re.search(r"burda_vae .* \(interrupted\) \| 1 \|", table) and re.search("burda_iwae5 .* [|] 1 [|]", table)
     assert "not a complete evaluated run" in run("runs=other", cwd=tmp_path, script="scripts/results.py", code=1)
     assert "no evaluated run" in run("runs=nothing", cwd=tmp_path, script="scripts/results.py", code=1)
 

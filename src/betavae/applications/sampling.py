@@ -27,7 +27,8 @@ from betavae.errors import UserError
 from betavae.metrics.fidelity import find_nearest
 from betavae.models.priors import Prior
 from betavae.models.vae import VAE
-from betavae.storage.cache import hash_file, load_or_compute
+from betavae.storage.cache import load_or_compute
+from betavae.storage.files import hash_file
 
 MAX_COMPONENTS = 20
 NUM_NEIGHBORS = 5

@@ -16,7 +16,7 @@ from betavae.metrics.disentanglement import compute_scores_with_errors
 from betavae.models.vae import Posterior
 from betavae.runtime.checkpoint import TrainedRun
 from betavae.runtime.cli import adapt_commands
-from betavae.storage.files import STAMP, atomic_path
+from betavae.storage.files import STAMP, atomic_path, hash_file
 
 DISENTANGLEMENT_FILE = "disentanglement.json"  # in a run's folder
 
@@ -78,6 +78,7 @@ def measure_disentanglement(
     result: dict[str, Any] = {
         "made_by": STAMP,
         "checkpoint": str(run.path.relative_to(run.folder)),
+        "sha256": hash_file(run.path),
         **{"data": run.data["name"], "images": len(x), "latents": latents, "seed": seed},
         **scores,
     }

@@ -1,6 +1,5 @@
 """On-disk cache for slow computations on a checkpoint or a data set."""
 
-import hashlib
 import io
 import zipfile
 from collections.abc import Callable
@@ -48,8 +47,3 @@ def to_bytes(content: Any) -> bytes:
     with zipfile.ZipFile(buffer, "a") as archive:
         archive.comment = STAMP.encode()
     return buffer.getvalue()
-
-
-def hash_file(path: Path) -> str:
-    """Return 16 hex digits of the SHA-256 of a file's content."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]

@@ -4,6 +4,7 @@ import codecs
 import contextlib
 import csv
 import errno
+import hashlib
 import json
 import os
 import re
@@ -136,6 +137,11 @@ def write_csv(path: Path, columns: Mapping[str, Sequence[object]]) -> None:
         writer = csv.writer(file)
         writer.writerow([*columns, STAMP_COLUMN])
         writer.writerows([*row, ""] for row in zip(*columns.values(), strict=True))
+
+
+def hash_file(path: Path) -> str:
+    """Return 16 hex digits of the SHA-256 of a file's content."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def has_stamp(path: Path) -> bool:

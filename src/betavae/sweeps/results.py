@@ -1,5 +1,6 @@
 """Results of runs, read from their folders: jobs of a sweep and their metrics. Does not import torch."""
 
+import functools
 import itertools
 import json
 import math
@@ -16,6 +17,7 @@ from betavae.errors import UserError
 from betavae.runtime.run_folder import RunFolder, read_json
 from betavae.runtime.settings import flatten
 from betavae.runtime.yaml_files import read_yaml
+from betavae.storage.files import hash_file
 
 STATUSES = ("finished", "failed", "diverged", "pruned", "interrupted", "running", "missing")
 SEED_KEY = "seed"  # jobs that differ by it only repeat one setting
@@ -24,6 +26,7 @@ IGNORED_KEYS = (
     *("runs", "resume", "plugins", "tags", "traceback", "name"),
     *("callbacks.figures_every_n_epochs", "trainer.enable_progress_bar"),
 )
+UNNAMED_KEYS = ("sweep", "runs", "plugins", "tags", "traceback")  # as exclude_keys in configs/train.yaml
 MAX_PLANNED_VALUES = 1_000_000  # values of all planned jobs of a sweep
 SEARCH_FILE = "search.json"  # in the folder of a search: its objectives
 RECORD_OBJECTIVES = ("seconds", "parameters")  # objectives of a search that are not validation metrics
@@ -103,7 +106,8 @@ def read_jobs(sweep: Path) -> list[Job]:
 def read_job(folder: Path) -> Job:
     run = RunFolder(folder)
     overrides = parse_overrides(read_yaml(folder / "overrides.yaml", list))
-    return Job(folder, run.status() or "running", overrides, run.read_metrics())
+    status = run.status() or ("running" if run.is_locked() else "interrupted")
+    return Job(folder, status, overrides, run.read_metrics())
 
 
 def list_planned_jobs(sweep: Path) -> list[dict[str, str]]:
@@ -120,6 +124,7 @@ def list_planned_jobs(sweep: Path) -> list[dict[str, str]]:
     overrides = [f"{key}={value}" for key, value in (params if isinstance(params, dict) else {}).items()]
     overrides += task if isinstance(task, list) else []
     values: dict[str, list[str]] = {}
+    axes: list[list[list[str]]] = []
     try:
         for item in OverridesParser.create().parse_overrides(list(map(str, overrides))):
             value = item.value()
@@ -160,7 +165,9 @@ def combine_axes(axes: Sequence[Sequence[Sequence[str]]]) -> list[list[str]]:
 
 
 def parse_overrides(overrides: Sequence[Any]) -> dict[str, str]:
-    return dict(str(item).lstrip("+").split("=", 1) for item in overrides if "=" in str(item))
+    """Parse the overrides of a job, without those that its folder's name leaves out."""
+    pairs = dict(str(item).lstrip("+").split("=", 1) for item in overrides if "=" in str(item))
+    return {key: value for key, value in pairs.items() if key not in UNNAMED_KEYS}
 
 
 def get_sort_key(text: str) -> tuple[float, str]:
@@ -184,6 +191,23 @@ def get_objectives(record: dict[str, Any], objectives: Sequence[str]) -> list[fl
     return [float(known[name]) for name in objectives] if set(objectives) <= known.keys() else []
 
 
+def read_measurement(path: Path) -> dict[str, Any]:
+    """Read a JSON file of a script; return an empty one if its checkpoint has other weights now."""
+    content = read_json(path)
+    checkpoint = path.parent / str(content.get("checkpoint"))
+    if "sha256" in content and checkpoint.is_file():
+        status = checkpoint.stat()
+        if hash_version(checkpoint, status.st_mtime_ns, status.st_size) != content["sha256"]:
+            return {}
+    return content
+
+
+@functools.cache
+def hash_version(path: Path, mtime_ns: int, size: int) -> str:
+    """Hash a file once for each time that it is written."""
+    return hash_file(path)
+
+
 def read_job_metrics(job: Job) -> dict[str, float]:
     """Read the metrics of a finished job: of its test, of later measurements, and its seconds.
 
@@ -201,7 +225,7 @@ def read_job_metrics(job: Job) -> dict[str, float]:
                 add(f"{key}.", value)
 
     for file in MEASUREMENT_FILES:
-        add("", read_json(job.folder / file))
+        add("", read_measurement(job.folder / file))
     return {**metrics, **job.test, "seconds": job.record["seconds"]}
 
 
@@ -219,12 +243,13 @@ def group_jobs(sweep: Path) -> list[SettingGroup]:
         raise UserError(f"sweep: {sweep} holds no job of a sweep; pass the folder that holds the jobs' folders")
     keys = list(dict.fromkeys(key for job in jobs for key in job.overrides))
     rows = [{key: get_value(job, key) for key in keys} for job in jobs]
-    swept = [key for key in keys if key != SEED_KEY and len({row[key] for row in rows}) > 1]
-    groups: dict[tuple[str, ...], list[Job]] = {}
+    # As numbers, since 1 and 1.0 are one value.
+    swept = [key for key in keys if key != SEED_KEY and len({get_sort_key(row[key]) for row in rows}) > 1]
+    groups: dict[tuple[tuple[float, str], ...], SettingGroup] = {}
     for job, row in zip(jobs, rows, strict=True):
-        groups.setdefault(tuple(row[key] for key in swept), []).append(job)
-    ordered = sorted(groups, key=lambda values: [get_sort_key(value) for value in values])
-    return [SettingGroup(dict(zip(swept, values, strict=True)), groups[values]) for values in ordered]
+        group = SettingGroup({key: row[key] for key in swept}, [])
+        groups.setdefault(tuple(get_sort_key(row[key]) for key in swept), group).jobs.append(job)
+    return [groups[values] for values in sorted(groups)]
 
 
 def get_value(job: Job, key: str) -> str:
@@ -240,7 +265,7 @@ def shorten_key(key: str) -> str:
 
 
 def read_evaluated_runs(runs: Path) -> list[EvaluatedRun]:
-    """Read all evaluated runs under a folder.
+    """Read the evaluated runs under a folder, without those that were trained further since.
 
     Raises:
         UserError: If there is none, or one lacks a file.
@@ -253,17 +278,16 @@ def read_evaluated_runs(runs: Path) -> list[EvaluatedRun]:
             overrides, config = read_yaml(folder / "overrides.yaml", list), read_yaml(folder / "config.yaml")
         except (OSError, ValueError) as error:
             raise UserError(f"{folder} is not a complete evaluated run: {error}") from error
-        found.append(EvaluatedRun(list(map(str, overrides)), flatten(config), record, evaluation))
+        if read_measurement(path):
+            found.append(EvaluatedRun(list(map(str, overrides)), flatten(config), record, evaluation))
     if not found:
         raise UserError(f"no evaluated run under {runs}/: evaluate one by `python scripts/evaluate.py ckpt=RUN_FOLDER`")
     return found
 
 
 def find_unevaluated_runs(runs: Path) -> list[Path]:
-    """Return the folders of finished runs under a folder that have no evaluation.json, by name."""
-    folders = [path.parent for path in sorted(runs.rglob("metrics.json"))]
-    return [
-        folder
-        for folder in folders
-        if not (folder / "evaluation.json").exists() and read_json(folder / "metrics.json").get("status") == "finished"
-    ]
+    """Return the folders of finished runs under a folder that are not evaluated with their weights, by name."""
+    finished = (
+        path.parent for path in sorted(runs.rglob("metrics.json")) if read_json(path).get("status") == "finished"
+    )
+    return [folder for folder in finished if not read_measurement(folder / "evaluation.json")]

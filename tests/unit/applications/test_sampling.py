@@ -14,7 +14,7 @@ from betavae.models.priors import Mixture as MixturePrior
 from betavae.models.priors import StandardNormal
 from betavae.models.vae import VAE
 from betavae.runtime import checkpoint
-from betavae.storage.cache import hash_file
+from betavae.storage.files import hash_file
 from tests.commands import run as run_command
 from tests.unit.applications.conftest import save_vae
 

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from betavae.errors import UserError
+from betavae.storage.files import hash_file
 from betavae.sweeps import report, results
 from tests.unit.sweeps.conftest import write_job, write_plan
 
@@ -25,6 +26,32 @@ def test_groups_are_sorted_by_value_and_average_seeds(sweep: Path) -> None:
     groups = results.group_jobs(sweep)
     assert [group.values["beta"] for group in groups] == ["1", "2", "10"]
     assert groups[0].mean_sd("neg_elbo") == pytest.approx((3.0, 7.0**0.5))
+
+
+def test_equal_numbers_are_one_setting(tmp_path: Path) -> None:
+    for number, beta in enumerate(("1", "1.0", "2")):
+        write_job(tmp_path, [f"beta={beta}", f"seed={number}"], "finished", neg_elbo=1.0)
+    assert [len(group.jobs) for group in results.group_jobs(tmp_path)] == [2, 1]
+
+
+def test_a_repeated_command_with_a_traceback_plans_the_same_jobs(tmp_path: Path) -> None:
+    write_job(tmp_path, ["beta=1"], "finished", neg_elbo=1.0)
+    write_plan(tmp_path, ["beta=1", "traceback=true", "tags=[a]"])
+    assert [job.status for job in results.read_jobs(tmp_path)] == ["finished"]
+    write_plan(tmp_path, [])
+    assert [job.status for job in results.read_jobs(tmp_path)] == ["finished", "missing"]
+
+
+def test_a_measurement_of_earlier_weights_is_no_metric(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    checkpoint = tmp_path / "checkpoints" / "best.ckpt"
+    checkpoint.write_bytes(b"weights")
+    content = {"checkpoint": "checkpoints/best.ckpt", "sha256": hash_file(checkpoint), "nll_10": {"mean": 6.5}}
+    (tmp_path / "evaluation.json").write_text(json.dumps(content))
+    job = results.Job(tmp_path, "finished", {}, {"test": {}, "seconds": 3})
+    assert results.read_job_metrics(job) == {"nll_10": 6.5, "seconds": 3}
+    checkpoint.write_bytes(b"WEIGHTS")
+    assert results.read_job_metrics(job) == {"seconds": 3}
 
 
 @pytest.mark.parametrize("values", ["shuffle(range(1,1e12))", ",".join("ab" * 600)])

@@ -22,8 +22,8 @@ from betavae.data.scaling import Scaling
 from betavae.errors import UserError
 from betavae.grids import Grid, save_grids
 from betavae.plotting import create_figure, save_figure, stack_reconstructions
-from betavae.storage.cache import hash_file, load_or_compute
-from betavae.storage.files import STAMP_COLUMN, atomic_path, has_stamp
+from betavae.storage.cache import load_or_compute
+from betavae.storage.files import STAMP_COLUMN, atomic_path, has_stamp, hash_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
