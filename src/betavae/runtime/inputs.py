@@ -131,8 +131,8 @@ def load_own_split(run: TrainedRun, split: str, data_root: str | None) -> Loaded
         labels = [images.classes[label] for label in images.labels]
         if run.data["name"] == "arrays" and all(re.fullmatch("0|-?[1-9][0-9]*", name) for name in images.classes):
             labels = list(map(int, labels))  # the numbers in the file
-    elif images.names:
-        labels = None
+    elif images.names or (run.data["name"] in USER_DATASETS and not images.labels.any()):
+        labels = None  # there are none
     return LoadedImages(images.tensor(), images.names or index_names(len(images)), labels, [])
 
 

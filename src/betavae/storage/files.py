@@ -82,7 +82,9 @@ def atomic_path(out: str | Path, key: str = "out") -> Iterator[Path]:
 def require_own_file(path: Path, key: str) -> None:
     """Raise UserError if `path`, named by the setting `key`, exists and was not made by this project."""
     if os.path.lexists(path) and not has_stamp(path):
-        raise UserError(f"{key}: {path} already exists and was not made by betavae; delete it or choose another path")
+        # A .npy file has no place for a stamp.
+        reason = "" if path.suffix == ".npy" else " and was not made by betavae"
+        raise UserError(f"{key}: {path} already exists{reason}; delete it or choose another path")
 
 
 def check_writable(out: str | Path, key: str = "out") -> None:

@@ -5,6 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
+from betavae.data.datasets.arrays import load_arrays
+from betavae.data.fingerprint import fingerprint
 from betavae.data.image_io import LoadedImages
 from betavae.data.scaling import Scaling
 from betavae.errors import UserError
@@ -29,6 +31,15 @@ def test_a_split_has_the_images_and_labels_of_the_training(make_run):
     images, expected = resolve_images(run, "validation"), run.subset("validation")
     assert torch.equal(images.pixels, expected.pixels) and images.labels == expected.labels.tolist()
     assert images.names == [f"{i:02}" for i in range(20)] and images.notes == []
+
+
+@pytest.mark.parametrize("labeled", [False, True])
+def test_images_without_labels_get_none(make_run, tmp_path, labeled):
+    path = tmp_path / "a.npz"
+    np.savez(path, images=np.zeros((30, 28, 28), np.uint8), **({"labels": np.arange(30) % 2} if labeled else {}))
+    test = load_arrays(path, "test")
+    run = make_run(name="arrays", root=str(path))._replace(fingerprints={"test": fingerprint(test)})
+    assert resolve_images(run, "test").labels == (test.labels.tolist() if labeled else None)
 
 
 def test_a_data_set_is_its_test_images(make_run, data_root):

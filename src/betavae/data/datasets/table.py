@@ -18,6 +18,7 @@ from betavae.data.scaling import FULL_SCALE
 from betavae.errors import UserError, first_line
 from betavae.storage.files import STAMP_COLUMN
 
+BOOLEANS = {"True": 1, "False": 0}  # as pandas writes them
 Name = str | int  # of a column; columns without a header are numbered from 0
 
 
@@ -169,7 +170,8 @@ def to_numbers(path: Path, name: str, column: np.ndarray) -> np.ndarray:
         try:
             numbers = column.astype(np.float64)
         except (ValueError, TypeError):
-            numbers = np.array([float(str(value)) if is_number(value) else np.nan for value in column])
+            values = (BOOLEANS.get(str(value), value) for value in column)
+            numbers = np.array([float(str(value)) if is_number(value) else np.nan for value in values])
     wrong = np.flatnonzero(~np.isfinite(numbers))
     if not len(wrong):
         return numbers

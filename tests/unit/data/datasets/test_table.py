@@ -42,6 +42,11 @@ def test_numbers_may_be_names_beside_a_text(tmp_path):
     assert table.columns == ["400", "410"] and table.labels.tolist() == ["01", "1"]
 
 
+def test_true_and_false_are_numbers(tmp_path):
+    table = read_table(write(tmp_path / "t.csv", "a,b\nTrue,0.5\nFalse,1\n"))
+    assert table.values.flatten().tolist() == [1, 0.5, 0, 1]
+
+
 def test_quoted_names_may_have_the_other_separators(tmp_path):
     table = read_table(write(tmp_path / "t.csv", '"a,b";"c,d"\n1;2\n'))
     assert table.columns == ["a,b", "c,d"] and table.values.flatten().tolist() == [1, 2]
