@@ -74,7 +74,8 @@ def decompose_kl_by_class(posterior: Posterior, vae: VAE, labels: Tensor | None)
     splits = []
     for label in labels.unique():
         rows = labels == label
-        split = decompose_kl(Posterior(*(part[rows] for part in posterior)), vae.given(label[None]).prior)
+        part = Posterior(*(values[rows] for values in posterior))
+        split = decompose_kl(part, vae.given(label[None]).prior, seed=int(label))  # errors of one seed would add up
         splits.append((rows.double().mean().item(), split))
     return {name: sum(share * split[name] for share, split in splits) for name in splits[0][1]} | {"by_class": True}
 

@@ -209,5 +209,6 @@ def find_likely_copies(fake: Tensor, real: Tensor, count: int, neighbors: int = 
     """
     distances, rows = find_nearest(fake, real, neighbors)
     usual = find_nearest(real[rows[:, 0]], real, 2)[0][:, 1]
+    usual = usual.clamp(min=max(0.1 * usual.median().item(), 1e-12))  # it is 0 if the real image has a duplicate
     likeliest = (distances[:, 0] / usual).argsort()[:count]
     return likeliest, rows[likeliest]

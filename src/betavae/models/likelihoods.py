@@ -147,6 +147,15 @@ class ContinuousBernoulli(Bernoulli):
         # 1 / (1 - e^-l) - 1 / l
         return torch.where(small, 0.5 + params / 12, 0.5 + 0.5 / torch.tanh(safe / 2) - 1 / safe)
 
+    def params_from_mean(self, mean: Tensor) -> Tensor:
+        """Return the logits of this mean, clipped to ±20, by bisection."""
+        low, high = torch.full_like(mean, -20), torch.full_like(mean, 20)
+        for _ in range(30):
+            middle = (low + high) / 2
+            is_below = self.mean(middle) < mean
+            low, high = torch.where(is_below, middle, low), torch.where(is_below, high, middle)
+        return high
+
     def sample(self, params: Tensor, generator: torch.Generator | None = None) -> Tensor:
         u = torch.rand(params.shape, generator=generator, device=params.device)
         size = params.abs().clamp(min=1e-3)

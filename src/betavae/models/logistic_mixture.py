@@ -110,7 +110,10 @@ class LogisticMixture(nn.Module):
 
     def log_prob(self, x: Tensor, params: Tensor) -> Tensor:
         """Return the log-probability `(..., B)` in nats of images x = byte / 255, summed over pixels and channels."""
-        return MixtureLogProb.apply(x, params, self.components)
+        if torch.is_grad_enabled() and params.requires_grad:
+            return MixtureLogProb.apply(x, params, self.components)
+        # torch.jit.trace is unable to save a custom autograd function.
+        return pixel_log_prob(x, params, self.components, False)[0].sum((-3, -2, -1))
 
     def probabilities(self, params: Tensor) -> Tensor:
         """Return the probability of each byte, `(..., C, H, W, 256)`."""

@@ -10,8 +10,9 @@ from betavae.objectives.elbo import LossTerms
 def mmd_to_normal(z: Tensor) -> Tensor:
     """Estimate the squared maximum mean discrepancy between the distribution of z `(B, D)` and N(0, I), `()`.
 
-    The kernel is exp(-|a - b|^2 / D), as in Zhao et al. 2017. Its means over N(0, I) are exact, so that the only
-    samples are z. The estimate has no bias and may be below 0 (Gretton et al. 2012, lemma 6).
+    The kernel is exp(-|a - b|^2 / D); the code of Zhao et al. 2017 has D^2 in place of D, which needs another weight.
+    Its means over N(0, I) are exact, so that the only samples are z. The estimate has no bias and may be below 0
+    (Gretton et al. 2012, lemma 6).
     """
     n, dimensions = z.shape
     variance = dimensions / 2  # of the kernel: exp(-|a - b|^2 / (2 variance))

@@ -138,6 +138,12 @@ def test_likely_copies_are_found_relative_to_usual_distances():
     assert neighbors.tolist() == [[2, 3], [0, 1]]
 
 
+def test_copies_of_duplicated_images_are_found():
+    real = torch.tensor([[0.0], [0.0], [10.0], [12.0], [15.0], [18.0]])
+    fake = torch.tensor([[11.0], [0.0], [13.5], [0.001], [10.01]])
+    assert find_likely_copies(fake, real, count=3, neighbors=2)[0].tolist() == [1, 3, 4]
+
+
 def test_label_match_is_the_share_of_images_read_as_their_label():
     class Brightness:
         """Read the first pixel as the label."""

@@ -110,6 +110,13 @@ def test_bernoulli_gradient_is_exact_and_twice_differentiable():
     assert torch.autograd.gradgradcheck(lambda p: Bernoulli().log_prob(x, p), params)
 
 
+def test_continuous_bernoulli_starts_at_the_mean_image():
+    mean = torch.tensor([0.06, 0.3, 0.5, 0.51, 0.94])
+    likelihood = ContinuousBernoulli()
+    torch.testing.assert_close(likelihood.mean(likelihood.params_from_mean(mean)), mean, atol=1e-5, rtol=0)
+    assert likelihood.params_from_mean(torch.tensor([0.0, 1.0])).tolist() == pytest.approx([-20, 20])
+
+
 @pytest.mark.parametrize("likelihood", [Bernoulli(), ContinuousBernoulli()])
 @pytest.mark.parametrize("logit", [-100.0, 100.0])
 def test_large_logits_are_finite_with_the_right_gradient(likelihood, logit):

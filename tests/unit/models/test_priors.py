@@ -154,6 +154,14 @@ def test_kl_is_split_within_the_classes():
     assert split["mutual_information_limit"] == pytest.approx((6 * math.log(6) + 3 * math.log(3)) / 9)
 
 
+def test_classes_have_samples_of_their_own():
+    vae, (mean, logvar) = build_vae("standard", classes="ab"), torch.randn(2, 5, 3).double()
+    twice = Posterior(mean.repeat(2, 1), logvar.repeat(2, 1))
+    split = decompose_kl_by_class(twice, vae, torch.arange(2).repeat_interleave(5))
+    parts = [decompose_kl(Posterior(mean, logvar), vae.prior, seed=seed)["marginal_kl"] for seed in (0, 1)]
+    assert split["marginal_kl"] == pytest.approx(sum(parts) / 2) and parts[0] != parts[1]
+
+
 def test_mixture_equals_torch_distributions():
     prior = build_vae("mixture").prior
     parts = D.Independent(D.Normal(prior.mean, prior.log_scale.exp()), 1)
