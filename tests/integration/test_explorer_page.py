@@ -243,3 +243,5 @@ def test_path_connects_the_two_images(page):
     for _ in range(50):
         page.find("#along").send_keys(Keys.ARROW_RIGHT)
     page.until(lambda: page.shows([(start + end) / 2 for start, end in zip(*ends, strict=True)]))
+    page.find("#end").click()
+    assert page.find("#ends").text == "from test image 0 to a custom point"

@@ -143,6 +143,13 @@ def test_tsne_map_has_the_first_images_and_no_plane(explorer, client, monkeypatc
     assert response["points"] == [pytest.approx(point, abs=1e-3) for point in wanted.tolist()]
 
 
+@pytest.mark.parametrize("axes", ["pca", "largest"])
+def test_one_image_has_a_map(explorer, axes):
+    model = replace(explorer.models[1], means=explorer.models[1].means[:1])
+    points, *_, share = queries.compute_map(model, axes)
+    assert points.shape == (1, 2) and points.isfinite().all() and share == [0, 0]
+
+
 def test_one_latent_dimension_has_a_map(data_root):
     points, *_, share = queries.compute_map(queries.load_models([make_run(1, 1.0, data_root)]).models[0], "pca")
     assert points.shape == (10_000, 2) and points[:, 1].eq(0).all() and share == pytest.approx([1, 0])
@@ -402,6 +409,12 @@ def test_centering_matches_mnist(explorer):
             found = uploads.read_upload(png(sheet), (1, 28, 28), center)
             pairs.append(torch.stack((found.flatten(), digit.flatten())).float().corrcoef()[0, 1].item())
         assert pairs[0] > 0.93 and pairs[1] < 0.5
+
+
+def test_ink_that_is_finer_than_the_model_is_centered():
+    sheet = torch.zeros(1000, 1000, dtype=torch.uint8)
+    sheet[100, 100] = sheet[900, 900] = 255
+    assert not uploads.read_upload(png(sheet), (1, 28, 28), True).any()
 
 
 def test_upload_of_special_pictures():

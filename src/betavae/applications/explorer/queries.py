@@ -310,7 +310,7 @@ def compute_map(model: LoadedModel, axes: Literal["pca", "largest"]) -> LatentMa
     """
     means = model.means
     dimensions = means.shape[1]
-    covariance = means.double().T.cov().view(dimensions, dimensions)
+    covariance = means.double().T.cov(correction=0).view(dimensions, dimensions)  # 0 for a single image
     if axes == "pca":
         center = means.mean(0)
         plane = torch.linalg.eigh(covariance).eigenvectors.flip(1)[:, :2]
@@ -321,7 +321,8 @@ def compute_map(model: LoadedModel, axes: Literal["pca", "largest"]) -> LatentMa
         plane = torch.eye(dimensions).double()[:, sort_by_kl(model)[:2]]
     plane = torch.nn.functional.pad(plane, (0, 2 - plane.shape[1])).float()  # A 1-D latent space has no second axis.
     points = (means - center) @ plane
-    return LatentMap(points, center, plane, (points.double().var(0) / covariance.trace()).tolist())
+    share = points.double().var(0, correction=0) / (covariance.trace().item() or 1)
+    return LatentMap(points, center, plane, share.tolist())
 
 
 def decode_path(model: LoadedModel, start: Tensor, end: Tensor, steps: int, label: Tensor | None = None) -> Tensor:

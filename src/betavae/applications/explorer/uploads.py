@@ -68,6 +68,7 @@ def center_figure(pixels: Tensor, size: tuple[int, int]) -> Tensor:
         scaled = (max(1, round(scale * figure.width)), max(1, round(scale * figure.height)))
         figure = figure.resize(scaled, Image.Resampling.BILINEAR)
         mass = np.asarray(figure.convert("L"), dtype=float)
+        mass += mass.sum() == 0  # ink that is too fine for the model's size
         x, y = (
             np.average(np.arange(n) + 0.5, weights=mass.sum(axis))
             for n, axis in ((figure.width, 0), (figure.height, 1))

@@ -5,7 +5,7 @@ import { drawMap, drawMarks, findNearest, loadMap, makeLegend } from "./map.js";
 
 const FRAMES = 11, MAX_SLIDERS = 12; // images on a path; sliders before "show all"
 const canvases = [], scores = []; // one per run
-let chosen = null; // name of the encoded image, null once the latents have changed
+let chosen = null, moved = false; // name of the encoded image; whether the latents have changed since
 
 // ---- latents and decoded images
 
@@ -56,7 +56,7 @@ function makeSliders() {
   for (let rank = 0; rank < most; rank++) {
     const reach = Math.max(...runs.map((run) => Math.ceil(run.reach[run.order[rank]] || 0)));
     const range = create("input", { type: "range", min: -reach, max: reach, step: 0.01, id: `slider${rank}` });
-    range.addEventListener("input", () => { setDimension(rank, Number(range.value)); update(); });
+    range.addEventListener("input", () => { moved = true; setDimension(rank, Number(range.value)); update(); });
     const name = create("span", {}, create("meter", { max: 1, ariaHidden: "true" }), "");
     $("sliders").append(create("label", { className: "slider" }, name, range, create("output", { htmlFor: range.id })));
   }
@@ -86,7 +86,7 @@ function clearChosen(caption) {
 }
 
 function choose({ image, runs }, name, caption, index = null) {
-  chosen = name;
+  [chosen, moved] = [name, false];
   page.index = index;
   $("chosen").textContent = caption;
   draw($("input").querySelector("canvas"), image);
@@ -124,7 +124,7 @@ const drawPath = runLatest(async () => {
 });
 
 function setEnd(which) {
-  page.ends[which] = { z: page.z.map((latent) => [...latent]), name: chosen ?? "a custom point" };
+  page.ends[which] = { z: page.z.map((latent) => [...latent]), name: (!moved && chosen) || "a custom point" };
   const { start, end } = page.ends;
   if (!start || !end) return;
   $("ends").textContent = `from ${start.name} to ${end.name}`;
@@ -137,6 +137,7 @@ function moveAlongPath(share) {
   const { start, end } = page.ends;
   if (!start || !end) return;
   $("along").value = share;
+  moved = true;
   page.z = start.z.map((from, run) => from.map((value, d) => (1 - share) * value + share * end.z[run][d]));
   update();
 }
