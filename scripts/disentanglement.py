@@ -10,7 +10,9 @@ from betavae.runtime.settings import PathStr, PositiveInt
 
 
 class Settings(DataSettings, SeedSettings):
-    max_images: PositiveInt = Field(10_000, title="maximum number of test images; all scores depend on it a little")
+    max_images: PositiveInt = Field(
+        10_000, title="maximum number of test images; with fewer, beta_vae_score and DCI are too high"
+    )
     latents: Literal["mean", "sample"] = Field("mean", title="mean of each posterior, or a sample")
     out: PathStr | None = Field(None, title="folder of disentanglement.json; null: the run's")
 

@@ -36,7 +36,7 @@ def main(settings: Settings) -> None:
         from betavae.models.precision import set_float32_precision
         from betavae.runtime import checkpoint
         from betavae.runtime.evaluation import load_probe_images
-        from betavae.storage.files import STAMP, atomic_path, hash_file
+        from betavae.storage.files import STAMP, atomic_path, check_writable, hash_file
 
     set_float32_precision(settings.matmul_precision)
     run = checkpoint.load(settings.ckpt, settings.runs)
@@ -58,29 +58,30 @@ def main(settings: Settings) -> None:
     ks = [10**power for power in range(20) if 10**power < settings.k] + [settings.k]
     request = {"images": len(x), "k": ks, "seed": settings.seed, "matmul_precision": settings.matmul_precision}
     partial, key = folder / "evaluation.part", request | {"checkpoint": hash_file(run.path)}
+    check_writable(folder / "evaluation.json")
     started = time.perf_counter()
+    per_image = evaluate_resumable(vae, x, ks, settings.seed, settings.memory_mb, partial, key, labels)
+    seconds = time.perf_counter() - started
+    if not all(values.isfinite().all() for values in per_image):
+        raise UserError(f"{run.path}: its bounds are not finite; train the model again")
+    binarize = run.data["binarize"]
+    result: dict[str, Any] = {
+        "made_by": STAMP,
+        "checkpoint": str(run.path.relative_to(run.folder)),
+        "sha256": key["checkpoint"],
+        **({"test_fingerprint": run.fingerprints["test"]} if run.fingerprints else {}),
+        "data": f"{run.data['name']}, binarize={binarize}",
+        "likelihood": run.settings["model"]["likelihood"],
+        "note": run.vae.describe_numbers(binarize, run.scaling.describe(run.vae.image_shape)),
+        **request,
+        "device": torch.cuda.get_device_name() if device == "cuda" else device,
+        "sampling_seconds": round(seconds, 1),
+    }
+    result |= summarize(vae, per_image, ks, labels)
+    if train is not None:
+        means = encode_means(vae, run.scaling.apply(train.pixels), train.labels)
+        result |= probe_accuracy(means, train.labels, per_image.mean.float(), labels)
     with atomic_path(folder / "evaluation.json") as path:
-        per_image = evaluate_resumable(vae, x, ks, settings.seed, settings.memory_mb, partial, key, labels)
-        seconds = time.perf_counter() - started
-        if not all(values.isfinite().all() for values in per_image):
-            raise UserError(f"{run.path}: its bounds are not finite; train the model again")
-        binarize = run.data["binarize"]
-        result: dict[str, Any] = {
-            "made_by": STAMP,
-            "checkpoint": str(run.path.relative_to(run.folder)),
-            "sha256": key["checkpoint"],
-            **({"test_fingerprint": run.fingerprints["test"]} if run.fingerprints else {}),
-            "data": f"{run.data['name']}, binarize={binarize}",
-            "likelihood": run.settings["model"]["likelihood"],
-            "note": run.vae.describe_numbers(binarize, run.scaling.describe(run.vae.image_shape)),
-            **request,
-            "device": torch.cuda.get_device_name() if device == "cuda" else device,
-            "sampling_seconds": round(seconds, 1),
-        }
-        result |= summarize(vae, per_image, ks, labels)
-        if train is not None:
-            means = encode_means(vae, run.scaling.apply(train.pixels), train.labels)
-            result |= probe_accuracy(means, train.labels, per_image.mean.float(), labels)
         path.write_text(json.dumps(result, indent=2) + "\n")
     print(format_summary(result))
     if collapse := describe_collapse(result["active_units"], vae.latent_dim, result["kl"]["mean"]):

@@ -29,6 +29,10 @@ def test_a_report_measures_only_jobs_without_scores(tmp_path, monkeypatch):
     output = run(
         f"ckpt='{first}'", "max_images=600", "latents=sample", cwd=tmp_path, script="scripts/disentanglement.py"
     )
+    few = run(f"ckpt='{first}'", "max_images=100", cwd=tmp_path, script="scripts/disentanglement.py", code=1)
+    assert "max_images=100 is invalid for 100 test images: disentanglement scores need at least 500" in few
+    both = run(f"ckpt='{first}'", cwd=tmp_path, script="scripts/interpolate.py", code=1)
+    assert "these data have several factors, not one label; pass images=[0,7]" in both
     saved = json.loads((first / "disentanglement.json").read_text())
     assert saved["images"] == 600 and saved["latents"] == "sample"
     for name in disentanglement.SCORES:

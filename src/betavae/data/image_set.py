@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from betavae.data.labels import describe_classes
+from betavae.data.labels import find_class
 from betavae.errors import UserError
 
 MAX_COPY_BYTES = 2**28  # larger sets are indexed lazily, not copied
@@ -37,16 +37,15 @@ class ImageSet:
         return self.pixels.shape[0]
 
     def find_label(self, label: int | str) -> int:
-        """Return the number of the class that has this name, or an integer label itself if there is none.
+        """Return the number of a class as `find_class` finds it; without classes an integer label itself.
 
         Raises:
-            UserError: For a text that is not the name of a class.
+            UserError: If there is no such class, or for a text without classes.
         """
-        if self.classes and str(label) in self.classes:
-            return self.classes.index(str(label))
+        if self.classes:
+            return find_class(label, self.classes)
         if isinstance(label, str):
-            expected = describe_classes(self.classes) if self.classes else "an integer"
-            raise UserError(f"label={label} is invalid: expected {expected}")
+            raise UserError(f"label={label} is invalid: expected an integer")
         return label
 
     @property

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from pydantic import Field
 
-from betavae.errors import RunInterrupted, UserError
+from betavae.errors import RunInterrupted, UserError, first_line
 from betavae.runtime import distributed, plugins
 from betavae.runtime.settings import NonEmptyStr, PathStr, Seed63, Settings, format_value, validate
 
@@ -148,6 +148,10 @@ def describe_error(error: Exception) -> str | None:
     """Describe an error in one sentence for the user, or return None for a bug of this project."""
     if isinstance(error, OSError) and error.errno in USER_ERRNOS:
         return f"{error.filename or 'a file'}: {error.strerror}"
+    if match := re.search(r"allocate (\d+) bytes", str(error)):  # of torch
+        return f"not enough memory for {int(match[1]) / 1e9:,.1f} GB at once; pass smaller numbers"
+    if isinstance(error, OverflowError) or (isinstance(error, RuntimeError) and "without overflow" in str(error)):
+        return f"a number is too large ({first_line(error)}); pass a smaller one"
     return str(error) if isinstance(error, UserError) else None
 
 

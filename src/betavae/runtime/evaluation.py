@@ -18,6 +18,7 @@ from betavae.runtime.checkpoint import TrainedRun
 from betavae.runtime.cli import adapt_commands
 from betavae.storage.files import STAMP, atomic_path, hash_file
 
+MIN_SCORED_IMAGES = 500  # a fifth of them has standard errors, and rare factor values occur
 DISENTANGLEMENT_FILE = "disentanglement.json"  # in a run's folder
 
 
@@ -61,12 +62,17 @@ def measure_disentanglement(
         The content of the file.
 
     Raises:
-        UserError: For data without two factors that vary.
+        UserError: For data without two factors that vary, or for too few images.
     """
     x, factors = run.images("test", data_root, max_images)
     if factors.ndim == 1:
         name = run.data["name"]
         raise UserError(f"data.name={name} has no factors of variation; train on data=sprites or data=dsprites")
+    if len(x) < MIN_SCORED_IMAGES:
+        raise UserError(
+            f"max_images={max_images} is invalid for {len(x):,} test images: disentanglement scores need at least "
+            f"{MIN_SCORED_IMAGES}"
+        )
     posteriors = [run.vae.encode(batch) for batch in x.split(1000)]
     posterior = Posterior(*(torch.cat(parts).float() for parts in zip(*posteriors, strict=True)))
     z = posterior.mean

@@ -1,5 +1,6 @@
 """Tests of exported models, read by the programs that they are for."""
 
+import itertools
 import json
 import os
 import re
@@ -29,6 +30,7 @@ MODELS = {
     | {"network": "conv", "hidden_dims": [4, 6], "latent_dim": 2, "image_shape": [3, 10, 7]}
     | {"likelihood": "continuous_bernoulli"},
     "gaussian": MODEL | {"hidden_dims": [8], "latent_dim": 4, "likelihood": "gaussian"},
+    "mixture": MODEL | {"hidden_dims": [8], "latent_dim": 4, "likelihood": "logistic_mixture"},
 }
 
 
@@ -73,7 +75,9 @@ def test_onnxruntime_computes_the_models_numbers(exported):
     assert graphs["decoder"]["outputs"]["image"]["shape"] == ["batch", *vae.image_shape]
 
 
-@pytest.mark.parametrize(("form", "name"), [("torchscript", "bernoulli"), ("pt2", "bernoulli"), ("pt2", "gaussian")])
+@pytest.mark.parametrize(
+    ("form", "name"), [*itertools.product(("torchscript", "pt2"), ("bernoulli", "gaussian", "mixture"))]
+)
 @pytest.mark.filterwarnings("ignore:`torch.jit.load`")
 def test_torch_formats_compute_the_models_numbers(tmp_path, form, name):
     vae = make_vae(name)

@@ -8,12 +8,13 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from betavae.runtime.cli import adapt_commands, argument, parse_arguments, parse_value
+from betavae.runtime.cli import adapt_commands, argument, describe_error, parse_arguments, parse_value
 from tests.commands import TINY, Child, run
 from tests.integration.test_resume import signal_at
 
@@ -39,6 +40,20 @@ def test_hydra_and_scripts_parse_a_formatted_argument_back(value):
     assert type(resolved) is str and resolved == expected
     script_value = parse_value(word.partition("=")[2])
     assert type(script_value) is str and script_value == expected
+
+
+@pytest.mark.parametrize(
+    ("fail", "sentence"),
+    [
+        (lambda: torch.empty(10**13), "not enough memory for 40,000.0 GB at once; pass smaller numbers"),
+        (lambda: torch.zeros(1).fill_(10**400), "a number is too large"),
+        (lambda: torch.linspace(-1e39, 1e39, 3), "a number is too large"),
+    ],
+)
+def test_huge_numbers_are_one_sentence(fail, sentence):
+    with pytest.raises((RuntimeError, OverflowError)) as caught:
+        fail()
+    assert sentence in describe_error(caught.value)
 
 
 def test_keys_may_have_dashes_and_ckpt_path_is_ckpt():
