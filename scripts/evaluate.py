@@ -69,7 +69,7 @@ def main(settings: Settings) -> None:
         "made_by": STAMP,
         "checkpoint": str(run.path.relative_to(run.folder)),
         "sha256": key["checkpoint"],
-        **({"test_fingerprint": run.fingerprints["test"]} if run.fingerprints else {}),
+        **({"test_fingerprint": run.fingerprints["test"]} if "test" in run.fingerprints else {}),
         "data": f"{run.data['name']}, binarize={binarize}",
         "likelihood": run.settings["model"]["likelihood"],
         "note": run.vae.describe_numbers(binarize, run.scaling.describe(run.vae.image_shape)),
