@@ -43,7 +43,7 @@ def main(settings: Settings) -> None:
     run.require_images("interpolate.py")
     if images is None:
         test = run.subset("test", settings.data_root)
-        numbers = [test.find_label(label) for label in settings.labels]
+        numbers = [test.find_label(label, f"labels={settings.labels}: label") for label in settings.labels]
         x = run.scaling.apply(test.pixels)
         starts, ends = draw_pairs(x, test.labels, numbers, settings.rows, settings.seed)
         pairs = torch.tensor([numbers]).expand(settings.rows, 2)

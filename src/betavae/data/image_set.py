@@ -36,16 +36,16 @@ class ImageSet:
     def __len__(self) -> int:
         return self.pixels.shape[0]
 
-    def find_label(self, label: int | str) -> int:
+    def find_label(self, label: int | str, key: str = "label") -> int:
         """Return the number of a class as `find_class` finds it; without classes an integer label itself.
 
         Raises:
             UserError: If there is no such class, or for a text without classes.
         """
         if self.classes:
-            return find_class(label, self.classes)
+            return find_class(label, self.classes, key)
         if isinstance(label, str):
-            raise UserError(f"label={label} is invalid: expected an integer")
+            raise UserError(f"{key}={label} is invalid: expected an integer")
         return label
 
     @property
