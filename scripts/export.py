@@ -50,7 +50,7 @@ def export_folder(run: "TrainedRun", out: Path, seed: int) -> None:
     from betavae.data.file_listing import as_text
     from betavae.data.labels import count_columns, cycle_labels
     from betavae.runtime import checkpoint
-    from betavae.runtime.run_folder import read_json
+    from betavae.runtime.run_folder import read_measurement
     from betavae.storage.files import atomic_dir, hash_file
 
     weights = run.vae.state_dict()
@@ -60,7 +60,7 @@ def export_folder(run: "TrainedRun", out: Path, seed: int) -> None:
     if data:
         content |= {"datamodule_hyper_parameters": data | {"root": "data"}, "fingerprints": run.fingerprints}
         content |= {"scaling": asdict(run.scaling), "columns": run.columns}
-    results = {name: read_json(run.folder / f"{name}.json") for name in ("metrics", "evaluation", "fidelity")}
+    results = {name: read_measurement(run.folder / f"{name}.json") for name in ("metrics", "evaluation", "fidelity")}
     # Results of another checkpoint, or of an earlier file with this name, are left out.
     source = {"checkpoint": str(run.path.relative_to(run.folder)), "sha256": hash_file(run.path)}
     results = {k: v for k, v in results.items() if all(v.get(key, value) == value for key, value in source.items())}

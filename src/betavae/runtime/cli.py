@@ -148,7 +148,7 @@ def describe_error(error: Exception) -> str | None:
     """Describe an error in one sentence for the user, or return None for a bug of this project."""
     if isinstance(error, OSError) and error.errno in USER_ERRNOS:
         return f"{error.filename or 'a file'}: {error.strerror}"
-    if match := re.search(r"allocate (\d+) bytes", str(error)):  # of torch
+    if isinstance(error, RuntimeError) and (match := re.search(r"allocate (\d+) bytes", str(error))):  # of torch
         return f"not enough memory for {int(match[1]) / 1e9:,.1f} GB at once; pass smaller numbers"
     if isinstance(error, OverflowError) or (isinstance(error, RuntimeError) and "without overflow" in str(error)):
         return f"a number is too large ({first_line(error)}); pass a smaller one"

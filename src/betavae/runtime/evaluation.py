@@ -18,7 +18,7 @@ from betavae.runtime.checkpoint import TrainedRun
 from betavae.runtime.cli import adapt_commands
 from betavae.storage.files import STAMP, atomic_path, hash_file
 
-MIN_SCORED_IMAGES = 500  # a fifth of them has standard errors, and rare factor values occur
+MIN_SCORED_IMAGES = 500  # the standard errors are over fifths of them
 DISENTANGLEMENT_FILE = "disentanglement.json"  # in a run's folder
 
 

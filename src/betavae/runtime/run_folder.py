@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import json
 import os
 import re
@@ -13,7 +14,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from betavae.errors import UserError
-from betavae.storage.files import TMP_PREFIX, TMP_SUFFIX, atomic_write_bytes, has_stamp
+from betavae.storage.files import TMP_PREFIX, TMP_SUFFIX, atomic_write_bytes, has_stamp, hash_file
 
 MARKER_FILE = ".betavae"  # in every folder that this project makes, with its kind
 RUN, SWEEP, REPORT = (f"{kind} of betavae\n" for kind in ("a run", "a sweep", "a report"))
@@ -88,6 +89,23 @@ def read_json(path: Path) -> Record:
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def read_measurement(path: Path) -> Record:
+    """Read a JSON file of a script in a run folder; return an empty one if its checkpoint has other weights now."""
+    content = read_json(path)
+    checkpoint = path.parent / str(content.get("checkpoint"))
+    if "sha256" in content and checkpoint.is_file():
+        status = checkpoint.stat()
+        if hash_version(checkpoint, status.st_mtime_ns, status.st_size) != content["sha256"]:
+            return {}
+    return content
+
+
+@functools.cache
+def hash_version(path: Path, mtime_ns: int, size: int) -> str:
+    """Hash a file once for each time that it is written."""
+    return hash_file(path)
 
 
 class RunFolder:

@@ -1,6 +1,5 @@
 """Results of runs, read from their folders: jobs of a sweep and their metrics. Does not import torch."""
 
-import functools
 import itertools
 import json
 import math
@@ -14,10 +13,9 @@ from hydra.core.override_parser.types import ChoiceSweep, Override, RangeSweep
 from hydra.errors import HydraException
 
 from betavae.errors import UserError
-from betavae.runtime.run_folder import RunFolder, read_json
+from betavae.runtime.run_folder import RunFolder, read_json, read_measurement
 from betavae.runtime.settings import flatten
 from betavae.runtime.yaml_files import read_yaml
-from betavae.storage.files import hash_file
 
 STATUSES = ("finished", "failed", "diverged", "pruned", "interrupted", "running", "missing")
 SEED_KEY = "seed"  # jobs that differ by it only repeat one setting
@@ -191,23 +189,6 @@ def get_objectives(record: dict[str, Any], objectives: Sequence[str]) -> list[fl
     return [float(known[name]) for name in objectives] if set(objectives) <= known.keys() else []
 
 
-def read_measurement(path: Path) -> dict[str, Any]:
-    """Read a JSON file of a script; return an empty one if its checkpoint has other weights now."""
-    content = read_json(path)
-    checkpoint = path.parent / str(content.get("checkpoint"))
-    if "sha256" in content and checkpoint.is_file():
-        status = checkpoint.stat()
-        if hash_version(checkpoint, status.st_mtime_ns, status.st_size) != content["sha256"]:
-            return {}
-    return content
-
-
-@functools.cache
-def hash_version(path: Path, mtime_ns: int, size: int) -> str:
-    """Hash a file once for each time that it is written."""
-    return hash_file(path)
-
-
 def read_job_metrics(job: Job) -> dict[str, float]:
     """Read the metrics of a finished job: of its test, of later measurements, and its seconds.
 
@@ -278,6 +259,7 @@ def read_evaluated_runs(runs: Path) -> list[EvaluatedRun]:
             overrides, config = read_yaml(folder / "overrides.yaml", list), read_yaml(folder / "config.yaml")
         except (OSError, ValueError) as error:
             raise UserError(f"{folder} is not a complete evaluated run: {error}") from error
+        record["status"] = RunFolder(folder).status()  # a killed run is not running
         if read_measurement(path):
             found.append(EvaluatedRun(list(map(str, overrides)), flatten(config), record, evaluation))
     if not found:

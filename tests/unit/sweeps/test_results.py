@@ -4,8 +4,10 @@ from pathlib import Path
 import pytest
 
 from betavae.errors import UserError
+from betavae.runtime.yaml_files import read_yaml
 from betavae.storage.files import hash_file
 from betavae.sweeps import report, results
+from tests.conftest import REPO
 from tests.unit.sweeps.conftest import write_job, write_plan
 
 
@@ -40,6 +42,11 @@ def test_a_repeated_command_with_a_traceback_plans_the_same_jobs(tmp_path: Path)
     assert [job.status for job in results.read_jobs(tmp_path)] == ["finished"]
     write_plan(tmp_path, [])
     assert [job.status for job in results.read_jobs(tmp_path)] == ["finished", "missing"]
+
+
+def test_unnamed_keys_are_those_of_the_config() -> None:
+    hydra = read_yaml(REPO / "configs" / "train.yaml")["hydra"]
+    assert list(results.UNNAMED_KEYS) == hydra["job"]["config"]["override_dirname"]["exclude_keys"]
 
 
 def test_a_measurement_of_earlier_weights_is_no_metric(tmp_path: Path) -> None:

@@ -112,10 +112,11 @@ def read_csv(path: Path) -> dict[str, np.ndarray]:
         header = numbered
     else:
         rows = rows[1:]
-    for number, name in enumerate(header):
+    texts = [number for number, name in enumerate(header) if not is_number(name)]
+    for number in texts if len(texts) < len(header) else ():
         # A label, beside numbers, that is also the label of a row.
         below = (row[number].strip() for row in rows[:1000] if number < len(row))
-        if not is_number(name) and any(map(is_number, header)) and name in below:
+        if header[number] in below:
             raise UserError(f"{path} has no header: add a first row with the names of its {len(header)} columns")
     if len(set(header)) < len(header):
         twice = next(name for name in header if header.count(name) > 1)
