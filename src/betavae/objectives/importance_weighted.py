@@ -107,9 +107,7 @@ def dreg(vae: VAE, x: Tensor, noise: Tensor, beta: Tensor | float, resample: int
     if training and resample is not None:
         # Systematic resampling: equally spaced points with one random offset, looked up in the cumulative weights.
         points = (torch.arange(resample, device=x.device)[:, None] + torch.rand(len(x), device=x.device)) / resample
-        drawn = (
-            torch.searchsorted(weights.cumsum(0).T.contiguous(), points.T.contiguous()).clamp_(max=len(weights) - 1).T
-        )
+        drawn = (weights.cumsum(0)[:, None] < points).sum(0).clamp(max=len(weights) - 1)
         weights = weights.gather(0, drawn)
         z, _, log_weights = log_weights_at(noise.take_along_dim(drawn.unsqueeze(-1), 0))
         drawn_loss = -log_weights.mean()

@@ -393,10 +393,15 @@ def check_group(group: str, values: Config) -> None:
 
 def check_signature(group: str, function: Callable[..., Any], settings: Mapping[str, Any], *given: Any) -> None:
     """Raise UserError if `function(*given, **settings)` would lack an argument or have an unknown one."""
-    try:
-        inspect.signature(function).bind(*given, **settings)
-    except TypeError as error:
-        raise UserError(f"{group}: the settings {', '.join(settings)} are invalid: {error}") from error
+    parameters = list(inspect.signature(function).parameters.values())[len(given) :]
+    names = [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
+    if len(names) == len(parameters) and (unknown := [key for key in settings if key not in names]):
+        key = f"{group}.{unknown[0]}"
+        hint = suggest(unknown[0], names, f"; leave it out, or remove it by ~{key}")
+        raise UserError(f"{key} is not a setting of {function.__name__}{hint}")
+    required = [p.name for p in parameters if p.default is p.empty and p.name in names]
+    if missing := [name for name in required if name not in settings]:
+        raise UserError(f"{group}.{missing[0]} is missing, which {function.__name__} needs")
 
 
 def check_settings(values: Config) -> None:

@@ -1,5 +1,6 @@
 """torch.compile of the training step."""
 
+import warnings
 from functools import partial
 
 import pytest
@@ -47,6 +48,23 @@ def compare_with_plain_loss(network):
             assert module.window.images[-1] == 8
             betas.append((sums["loss"] - sums["recon"]) / sums["kl"])
     torch.testing.assert_close(torch.stack(betas), torch.tensor([0.1, 0.2]), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_compiled_resampling_equals_the_plain_loss_without_warnings():
+    run_in_child(compare_resampling)
+
+
+def compare_resampling():
+    warnings.simplefilter("error")
+    objective = {"name": "dreg", "k": 5, "resample": 1}
+    module = VAEModule(**MODULE | {"model": MODEL | {"hidden_dims": [40]}, "objective": objective})
+    x, noise, beta = torch.rand(8, 1, 28, 28), torch.randn(5, 8, 20), torch.tensor(1.0)
+    expected = module.loss(x, None, noise, beta)[0]
+    compile_loss(module, None)
+    compiled = module.loss(x, None, noise, beta)[0]
+    torch.testing.assert_close(compiled, expected)
+    assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(compiled, list(module.parameters())))
 
 
 @pytest.mark.slow
