@@ -49,7 +49,7 @@ def export_folder(run: "TrainedRun", out: Path, seed: int) -> None:
     from betavae.applications.export import format_model_card
     from betavae.data.file_listing import as_text
     from betavae.data.labels import count_columns, cycle_labels
-    from betavae.runtime import checkpoint
+    from betavae.runtime import checkpoint, plugins
     from betavae.runtime.run_folder import read_measurement
     from betavae.storage.files import atomic_dir, hash_file
 
@@ -57,6 +57,8 @@ def export_folder(run: "TrainedRun", out: Path, seed: int) -> None:
     content = {"betavae_format": checkpoint.FORMAT, "hyper_parameters": run.settings}
     content["state_dict"] = {f"vae.{key}": value for key, value in weights.items()}
     data = {key: value for key, value in run.data.items() if key not in ("root", "cache")}
+    if plugins.LOADED:
+        content["plugins"] = dict(plugins.LOADED)
     if data:
         content |= {"datamodule_hyper_parameters": data | {"root": "data"}, "fingerprints": run.fingerprints}
         content |= {"scaling": asdict(run.scaling), "columns": run.columns}

@@ -32,7 +32,7 @@ def main(settings: Settings) -> None:
         from betavae import grids
         from betavae.applications.sampling import SAMPLERS, load_or_fit_sampler
         from betavae.errors import UserError
-        from betavae.metrics.features import load_or_train
+        from betavae.metrics.features import hash_weights, load_or_train
         from betavae.metrics.fidelity import Reference, find_likely_copies
         from betavae.runtime import checkpoint
         from betavae.runtime.run_folder import read_json
@@ -76,7 +76,7 @@ def main(settings: Settings) -> None:
     source, path = gray.data_source(settings.data_root), Path(settings.runs) / "features" / f"{run.data['name']}.pt"
     classifier, accuracy = load_or_train(path, source.load_split("train"), source.load_split("test"))
     if classifier:
-        made_with["features"] = {"sha256": hash_file(path), "test_accuracy": accuracy}
+        made_with["features"] = {"sha256": hash_weights(classifier), "test_accuracy": accuracy}
     reference = Reference((batch.float() / 255 for batch in x.split(BATCH_SIZE)), labels, classifier)
 
     names = [settings.sampler] if settings.sampler else list(SAMPLERS)
@@ -121,7 +121,10 @@ def main(settings: Settings) -> None:
     caption = f"samples of sampler={best} that may be copies, and their nearest training images; {run.caption}"
     grids.save_grids([grids.Grid(grid, len(ranks), column_labels=ranks)], figure, caption)
     print(f"wrote {folder / 'fidelity.json'} and {figure}")
-    print(f"each row of the figure: a sample of sampler={best} that may be a copy, and its 7 nearest training images")
+    print(
+        f"each row of the figure: a sample of sampler={best} that may be a copy, and its {nearest.shape[1]} nearest "
+        "training images"
+    )
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def main(settings: Settings) -> None:
 
     images = settings.images
     for key in ("labels", "rows"):
-        if images is not None and getattr(settings, key) != Settings.model_fields[key].default:
+        if images is not None and key in settings.model_fields_set:
             raise UserError(f"{key}={getattr(settings, key)} is invalid with images: remove one of the two")
     run = checkpoint.load(settings.ckpt, settings.runs)
     run.require_images("interpolate.py")

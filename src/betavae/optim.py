@@ -57,6 +57,10 @@ class MuonAdam(Optimizer):
         betas: tuple[float, float],
         eps: float,
     ):
+        if not all(0 <= decay < 1 for decay in (momentum, *betas)):
+            raise ValueError(f"momentum={momentum} and betas={list(betas)} must be at least 0 and below 1")
+        if min(lr, vector_lr, weight_decay, eps) < 0:
+            raise ValueError("lr, vector_lr, weight_decay and eps must be at least 0")
         params = list(params)
         groups: list[dict[str, Any]] = [
             {"params": [p for p in params if p.ndim >= 2], "lr": lr, "matrices": True},

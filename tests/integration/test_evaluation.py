@@ -1,6 +1,7 @@
 import json
 import math
 import re
+import shutil
 import signal
 
 import numpy as np
@@ -61,7 +62,10 @@ def test_runs_of_two_seeds_are_evaluated_and_averaged(tmp_path, data_root):
     table = run("runs=burda", cwd=tmp_path, script="scripts/results.py")
     assert f"not evaluated: {runs[1].relative_to(tmp_path)};" in table
     assert re.search(r"burda_vae .* \(interrupted\) \| 1 \|", table) and re.search("burda_iwae5 .* [|] 1 [|]", table)
-    assert "not a complete evaluated run" in run("runs=other", cwd=tmp_path, script="scripts/results.py", code=1)
+    # A folder that is no run, as of evaluate.py with out=runs/FOLDER, does not hide the others.
+    shutil.copytree(tmp_path / "other", tmp_path / "burda" / "other")
+    assert run("runs=burda", cwd=tmp_path, script="scripts/results.py") == table
+    assert "no evaluated run under other" in run("runs=other", cwd=tmp_path, script="scripts/results.py", code=1)
     assert "no evaluated run" in run("runs=nothing", cwd=tmp_path, script="scripts/results.py", code=1)
 
 

@@ -241,11 +241,14 @@ def explicitness(latents: Tensor, factors: Tensor, seed: int = 0) -> float:
     z, v = drop_constant_columns(latents, factors)
     areas = []
     for values, train, test in iter_factor_splits(v, seed):
+        if np.ptp(values[train]) == 0:  # a rare value may be in one test row only
+            continue
         classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
         probability = classifier.fit(z[train], values[train]).predict_proba(z[test])
         masks = [values[test] == value for value in classifier.classes_]
         columns = zip(masks, probability.T, strict=True)
-        areas.append(np.mean([roc_auc_score(mask, column) for mask, column in columns if mask.any()]))
+        found = [roc_auc_score(mask, column) for mask, column in columns if mask.any() and not mask.all()]
+        areas += [np.mean(found)] if found else []
     return float(np.mean(areas))
 
 

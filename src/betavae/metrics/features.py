@@ -3,6 +3,7 @@
 Inception's features are made for photographs of 299 x 299 pixels and tell little about 28 x 28 digits.
 """
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,14 @@ def train_classifier(images: ImageSet, seed: int = 0, epochs: int = EPOCHS, batc
                 optimizer.step()
                 schedule.step()
     return model.eval().requires_grad_(False)
+
+
+def hash_weights(model: nn.Module) -> str:
+    """Return the SHA-256 of the weights of a model, which tells classifiers apart with and without a cache file."""
+    digest = hashlib.sha256()
+    for weights in model.state_dict().values():
+        digest.update(weights.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_or_train(path: Path, train_set: ImageSet, test_set: ImageSet) -> tuple[Classifier | None, float]:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from betavae.errors import UserError
 from betavae.models.likelihoods import LIKELIHOODS
 from betavae.models.networks import NETWORKS
 from betavae.models.precision import at_least_float32
@@ -222,7 +223,10 @@ def build_prior(
     prior = PRIORS[settings["name"]]
     model = {"latent_dim": latent_dim, "image_shape": image_shape, "encode": encode, "num_classes": num_classes}
     own = {name: value for name, value in settings.items() if name != "name"}
-    return prior(**select_kwargs(prior, model), **own)
+    try:
+        return prior(**select_kwargs(prior, model), **own)
+    except TypeError as error:
+        raise UserError(f"prior: {prior.__name__} does not take {own} ({error})") from error
 
 
 def select_kwargs(function: Callable[..., Any], settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -92,13 +92,15 @@ class ImageLogger(Callback):
     @torch.no_grad()
     def log_embedding(self, trainer: L.Trainer, vae: VAE) -> None:
         """Send the posterior means of test images to every logger."""
-        n = min(MAX_EMBEDDED, len(trainer.datamodule.splits["test"]))  # type: ignore[attr-defined]
+        test = trainer.datamodule.splits["test"]  # type: ignore[attr-defined]
+        n = min(MAX_EMBEDDED, len(test))
         to_picture = trainer.datamodule.scaling.to_picture  # type: ignore[attr-defined]
         side = plotting.MAX_SPRITE_SIDE // math.ceil(math.sqrt(n))
         batches = []
         for x, labels in self.images(trainer, vae, n):
             # A row of a table is a square in the color of its label.
-            pictures = to_picture(x.float().cpu()).clamp(0, 1) if x.shape[1] in (1, 3) else torch.ones(len(x), 1, 8, 8)
+            has_pictures = test.columns is None and x.shape[1] in (1, 3)
+            pictures = to_picture(x.float().cpu()).clamp(0, 1) if has_pictures else torch.ones(len(x), 1, 8, 8)
             means = vae.given(labels).encode(x).mean.cpu()
             batches.append((means, labels, plotting.make_tiles(pictures, labels, side)))
         means, names, tiles = (torch.cat(parts) for parts in zip(*batches, strict=True))

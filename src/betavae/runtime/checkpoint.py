@@ -161,6 +161,7 @@ def load(ckpt: str | Path | None = None, runs: str = "runs", plugins: Sequence[s
     load_plugins(plugins)
     path = Path(ckpt).expanduser() if ckpt else latest_run(Path(runs).expanduser())
     path = find_checkpoint(path) or path
+    path = path if path.parent.name else path.absolute()  # whose parent may be the folder checkpoints/ of a run
     content = read_checkpoint(path)
     settings, data = content["hyper_parameters"], content["datamodule_hyper_parameters"]
     vae = VAE(**settings["model"])

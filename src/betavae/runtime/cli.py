@@ -161,7 +161,9 @@ def report_errors(describe: Callable[[Exception], str | None]) -> Iterator[None]
 
     With the argument `traceback=true`, and for errors that `describe` does not know, the traceback is printed.
     """
-    traceback = any(re.fullmatch(r"\+{0,2}traceback=(true|1|yes|on)", word, re.IGNORECASE) for word in sys.argv[1:])
+    traceback = any(
+        re.fullmatch(r"(\+{0,2}|--)traceback=(true|1|yes|on)", word, re.IGNORECASE) for word in sys.argv[1:]
+    )
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # a path that is not UTF-8 is printed as it is
     if threading.current_thread() is threading.main_thread():

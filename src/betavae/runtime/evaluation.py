@@ -64,6 +64,8 @@ def measure_disentanglement(
     Raises:
         UserError: For data without two factors that vary, or for too few images.
     """
+    if find_spec("sklearn") is None:
+        raise UserError('disentanglement scores need scikit-learn: pip install -e ".[evaluation]"')
     x, factors = run.images("test", data_root, max_images)
     if factors.ndim == 1:
         name = run.data["name"]

@@ -44,6 +44,8 @@ def resolve_images(run: TrainedRun, where: str | list[str], data_root: str | Non
     """
     if where in SPLITS:
         return load_own_split(run, str(where), data_root)
+    if is_dataset_name(where) and where == run.data.get("name"):
+        return load_own_split(run, "test", data_root)
     if run.columns is not None:
         found = read_rows(run, where)
     elif is_dataset_name(where):

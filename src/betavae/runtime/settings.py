@@ -86,6 +86,8 @@ class Model(ExtensibleGroup):
     conditional: bool
     likelihood: Annotated[str, RegisteredName("betavae.models.likelihoods", "LIKELIHOODS")]
     scale: Literal["shared", "per_value"] = UNSET
+    components: PositiveInt = UNSET
+    blocks: NonNegativeInt = UNSET
 
 
 class Prior(ExtensibleGroup):
@@ -102,6 +104,11 @@ class Data(ExtensibleGroup):
     validation_size: Annotated[float, Field(ge=0, lt=1)] | NonNegativeInt | None
     test_size: Annotated[float, Field(gt=0, lt=1)] | PositiveInt | None = UNSET
     download: bool = UNSET
+    image_size: PositiveInt | Annotated[list[PositiveInt], Field(min_length=2, max_length=2)] = UNSET
+    channels: PositiveInt = UNSET
+    fit: Literal["crop", "pad"] = UNSET
+    background: NonEmptyStr = UNSET
+    cache: NonEmptyStr = UNSET
     label: str | int | None = UNSET
     columns: Annotated[list[str | int], Field(min_length=1, examples=[["age", "height"]])] | None = UNSET
     batch_size: PositiveInt
@@ -225,7 +232,7 @@ class Loggers(ExtensibleGroup):
 
 
 class TrainConfig(Settings):
-    beta: NonNegativeFloat
+    beta: Annotated[float, Field(ge=0, le=1e30)]  # float32 ends at 3e38
     seed: Seed
     init: Literal["default", "data"]
     name: str | int | Annotated[float, Field(allow_inf_nan=True)]
@@ -365,7 +372,8 @@ def validate(model: type[M], values: Any, prefix: str = "") -> M:
     path = [str(name) for name in problem["loc"] if name != "[key]"]
     if problem["type"] in ("extra_forbidden", "invalid_key"):
         key = ".".join(path)
-        raise UserError(f"{prefix}{key} is not a setting{suggest_key(key, dotted_keys(model))}")
+        find_hint = suggest_key if model is TrainConfig else suggest  # scripts have no habits of other trainers
+        raise UserError(f"{prefix}{key} is not a setting{find_hint(key, dotted_keys(model))}")
     # Behind the names of settings, a location has the items of lists and the branches of unions.
     group: type[BaseModel] = model
     names: list[str] = []

@@ -49,7 +49,8 @@ from betavae.runtime.yaml_files import write_yaml
 log = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "torchvision", "lightning", "hydra-core", "tensorboard")
-OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "overflow")  # torch's own words
+# Torch's own words.
+OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "calculation overflowed")
 
 
 def train(cfg: DictConfig, callbacks: Sequence[Callback] = (), needs_validation: bool = False) -> float:
@@ -83,10 +84,12 @@ def train(cfg: DictConfig, callbacks: Sequence[Callback] = (), needs_validation:
             )
             return done["test"]["neg_elbo"]
     check_settings(settings)
+    if not sweep and (choice := HydraConfig.get().runtime.choices.get("sweep")):
+        raise UserError(f"sweep={choice} needs -m: python train.py -m sweep={choice}")
     if state and settings["trainer"]["max_epochs"] <= state["epoch"]:
         raise UserError(
-            f"trainer.max_epochs={settings['trainer']['max_epochs']} is invalid: expected more than the "
-            f"{state['epoch']} finished epochs of {folder.path}"
+            f"trainer.max_epochs={settings['trainer']['max_epochs']} is invalid: expected at least "
+            f"{state['epoch'] + 1}, the epochs that {folder.path} has begun"
         )
     fast = bool(settings["trainer"].get("fast_dev_run"))
     if fast and resume:

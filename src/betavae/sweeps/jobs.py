@@ -41,7 +41,7 @@ class SweepCallback(Callback):
         try:
             self.start(config)
         except UserError as error:  # Hydra turns an Exception of a callback into a warning
-            raise SystemExit(f"error: {error}") from error
+            raise SystemExit(adapt_commands(f"error: {error}")) from error
 
     def start(self, config: DictConfig) -> None:
         """Claim the folder. Raise UserError for settings that no sweep allows."""
@@ -106,7 +106,7 @@ def run_job(cfg: DictConfig) -> float:
             return math.nan
         except Exception as error:
             mark_failed(run, error)
-            print(f"failed: {error} ({run.path / 'train.log'})")
+            print(adapt_commands(f"failed: {error} ({run.path / 'train.log'})"))
             if cfg.traceback:
                 traceback.print_exc()
             return math.nan  # for an error, Hydra would skip the remaining batches of jobs
@@ -201,7 +201,7 @@ def print_summary(is_interrupted: bool = False) -> bool:
         print(f"note  {note}")
     failed = [job for job in jobs if job.status in ("failed", "diverged")]
     for job in failed:
-        print(f"failed: {job.record.get('error', '')} ({job.folder / 'train.log'})")
+        print(adapt_commands(f"failed: {job.record.get('error', '')} ({job.folder / 'train.log'})"))
     if failed or is_interrupted:
         again = argument("hydra.sweep.dir", folder)
         print(f"the same command with {again} keeps finished jobs and retries the others")

@@ -254,6 +254,8 @@ def read_evaluated_runs(runs: Path) -> list[EvaluatedRun]:
     found = []
     for path in sorted(runs.rglob("evaluation.json")):
         folder = path.parent
+        if not RunFolder(folder).is_run():  # of evaluate.py with out=FOLDER
+            continue
         try:
             record, evaluation = (json.loads(file.read_text()) for file in (folder / "metrics.json", path))
             overrides, config = read_yaml(folder / "overrides.yaml", list), read_yaml(folder / "config.yaml")

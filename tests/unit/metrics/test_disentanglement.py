@@ -180,6 +180,13 @@ def test_constant_factors_and_other_values_do_not_matter(factors, noisy):
     assert sap(latents, torch.cat([one_value, factors], 1)) == sap(latents, factors)
 
 
+@pytest.mark.parametrize("row", range(12))
+def test_a_value_of_one_row_is_left_out_of_the_explicitness(row):
+    factors = torch.stack((torch.arange(12) % 2, torch.zeros(12, dtype=torch.long)), 1)
+    factors[row, 1] = 1  # in the training rows or in the test rows
+    assert 0 <= explicitness(torch.randn(12, 3), factors) <= 1
+
+
 def test_constant_latents_score_at_chance(factors):
     assert compute_scores(torch.ones(len(factors), 3), factors) == {
         "beta_vae_score": pytest.approx(1 / 3),

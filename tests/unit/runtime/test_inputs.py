@@ -52,6 +52,11 @@ def test_a_data_set_is_its_test_images(make_run, data_root):
         resolve_images(make_run(), "sprites")
 
 
+def test_the_data_set_of_the_training_keeps_its_settings(make_run):
+    images = resolve_images(make_run(name="sprites", image_size=32, validation_size=0), "sprites")
+    assert images.pixels.shape == (10_000, 1, 32, 32)
+
+
 def test_a_file_named_as_a_data_set_is_a_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert is_dataset_name("mnist") and not is_dataset_name("arrays") and not is_dataset_name(["mnist"])

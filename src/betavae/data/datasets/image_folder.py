@@ -82,6 +82,8 @@ def load_image_folder(
     """
     root, caches = Path(root).expanduser(), Path(cache).expanduser()
     shape = [channels, image_size, image_size] if isinstance(image_size, int) else [channels, *image_size]
+    if channels not in (1, 3):
+        raise UserError(f"data.channels={channels} is invalid: expected 1 or 3")
     validate_fit(shape, fit, background)
     if caches.resolve().is_relative_to(root.resolve()):
         raise UserError(f"data.cache={cache} is invalid: expected a folder outside data.root={root}")

@@ -156,7 +156,7 @@ def read_array(path: Path) -> dict[str, np.ndarray]:
 def is_number(text: object) -> bool:
     """Return whether a text is a finite number."""
     try:
-        return bool(np.isfinite(float(str(text))))
+        return "_" not in str(text) and bool(np.isfinite(float(str(text))))  # Python reads 1_000 as 1000
     except ValueError:
         return False
 
@@ -170,6 +170,8 @@ def to_numbers(path: Path, name: str, column: np.ndarray) -> np.ndarray:
     else:
         try:
             numbers = column.astype(np.float64)
+            if any("_" in str(value) for value in column):
+                raise ValueError
         except (ValueError, TypeError):
             values = (BOOLEANS.get(str(value), value) for value in column)
             numbers = np.array([float(str(value)) if is_number(value) else np.nan for value in values])

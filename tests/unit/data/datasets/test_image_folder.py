@@ -204,7 +204,7 @@ def test_images_are_converted_as_the_settings_say(root, load):
     assert clear[:, 1, 3].tolist() == [1, 2, 3] == red[:, 3, 0].tolist() and red[:, 1, 3].tolist() == [255, 0, 0]
     for invalid, message in (
         ({"fit": "fill"}, "data.fit=fill is invalid"),
-        ({"channels": 2}, "C 1 or 3"),
+        ({"channels": 2}, "data.channels=2 is invalid: expected 1 or 3"),
         ({"background": "-"}, "data.background=- is invalid"),
     ):
         with pytest.raises(UserError, match=message):

@@ -42,6 +42,12 @@ def test_numbers_may_be_names_beside_a_text(tmp_path):
     assert table.columns == ["400", "410"] and table.labels.tolist() == ["01", "1"]
 
 
+def test_texts_with_underscores_are_no_numbers(tmp_path):
+    assert read_table(write(tmp_path / "t.csv", "2023_01,2023_02\n1,2\n")).columns == ["2023_01", "2023_02"]
+    with pytest.raises(UserError, match="column id has '12_7' in row 0"):
+        read_table(write(tmp_path / "t.csv", "id,x\n12_7,2\n"))
+
+
 def test_true_and_false_are_numbers(tmp_path):
     table = read_table(write(tmp_path / "t.csv", "a,b\nTrue,0.5\nFalse,1\n"))
     assert table.values.flatten().tolist() == [1, 0.5, 0, 1]
