@@ -161,8 +161,9 @@ def load(ckpt: str | Path | None = None, runs: str = "runs", plugins: Sequence[s
     load_plugins(plugins)
     path = Path(ckpt).expanduser() if ckpt else latest_run(Path(runs).expanduser())
     path = find_checkpoint(path) or path
-    path = path if path.parent.name else path.absolute()  # whose parent may be the folder checkpoints/ of a run
     content = read_checkpoint(path)
+    if path.parent == Path() and Path.cwd().name == "checkpoints":
+        path = path.absolute()  # its run folder is above the current folder
     settings, data = content["hyper_parameters"], content["datamodule_hyper_parameters"]
     vae = VAE(**settings["model"])
     vae.load_state_dict({key.removeprefix("vae."): value for key, value in content["state_dict"].items()})

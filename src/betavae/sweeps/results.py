@@ -254,7 +254,7 @@ def read_evaluated_runs(runs: Path) -> list[EvaluatedRun]:
     found = []
     for path in sorted(runs.rglob("evaluation.json")):
         folder = path.parent
-        if not RunFolder(folder).is_run():  # of evaluate.py with out=FOLDER
+        if not (folder / "metrics.json").exists():  # no run, but evaluate.py with out=FOLDER
             continue
         try:
             record, evaluation = (json.loads(file.read_text()) for file in (folder / "metrics.json", path))

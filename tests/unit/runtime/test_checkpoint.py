@@ -6,7 +6,7 @@ import pytest
 
 from betavae.errors import UserError
 from betavae.models.vae import VAE
-from betavae.runtime.checkpoint import FORMAT, format_caption, read_checkpoint, save_checkpoint
+from betavae.runtime.checkpoint import FORMAT, format_caption, load, read_checkpoint, save_checkpoint
 from tests.commands import REPO, fresh
 from tests.conftest import DATA, MODULE
 
@@ -27,6 +27,19 @@ def test_a_checkpoint_loads_without_lightning_and_hydra(tmp_path, code):
     content["datamodule_hyper_parameters"] = DATA | {"root": "data"}
     save_checkpoint(content, tmp_path / "model.ckpt")
     assert fresh("-c", f"{code}\n{HEAVY}", cwd=tmp_path).splitlines()[-1] == "[]"
+
+
+def test_a_checkpoint_in_the_current_folder_has_its_run_folder(tmp_path, monkeypatch):
+    weights = {f"vae.{name}": value for name, value in VAE(**MODULE["model"]).state_dict().items()}
+    content = {"betavae_format": FORMAT, "hyper_parameters": MODULE, "state_dict": weights}
+    content["datamodule_hyper_parameters"] = DATA | {"root": "data"}
+    for name in ("checkpoints", "other"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        save_checkpoint(content, Path("best.ckpt"))
+        folder = load("best.ckpt").folder
+        assert folder.resolve() == (tmp_path if name == "checkpoints" else tmp_path / name)
+        assert load("best.ckpt").path.relative_to(folder).name == "best.ckpt"
 
 
 def test_a_caption_has_run_epoch_and_validation_neg_elbo():
