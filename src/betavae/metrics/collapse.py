@@ -29,8 +29,7 @@ def describe_collapse(active_units: float, latent_dim: int, kl: float) -> str | 
     return (
         f"posterior collapse: the decoder ignores z ({active_units:.0f} of {latent_dim} units active, KL {kl:.2f} "
         "nats); try longer training, a smaller beta, beta_schedule=linear, objective.free_bits=0.1 (with "
-        "objective=elbo and prior=standard) or a smaller "
-        "decoder (docs/numbers.md)"
+        "objective=elbo and prior=standard) or a smaller decoder (docs/numbers.md)"
     )
 
 

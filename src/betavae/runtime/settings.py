@@ -401,15 +401,21 @@ def check_group(group: str, values: Config) -> None:
 
 def check_signature(group: str, function: Callable[..., Any], settings: Mapping[str, Any], *given: Any) -> None:
     """Raise UserError if `function(*given, **settings)` would lack an argument or have an unknown one."""
-    parameters = list(inspect.signature(function).parameters.values())[len(given) :]
-    names = [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
-    if len(names) == len(parameters) and (unknown := [key for key in settings if key not in names]):
+    signature, name = inspect.signature(function), getattr(function, "__name__", str(function))
+    parameters = signature.parameters.values()
+    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)][len(given) :]
+    keys = [p.name for p in named]
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    if not takes_any and (unknown := [key for key in settings if key not in keys]):
         key = f"{group}.{unknown[0]}"
-        hint = suggest(unknown[0], names, f"; leave it out, or remove it by ~{key}")
-        raise UserError(f"{key} is not a setting of {function.__name__}{hint}")
-    required = [p.name for p in parameters if p.default is p.empty and p.name in names]
-    if missing := [name for name in required if name not in settings]:
-        raise UserError(f"{group}.{missing[0]} is missing, which {function.__name__} needs")
+        hint = suggest(unknown[0], keys, f"; leave it out, or remove it by ~{key}")
+        raise UserError(f"{key} is not a setting of {name}{hint}")
+    if missing := [p.name for p in named if p.default is p.empty and p.name not in settings]:
+        raise UserError(f"{group}.{missing[0]} is missing, which {name} needs")
+    try:
+        signature.bind(*given, **settings)
+    except TypeError as error:  # of a custom function with other arguments than betavae passes
+        raise UserError(f"{group}: {name} does not take the arguments of its kind ({error})") from error
 
 
 def check_settings(values: Config) -> None:

@@ -1,12 +1,13 @@
 """Invalid settings are described in one line, from the types of their models."""
 
+import functools
 from typing import Annotated, Literal
 
 import pytest
 from pydantic import Field, NonNegativeFloat, PositiveInt, TypeAdapter
 
 from betavae.errors import UserError
-from betavae.runtime.settings import PathStr, RegisteredName, Settings, describe, validate
+from betavae.runtime.settings import PathStr, RegisteredName, Settings, check_signature, describe, validate
 
 
 @pytest.mark.parametrize(
@@ -55,3 +56,25 @@ def test_an_invalid_setting_is_one_line(values, message):
     with pytest.raises(UserError) as caught:
         validate(Root, values)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("function", "settings", "message"),
+    [
+        (lambda x, y, rate: 0, {"rate": 1}, None),
+        (lambda *args, **kwargs: 0, {"rate": 1}, None),
+        (lambda x, y, **kwargs: 0, {"rate": 1}, None),
+        (lambda x, *, rate=1: 0, {}, "does not take the arguments of its kind .too many positional"),
+        (lambda x, y, rate, **kwargs: 0, {}, "g.rate is missing, which"),
+        (lambda x, y, rate=1: 0, {"rat": 1}, "g.rat is not a setting of .*; did you mean rate?"),
+        (lambda x, y: 0, {"rate": 1}, "g.rate is not a setting of .* remove it by ~g.rate"),
+        (lambda x, y: 0, {"x": 1}, "g.x is not a setting of"),
+        (functools.partial(lambda x, y, rate: 0, rate=1), {"deep": 1}, "g.deep is not a setting of"),
+    ],
+)
+def test_settings_are_the_further_arguments_of_a_function(function, settings, message):
+    if message is None:
+        check_signature("g", function, settings, "x", "y")
+        return
+    with pytest.raises(UserError, match=message):
+        check_signature("g", function, settings, "x", "y")
