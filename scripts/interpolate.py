@@ -1,4 +1,6 @@
-"""Interpolate between images in latent space: `python scripts/interpolate.py labels=[3,8]|images=[A,B] [ckpt=PATH]`.
+"""Interpolate between images in latent space: `python scripts/interpolate.py labels=[3,8]`.
+
+The ends are test images with two labels. With `images=[A,B]` they are two test images by number or two files.
 
 A conditional model encodes each image with its own label, and decodes with that of the start.
 """
@@ -49,7 +51,7 @@ def main(settings: Settings) -> None:
         pairs = torch.tensor([numbers]).expand(settings.rows, 2)
     elif isinstance(images, str) or not any(isinstance(image, int) for image in images):
         files = images if isinstance(images, str) else list(map(str, images))
-        found = resolve_images(run, files)
+        found = resolve_images(run, files, settings.data_root)
         x, pairs = run.scaling.apply(found.pixels), resolve_labels(run, files, found, settings.label)[None]
         if len(x) != 2:
             raise UserError(f"images={images} is invalid: expected two images, found {len(x)}")

@@ -1,4 +1,4 @@
-"""Sample images from a trained VAE: `python scripts/sample.py [ckpt=PATH sampler=mixture label=7 n=64 out=PNG]`."""
+"""Sample images from a trained VAE: `python scripts/sample.py [ckpt=PATH sampler=mixture n=64]`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -64,9 +64,11 @@ def main(settings: Settings) -> None:
     print(f"{settings.n} samples of {run.path}, sampler={settings.sampler}, saved to {out}")
     if settings.save_images:
         folder, digits = out.with_suffix(""), len(str(settings.n - 1))
-        for number, picture in enumerate(pictures):
-            plotting.save_image(picture, folder / f"{number:0{digits}d}.png", scale=1)
-        print(f"each image saved to {folder}/")
+        files = [f"{number:0{digits}d}.png" for number in range(settings.n)]
+        for name, picture in zip(files, pictures, strict=True):
+            plotting.save_image(picture, folder / name, scale=1)
+        others = len(set(folder.iterdir()) - {folder / name for name in files})
+        print(f"each image saved to {folder}/" + f" (which also holds {others} older files)" * (others > 0))
     if settings.save_tensor:
         path = plotting.save_tensor(run.scaling.to_data_units(images), out.with_suffix(".pt"))
         print(f"a tensor {tuple(images.shape)} saved to {path}")

@@ -117,6 +117,10 @@ def test_sample_writes_images_and_a_tensor(workdir, smoke, tmp_path):
     images = torch.load(tmp_path / "s.pt", weights_only=True)
     assert images.shape == (5, 1, 28, 28) and images.min() >= 0 and images.max() <= 1
     assert len(list((tmp_path / "s").iterdir())) == 5
+    output = run(
+        options[0].replace("5", "3"), *options[1:], f"runs={smoke[0].parent}", cwd=workdir, script="scripts/sample.py"
+    )
+    assert "also holds 2 older files" in output
 
 
 @pytest.mark.slow

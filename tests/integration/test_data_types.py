@@ -140,6 +140,24 @@ def test_training_rejects_what_does_not_fit(tmp_path, values, settings, message)
         assert "; pass " in text and "or model.likelihood=gaussian or laplace" in text
 
 
+@pytest.mark.parametrize(
+    ("factor", "likelihood", "noted"), [(1.5, "bernoulli", True), (1, "bernoulli", False), (1.5, "gaussian", False)]
+)
+def test_test_values_outside_of_the_training_range_are_noted(tmp_path, factor, likelihood, noted):
+    np.savez(
+        tmp_path / "a.npz",
+        x_train=SPOTS * 10,
+        x_test=SPOTS[:20] * 10 * factor,
+        y_train=np.zeros(300, int),
+        y_test=np.zeros(20, int),
+    )
+    settings = ["data.root=a.npz", "data.scaling=minmax", f"model.likelihood={likelihood}", "trainer.max_epochs=1"]
+    text = run(*SMALL, *settings, cwd=tmp_path)
+    assert (
+        bool(re.search(r"the test images have values from \S+ to 1[45]\S+, some outside of the range", text)) == noted
+    ), text
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("values", "settings"),

@@ -1,4 +1,7 @@
-"""`Scaling`: the map from stored values to those that a network sees, and back. Nothing else scales images."""
+"""`Scaling`, the map from stored values to network inputs and back.
+
+Nothing else scales images.
+"""
 
 import math
 import sys
@@ -110,7 +113,10 @@ class Scaling:
         return x * self.per_channel(self.factor, x) + self.per_channel(self.shift, x)
 
     def to_data_units(self, x: Tensor) -> Tensor:
-        """Return x in the units of outputs: those of the stored values, or with "unit" shares of the type's range."""
+        """Return x in the units of outputs.
+
+        These are the units of the stored values, or with "unit" shares of the type's range.
+        """
         return x if self.mode == "unit" else self.invert(x)
 
     def from_data_units(self, values: Tensor) -> Tensor:
@@ -199,6 +205,26 @@ def measure(images: ImageSet, max_values: int | None = None) -> Measured:
         mean, count = mean + difference * added / total, count + added
     std = (squares / count.clamp(min=1)).sqrt()
     return Measured(low, high, mean, std, len(index) * size, nan, infinite, outside, damaged)
+
+
+def find_outside(scaling: Scaling, low: Tensor, high: Tensor) -> list[int]:
+    """Find the channels whose lowest or highest stored value, (C,) each, is outside of [0, 1] after scaling."""
+    x = scaling.apply(torch.stack((low, high))[..., None, None]).flatten(1)
+    return ((x[0] < -1e-6) | (x[1] > 1 + 1e-6)).nonzero().flatten().tolist()  # beyond rounding
+
+
+def print_values_outside(scaling: Scaling, splits: Mapping[str, ImageSet]) -> None:
+    """Print which validation and test values "minmax" maps outside of [0, 1]."""
+    for split in ("validation", "test"):
+        if not len(splits[split]):
+            continue
+        found = measure(splits[split])
+        if find_outside(scaling, found.low, found.high):
+            print(
+                f"the {split} images have values from {found.low.min():g} to {found.high.max():g}, some outside of "
+                f"the range of their channel in the training images, which data.scaling={scaling.mode} maps to [0, 1]",
+                file=sys.stderr,
+            )
 
 
 def check_values(images: ImageSet, mode: str, where: str) -> Measured:

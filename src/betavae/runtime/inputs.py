@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from betavae.data import DATASETS, USER_DATASETS
-from betavae.data.datasets.table import read_table
+from betavae.data.datasets.table import MissingColumnError, read_table
 from betavae.data.file_listing import index_names
 from betavae.data.image_io import LoadedImages, read_images
 from betavae.data.image_set import ImageSet
 from betavae.data.labels import match_labels
 from betavae.data.loader import binarize_pixels
-from betavae.data.scaling import check_values, dtype_name
+from betavae.data.scaling import check_values, dtype_name, find_outside
 from betavae.errors import UserError
 from betavae.runtime.checkpoint import TrainedRun
 
@@ -80,9 +80,8 @@ def includes_training_images(run: TrainedRun, where: str | list[str], data_root:
 def describe_outside(run: TrainedRun, pixels: Tensor) -> str | None:
     """Describe values outside the range of the training data, which data.scaling=minmax maps to [0, 1]."""
     values = pixels.numpy()
-    lowest, highest = (torch.from_numpy(f(values, (0, 2, 3))).double()[:, None, None] for f in (np.min, np.max))
-    low, high = run.scaling.apply(lowest).flatten(), run.scaling.apply(highest).flatten()
-    outside = torch.nonzero((low < -1e-6) | (high > 1 + 1e-6)).flatten().tolist()  # rounding
+    lowest, highest = (torch.from_numpy(f(values, (0, 2, 3))).double() for f in (np.min, np.max))
+    outside = find_outside(run.scaling, lowest, highest)
     if not outside:
         return None
     if run.columns is not None:
@@ -93,7 +92,9 @@ def describe_outside(run: TrainedRun, pixels: Tensor) -> str | None:
 
 
 def resolve_labels(run: TrainedRun, where: str | list[str], images: LoadedImages, label: int | str | None) -> Tensor:
-    """Match the labels of images of `resolve_images`, or one `label` for all, to the classes of a conditional model.
+    """Match the labels of images to the classes of a conditional model.
+
+    The labels are those of `resolve_images`, or one `label` for all images.
 
     Returns:
         Class numbers, (N,); zeros for a model that is not conditional, which ignores them.
@@ -115,12 +116,9 @@ def read_rows(run: TrainedRun, where: str | list[str]) -> LoadedImages:
     path = Path(where if isinstance(where, str) else where[0]).expanduser()
     if not isinstance(where, str) or path.suffix not in (".csv", ".parquet", ".npy"):
         raise UserError(f"images={where} is invalid: expected FILE.csv, .parquet or .npy for a model of a table")
-    label = run.data.get("label")
     try:
-        table = read_table(path, run.columns, label)
-    except UserError as error:
-        if label is None or f"has no column {label} " not in str(error):
-            raise
+        table = read_table(path, run.columns, run.data.get("label"))
+    except MissingColumnError:
         table = read_table(path, run.columns)  # new rows may have no labels
     labels = None if table.labels is None else table.labels.tolist()
     return LoadedImages(table.values, index_names(len(table.values)), labels, [])

@@ -23,6 +23,7 @@ from omegaconf import DictConfig
 
 from betavae.data.datamodule import ImageDataModule
 from betavae.data.loader import BatchLoader
+from betavae.data.scaling import print_values_outside
 from betavae.errors import DivergenceError, RunInterrupted, TrialPruned, UserError, first_line
 from betavae.metrics.collapse import describe_collapse
 from betavae.models.precision import set_float32_precision
@@ -166,7 +167,11 @@ def module_arguments(settings: Config, datamodule: ImageDataModule) -> Config:
 
 
 def init_vamp_prior(prior: Prior, datamodule: ImageDataModule) -> None:
-    """Start the pseudo-inputs of a `VampPrior` at random training images. Raise UserError if there are too few."""
+    """Start the pseudo-inputs of a `VampPrior` at random training images.
+
+    Raises:
+        UserError: If there are too few images.
+    """
     if not isinstance(prior, VampPrior):
         return
     images, components = datamodule.splits["train"], len(prior.pseudo_inputs)
@@ -246,7 +251,10 @@ class TrainingRun:
         if splits["train"].columns is not None and getattr(self.module.vae.encoder, "needs_images", False):
             raise UserError(f"model.network={settings['model']['network']} is invalid: expected mlp for a table")
         support = getattr(self.module.vae.likelihood, "support", "real numbers")
-        check_likelihood(settings["model"]["likelihood"], support, self.datamodule.scaling)
+        scaling = self.datamodule.scaling
+        check_likelihood(settings["model"]["likelihood"], support, scaling)
+        if support == "[0, 1]" and scaling.mode == "minmax" and rank() == 0:
+            print_values_outside(scaling, splits)
         if settings["init"] == "data":
             pixels = splits["train"].pixels.index_select(0, torch.arange(min(len(splits["train"]), 60_000)))
             try:
@@ -489,7 +497,10 @@ class TrainingRun:
 
 
 def flatten_hparams(settings: Config) -> Config:
-    """Return settings for a table of hyper-parameters, with values of one type per column; null is left out."""
+    """Return settings for a table of hyper-parameters, with values of one type per column.
+
+    Null is left out.
+    """
     values: Config = {"seed": settings["seed"], "beta": settings["beta"]}
     if settings["tags"]:
         values["tags"] = ", ".join(settings["tags"])

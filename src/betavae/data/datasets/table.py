@@ -1,4 +1,7 @@
-"""Rows of numbers in FILE.csv, FILE.parquet or FILE.npy: a row is an image with a channel for each column."""
+"""Rows of numbers in FILE.csv, FILE.parquet or FILE.npy.
+
+A row is an image with a channel for each column.
+"""
 
 import csv
 import re
@@ -20,6 +23,10 @@ from betavae.storage.files import STAMP_COLUMN
 
 BOOLEANS = {"True": 1, "False": 0}  # as pandas writes them
 Name = str | int  # of a column; columns without a header are numbered from 0
+
+
+class MissingColumnError(UserError):
+    """A table has no column of the requested name."""
 
 
 class Table(NamedTuple):
@@ -82,7 +89,7 @@ def read_table(path: Path, columns: Sequence[Name] | None = None, label: Name | 
         )
     for name in wanted if label is None else [*wanted, str(label)]:
         if name not in found:
-            raise UserError(f"{path} has no column {name} (it has {', '.join(list(found)[:20])})")
+            raise MissingColumnError(f"{path} has no column {name} (it has {', '.join(list(found)[:20])})")
         if wanted.count(name) > 1:
             raise UserError(f"data.columns has {name} twice; name each column once")
     if not wanted or not len(found[wanted[0]]):
