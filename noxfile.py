@@ -1,4 +1,7 @@
-"""The checks of the project, each in its own environment: `nox` runs lint, tests and docs; `nox --list` lists all."""
+"""Run the checks of the project, each in its own environment.
+
+`nox` runs lint, tests and docs. `nox --list` lists all sessions.
+"""
 
 import tempfile
 from pathlib import Path
@@ -42,7 +45,10 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def build(session: nox.Session) -> None:
-    """Build wheel and sdist in dist/; install each and train. An argument is the tag, which must be the version."""
+    """Build wheel and sdist in dist/, install each, and train.
+
+    An optional argument is the tag, which must be the version.
+    """
     version = Path("src/betavae/__init__.py").read_text().partition('__version__ = "')[2].partition('"')[0]
     if session.posargs and session.posargs != [f"v{version}"]:
         session.error(f"the tag {session.posargs[0]} is not v{version}, the version in src/betavae/__init__.py")

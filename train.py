@@ -1,4 +1,7 @@
-"""Train a (β-)VAE: `python train.py model.latent_dim=20 beta=1.0`. All settings: `python train.py --help`."""
+"""Train a (β-)VAE: `python train.py model.latent_dim=20 beta=1.0`.
+
+`python train.py --help` lists all settings.
+"""
 
 import hydra
 from omegaconf import DictConfig

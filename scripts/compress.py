@@ -1,4 +1,4 @@
-"""Compress images losslessly into one file: `python scripts/compress.py images=PATH|test out=FILE.bvae [ckpt=PATH]`.
+"""Compress images losslessly into one file: `python scripts/compress.py images=PATH out=FILE.bvae`.
 
 The codec is bits-back coding with a model whose likelihood is discrete; see docs/compression.md.
 """

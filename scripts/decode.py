@@ -1,4 +1,4 @@
-"""Decode a file of latents into images: `python scripts/decode.py latents=latents.npz out=FOLDER [ckpt=PATH]`."""
+"""Decode a file of latents into images: `python scripts/decode.py latents=FILE.npz out=FOLDER`."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Decompress a file of images, bit for bit: `python scripts/decompress.py file=FILE.bvae out=FOLDER|FILE.npy`."""
+"""Decompress a file of images, bit for bit: `python scripts/decompress.py file=FILE.bvae out=FOLDER`."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Flag images unlike the training images: `python scripts/detect.py images=PATH|DATASET [ckpt=PATH alpha=0.01]`.
+"""Flag images unlike the training images: `python scripts/detect.py images=PATH [alpha=0.01]`.
 
 Saves scores, p-values and flags of all images in scores.csv, and figures. The first call fits a detector to training
 and validation images and saves it beside the checkpoint. See docs/anomalies.md.

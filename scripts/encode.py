@@ -1,4 +1,4 @@
-"""Encode images into a file of latents: `python scripts/encode.py images=PATH out=latents.npz [ckpt=PATH]`.
+"""Encode images into a file of latents: `python scripts/encode.py images=PATH out=FILE.npz`.
 
 The file has each image's name, posterior mean and log-variance, label (if there is one), KL and neg. ELBO in nats. With
 tsne=true it also has a t-SNE of the posterior means.

@@ -1,4 +1,4 @@
-"""Export a trained VAE for other programs and people: `python scripts/export.py [ckpt=PATH format=onnx out=export]`."""
+"""Export a trained VAE for other programs and people: `python scripts/export.py [format=onnx]`."""
 
 from dataclasses import asdict
 from pathlib import Path

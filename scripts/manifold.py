@@ -1,4 +1,4 @@
-"""Show a 2-D latent space as a grid of images: `python scripts/manifold.py [ckpt=PATH size=20 out=manifold.png]`."""
+"""Show a 2-D latent space as a grid of images: `python scripts/manifold.py [ckpt=PATH size=20]`."""
 
 from pydantic import Field
 

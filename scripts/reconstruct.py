@@ -1,4 +1,4 @@
-"""Show images above their reconstructions: `python scripts/reconstruct.py [images=PATH out=reconstructions.png]`."""
+"""Show images above their reconstructions: `python scripts/reconstruct.py [images=PATH]`."""
 
 from pydantic import Field
 

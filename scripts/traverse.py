@@ -1,4 +1,7 @@
-"""Show the effect of each latent dimension, ordered by KL: `python scripts/traverse.py [ckpt=PATH dimensions=10]`."""
+"""Show the effect of each latent dimension: `python scripts/traverse.py [ckpt=PATH dimensions=10]`.
+
+The dimensions are ordered by KL.
+"""
 
 from pydantic import Field
 

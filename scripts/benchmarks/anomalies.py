@@ -1,4 +1,4 @@
-"""Measure how well each anomaly score separates outliers: `python scripts/benchmarks/anomalies.py [data_root=data]`.
+"""Measure the AUROC of each anomaly score: `python scripts/benchmarks/anomalies.py [data_root=data]`.
 
 For each seed, trains the tutorial's network (784-400-20, six epochs, Muon, Bernoulli on gray pixels) on MNIST, on
 FashionMNIST, and on MNIST without each of its ten digits. Prints the AUROC of every score for every kind of outlier

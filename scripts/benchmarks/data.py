@@ -1,4 +1,4 @@
-"""Compare memory-mapped training images with images in memory: `python scripts/benchmarks/data.py [n=400000]`.
+"""Compare memory-mapped with in-memory images: `python scripts/benchmarks/data.py [n=400000]`.
 
 Trains a small network on synthetic color images of 64 x 64, read by `data=arrays`. Each way runs in its own process
 and reports the seconds to the first batch, the seconds of an epoch and the peak memory of the process without the

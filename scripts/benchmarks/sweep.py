@@ -1,4 +1,4 @@
-"""Compare a sweep on all cores with one job at a time: `python scripts/benchmarks/sweep.py [jobs=6 rounds=3]`."""
+"""Compare a sweep on all cores with a serial one: `python scripts/benchmarks/sweep.py [jobs=6]`."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Rank the rows of a table by how unusual they are: `python scripts/benchmarks/tables.py ['seeds=[0,1,2]']`.
+"""Rank the rows of a table by anomaly score: `python scripts/benchmarks/tables.py ['seeds=[0,1]']`.
 
 The table is scikit-learn's breast cancer table, 569 rows of 30 measurements. 70 % of the benign rows are for training;
 the others and the malignant rows are ranked by scripts/detect.py, by an isolation forest and by the reconstruction
@@ -28,7 +28,10 @@ class Settings(ScriptSettings):
 
 
 def write_tables(folder: Path, seed: int) -> None:
-    """Write train_SEED.csv, of benign rows, and mixed_SEED.csv, of the other benign and all malignant rows."""
+    """Write train_SEED.csv with benign rows, and mixed_SEED.csv with all other rows.
+
+    The other rows are the remaining benign rows and all malignant rows.
+    """
     import numpy as np
     from sklearn.datasets import load_breast_cancer
 

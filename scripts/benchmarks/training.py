@@ -1,4 +1,4 @@
-"""Compare the training speed with the tutorial's: `python scripts/benchmarks/training.py [rounds=3 quality=false]`.
+"""Compare training speed with the tutorial: `python scripts/benchmarks/training.py [rounds=3]`.
 
 Every round runs these in turn, each in its own process, so that a drift of the machine's speed affects all of them:
 
@@ -89,7 +89,10 @@ def run_floor(data_root: str, epochs: int) -> Record:
 
 
 def run_reference(data_root: str, epochs: int) -> Record:
-    """Train as the tutorial does: DataLoader, ToTensor, sigmoid and BCE, plain Adam, `.item()` at each step."""
+    """Train with the loop of the tutorial.
+
+    It uses DataLoader, ToTensor, sigmoid and BCE, plain Adam, and `.item()` at each step.
+    """
     import torch
     from torch import nn
     from torchvision import datasets, transforms
@@ -136,7 +139,10 @@ def run_reference(data_root: str, epochs: int) -> Record:
 
 
 def run_bare(data_root: str, epochs: int) -> Record:
-    """Train this project's network with its objective and batches in a plain loop, as the default preset does."""
+    """Train the network with the objective and batches of train.py in a plain loop.
+
+    The steps are those of the default preset.
+    """
     import torch
 
     from betavae.data.loader import BatchLoader
@@ -170,7 +176,11 @@ PARTS = {"floor": run_floor, "reference": run_reference, "bare": run_bare}
 
 
 def run_python(arguments: list[str], folder: Path) -> tuple[str, Record]:
-    """Run `python ARGUMENTS` in `folder`; return its output, its seconds from start to exit and its peak memory."""
+    """Run `python ARGUMENTS` in `folder`.
+
+    Returns:
+        Its output, and a record of its seconds from start to exit and its peak memory in GB.
+    """
     started = time.perf_counter()
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen([sys.executable, *arguments], stdout=output, stderr=subprocess.STDOUT, cwd=folder)

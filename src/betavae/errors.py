@@ -2,7 +2,10 @@
 
 
 class UserError(Exception):
-    """An error that the user can fix. Its message is one sentence with the key or file, the fact and the remedy."""
+    """An error that the user can fix.
+
+    Its message is one sentence with the key or file, the fact and the remedy.
+    """
 
 
 class DivergenceError(UserError):
@@ -22,7 +25,10 @@ class TrialPruned(Exception):
 
 
 class RunInterrupted(SystemExit):
-    """The end of a run that a signal stopped, after it has printed how to resume. `code` is 128 plus the signal."""
+    """The end of a run that a signal stopped, after it has printed how to resume.
+
+    `code` is 128 plus the signal.
+    """
 
 
 def first_line(error: BaseException) -> str:

@@ -1,6 +1,7 @@
-"""Labeled grids of images in a file: pixels by Pillow, which starts fast; PDF and SVG by Matplotlib, with text as text.
+"""Labeled grids of images in a file.
 
-Lengths are in pixels of the file.
+Pillow, which starts fast, draws pixels. Matplotlib draws PDF and SVG, with text as text. Lengths are in pixels of the
+file.
 """
 
 from collections.abc import Sequence
@@ -44,7 +45,10 @@ class Grid(NamedTuple):
 
 
 class Text(NamedTuple):
-    """A line of text beside a point: `anchor` "l", "m" or "r" is the point's place in the line, always half-way up."""
+    """A line of text beside a point.
+
+    `anchor` "l", "m" or "r" is the place of the point in the line. The point is always half-way up.
+    """
 
     text: str
     x: float
@@ -69,11 +73,11 @@ def make_reconstruction_grid(vae: VAE, x: Tensor) -> Grid:
 
 
 def make_traversal_grid(vae: VAE, z: Tensor, values: Tensor, kl: Tensor, rows: int | None = None) -> Grid:
-    """Arrange a row for each latent dimension, in which only that dimension of `z` `(latent_dim,)` changes.
+    """Arrange a row for each latent dimension, in which only that dimension of `z` changes.
 
     Args:
         vae: The model.
-        z: The latents to start from.
+        z: The latents `(latent_dim,)` to start from.
         values: The values of the dimension `(V,)`, one per column, as in `plotting.traverse`.
         kl: The KL per latent dimension in nats, which sorts the rows.
         rows: The number of rows; None for all dimensions.
@@ -147,7 +151,10 @@ def draw_tiles(grid: Grid, scale: int) -> Tensor:
 
 
 def label_tiles(grid: Grid, scale: int, x: int, y: int) -> list[Text]:
-    """Place the labels of rows and columns beside tiles whose left and top are given, as many as have room."""
+    """Place as many row and column labels beside the tiles as have room.
+
+    `x` and `y` are the left and top of the tiles.
+    """
     step_y, step_x = (scale * size + GAP for size in grid.images.shape[-2:])
     names = [fit(label, max(step_x, MIN_TILE)) for label in grid.column_labels]
     every = 1 + max(map(measure, names), default=0) // step_x

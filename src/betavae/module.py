@@ -1,4 +1,7 @@
-"""`VAEModule`: the VAE and its training as a LightningModule. Every logged number is in nats per image."""
+"""`VAEModule`, the VAE and its training as a LightningModule.
+
+Every logged number is in nats per image.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -21,7 +24,9 @@ TEST_DRAWS = 4  # samples of z per image in a test: with one, the mean over 10,0
 
 
 class VAEModule(L.LightningModule):
-    """A VAE, its objective and its optimizer. All arguments are plain values, so that a checkpoint is the recipe.
+    """A VAE with its objective and its optimizer.
+
+    All arguments are plain values, so that a checkpoint is the recipe.
 
     Args:
         model: The arguments of `VAE`.
@@ -130,7 +135,9 @@ class VAEModule(L.LightningModule):
             self.log_window()
 
     def read_window(self) -> tuple[list[str], Tensor]:
-        """Reduce the steps that are not logged yet, and pass them to every callback with a method `on_train_sums`.
+        """Reduce the steps that are not logged yet.
+
+        Their sums are passed to every callback with a method `on_train_sums`.
 
         Returns: `BatchSums.rows`.
         """

@@ -122,7 +122,10 @@ LR_DECAYS: dict[str, Callable[[float], float]] = {
 
 
 def lr_factor(step: int, total_steps: float, name: str, warmup: float) -> float:
-    """Return the factor on the learning rate: linear over the first `warmup` (a fraction of all steps), then decay."""
+    """Return the factor on the learning rate.
+
+    It rises linearly over the first `warmup` (a fraction of all steps), then decays.
+    """
     warmup_steps = warmup * total_steps
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)

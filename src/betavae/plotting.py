@@ -113,7 +113,10 @@ def plot_kl(kl: Tensor) -> "Figure":
 def plot_bounds(
     ks: Sequence[int], bounds: Sequence[dict[str, float]], kl: Sequence[float], active_units: int
 ) -> "Figure":
-    """Plot importance-weighted bounds (`mean` ± `se`, nats) over their samples, beside the KL per dimension."""
+    """Plot importance-weighted bounds over their samples, beside the KL per dimension.
+
+    Each bound has `mean` ± `se`, in nats.
+    """
     figure = create_figure(9, 3)
     left, right = figure.subplots(1, 2)
     left.errorbar(ks, [b["mean"] for b in bounds], [b["se"] for b in bounds], marker="o", capsize=3)

@@ -1,1 +1,4 @@
-"""Applications of a trained VAE. Each can be deleted, with its scripts and tests, without touching the others."""
+"""Applications of a trained VAE.
+
+Each can be deleted, with its scripts and tests, without touching the others.
+"""

@@ -209,7 +209,9 @@ FORMATS: dict[str, tuple[str, Callable[[Graph, Path], Runner]]] = {
 
 
 def measure_error(graph: Graph, run: Runner, graph_name: str) -> float:
-    """Measure the largest difference of an exported graph's outputs, relative to the larger of 1 and the output.
+    """Measure the largest output error of an exported graph.
+
+    The error is relative to the larger of 1 and the output.
 
     Raises:
         UserError: If it is above `TOLERANCE`, or a shape differs.

@@ -9,7 +9,10 @@ from betavae.errors import UserError
 
 
 def draw_pairs(x: Tensor, labels: Tensor, ends: Sequence[int], rows: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Draw images with the label of the start, and as many with the label of the end: `(rows, C, H, W)` each."""
+    """Draw images with the label of the start, and as many with the label of the end.
+
+    Both are `(rows, C, H, W)`.
+    """
     if labels.ndim != 1:
         raise UserError(
             f"labels={list(ends)} is invalid: these data have several factors, not one label; pass images=[0,7]"

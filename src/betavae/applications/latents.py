@@ -90,7 +90,10 @@ def write_npz(path: Path, latents: Latents, names: Sequence[str], labels: Sequen
 
 
 def to_columns(latents: Latents, names: Sequence[str], labels: Sequence[object] | None) -> dict[str, Sequence[object]]:
-    """Arrange latents as the columns name, label, kl, neg_elbo, mean_0, ..., logvar_0, ..., tsne_0, tsne_1."""
+    """Arrange latents as columns of a table.
+
+    The columns are name, label, kl, neg_elbo, mean_0, ..., logvar_0, ..., tsne_0, tsne_1.
+    """
     columns: dict[str, Sequence[object]] = {"name": names, "label": [""] * len(names) if labels is None else labels}
     columns |= {"kl": latents.kl.tolist(), "neg_elbo": latents.neg_elbo.tolist()}
     for name, values in (("mean", latents.mean), ("logvar", latents.logvar), ("tsne", latents.tsne)):
@@ -101,7 +104,9 @@ def to_columns(latents: Latents, names: Sequence[str], labels: Sequence[object] 
 
 
 def load_latents(path: Path, latent_dim: int) -> tuple[list[str], Tensor, list[object] | None]:
-    """Load names, latents `(N, latent_dim)` and labels from a file of `save_latents` (its means) or from FILE.npy.
+    """Load names, latents `(N, latent_dim)` and labels from a file.
+
+    The file is FILE.npy or a file of `save_latents`, whose means are read.
 
     Raises:
         UserError: If the file is neither, or its latents have another dimension or are not finite.

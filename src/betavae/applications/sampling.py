@@ -1,4 +1,4 @@
-"""Latent samplers: the model's prior, or a density fitted to the posterior samples of the training images.
+"""Samplers of latents from the prior or from a density fitted to posterior samples.
 
 A decoder is trained at z of the aggregate posterior q(z) = 1/N sum_n q(z|x_n). Samples of the prior decode poorly where
 q(z) differs from it, as with many latent dimensions or a small beta. Dai & Wipf (2019) learn q(z) with a second VAE;
@@ -38,7 +38,10 @@ ENCODE_BATCH = 1000
 
 
 class Mixture(NamedTuple):
-    """Gaussian mixture sum_k weights[k] N(means[k], factors[k] factors[k]^T) of K components in D dimensions."""
+    """Gaussian mixture of K components in D dimensions.
+
+    Its density is sum_k weights[k] N(means[k], factors[k] factors[k]^T).
+    """
 
     weights: Tensor  # (K,), sums to 1
     means: Tensor  # (K, D)
@@ -129,7 +132,10 @@ SAMPLERS: dict[str, Callable[[Tensor], FittedSampler] | None] = {
 
 @torch.no_grad()
 def sample_posterior(vae: VAE, x: Tensor, seed: int = 0, labels: Tensor | None = None) -> Tensor:
-    """Draw one z of q(z|x) for each image: `(N, latent_dim)`, on the CPU. A conditional model needs `labels` `(N,)`."""
+    """Draw one z of q(z|x) for each image, `(N, latent_dim)` on the CPU.
+
+    A conditional model needs `labels` `(N,)`.
+    """
     device, generator = next(vae.parameters()).device, torch.Generator().manual_seed(seed)
     samples = []
     for index in torch.arange(len(x)).split(ENCODE_BATCH):

@@ -51,7 +51,7 @@ class ArrayFile:
             raise UserError(f"{self.path}: {key} is not a plain array: {error}") from error
 
     def read_pixels(self, key: str | None = None) -> Tensor:
-        """Read images in one of the layouts (N, H, W), (N, H, W, C) and (N, C, H, W), with C 1 or 3, in their own type.
+        """Read images (N, H, W), (N, H, W, C) or (N, C, H, W) in their own type, with C 1 or 3.
 
         An array of either of the last two layouts is taken as (N, C, H, W).
 

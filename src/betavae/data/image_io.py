@@ -117,7 +117,10 @@ def fit_deep_image(
 
 
 def find_common_dtype(paths: Iterable[str | Path]) -> torch.dtype:
-    """Return uint16 or float32 if all readable images have 16 bits or floats, else uint8. Only headers are read."""
+    """Return uint16 or float32 if all readable images have 16 bits or floats, else uint8.
+
+    Only headers are read.
+    """
     found: torch.dtype | None = None
     for path in filter(os.path.isfile, paths):
         try:
@@ -354,7 +357,10 @@ def read_images(
 
 
 def list_images(paths: Sequence[Path]) -> tuple[list[Path], list[str], list[str] | None, Counter[str]]:
-    """List image files in natural order, their names and, for a single folder, their labels; count the other files."""
+    """List image files in natural order with names and labels, and count the other files.
+
+    Only a single folder has labels.
+    """
     files: list[Path] = []
     others: Counter[str] = Counter()
     names: list[str] = []

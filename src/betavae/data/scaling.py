@@ -208,7 +208,10 @@ def measure(images: ImageSet, max_values: int | None = None) -> Measured:
 
 
 def find_outside(scaling: Scaling, low: Tensor, high: Tensor) -> list[int]:
-    """Find the channels whose lowest or highest stored value, (C,) each, is outside of [0, 1] after scaling."""
+    """Find the channels whose lowest or highest value is outside of [0, 1] after scaling.
+
+    `low` and `high` are stored values, (C,) each.
+    """
     x = scaling.apply(torch.stack((low, high))[..., None, None]).flatten(1)
     return ((x[0] < -1e-6) | (x[1] > 1 + 1e-6)).nonzero().flatten().tolist()  # beyond rounding
 

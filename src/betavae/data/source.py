@@ -110,7 +110,10 @@ class DataSource:
         return images if self.binarize == "none" else binarize_images(images, self.binarize, scaling)
 
     def fingerprints(self, split: str, images: ImageSet, labels: bool) -> dict[str, str]:
-        """Hash the images of a split, and if asked the labels; empty for a data set whose name says what it holds."""
+        """Hash the images of a split, and their labels if `labels` is true.
+
+        The result is empty for a data set whose name determines its content.
+        """
         if self.name not in USER_DATASETS:
             return {}
         return {split: fingerprint(images)} | ({f"{split} labels": hash_labels(images)} if labels else {})

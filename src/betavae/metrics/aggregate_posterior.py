@@ -82,7 +82,7 @@ def decompose_kl_by_class(posterior: Posterior, vae: VAE, labels: Tensor | None)
 
 @torch.no_grad()
 def encode_means(vae: VAE, x: Tensor, labels: Tensor) -> Tensor:
-    """Encode images `(N, C, H, W)` with their labels to their posterior means `(N, latent_dim)` on the CPU."""
+    """Encode images `(N, C, H, W)` with labels to posterior means `(N, latent_dim)` on the CPU."""
     device, batches = next(vae.parameters()).device, zip(x.split(1000), labels.split(1000), strict=True)
     return torch.cat([vae.given(some).encode(batch.to(device)).mean.cpu() for batch, some in batches])
 

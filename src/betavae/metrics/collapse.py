@@ -1,4 +1,7 @@
-"""Diagnosis of posterior collapse: the decoder ignores z, and the posterior of every image is the same."""
+"""Diagnosis of posterior collapse.
+
+After a collapse the decoder ignores z, and the posterior of every image is the same.
+"""
 
 import math
 
@@ -40,7 +43,10 @@ def count_active_units(mean: Tensor) -> int:
 
 @torch.no_grad()
 def estimate_kl(vae: VAE, posterior: Posterior) -> float:
-    """Estimate the mean KL per image in nats, under a learned prior from one z per image with a fixed seed."""
+    """Estimate the mean KL per image in nats.
+
+    Under a learned prior, the estimate takes one z per image with a fixed seed.
+    """
     noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(0))
     return vae.kl(posterior, posterior.rsample(noise.to(posterior.mean))).sum(1).mean().item()
 

@@ -20,9 +20,9 @@ def check_tsne(rows: int) -> None:
 
 
 def compute_tsne(means: Tensor, seed: int = 0) -> Tensor:
-    """Embed rows `(N, latent_dim)` in a plane `(N, 2)`, so that near rows are near (van der Maaten & Hinton 2008).
+    """Embed rows `(N, latent_dim)` in a plane `(N, 2)` by t-SNE (van der Maaten & Hinton 2008).
 
-    Only neighborhoods have a meaning: neither distances between groups nor their sizes do.
+    Near rows stay near. Only neighborhoods have a meaning: neither distances between groups nor their sizes do.
 
     Raises:
         UserError: If scikit-learn is missing, or the rows are too few or too many.

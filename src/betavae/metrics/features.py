@@ -88,7 +88,10 @@ def train_classifier(images: ImageSet, seed: int = 0, epochs: int = EPOCHS, batc
 
 
 def hash_weights(model: nn.Module) -> str:
-    """Return the SHA-256 of the weights of a model, which tells classifiers apart with and without a cache file."""
+    """Return the SHA-256 of the weights of a model.
+
+    It tells classifiers apart with and without a cache file.
+    """
     digest = hashlib.sha256()
     for weights in model.state_dict().values():
         digest.update(weights.cpu().contiguous().numpy().tobytes())

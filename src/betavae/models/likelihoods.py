@@ -37,7 +37,10 @@ class Likelihood(nn.Module):
         raise NotImplementedError
 
     def describe(self, binarize: str, values: str) -> str:
-        """Say what its numbers mean for images with this `data.binarize`, scaled to `values`, "pixels in [0, 1]"."""
+        """Describe the meaning of its numbers for images with this `data.binarize`.
+
+        `values` names the scaled values, such as "pixels in [0, 1]".
+        """
         return f"a log-density of {values}, which may be above 0: compare it with other densities only"
 
     def is_discrete(self, binarize: str) -> bool:
@@ -76,10 +79,11 @@ class Bernoulli(Likelihood):
 
 
 class BCEWithLogits(torch.autograd.Function):
-    """Binary cross-entropy of one image: the sum over its pixels of log(1 + e^l) - x l, exact at any logit l.
+    """Binary cross-entropy of one image, exact at any logit l.
 
-    Its gradient is sigmoid(l) - x. `F.binary_cross_entropy_with_logits` computes the same, but its log1p is not
-    vectorized on AVX-512 machines: an epoch on a CPU takes 9 % longer, with trainer=fast 15 % (torch 2.14). Here
+    It is the sum over the pixels of log(1 + e^l) - x l. Its gradient is sigmoid(l) - x.
+    `F.binary_cross_entropy_with_logits` computes the same, but its log1p is not vectorized on AVX-512 machines: an
+    epoch on a CPU takes 9 % longer, with trainer=fast 15 % (torch 2.14). Here
     log(1 + e^l) = relu(l) - log(sigmoid(|l|)). These sigmoids are at least 1/2, so a product of up to a hundred of them
     does not underflow in float32, and one logarithm serves them all.
     """
@@ -121,9 +125,9 @@ def bce_with_logits(x: Tensor, logits: Tensor) -> Tensor:
 
 
 class ContinuousBernoulli(Bernoulli):
-    """The Bernoulli normalized to a density on [0, 1] (Loaiza-Ganem & Cunningham 2019); `params` are logits.
+    """Bernoulli normalized to a density on [0, 1] (Loaiza-Ganem & Cunningham 2019).
 
-    For a logit l the normalizer is C = l / tanh(l / 2), which is even, smooth, and 2 at l = 0.
+    `params` are logits. For a logit l the normalizer is C = l / tanh(l / 2), which is even, smooth, and 2 at l = 0.
     """
 
     describe, is_discrete = Likelihood.describe, Likelihood.is_discrete

@@ -31,7 +31,10 @@ class Gaussian(nn.Module):
             self.log_scale = nn.Parameter(torch.zeros(()))
 
     def split_params(self, params: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the locations `(..., C, H, W)` and log-scales, the latter with one value or in the same shape."""
+        """Return the locations `(..., C, H, W)` and the log-scales.
+
+        The log-scales have one value or the same shape.
+        """
         params = at_least_float32(params)
         if not self.per_value:
             return params, at_least_float32(self.log_scale)

@@ -1,8 +1,8 @@
-"""Discretized mixture of logistics over the byte of each pixel and channel (PixelCNN++, Salimans et al. 2017).
+"""Discretized mixture of logistics over each byte of an image (PixelCNN++, Salimans et al. 2017).
 
-A component with mean m and scale s has the distribution function F(v) = sigmoid((v - m) / s) of pixel values v. Byte b
-has its mass between (b - 1/2) / 255 and (b + 1/2) / 255; byte 0 also all mass below, byte 255 all mass above. The
-channels are independent given z.
+There is a byte for each pixel and channel. A component with mean m and scale s has the distribution function
+F(v) = sigmoid((v - m) / s) of pixel values v. Byte b has its mass between (b - 1/2) / 255 and (b + 1/2) / 255; byte 0
+also all mass below, byte 255 all mass above. The channels are independent given z.
 """
 
 import math
@@ -19,13 +19,18 @@ MAX_LOG_SCALE = 15.0
 
 
 def split_params(params: Tensor, components: int) -> tuple[Tensor, ...]:
-    """Split `(..., 3 * components * C, H, W)` into logits, means and log-scales, each `(..., components, C, H, W)`."""
+    """Split `(..., 3 * components * C, H, W)` into logits, means and log-scales.
+
+    Each is `(..., components, C, H, W)`.
+    """
     logits, means, log_scales = params.unflatten(-3, (3, components, -1)).unbind(-5)
     return logits, means, log_scales.clamp(-MAX_LOG_SCALE, MAX_LOG_SCALE)
 
 
 def pixel_log_prob(x: Tensor, params: Tensor, components: int, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
-    """Compute the log-probability of each pixel `(..., C, H, W)` and, if wanted, its gradient in the shape of `params`.
+    """Compute the log-probability of each pixel `(..., C, H, W)` and, if wanted, its gradient.
+
+    The gradient has the shape of `params`.
 
     Let w = 1 / (255 s) be the width of a bin, and d = |x - m| / s - w / 2 the distance of the mean from the bin's
     nearer edge, both in units of the scale. The difference of the two sigmoids is a product without cancellation,
@@ -109,7 +114,10 @@ class LogisticMixture(nn.Module):
         self.params_per_channel = 3 * components
 
     def log_prob(self, x: Tensor, params: Tensor) -> Tensor:
-        """Return the log-probability `(..., B)` in nats of images x = byte / 255, summed over pixels and channels."""
+        """Return the log-probability `(..., B)` in nats of images x = byte / 255.
+
+        It is summed over pixels and channels.
+        """
         if torch.is_grad_enabled() and params.requires_grad:
             return MixtureLogProb.apply(x, params, self.components)
         # torch.jit.trace is unable to save a custom autograd function.

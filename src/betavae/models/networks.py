@@ -1,4 +1,6 @@
-"""Encoders and decoders: plain `nn.Module`s between images `(B, C, H, W)` and latents `(B, latent_dim)`.
+"""Encoders and decoders as plain `nn.Module`s.
+
+They map between images `(B, C, H, W)` and latents `(B, latent_dim)`.
 
 To add a network, write an encoder and a decoder and name the pair in `NETWORKS`. Both take the four arguments of
 `MLPEncoder`; each further argument (`dropout: float = 0.1`) is a setting of the `model` group.
@@ -56,7 +58,10 @@ class MLPDecoder(nn.Sequential):
 
 
 class ConvEncoder(nn.Sequential):
-    """Map `(B, *image_shape)` to `(B, 2 * latent_dim)`, with a stride-2 convolution per entry of `hidden_dims`."""
+    """Map `(B, *image_shape)` to `(B, 2 * latent_dim)` by stride-2 convolutions.
+
+    There is one convolution per entry of `hidden_dims`.
+    """
 
     needs_images = True  # and not the rows of a table, which have no neighbors
 
@@ -98,7 +103,10 @@ def norm_act(channels: int, activation: str) -> list[nn.Module]:
 
 
 class ResidualBlock(nn.Module):
-    """Pre-activation block x + f(x) with two 3 x 3 convolutions (He et al. 2016); f(x) = 0 at initialization."""
+    """Pre-activation block x + f(x) with two 3 x 3 convolutions (He et al. 2016).
+
+    f(x) = 0 at initialization.
+    """
 
     def __init__(self, channels: int, activation: str):
         super().__init__()
@@ -130,7 +138,10 @@ def stage_shapes(image_shape: Sequence[int], hidden_dims: Sequence[int]) -> list
 
 
 class ResNetEncoder(nn.Sequential):
-    """Map images `(B, *image_shape)` of any size to `(B, 2 * latent_dim)`; `hidden_dims` are channels per stage."""
+    """Map images `(B, *image_shape)` of any size to `(B, 2 * latent_dim)`.
+
+    `hidden_dims` are the channels per stage.
+    """
 
     needs_images = True
 
@@ -148,7 +159,10 @@ class ResNetEncoder(nn.Sequential):
 
 
 class ResNetDecoder(nn.Sequential):
-    """Map `(B, latent_dim)` to `(B, *params_shape)`: `ResNetEncoder` mirrored with transposed convolutions."""
+    """Map `(B, latent_dim)` to `(B, *params_shape)`.
+
+    It is `ResNetEncoder` mirrored with transposed convolutions.
+    """
 
     def __init__(
         self, params_shape: Sequence[int], hidden_dims: Sequence[int], latent_dim: int, activation: str, blocks: int = 1

@@ -31,7 +31,9 @@ def require_labels(labels: Tensor | None) -> Tensor:
 
 
 def one_hot_labels(labels: Tensor | None, num_classes: int, like: Tensor) -> Tensor:
-    """Return one-hot vectors `(..., B, num_classes)` beside vectors `like` `(..., B, D)`, for labels `(B,)` or `(1,)`.
+    """Return one-hot vectors `(..., B, num_classes)` for labels `(B,)` or `(1,)`.
+
+    They have the leading dimensions, dtype and device of vectors `like` `(..., B, D)`.
 
     Raises:
         ValueError: If there are no labels.
@@ -75,11 +77,17 @@ class Prior(nn.Module):
         return 0
 
     def transform(self, noise: Tensor, uniform: Tensor | None = None) -> Tensor:
-        """Turn noise `(n, latent_dim)` from N(0, I) into samples; `uniform` `(n,)` in [0, 1) chooses components."""
+        """Turn noise `(n, latent_dim)` from N(0, I) into samples.
+
+        `uniform` `(n,)` in [0, 1) chooses components.
+        """
         raise NotImplementedError
 
     def closed_form_kl(self, mean: Tensor, logvar: Tensor) -> Tensor | None:
-        """Return KL(N(mean, diag(exp(logvar))) || p) per latent dimension, `(B, latent_dim)`, if there is a formula."""
+        """Return the KL to the prior per latent dimension, `(B, latent_dim)`, if there is a formula.
+
+        It is KL(N(mean, diag(exp(logvar))) || p).
+        """
         return None
 
     def moments(self) -> tuple[Tensor, Tensor]:
@@ -173,7 +181,10 @@ class GaussianComponents(Prior):
 
 
 class Mixture(GaussianComponents):
-    """Mixture of Gaussians with learned means, scales and weights. The weights of p(z|y) depend on the label."""
+    """Mixture of Gaussians with learned means, scales and weights.
+
+    The weights of p(z|y) depend on the label.
+    """
 
     def __init__(self, latent_dim: int, components: int, num_classes: int = 0):
         super().__init__()

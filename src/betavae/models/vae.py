@@ -1,4 +1,7 @@
-"""The variational autoencoder (Kingma & Welling 2014) in pure PyTorch; copy this package into a notebook."""
+"""The variational autoencoder (Kingma & Welling 2014) in pure PyTorch.
+
+You can copy this package into a notebook.
+"""
 
 import inspect
 import math
@@ -22,7 +25,10 @@ class Posterior(NamedTuple):
     logvar: Tensor
 
     def rsample(self, noise: Tensor) -> Tensor:
-        """Return z = mean + std * noise (the reparameterization), for `noise` `(..., B, latent_dim)` from N(0, I)."""
+        """Return z = mean + std * noise for `noise` `(..., B, latent_dim)` from N(0, I).
+
+        This is the reparameterization.
+        """
         return self.mean + torch.exp(0.5 * self.logvar) * noise
 
     def log_prob(self, z: Tensor) -> Tensor:
@@ -111,7 +117,10 @@ class VAE(nn.Module):
         return view
 
     def describe_numbers(self, binarize: str, values: str) -> str:
-        """Say what the loss of such images means, as `Likelihood.describe` does, and whether the labels are given."""
+        """Describe the meaning of the loss of such images, as `Likelihood.describe` does.
+
+        For a conditional model, a note says that the labels are given.
+        """
         note = self.likelihood.describe(binarize, values)
         return f"{note}; of images given their labels, -log p(x|y)" if self.classes else note
 
@@ -180,10 +189,10 @@ class VAE(nn.Module):
         return kl
 
     def kl_per_dimension(self, posterior: Posterior) -> Tensor:
-        """Return the KL of each latent dimension to the normal with the prior's moments, `(B, latent_dim)` in nats.
+        """Return the KL of each latent dimension to a normal, `(B, latent_dim)` in nats.
 
-        For N(0, I) this is `kl`; for a learned prior, whose KL has no parts, it tells which dimensions are used. Under
-        p(z|y), each image has the moments of its label, if `given` has set it.
+        The normal has the prior's moments. For N(0, I) this is `kl`; for a learned prior, whose KL has no parts, it
+        tells which dimensions are used. Under p(z|y), each image has the moments of its label, if `given` has set it.
         """
         kl = self.prior.closed_form_kl(*posterior)
         if kl is None:
@@ -207,12 +216,18 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def sample(self, n: int, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
-        """Return means of p(x|z), `(n, C, H, W)`, for z from the prior, whose noise is scaled by `temperature`."""
+        """Return means of p(x|z), `(n, C, H, W)`, for z from the prior.
+
+        `temperature` scales the noise of the prior.
+        """
         return self.decode(self.prior.sample(n, temperature, generator))
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:
-        """Return the mean of p(x|z) at the posterior mean, `(B, C, H, W)`. For figures: an ELBO needs sampled z."""
+        """Return the mean of p(x|z) at the posterior mean, `(B, C, H, W)`.
+
+        It is for figures. An ELBO needs sampled z.
+        """
         return self.decode(self.encode(x).mean)
 
 

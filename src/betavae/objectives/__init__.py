@@ -1,4 +1,6 @@
-"""Training objectives, written as the equations of their papers: pure functions of tensors, in nats per image.
+"""Training objectives as pure functions of tensors, in nats per image.
+
+They are written as the equations of their papers.
 
     recon    = -E_q log p(x|z)
     kl       = KL(q(z|x) || p(z))

@@ -63,12 +63,13 @@ def kl_decomposition(
 def beta_tcvae(
     vae: VAE, x: Tensor, noise: Tensor, beta: Tensor | float, num_train_images: int, sampling: str
 ) -> LossTerms:
-    """Compute beta-TCVAE (Chen et al. 2018): recon + I(x; z) + beta * total correlation + dimension-wise KL.
+    """Compute beta-TCVAE (Chen et al. 2018).
 
-    The parts are those of `kl_decomposition`. Their sum at weight 1 is the KL in closed form, so that this is `elbo` at
-    beta = 1. With "weighted" sampling the total correlation has the gradient of the paper's minibatch-weighted sampling
-    (whose value is larger by the constant (D - 1) log N). With "stratified" sampling and B far below N the estimate can
-    fall below 0, where it is lowered by spreading images out instead of factorizing.
+    The loss is recon + I(x; z) + beta * total correlation + dimension-wise KL. The parts are those of
+    `kl_decomposition`. Their sum at weight 1 is the KL in closed form, so that this is `elbo` at beta = 1. With
+    "weighted" sampling the total correlation has the gradient of the paper's minibatch-weighted sampling (whose value
+    is larger by the constant (D - 1) log N). With "stratified" sampling and B far below N the estimate can fall below
+    0, where it is lowered by spreading images out instead of factorizing.
     """
     posterior, z, params = vae(x, noise)
     recon, kl = -vae.likelihood.log_prob(x, params).mean(0), vae.kl(posterior, z)

@@ -1,4 +1,6 @@
-"""The importance-weighted bounds (Burda et al. 2016), tighter than the ELBO, with k samples z_i from q(z|x).
+"""Importance-weighted bounds (Burda et al. 2016) with k samples z_i from q(z|x).
+
+They are tighter than the ELBO.
 
     loss = -log 1/k sum_i w_i,    w_i = p(x|z_i) (p(z_i) / q(z_i|x))^beta
 
@@ -25,7 +27,9 @@ def log_mean_exp(log_weights: Tensor) -> Tensor:
 
 
 def iwae(vae: VAE, x: Tensor, noise: Tensor, beta: Tensor | float) -> LossTerms:
-    """Compute the importance-weighted bound; with k = 1 it is the ELBO with its KL estimated from that sample.
+    """Compute the importance-weighted bound.
+
+    With k = 1 it is the ELBO with its KL estimated from that sample.
 
     Args:
         vae: The model.
@@ -61,10 +65,11 @@ def miwae(vae: VAE, x: Tensor, noise: Tensor, beta: Tensor | float, groups: int)
 
 
 def piwae(vae: VAE, x: Tensor, noise: Tensor, beta: Tensor | float, groups: int) -> LossTerms:
-    """Compute PIWAE (Rainforth et al. 2018): `iwae` of all k samples for the decoder, `miwae` for the encoder.
+    """Compute PIWAE (Rainforth et al. 2018).
 
-    The value is that of `iwae`. The gradient of a bound is that of sum_i v_i log w_i, with v_i the normalized weights;
-    here they are those of `iwae`, and what reaches the encoder is multiplied by the quotient of both.
+    It is `iwae` of all k samples for the decoder and `miwae` for the encoder. The value is that of `iwae`. The gradient
+    of a bound is that of sum_i v_i log w_i, with v_i the normalized weights; here they are those of `iwae`, and what
+    reaches the encoder is multiplied by the quotient of both.
     """
     posterior = vae.encode(x)
     samples = Posterior(*(part.expand_as(noise) for part in posterior))  # one posterior per sample, to tell them apart

@@ -1,4 +1,7 @@
-"""InfoVAE (Zhao et al. 2017) and WAE (Tolstikhin et al. 2018): an MMD moves the aggregate posterior to the prior."""
+"""InfoVAE (Zhao et al. 2017) and WAE (Tolstikhin et al. 2018).
+
+An MMD moves the aggregate posterior to the prior.
+"""
 
 import torch
 from torch import Tensor
@@ -8,7 +11,7 @@ from betavae.objectives.elbo import LossTerms
 
 
 def mmd_to_normal(z: Tensor) -> Tensor:
-    """Estimate the squared maximum mean discrepancy between the distribution of z `(B, D)` and N(0, I), `()`.
+    """Estimate the squared maximum mean discrepancy between z `(B, D)` and N(0, I), `()`.
 
     The kernel is exp(-|a - b|^2 / D); the code of Zhao et al. 2017 has D^2 in place of D, which needs another weight.
     Its means over N(0, I) are exact, so that the only samples are z. The estimate has no bias and may be below 0
@@ -23,9 +26,10 @@ def mmd_to_normal(z: Tensor) -> Tensor:
 
 
 def mmd_vae(vae: VAE, x: Tensor, noise: Tensor, beta: Tensor | float, mmd_weight: float) -> LossTerms:
-    """Compute recon + beta * KL + mmd_weight * MMD(q(z), N(0, I)), the MMD from one z per image of the batch.
+    """Compute recon + beta * KL + mmd_weight * MMD(q(z), N(0, I)).
 
-    In the notation of InfoVAE, beta = 1 - alpha and mmd_weight = alpha + lambda - 1. With beta = 0 it is WAE-MMD.
+    The MMD takes one z per image of the batch. In the notation of InfoVAE, beta = 1 - alpha and
+    mmd_weight = alpha + lambda - 1. With beta = 0 it is WAE-MMD.
     """
     posterior, z, params = vae(x, noise)
     recon, kl = -vae.likelihood.log_prob(x, params).mean(0), vae.kl(posterior, z)

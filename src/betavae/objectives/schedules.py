@@ -19,7 +19,10 @@ def linear(step: int, total_steps: float, warmup: float) -> float:
 
 
 def cyclical(step: int, total_steps: float, cycles: int, ramp: float) -> float:
-    """Rise from 0 to 1 over the first `ramp` (a fraction) of each of `cycles` equal periods (Fu et al. 2019)."""
+    """Rise from 0 to 1 at the start of each of `cycles` equal periods (Fu et al. 2019).
+
+    The rise takes the fraction `ramp` of a period.
+    """
     position = step * cycles / max(1, total_steps)
     return min(1.0, (position - math.floor(position)) / ramp) if position < cycles else 1.0
 

@@ -33,20 +33,23 @@ DISPLAY_NAMES = {"kl": "KL", "neg_elbo": "neg. ELBO"}
 
 
 class ImageLogger(Callback):
-    """Draw the model every `every` epochs (0: never), and once more when `finish` is called after the test.
+    """Draw the model every `every` epochs, and once more when `finish` is called after the test.
 
-    The figures are reconstructions of fixed test images, samples of the prior from a fixed seed, a latent traversal,
-    the KL per dimension, for two dimensions the manifold, and after the test the embedding projector. A conditional
-    model is shown with the labels of the images, in the traversal and the manifold that of the first image, and with a
-    column of samples per class. After the test they are also
-    written to `folder`. A figure that fails is a warning.
+    With `every` 0 it draws only after the test. The figures are reconstructions of fixed test images, samples of the
+    prior from a fixed seed, a latent traversal, the KL per dimension, for two dimensions the manifold, and after the
+    test the embedding projector. A conditional model is shown with the labels of the images, in the traversal and the
+    manifold that of the first image, and with a column of samples per class. After the test they are also written to
+    `folder`. A figure that fails is a warning.
     """
 
     def __init__(self, every: int, folder: Path):
         self.every, self.folder = every, folder
 
     def images(self, trainer: L.Trainer, vae: VAE, most: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield batches of the first `most` test images, with the device and dtype of the weights, and their labels."""
+        """Yield batches of the first `most` test images and their labels.
+
+        The images have the device and dtype of the weights.
+        """
         test = trainer.datamodule.splits["test"]  # type: ignore[attr-defined]
         for index in torch.arange(min(most, len(test))).split(BATCH_SIZE):
             x = trainer.datamodule.scaling.apply(test.pixels.index_select(0, index))  # type: ignore[attr-defined]

@@ -1,4 +1,7 @@
-"""Load a trained model from its checkpoint without Lightning, and without running code that the file names."""
+"""Load a trained model from its checkpoint without Lightning.
+
+This runs no code that the file names.
+"""
 
 import contextlib
 import io
@@ -95,11 +98,17 @@ class TrainedRun(NamedTuple):
             raise UserError(f"{self.path} is a model of a table, and {what} needs a model of images")
 
     def encode(self, values: Tensor, labels: Tensor | None = None) -> Posterior:
-        """Return the posterior of stored values `(B, C, H, W)`, for a conditional model with their `labels` `(B,)`."""
+        """Return the posterior of stored values `(B, C, H, W)`.
+
+        A conditional model needs their `labels` `(B,)`.
+        """
         return self.vae.given(labels).encode(self.scaling.apply(values))
 
     def decode(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Return the means of p(x|z), `(..., C, H, W)`, in the units of the stored values; `labels` as in `encode`."""
+        """Return the means of p(x|z), `(..., C, H, W)`, in the units of the stored values.
+
+        `labels` are as in `encode`.
+        """
         return self.scaling.invert(self.vae.given(labels).decode(z))
 
     def split(self, split: str, root: str | None = None) -> ImageSet:

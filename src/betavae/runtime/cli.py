@@ -1,4 +1,7 @@
-"""Command lines: one-line errors, exit codes, and the `key=value` arguments of scripts. Imports no Hydra."""
+"""Command lines with one-line errors, exit codes, and the `key=value` arguments of scripts.
+
+This module imports no Hydra.
+"""
 
 import atexit
 import contextlib
@@ -97,7 +100,10 @@ def parse_arguments(words: list[str]) -> dict[str, Any]:
 
 
 def parse_value(text: str) -> Any:
-    """Parse a value as Hydra does: true, false, null, a number, a [list, of, values], a "text", or any other text."""
+    """Parse a value as Hydra does.
+
+    It is true, false, null, a number, a [list, of, values], a "text", or any other text.
+    """
     text = text.strip()
     if (lower := text.lower()) in ("true", "false", "null"):
         return {"true": True, "false": False, "null": None}[lower]
@@ -137,7 +143,10 @@ def run_argument(key: str, path: str | Path) -> str:
 
 
 def adapt_commands(text: str) -> str:
-    """Replace the commands of a clone in a message by those of `betavae`, if that command started this process."""
+    """Rewrite the commands of a clone in a message as those of `betavae`.
+
+    This happens only if `betavae` started this process.
+    """
     if "BETAVAE_CONSOLE" not in os.environ:
         return text
     text = re.sub(r'pip install -e "\.(\[\w+\])"', r'pip install "betavae\1"', text)
@@ -197,7 +206,10 @@ def skip_last_scan() -> None:
 
 @contextlib.contextmanager
 def gc_paused() -> Iterator[None]:
-    """Pause garbage collection during imports of torch, whose objects it would scan again and again for 0.5 s."""
+    """Pause garbage collection during imports of torch.
+
+    The collector would scan the objects of torch again and again for 0.5 s.
+    """
     if "torch" in sys.modules:
         yield
         return

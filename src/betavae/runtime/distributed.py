@@ -41,9 +41,10 @@ def started_by_srun() -> bool:
 
 
 def externally_launched() -> bool:
-    """Return whether torchrun, srun or a person on several nodes started all processes of this run at once.
+    """Return whether an external launcher started all processes of this run at once.
 
-    Lightning starts its processes later, with the decisions of the first one in their arguments.
+    The launcher is torchrun, srun or a person on several nodes. Lightning starts its processes later, with the
+    decisions of the first one in their arguments.
     """
     by_launcher = "TORCHELASTIC_RUN_ID" in os.environ or started_by_srun()
     return by_launcher or ("NODE_RANK" in os.environ and "LOCAL_RANK" not in os.environ)
@@ -55,7 +56,10 @@ def started_by_lightning() -> bool:
 
 
 def broadcast_from_rank_zero(fn: Callable[[], Any]) -> Any:
-    """Call a function in rank zero only, and return its JSON value, or raise its UserError, in every process."""
+    """Call a function in rank zero only, and broadcast its outcome.
+
+    Every process returns its JSON value or raises its UserError.
+    """
     if not externally_launched():
         return fn()
     store, key = connect_store(), f"betavae/{next(message_ids)}"

@@ -192,7 +192,10 @@ def trainer_arguments() -> list[str]:
 
 
 def drop_optimizer_defaults(cfg: DictConfig) -> None:
-    """If a command names an optimizer's class, delete the defaults that the class does not take from the config."""
+    """Delete the optimizer defaults that the class named by a command does not take.
+
+    Nothing changes if the command names no class.
+    """
     typed = [item.lstrip("+").partition("=")[0] for item in HydraConfig.get().overrides.task]
     if "optimizer.name" not in typed:
         return

@@ -48,5 +48,8 @@ def patch_trainer(trainer: L.Trainer) -> None:
 
 
 def stop_after_this_step(trainer: L.Trainer) -> None:
-    """End the loop between two steps, with everything counted, as for SIGTERM: there is no public way (2.6)."""
+    """End the loop between two steps, with everything counted, as for SIGTERM.
+
+    Lightning 2.6 has no public way to do so.
+    """
     trainer._signal_connector.received_sigterm = True

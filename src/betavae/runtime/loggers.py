@@ -145,7 +145,11 @@ LOGGERS = {"tensorboard": TensorBoard, "csv": CSVRunLogger, "wandb": WeightsAndB
 
 
 def make_loggers(settings: dict[str, Config], run: RunFolder, state: Checkpoint | None) -> dict[str, RunLogger]:
-    """Make the loggers of a run by name. Raise UserError for one whose package is missing or that fails to start."""
+    """Make the loggers of a run by name.
+
+    Raises:
+        UserError: If the package of a logger is missing, or it fails to start.
+    """
     for name in settings:
         if name in ("wandb", "mlflow") and importlib.util.find_spec(name) is None:
             raise UserError(f'logger={name} needs the package {name}: pip install -e ".[{name}]"')

@@ -1,4 +1,4 @@
-"""Plugins: modules of other packages that add names to the registries of betavae when they are imported.
+"""Plugins, modules of other packages that add names to the registries of betavae on import.
 
 An installed package declares its modules as entry points of the group `betavae.plugins`; `plugins=[mypkg.nets]` names
 others. A checkpoint records the plugins of its run, and never imports one. Imports neither Lightning nor Hydra.
@@ -76,7 +76,10 @@ def import_plugin(name: str, package: str) -> None:
 
 
 def open_registries() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the registries; those that need Lightning only if they are imported already, as they are in a training."""
+    """Yield the registries.
+
+    Those that need Lightning are yielded only if they are imported already, as in a training run.
+    """
     for module, registry in REGISTRIES:
         if module in sys.modules or not module.startswith("betavae.runtime."):
             yield registry, getattr(importlib.import_module(module), registry)

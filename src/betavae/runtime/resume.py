@@ -129,7 +129,10 @@ class GracefulStop(Callback):
 
 
 class ExactResume(Callback):
-    """Add to each checkpoint what Lightning leaves out: random states, the batch in the epoch, the loggers' offsets."""
+    """Add to each checkpoint the state that Lightning leaves out.
+
+    It adds the random states, the batch in the epoch, and the offsets of the loggers.
+    """
 
     def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: Checkpoint) -> None:
         checkpoint |= {"betavae_format": FORMAT, "plugins": dict(LOADED)}
@@ -180,7 +183,10 @@ class ExactResume(Callback):
 
 
 class DivergenceGuard(Callback):
-    """Raise DivergenceError if the loss or the weights are not finite, before a checkpoint of them is saved."""
+    """Raise DivergenceError if the loss or the weights are not finite.
+
+    This happens before a checkpoint of them is saved.
+    """
 
     def __init__(self) -> None:
         self.last: dict[str, float] = {}

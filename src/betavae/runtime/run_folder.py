@@ -92,7 +92,10 @@ def read_json(path: Path) -> Record:
 
 
 def read_measurement(path: Path) -> Record:
-    """Read a JSON file of a script in a run folder; return an empty one if its checkpoint has other weights now."""
+    """Read a JSON file of a script in a run folder.
+
+    The result is empty if the checkpoint has other weights now.
+    """
     content = read_json(path)
     checkpoint = path.parent / str(content.get("checkpoint"))
     if "sha256" in content and checkpoint.is_file():
@@ -131,7 +134,10 @@ class RunFolder:
         return read_json(self.path / "metrics.json")
 
     def write_record(self, record: Record) -> None:
-        """Write metrics.json. On a full disk, at least a status that is true is written before the error is raised."""
+        """Write metrics.json.
+
+        On a full disk, at least a status that is true is written before the error is raised.
+        """
         path, text = self.path / "metrics.json", json.dumps(record, indent=2) + "\n"
         try:
             atomic_write_bytes(path, text.encode())
@@ -235,7 +241,10 @@ def is_own_output(path: Path) -> bool:
 
 
 def git_commit() -> str | None:
-    """Return the commit of the sources, with "-dirty" if they have changed since, or None outside of a repository."""
+    """Return the commit of the sources, or None outside of a repository.
+
+    It ends in "-dirty" if the sources have changed since.
+    """
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()

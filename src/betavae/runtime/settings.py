@@ -29,7 +29,10 @@ from betavae.errors import UserError
 
 
 class RegisteredName:
-    """A string that must be a key of a registry, which is imported when a name is checked: torch takes a second."""
+    """A string that must be a key of a registry.
+
+    The registry is imported when a name is checked, since torch takes a second.
+    """
 
     def __init__(self, module: str, registry: str):
         self.module, self.registry = module, registry
@@ -320,7 +323,10 @@ def flatten(values: Mapping[str, Any], prefix: str = "", depth: float = float("i
 
 @functools.cache
 def accepts_text(group: str, key: str) -> bool:
-    """Return whether a setting of a group accepts a text or a list. An unknown setting is taken for a number."""
+    """Return whether a setting of a group accepts a text or a list.
+
+    An unknown setting counts as a number.
+    """
     schema = TrainConfig.__annotations__[group].model_json_schema()["properties"].get(key, {"type": "number"})
     types = {option.get("type", "enum") for option in schema.get("anyOf", [schema])}
     return not types <= {"integer", "number", "boolean", "null"}

@@ -1,4 +1,7 @@
-"""Check before a run whether it will validate, and which validation metrics it will have. Torch is imported late."""
+"""Check before a run if it will validate and which validation metrics it will have.
+
+Torch is imported late.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -16,7 +19,13 @@ DEFAULTS = {"monitor": "neg_elbo", "early_stopping_patience": None}  # callbacks
 
 
 def limit_batches(batches: int, key: str, limit: float) -> int:
-    """Return the number of batches that Lightning takes with a limit, a count or a share. Raise UserError for none."""
+    """Return the number of batches that Lightning takes with a limit.
+
+    The limit is a count or a share of the batches.
+
+    Raises:
+        UserError: If no batch is left.
+    """
     count = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
     if batches and not count:
         raise UserError(f"trainer.{key}={limit} is invalid: expected a larger share, this is none of {batches} batches")
@@ -24,7 +33,9 @@ def limit_batches(batches: int, key: str, limit: float) -> int:
 
 
 def count_batches(settings: Config, sets: Mapping[str, "ImageSet"], processes: int) -> tuple[dict[str, int], int]:
-    """Return the batches that Lightning counts in an epoch of each split, and the optimizer steps of a training epoch.
+    """Count the batches in an epoch of each split, and the optimizer steps of a training epoch.
+
+    The batches are counted as Lightning counts them.
 
     Raises UserError for limits that leave none, and for `val_check_interval` beyond the training batches.
     """

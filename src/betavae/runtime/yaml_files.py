@@ -13,7 +13,10 @@ MAX_BYTES = 2**20
 
 
 class Loader(yaml.SafeLoader):
-    """YAML with numbers as Hydra reads them, and without aliases, which a few lines can expand to any size."""
+    """YAML with numbers as Hydra reads them and without aliases.
+
+    A few lines of aliases can expand to any size.
+    """
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):

@@ -270,7 +270,7 @@ def read_evaluated_runs(runs: Path) -> list[EvaluatedRun]:
 
 
 def find_unevaluated_runs(runs: Path) -> list[Path]:
-    """Return the folders of finished runs under a folder that are not evaluated with their weights, by name."""
+    """Return finished runs under `runs` that are not evaluated with their weights, sorted by name."""
     finished = (
         path.parent for path in sorted(runs.rglob("metrics.json")) if read_json(path).get("status") == "finished"
     )

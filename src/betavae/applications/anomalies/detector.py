@@ -198,9 +198,9 @@ class Detector(NamedTuple):
             raise UserError(f"score={name} is invalid: expected one of {', '.join(self.state['calibration'])}")
 
     def compute_heat_maps(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Compute the standardized surprise of each pixel, `(N, H, W)`, or of each column of a table, `(N, C, 1)`.
+        """Compute the standardized surprise of each pixel, `(N, H, W)`.
 
-        A conditional model needs `labels` `(N,)`.
+        For a table, it is the surprise of each column, `(N, C, 1)`. A conditional model needs `labels` `(N,)`.
 
         It is `pixel_surprise` in standard deviations from the training images' mean at that pixel. A standard deviation
         counts as at least a tenth of the root mean square over pixels. Without that floor, any ink near the border,
@@ -280,7 +280,9 @@ def fit_pixel_surprise(vae: VAE, images: Tensor, labels: Tensor | None) -> tuple
 
 
 def compute_p_values(scores: Tensor, calibration: Tensor) -> Tensor:
-    """Compute conformal p-values, (1 + number of calibration scores at least as high) / (1 + their number).
+    """Compute conformal p-values.
+
+    A p-value is (1 + number of calibration scores at least as high) / (1 + number of calibration scores).
 
     Args:
         scores: `(N,)`; a NaN counts as the highest score.
@@ -328,9 +330,9 @@ def false_alarm_rate(alpha: float, calibration: int, new_images: int | None = No
 
 
 def iter_batches(vae: VAE, images: Tensor, labels: Tensor | None = None) -> Iterator[tuple[VAE, Tensor]]:
-    """Iterate over images `(N, C, H, W)`, uint8 or scaled floats, as batches of floats on the VAE's device.
+    """Iterate over images `(N, C, H, W)` in batches of floats on the VAE's device.
 
-    Each comes with the VAE for its `labels`.
+    The images are uint8 or scaled floats. Each batch comes with the VAE for its `labels`.
     """
     if not len(images):
         raise UserError("there are no images to score")

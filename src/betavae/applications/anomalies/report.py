@@ -91,7 +91,10 @@ def load_cached_detector(run: TrainedRun) -> Detector | None:
 def score_images(
     detector: Detector, pixels: Tensor, score: str, alpha: float, labels: Tensor | None = None
 ) -> ScoredImages:
-    """Score images, and flag those whose p-value under `score` is at most `alpha`; see `Detector.compute_scores`."""
+    """Score images, and flag those with a p-value of at most `alpha` under `score`.
+
+    See `Detector.compute_scores`.
+    """
     detector.check_calibrated(score)
     scores = detector.compute_scores(pixels, FAST_SCORES, labels)
     p_values = compute_p_values(scores[score], detector.state["calibration"][score])

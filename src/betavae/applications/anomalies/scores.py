@@ -34,7 +34,10 @@ class GaussianMixture(TypedDict):
 
 
 def antithetic_noise(vae: VAE, pairs: int) -> Tensor:
-    """Draw fixed noise `(2 * pairs, 1, latent_dim)` in antithetic pairs, with variance 1 in each dimension."""
+    """Draw fixed noise `(2 * pairs, 1, latent_dim)` in antithetic pairs.
+
+    It has variance 1 in each dimension.
+    """
     noise = torch.randn(pairs, 1, vae.latent_dim, generator=torch.Generator().manual_seed(0))
     noise = noise / noise.square().mean(0).sqrt()
     return torch.cat((noise, -noise)).to(next(vae.parameters()))
@@ -76,7 +79,7 @@ def likelihood_regret(vae: VAE, x: Tensor, steps: int = 50, lr: float = 0.1) -> 
 
 
 def unexplained_nats(x: Tensor, reconstruction: Tensor) -> Tensor:
-    """Sum the KL divergence of Bernoulli pixels with mean `x` from pixels with mean `reconstruction`, `(N,)` in nats.
+    """Return KL(Bernoulli(x) || Bernoulli(reconstruction)) summed over pixels, `(N,)` in nats.
 
     It is the cross-entropy minus the entropy of the pixels themselves, for which the model is not responsible. It
     applies to any likelihood. Means are clamped to [0.001, 0.999].
@@ -130,7 +133,10 @@ def kernel_density(values: Tensor, at: Tensor) -> Tensor:
 
 
 def svm_decision(svm: OneClassSVM, at: Tensor) -> Tensor:
-    """Evaluate scikit-learn's `OneClassSVM.decision_function` for rows `at`, `(N,)`; it is positive for inliers."""
+    """Evaluate the `decision_function` of a scikit-learn `OneClassSVM` for rows `at`, `(N,)`.
+
+    It is positive for inliers.
+    """
     distances = torch.cdist(at, svm["vectors"], compute_mode="donot_use_mm_for_euclid_dist").square()
     return torch.exp(-svm["gamma"] * distances) @ svm["weights"] + svm["offset"]
 

@@ -1,9 +1,9 @@
-"""Asymmetric numeral systems (ANS, Duda 2009) for many symbols side by side: a stack of bits to push to and pop from.
+"""Asymmetric numeral systems (ANS, Duda 2009) for many symbols side by side.
 
-The share of a symbol among the 2^24 slots is the interval from c(symbol) to c(symbol + 1). Pushing a symbol takes -log2
-of its share in bits. Popping from random bits draws a symbol with that probability; popping after a push undoes it
-exactly (Townsend, Bird & Barber 2019). Each of n symbols goes to one of the first n heads, which are 64-bit numbers. A
-full head moves 32 bits to a stack of words that all heads share.
+The coder is a stack of bits to push to and pop from. The share of a symbol among the 2^24 slots is the interval from
+c(symbol) to c(symbol + 1). Pushing a symbol takes -log2 of its share in bits. Popping from random bits draws a symbol
+with that probability; popping after a push undoes it exactly (Townsend, Bird & Barber 2019). Each of n symbols goes to
+one of the first n heads, which are 64-bit numbers. A full head moves 32 bits to a stack of words that all heads share.
 """
 
 from collections.abc import Callable
@@ -21,10 +21,10 @@ Cumulative = Callable[[Floats], Floats]
 
 
 def quantize_cdf(below: Floats, symbols: Floats, size: int) -> Floats:
-    """Compute c(symbol) from the distribution function, with at least two slots for each of `size` symbols.
+    """Compute c(symbol) from the distribution function.
 
-    With one slot, rounding errors of the distribution function could leave a symbol without any. With two, c always
-    increases.
+    Each of `size` symbols gets at least two slots. With one slot, rounding errors of the distribution function could
+    leave a symbol without any. With two, c always increases.
     """
     return np.floor(below * (SLOTS - 2 * size)) + 2 * symbols
 

@@ -1,9 +1,9 @@
-"""Lossless compression of images with a trained VAE: bits-back coding with ANS (BB-ANS, Townsend, Bird & Barber 2019).
+"""Lossless compression of images with a trained VAE by bits-back coding with ANS.
 
-The expected size of a file is the model's negative ELBO of the images; see docs/compression.md. Compressor and
-decompressor need bit-identical probabilities on any machine. The networks compute in double precision, and `Rounding`
-makes the outputs of both sides equal. Everything after that uses `reproducible` functions and arithmetic that IEEE 754
-defines exactly.
+The method is BB-ANS (Townsend, Bird & Barber 2019). The expected size of a file is the model's negative ELBO of the
+images; see docs/compression.md. Compressor and decompressor need bit-identical probabilities on any machine. The
+networks compute in double precision, and `Rounding` makes the outputs of both sides equal. Everything after that uses
+`reproducible` functions and arithmetic that IEEE 754 defines exactly.
 """
 
 import contextlib
@@ -34,11 +34,12 @@ DECODE_BATCH = 32  # images
 
 
 class Rounding:
-    """Round network outputs to multiples of `GRID`, equally on two machines whose outputs differ by less than `MARGIN`.
+    """Round network outputs to multiples of `GRID`, equally on two machines.
 
-    An output within `MARGIN` of a rounding threshold could be rounded differently. The compressor lists these outputs,
-    and both sides round them up. The threshold is a third of the way between multiples rather than halfway, because
-    the outputs of a network that ignores its input are its float32 biases, which may be exactly halfway in every image.
+    The outputs of the two machines may differ by less than `MARGIN`. An output within `MARGIN` of a rounding threshold
+    could be rounded differently. The compressor lists these outputs, and both sides round them up. The threshold is a
+    third of the way between multiples rather than halfway, because the outputs of a network that ignores its input are
+    its float32 biases, which may be exactly halfway in every image.
     """
 
     def __init__(self, near_threshold: list[int] | None = None):
@@ -115,7 +116,10 @@ class Codec:
         return build_dimension
 
     def compute_mixtures(self, z: Tensor, first: int) -> Floats:
-        """Decode `(n, latent_dim)` to weights, slopes and offsets of logistics, `(3, pixels, components, 1, n)`."""
+        """Decode `(n, latent_dim)` to mixtures of logistics, `(3, pixels, components, 1, n)`.
+
+        The first axis has weights, slopes and offsets.
+        """
         params = self.vae.decode_params(z)
         params = torch.from_numpy(self.rounding[1](params.flatten(1), first)).view_as(params)
         if isinstance(self.vae.likelihood, LogisticMixture):
@@ -210,10 +214,11 @@ def choose_batch_size(first: int, count: int, lanes: int, latent_dim: int, words
 
 
 def draw_xor_masks(first: int, latent_dim: int, n: int) -> NDArray[np.uint64]:
-    """Draw random bits `(latent_dim, n)` for the batch from image number `first` on, to flip bits of the heads.
+    """Draw random bits `(latent_dim, n)` for the batch from image number `first` on.
 
-    The latents of one batch supply the bits from which the next posteriors are drawn. Their distribution is the
-    aggregate posterior, which differs from the prior. Flipping at random makes them random bits.
+    They flip bits of the heads. The latents of one batch supply the bits from which the next posteriors are drawn.
+    Their distribution is the aggregate posterior, which differs from the prior. Flipping at random makes them random
+    bits.
     """
     return np.random.PCG64(first).random_raw(latent_dim * n).reshape(latent_dim, n) % MIN_HEAD
 
@@ -293,7 +298,10 @@ def compress(
 
 
 def push_images(codec: Codec, stack: Stack, symbols: Floats, first: int) -> None:
-    """Push a batch of images `(n, pixels)`: pop z from q(z|x), push x under p(x|z), push z under the prior."""
+    """Push a batch of images `(n, pixels)`.
+
+    This pops z from q(z|x), pushes x under p(x|z), and pushes z under the prior.
+    """
     n, latent_dim = len(symbols), codec.vae.latent_dim
     stack.grow(n)
     posterior = codec.build_posterior(symbols, first)

@@ -29,7 +29,10 @@ Bits = tuple[float | None, float]  # per dimension: each image in a file of its 
 
 
 def compute_model_bits(vae: VAE, images: Tensor, file_bytes: int, initial_bits: int) -> dict[str, Bits]:
-    """Compute the size of a file of compressed images, without its initial bits, and the model's negative ELBO."""
+    """Compute the bits per dimension of a compressed file and of the model's negative ELBO.
+
+    The file counts once with and once without its initial bits.
+    """
     dimensions = images.numel()
     return {
         "this file": (None, 8 * file_bytes / dimensions),

@@ -1,8 +1,9 @@
-"""Functions with the same values on every machine; those of NumPy, torch and libm differ in the last bits.
+"""Functions with the same values on every machine.
 
-Each is a library function at fixed points, rounded so coarsely that such a difference does not change the result; the
-tests compare the distance to the nearest tie with that difference. Between these points it uses only arithmetic that
-IEEE 754 defines exactly: sums, products, quotients and whole parts of doubles.
+The functions of NumPy, torch and libm differ in the last bits. Each function here is a library function at fixed
+points, rounded so coarsely that such a difference does not change the result. The tests compare the distance to the
+nearest tie with that difference. Between these points it uses only arithmetic that IEEE 754 defines exactly: sums,
+products, quotients and whole parts of doubles.
 """
 
 from collections.abc import Callable

@@ -106,7 +106,10 @@ class Score(NamedTuple):
 
 
 def list_runs(name: str | None) -> list[str | None]:
-    """List the run folders of a sweep folder, numbers in their names by value; of any other name, return it alone."""
+    """List the run folders of a sweep folder, sorted by the numbers in their names.
+
+    Any other name is returned alone.
+    """
     folder = Path(name).expanduser() if name else None
     if folder is None or not folder.is_dir() or (folder / "checkpoints").is_dir():
         return [name]
@@ -253,9 +256,9 @@ def sort_by_kl(model: LoadedModel) -> Tensor:
 
 @torch.no_grad()
 def sample_prior(explorer: Explorer, label: Tensor | None = None) -> list[Tensor]:
-    """Draw a sample of each model's prior, `(latent_dim,)`, from the same noise for dimensions of equal rank by KL.
+    """Draw a sample of each model's prior, `(latent_dim,)`.
 
-    `label` is (1,), for conditional models.
+    Dimensions of equal rank by KL get the same noise. `label` is (1,), for conditional models.
     """
     uniform, noise = torch.rand(1), torch.randn(max(model.vae.latent_dim for model in explorer.models))
     samples = []
@@ -268,15 +271,18 @@ def sample_prior(explorer: Explorer, label: Tensor | None = None) -> list[Tensor
 
 @torch.no_grad()
 def decode_latents(model: LoadedModel, z: Tensor, label: Tensor | None = None) -> Tensor:
-    """Decode `(B, latent_dim)` to pictures of the means of p(x|z), `(B, C, H, W)` in [0, 1]. `label` is (1,)."""
+    """Decode `(B, latent_dim)` to pictures of the means of p(x|z), `(B, C, H, W)` in [0, 1].
+
+    `label` is (1,), for a conditional model.
+    """
     return model.run.scaling.to_picture(model.vae.given(label).decode(z)).clamp(0, 1)
 
 
 @torch.no_grad()
 def encode_image(model: LoadedModel, x: Tensor, label: Tensor | None = None) -> tuple[Tensor, list[Score]]:
-    """Compute the posterior mean `(latent_dim,)` and the scores of an image `(C, H, W)`, as the model sees it.
+    """Compute the posterior mean `(latent_dim,)` and the scores of an image `(C, H, W)`.
 
-    `label` is (1,), for a conditional model.
+    `x` is the image as the model sees it. `label` is (1,), for a conditional model.
     """
     (bounds,) = importance_bounds(model.vae, x[None], [ELBO_SAMPLES], SEED, labels=label)
     recon, kl = bounds.recon.item(), bounds.kl.sum().item()
