@@ -1,7 +1,7 @@
 """Flag images unlike the training images: `python scripts/detect.py images=PATH [alpha=0.01]`.
 
 Saves scores, p-values and flags of all images in scores.csv, and figures. The first call fits a detector to training
-and validation images and saves it beside the checkpoint. See docs/anomalies.md.
+and validation images and saves it in the run folder. See docs/anomalies.md.
 """
 
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Annotated
 from pydantic import Field
 
 from betavae.runtime.cli import DataSettings, LabelSettings, gc_paused, script_command
-from betavae.runtime.settings import ImageSpec, NonEmptyStr
+from betavae.runtime.settings import ImageSpec, Label, NonEmptyStr
 
 
 class Settings(DataSettings, LabelSettings):
@@ -19,7 +19,7 @@ class Settings(DataSettings, LabelSettings):
         0.01, title="highest false-alarm rate, and the p-value up to which an image is flagged"
     )
     score: NonEmptyStr = Field("combined", title="combined, dose_svm, dose, neg_elbo")
-    inliers: list[int | str] = Field([], title="labels of ordinary images, for a ROC curve and detection metrics")
+    inliers: list[Label] = Field([], title="labels of ordinary images, for a ROC curve and detection metrics")
     out: NonEmptyStr = Field("anomalies", title="folder for the table and the figures")
 
 

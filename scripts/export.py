@@ -68,7 +68,7 @@ def export_folder(run: "TrainedRun", out: Path, seed: int) -> None:
     results = {k: v for k, v in results.items() if all(v.get(key, value) == value for key, value in source.items())}
     name = as_text(run.folder.resolve().name if run.path.parent.name == "checkpoints" else run.path.stem)
     columns = count_columns(run.vae.classes, 8)
-    vae = run.vae.given(cycle_labels(run.vae.classes, 8 * columns))
+    vae = run.vae.given(cycle_labels(run.vae.classes[:columns], 8 * columns))
     images = run.scaling.to_picture(vae.sample(8 * columns, 1.0, torch.Generator().manual_seed(seed)))
     samples = grids.Grid(images, columns, column_labels=run.vae.classes[:columns])
     card = format_model_card(name, run.settings, data, results)

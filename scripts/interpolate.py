@@ -11,11 +11,11 @@ from pydantic import Field
 
 from betavae.errors import UserError
 from betavae.runtime.cli import DataSettings, LabelSettings, SeedSettings, gc_paused, script_command
-from betavae.runtime.settings import IntAtLeast2, NonEmptyStr, NonNegativeInt, PositiveInt
+from betavae.runtime.settings import IntAtLeast2, Label, NonEmptyStr, NonNegativeInt, PositiveInt
 
 
 class Settings(DataSettings, SeedSettings, LabelSettings):
-    labels: Annotated[list[int | NonEmptyStr], Field(min_length=2, max_length=2)] = Field(
+    labels: Annotated[list[Label], Field(min_length=2, max_length=2)] = Field(
         [3, 8], title="labels of the start and the end, which are random test images"
     )
     images: Annotated[list[NonEmptyStr | NonNegativeInt], Field(min_length=1)] | NonEmptyStr | None = Field(
@@ -47,7 +47,7 @@ def main(settings: Settings) -> None:
         test = run.subset("test", settings.data_root)
         numbers = [test.find_label(label, f"labels={settings.labels}: label") for label in settings.labels]
         x = run.scaling.apply(test.pixels)
-        starts, ends = draw_pairs(x, test.labels, numbers, settings.rows, settings.seed)
+        starts, ends = draw_pairs(x, test.labels, numbers, settings.rows, settings.seed, settings.labels)
         pairs = torch.tensor([numbers]).expand(settings.rows, 2)
     elif isinstance(images, str) or not any(isinstance(image, int) for image in images):
         files = images if isinstance(images, str) else list(map(str, images))

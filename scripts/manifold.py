@@ -3,11 +3,11 @@
 from pydantic import Field
 
 from betavae.runtime.cli import ModelSettings, gc_paused, script_command
-from betavae.runtime.settings import NonEmptyStr, PositiveInt
+from betavae.runtime.settings import Label, NonEmptyStr, PositiveInt
 
 
 class Settings(ModelSettings):
-    label: int | NonEmptyStr | None = Field(None, title="the label, which a conditional model needs")
+    label: Label | None = Field(None, title="the label, which a conditional model needs")
     size: PositiveInt = Field(20, title="images along each side, at quantiles of the prior")
     out: NonEmptyStr = Field("manifold.png", title="image file for the grid")
 

@@ -6,7 +6,7 @@ from typing import Annotated
 from pydantic import Field
 
 from betavae.runtime.cli import DataSettings, SeedSettings, gc_paused, script_command
-from betavae.runtime.settings import NonEmptyStr, NonNegativeFloat, PathStr, PositiveInt, RegisteredName
+from betavae.runtime.settings import Label, NonNegativeFloat, PathStr, PositiveInt, RegisteredName
 
 
 class Settings(DataSettings, SeedSettings):
@@ -14,7 +14,7 @@ class Settings(DataSettings, SeedSettings):
     sampler: Annotated[str, RegisteredName("betavae.applications.sampling", "SAMPLERS")] = Field(
         "prior", title="prior; or fitted to the training images: gaussian, mixture, knn"
     )
-    label: int | NonEmptyStr | None = Field(
+    label: Label | None = Field(
         None, title="only images with this label; needs a fitted sampler or a conditional model"
     )
     temperature: NonNegativeFloat = Field(1.0, title="factor of the prior's noise")
@@ -37,6 +37,8 @@ def main(settings: Settings) -> None:
         from betavae.runtime.outputs import save_rows
 
     run = checkpoint.load(settings.ckpt, settings.runs)
+    if settings.save_images:
+        run.require_images("save_images=true")
     generator, classes, label = torch.Generator().manual_seed(settings.seed), run.vae.classes, settings.label
     labels = cycle_labels(classes, settings.n)
     if classes and label is not None:
@@ -51,16 +53,15 @@ def main(settings: Settings) -> None:
         images = vae.decode(sampler.sample(settings.n, generator))
     columns = settings.columns or (8 if label is not None else count_columns(classes, 8))
     out = Path(settings.out)
-    if run.columns is not None:
-        save_rows(run, images, settings.out, labels=labels.expand(settings.n))
-        print(f"{settings.n} samples of {run.path}, sampler={settings.sampler}, saved to {settings.out}")
-        return
     shown = "" if settings.label is None else f", label {settings.label}"
     heat = "" if settings.temperature == 1 else f", temperature {settings.temperature:g}"
     caption = f"{settings.n} samples, sampler={settings.sampler}{shown}{heat}; {run.caption}"
     pictures = run.scaling.to_picture(images)
     names = classes if label is None and columns == len(classes) else ()
-    grids.save_grids([grids.Grid(pictures, min(columns, settings.n), column_labels=names)], out, caption)
+    if run.columns is None:
+        grids.save_grids([grids.Grid(pictures, min(columns, settings.n), column_labels=names)], out, caption)
+    else:
+        save_rows(run, images, out, labels=labels.expand(settings.n))
     print(f"{settings.n} samples of {run.path}, sampler={settings.sampler}, saved to {out}")
     if settings.save_images:
         folder, digits = out.with_suffix(""), len(str(settings.n - 1))

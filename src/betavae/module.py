@@ -1,7 +1,4 @@
-"""`VAEModule`, the VAE and its training as a LightningModule.
-
-Every logged number is in nats per image.
-"""
+"""`VAEModule`: the VAE as a LightningModule. Every logged number is in nats per image."""
 
 from collections.abc import Callable
 from functools import partial
@@ -24,9 +21,7 @@ TEST_DRAWS = 4  # samples of z per image in a test: with one, the mean over 10,0
 
 
 class VAEModule(L.LightningModule):
-    """A VAE with its objective and its optimizer.
-
-    All arguments are plain values, so that a checkpoint is the recipe.
+    """A VAE, its objective and its optimizer, from plain values that a checkpoint stores.
 
     Args:
         model: The arguments of `VAE`.

@@ -3,6 +3,7 @@
 import json
 import re
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,10 @@ import torch
 from PIL import Image
 
 import betavae
+from betavae.data.image_set import ImageSet
+from betavae.data.scaling import Scaling
+from betavae.models.vae import VAE
+from betavae.runtime.callbacks import ImageLogger
 from betavae.runtime.checkpoint import save_checkpoint
 from tests.commands import REPO, run
 
@@ -52,6 +57,90 @@ def script(trained):
     return lambda name, *words, ckpt="conditional", **how: run(
         f"ckpt={ckpt}", *words, cwd=trained, script=f"scripts/{name}.py", **how
     )
+
+
+def save_shades(path, **labels):
+    """Save images of three shades as `x_SPLIT` with the labels `y_SPLIT`; None leaves a split without labels."""
+    arrays = {}
+    for split, values in labels.items():
+        n = 120 if values is None else len(values)
+        arrays[f"x_{split}"] = np.full((n, 8, 8), 90, np.uint8)
+        if values is not None:
+            arrays[f"y_{split}"] = np.array(values)
+    np.savez(path, **arrays)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ({"train": [1, 3] * 60, "test": [1, 2, 3]}, "label 2 of the test images has no training image"),
+        ({"train": [0, 2] * 60, "val": [0, 2], "test": [0, 1, 2]}, "label 1 of the test images has no training image"),
+        ({"train": [0, 1] * 60, "val": [0, 3], "test": [0, 1]}, "label 3 of the validation images has no training"),
+        ({"train": [0, 1] * 60, "test": None}, "the test images have no labels, which model.conditional=true needs"),
+        ({"train": [1] * 120, "test": [1, 1]}, "has one class; expected a folder for each class"),
+        ({"train": None, "test": [0, 1]}, "has no labels; expected a folder for each class"),
+    ],
+)
+def test_every_label_needs_training_images(tmp_path, labels, message):
+    save_shades(tmp_path / "x.npz", **labels)
+    settings = ["trainer=smoke", "data=arrays", "data.root=x.npz", "data.batch_size=50", "model.conditional=true"]
+    output = run(*settings, cwd=tmp_path, code=1)
+    assert message in output and output.count("\n") == 1 and not (tmp_path / "runs").exists()
+
+
+def test_a_split_of_the_first_class_alone_has_labels(tmp_path):
+    save_shades(tmp_path / "x.npz", train=[0, 1] * 60, test=[0] * 10)
+    tiny = ["trainer=smoke", "model.hidden_dims=[4]", "model.latent_dim=2", "trainer.max_epochs=1"]
+    data = ["data=arrays", "data.root=x.npz", "data.batch_size=50"]
+    run(*tiny, *data, "model.conditional=true", cwd=tmp_path)
+    run("images=test", "out=z.npz", cwd=tmp_path, script="scripts/encode.py")
+    assert np.load(tmp_path / "z.npz")["labels"].tolist() == [0] * 10
+
+
+def test_labels_of_a_table_are_matched_by_value(tmp_path):
+    """Rows whose first column is ten times the class, which are 1.0, 2.0 and 2.5, True and False."""
+    rng = np.random.default_rng(0)
+    tiny = ["trainer=smoke", "model.hidden_dims=[8]", "model.latent_dim=2", "trainer.limit_train_batches=1.0"]
+    for names in (("1.0", "2.0", "2.5"), ("False", "True")):
+        rows = [(10 * float(names[i % len(names)].replace("True", "1").replace("False", "0")), i) for i in range(400)]
+        text = "a,b,kind\n" + "".join(
+            f"{a + rng.normal():.3f},{rng.normal():.3f},{names[i % len(names)]}\n" for a, i in rows
+        )
+        (tmp_path / "t.csv").write_text(text)
+        settings = ["experiment=table", *tiny, "data.root=t.csv", "data.label=kind", "data.batch_size=50"]
+        run(*settings, "trainer.max_epochs=30", "model.conditional=true", f"hydra.run.dir=run_{names[0]}", cwd=tmp_path)
+        for typed, name in (
+            (("1", "1.0"), ("2.0", "2.0"), ("2.5", "2.5")) if "1.0" in names else (("true", "True"), ("False", "False"))
+        ):
+            words = (f"ckpt=run_{names[0]}", f"label={typed}", "n=3", "out=s.csv", "save_tensor=true")
+            run(*words, cwd=tmp_path, script="scripts/sample.py")
+            assert [line.split(",")[2] for line in (tmp_path / "s.csv").read_text().splitlines()[1:]] == [name] * 3
+        assert torch.load(tmp_path / "s.pt", weights_only=True).shape == (3, 2, 1, 1)
+    (tmp_path / "new.csv").write_text("a,b,kind\n20.0,0,2.0\n10.0,0,1.0\n")  # without 2.5, these are integers
+    run("ckpt=run_1.0", "images=new.csv", "out=z.npz", cwd=tmp_path, script="scripts/encode.py")
+    model = betavae.load(tmp_path / "run_1.0")
+    values = torch.tensor([[20.0, 0.0], [10.0, 0.0]], dtype=torch.float64)[..., None, None]
+    expected = model.encode(values, torch.tensor([1, 0])).mean
+    torch.testing.assert_close(torch.from_numpy(np.load(tmp_path / "z.npz")["mean"]), expected)
+    error = run("ckpt=run_1.0", "label=3", "out=s.csv", cwd=tmp_path, script="scripts/sample.py", code=1)
+    assert error == "error: label=3 is invalid: expected one of 1.0, 2.0, 2.5\n"
+    error = run("ckpt=run_1.0", "save_images=true", "out=s.csv", cwd=tmp_path, script="scripts/sample.py", code=1)
+    assert "is a model of a table, and save_images=true needs a model of images" in error
+
+
+def test_columns_of_many_classes_have_their_names(tmp_path):
+    """With 25 classes, the figure of samples has a column for each of the first twenty."""
+    classes = [f"class {number}" for number in range(25)]
+    vae = VAE("mlp", [8], 2, "relu", "bernoulli", [1, 4, 4], classes=classes)
+    images = ImageSet(torch.zeros(30, 1, 4, 4, dtype=torch.uint8), torch.arange(30) % 25, classes)
+    datamodule = SimpleNamespace(splits={"test": images}, scaling=Scaling.unit())
+    with torch.no_grad():
+        figures, _ = ImageLogger(0, tmp_path).draw(SimpleNamespace(datamodule=datamodule), vae)
+        labels, noise = torch.arange(20).repeat(8), torch.Generator().manual_seed(0)
+        expected = vae.given(labels).sample(160, generator=noise)
+    samples = figures["samples"]
+    assert torch.equal(samples.images, expected) and samples.columns == 20
+    assert list(samples.column_labels) == classes[:20]
 
 
 @pytest.mark.slow

@@ -358,7 +358,7 @@ def format_model_card(
             rows += [f"| {group}.{key} | {value} |" for key, value in values.items()]
         else:
             rows.append(f"| {group} | {values} |")
-    numbers = "\n".join(list_numbers(results)) or "None were found beside the checkpoint."
+    numbers = "\n".join(list_numbers(results)) or "None were found in the run folder."
     table = "\n".join(rows)
     prior, classes = settings["model"].get("prior", {"name": "standard"})["name"], settings["model"].get("classes")
     latents = "N(0, I)" if prior == "standard" else f"a learned prior ({prior})"

@@ -8,21 +8,34 @@ from torch import Tensor
 from betavae.errors import UserError
 
 
-def draw_pairs(x: Tensor, labels: Tensor, ends: Sequence[int], rows: int, seed: int) -> tuple[Tensor, Tensor]:
+def draw_pairs(
+    x: Tensor, labels: Tensor, ends: Sequence[int], rows: int, seed: int, names: Sequence[object]
+) -> tuple[Tensor, Tensor]:
     """Draw images with the label of the start, and as many with the label of the end.
 
-    Both are `(rows, C, H, W)`.
+    Args:
+        x: (N, C, H, W).
+        labels: (N,).
+        ends: The numbers of the two labels.
+        rows: The number of images with each label.
+        seed: The seed of the draws.
+        names: The labels as the user typed them, for messages.
+
+    Returns:
+        (rows, C, H, W) for each label.
+
+    Raises:
+        UserError: If no image has one of the labels.
     """
     if labels.ndim != 1:
         raise UserError(
-            f"labels={list(ends)} is invalid: these data have several factors, not one label; pass images=[0,7]"
+            f"labels={list(names)} is invalid: these data have several factors, not one label; pass images=[0,7]"
         )
     generator, found = torch.Generator().manual_seed(seed), []
-    for label in ends:
+    for label, name in zip(ends, names, strict=True):
         index = (labels == label).nonzero()[:, 0]
         if not len(index):
-            span = f"from {int(labels.min())} to {int(labels.max())}"
-            raise UserError(f"labels={list(ends)} is invalid: expected labels of test images, {span}")
+            raise UserError(f"labels={list(names)} is invalid: no test image has the label {name}")
         found.append(x[index[torch.randint(len(index), (rows,), generator=generator)]])
     return found[0], found[1]
 

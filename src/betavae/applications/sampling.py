@@ -22,7 +22,8 @@ from torch import Tensor
 
 from betavae.applications.trained_run import TrainedRun
 from betavae.data.fingerprint import hash_labels
-from betavae.data.labels import find_class
+from betavae.data.image_set import ImageSet
+from betavae.data.labels import describe_classes, find_class
 from betavae.errors import UserError
 from betavae.metrics.fidelity import find_nearest
 from betavae.models.priors import Prior
@@ -149,7 +150,7 @@ def load_or_fit_sampler(
     name: str,
     run: TrainedRun,
     data_root: str | None = None,
-    label: int | str | None = None,
+    label: object = None,
     labels: Tensor | None = None,
 ) -> FittedSampler | PriorSampler | ClassSamplers:
     """Fit a sampler to the training images of a run, or load it from the run folder.
@@ -190,7 +191,7 @@ def load_or_fit_sampler(
 
     if label is not None:
         number = find_class(label, run.vae.classes) if run.vae.classes else train.find_label(label)
-        check_label(train.labels, number)
+        check_label(train, number, label)
         return fit_class(number)
     if labels is None:
         raise ValueError("a conditional VAE needs the labels of the samples")
@@ -234,9 +235,10 @@ def load_or_fit(
     return NeighborLines(*parts) if name == "knn" else Mixture(*parts)
 
 
-def check_label(labels: Tensor, label: int) -> None:
-    """Raise UserError if the labels of the training images are not single ones, or none is this label."""
-    if labels.ndim != 1:
+def check_label(train: ImageSet, number: int, label: object) -> None:
+    """Raise UserError if the training images do not have single labels, or none has this number."""
+    if train.labels.ndim != 1:
         raise UserError(f"label={label} is invalid: expected null (these data have several factors, not one label)")
-    if label not in labels:
-        raise UserError(f"label={label} is invalid: expected a label from {int(labels.min())} to {int(labels.max())}")
+    if number not in train.labels:
+        found = [train.classes[i] if train.classes else str(i) for i in train.labels.unique().tolist()]
+        raise UserError(f"label={label} is invalid: expected {describe_classes(found)}, as the training images have")

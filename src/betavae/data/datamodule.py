@@ -86,13 +86,13 @@ class ImageDataModule(L.LightningDataModule):
         """The names of the labels, after `setup`.
 
         Raises:
-            UserError: If the training images have no labels, or others have further ones.
+            UserError: If the training images have no labels, or others have none or further ones.
         """
         images, where = self.splits["train"], f"data.name={self.source.name} in {self.source.root}"
         if images.labels.ndim != 1:
             raise UserError(f"model.conditional=true needs one label per image, and {where} has several factors")
         if len(images.labels.unique()) < 2:
-            found = "one class" if images.classes else "no labels"
+            found = "one class" if images.has_labels else "no labels"
             raise UserError(
                 f"model.conditional=true needs at least two classes, and {where} has {found}; expected a folder for "
                 "each class, FILE.npz with arrays images and labels, or data.label of a table"
@@ -103,9 +103,13 @@ class ImageDataModule(L.LightningDataModule):
             raise UserError(f"model.conditional=true needs labels that count from 0, and {found}")
         names = images.classes or [str(label) for label in range(int(images.labels.max()) + 1)]
         for split, others in self.splits.items():
-            if len(others) and int(others.labels.max()) >= len(names):
+            if len(others) and not others.has_labels:
+                raise UserError(f"{where}: the {split} images have no labels, which model.conditional=true needs")
+            if unseen := sorted(set(others.labels.tolist()) - set(images.labels.tolist())):
+                label = names[unseen[0]] if unseen[0] < len(names) else unseen[0]
                 raise UserError(
-                    f"{where}: label {int(others.labels.max())} of the {split} images has no training image"
+                    f"{where}: label {label} of the {split} images has no training image, which "
+                    "model.conditional=true needs; add some, or remove the images with this label"
                 )
         return names
 

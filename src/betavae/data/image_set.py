@@ -25,6 +25,7 @@ class ImageSet:
         classes: The names of the values of a single label.
         names: The file name of each image, if images come from files.
         columns: The name of each channel, if these are the columns of a table and H = W = 1.
+        has_labels: False for images without labels, whose `labels` are zeros.
     """
 
     pixels: Any
@@ -32,19 +33,20 @@ class ImageSet:
     classes: list[str] | None = None
     names: list[str] | None = None
     columns: list[str] | None = None
+    has_labels: bool = True
 
     def __len__(self) -> int:
         return self.pixels.shape[0]
 
-    def find_label(self, label: int | str, key: str = "label") -> int:
+    def find_label(self, label: object, key: str = "label") -> int:
         """Return the number of a class as `find_class` finds it; without classes an integer label itself.
 
         Raises:
-            UserError: If there is no such class, or for a text without classes.
+            UserError: If there is no such class, or without classes for a label that is no integer.
         """
         if self.classes:
             return find_class(label, self.classes, key)
-        if isinstance(label, str):
+        if not isinstance(label, int) or isinstance(label, bool):
             raise UserError(f"{key}={label} is invalid: expected an integer")
         return label
 

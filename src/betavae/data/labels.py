@@ -1,5 +1,6 @@
 """Match labels to the classes of a conditional model."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -11,17 +12,38 @@ MAX_COLUMNS = 20  # classes side by side in a figure
 
 
 def find_class(label: object, classes: Sequence[str], key: str = "label") -> int:
-    """Find the number of a class by its name, or by the number itself if no class is named by a number.
+    """Find the number of a class by its name, or by the number itself if no name is a number.
+
+    A number also matches the name of the same value, 1 the class "1.0", and true matches "True".
 
     Raises:
-        UserError: If there is no such class.
+        UserError: If there is no such class, or more than one.
     """
     if str(label) in classes:
         return classes.index(str(label))
-    has_numbers = any(name.isdecimal() for name in classes)
-    if isinstance(label, int) and 0 <= label < len(classes) and not has_numbers:
-        return label
+    found = [number for number, name in enumerate(classes) if has_same_value(name, label)]
+    if len(found) == 1:
+        return found[0]
+    number = label if isinstance(label, int) and not isinstance(label, bool) else -1
+    if 0 <= number < len(classes) and all(parse_number(name) is None for name in classes):
+        return number
     raise UserError(f"{key}={label} is invalid: expected {describe_classes(classes)}")
+
+
+def has_same_value(name: str, label: object) -> bool:
+    """Return whether a label that is no text has the value that a class is named by."""
+    if isinstance(label, bool):
+        return name.lower() == str(label).lower()
+    return isinstance(label, int | float) and parse_number(name) == label
+
+
+def parse_number(name: str) -> float | None:
+    """Return the finite number that names a class, or None."""
+    try:
+        number = float(name)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) and "_" not in name else None  # Python reads 1_000 as 1000
 
 
 def describe_classes(classes: Sequence[str]) -> str:
@@ -29,9 +51,7 @@ def describe_classes(classes: Sequence[str]) -> str:
     return f"one of {', '.join(classes[:20])}{', ...' if len(classes) > 20 else ''}"
 
 
-def match_labels(
-    classes: Sequence[str], n: int, label: int | str | None, labels: Sequence[object] | None, where: str
-) -> Tensor:
+def match_labels(classes: Sequence[str], n: int, label: object, labels: Sequence[object] | None, where: str) -> Tensor:
     """Match the labels of images or latents to the classes of a model.
 
     Args:
@@ -63,7 +83,7 @@ def match_labels(
 
 def as_value(label: object) -> object:
     """Return a label as a dictionary key; several factors of an image, which are a list, as a text."""
-    return label if isinstance(label, int) else str(label)
+    return label if isinstance(label, int | float) else str(label)
 
 
 def cycle_labels(classes: Sequence[str], n: int) -> Tensor:

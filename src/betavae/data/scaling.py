@@ -5,7 +5,7 @@ Nothing else scales images.
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -216,17 +216,20 @@ def find_outside(scaling: Scaling, low: Tensor, high: Tensor) -> list[int]:
     return ((x[0] < -1e-6) | (x[1] > 1 + 1e-6)).nonzero().flatten().tolist()  # beyond rounding
 
 
-def print_values_outside(scaling: Scaling, splits: Mapping[str, ImageSet]) -> None:
-    """Print which validation and test values "minmax" maps outside of [0, 1]."""
+def describe_values_outside(scaling: Scaling, splits: Mapping[str, ImageSet]) -> Iterator[str]:
+    """Describe the validation and test values that "minmax" maps outside of [0, 1]."""
     for split in ("validation", "test"):
-        if not len(splits[split]):
+        images = splits[split]
+        if not len(images):
             continue
-        found = measure(splits[split])
-        if find_outside(scaling, found.low, found.high):
-            print(
-                f"the {split} images have values from {found.low.min():g} to {found.high.max():g}, some outside of "
-                f"the range of their channel in the training images, which data.scaling={scaling.mode} maps to [0, 1]",
-                file=sys.stderr,
+        found = measure(images)
+        if outside := find_outside(scaling, found.low, found.high):
+            kind, where = f"{images.item}s", f"{len(outside)} of {len(found.low)} channels"
+            if images.columns is not None:
+                where = ", ".join(images.columns[number] for number in outside[:5]) + ", ..." * (len(outside) > 5)
+            yield (
+                f"the {split} {kind} have values outside of the range of the training {kind}, which "
+                f"data.scaling={scaling.mode} maps to [0, 1], in {where}"
             )
 
 

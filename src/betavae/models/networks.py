@@ -1,6 +1,4 @@
-"""Encoders and decoders as plain `nn.Module`s.
-
-They map between images `(B, C, H, W)` and latents `(B, latent_dim)`.
+"""Encoders and decoders: plain `nn.Module`s from images `(B, C, H, W)` to latents and back.
 
 To add a network, write an encoder and a decoder and name the pair in `NETWORKS`. Both take the four arguments of
 `MLPEncoder`; each further argument (`dropout: float = 0.1`) is a setting of the `model` group.
@@ -58,10 +56,7 @@ class MLPDecoder(nn.Sequential):
 
 
 class ConvEncoder(nn.Sequential):
-    """Map `(B, *image_shape)` to `(B, 2 * latent_dim)` by stride-2 convolutions.
-
-    There is one convolution per entry of `hidden_dims`.
-    """
+    """Map `(B, *image_shape)` to `(B, 2 * latent_dim)`, with a stride-2 convolution per width."""
 
     needs_images = True  # and not the rows of a table, which have no neighbors
 
@@ -103,10 +98,7 @@ def norm_act(channels: int, activation: str) -> list[nn.Module]:
 
 
 class ResidualBlock(nn.Module):
-    """Pre-activation block x + f(x) with two 3 x 3 convolutions (He et al. 2016).
-
-    f(x) = 0 at initialization.
-    """
+    """Pre-activation block x + f(x) (He et al. 2016), with f(x) = 0 at initialization."""
 
     def __init__(self, channels: int, activation: str):
         super().__init__()
@@ -138,10 +130,7 @@ def stage_shapes(image_shape: Sequence[int], hidden_dims: Sequence[int]) -> list
 
 
 class ResNetEncoder(nn.Sequential):
-    """Map images `(B, *image_shape)` of any size to `(B, 2 * latent_dim)`.
-
-    `hidden_dims` are the channels per stage.
-    """
+    """Map `(B, *image_shape)` of any size to `(B, 2 * latent_dim)`, with a stage per width."""
 
     needs_images = True
 
@@ -159,10 +148,7 @@ class ResNetEncoder(nn.Sequential):
 
 
 class ResNetDecoder(nn.Sequential):
-    """Map `(B, latent_dim)` to `(B, *params_shape)`.
-
-    It is `ResNetEncoder` mirrored with transposed convolutions.
-    """
+    """Map `(B, latent_dim)` to `(B, *params_shape)`: `ResNetEncoder` mirrored."""
 
     def __init__(
         self, params_shape: Sequence[int], hidden_dims: Sequence[int], latent_dim: int, activation: str, blocks: int = 1

@@ -63,7 +63,7 @@ class Prior(nn.Module):
         raise NotImplementedError
 
     def sample(self, n: int, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
-        """Draw z, `(n, latent_dim)`; `temperature` is a factor of the noise, so that 0 gives modes.
+        """Draw z, `(n, latent_dim)`; `temperature` is a factor of the noise from N(0, I).
 
         Random numbers are drawn on the CPU, so that one seed gives the same samples on every device.
         """
@@ -275,7 +275,7 @@ class Flow(Prior):
         if latent_dim < 2:
             raise UserError(f"prior=flow needs model.latent_dim of at least 2, and it is {latent_dim}")
         sizes = (latent_dim // 2, latent_dim - latent_dim // 2)
-        self.latent_dim, self.num_classes = latent_dim, num_classes
+        self.latent_dim, self.num_classes, self.max_width = latent_dim, num_classes, max(hidden_dims, default=0)
         self.layers = nn.ModuleList(
             Coupling(*(sizes if number % 2 == 0 else sizes[::-1]), hidden_dims, num_classes)
             for number in range(transforms)
@@ -292,6 +292,9 @@ class Flow(Prior):
             noise, change = layer(noise, one_hot)
             log_det = log_det + change
         return (log_det - 0.5 * (noise**2 + LOG_2PI).sum(-1)).unflatten(0, z.shape[:-1])
+
+    def count_floats(self) -> int:
+        return 3 * self.max_width  # the input and the output of a layer, and the output of its ReLU
 
     def transform(self, noise: Tensor, uniform: Tensor | None = None) -> Tensor:
         one_hot = self.one_hot(noise)

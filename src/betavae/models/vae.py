@@ -1,7 +1,4 @@
-"""The variational autoencoder (Kingma & Welling 2014) in pure PyTorch.
-
-You can copy this package into a notebook.
-"""
+"""The variational autoencoder (Kingma & Welling 2014) in pure PyTorch."""
 
 import inspect
 import math
@@ -25,10 +22,7 @@ class Posterior(NamedTuple):
     logvar: Tensor
 
     def rsample(self, noise: Tensor) -> Tensor:
-        """Return z = mean + std * noise for `noise` `(..., B, latent_dim)` from N(0, I).
-
-        This is the reparameterization.
-        """
+        """Return the reparameterized z = mean + std * noise, for noise `(..., B, latent_dim)`."""
         return self.mean + torch.exp(0.5 * self.logvar) * noise
 
     def log_prob(self, z: Tensor) -> Tensor:
@@ -216,18 +210,12 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def sample(self, n: int, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
-        """Return means of p(x|z), `(n, C, H, W)`, for z from the prior.
-
-        `temperature` scales the noise of the prior.
-        """
+        """Return means of p(x|z), `(n, C, H, W)`; `temperature` scales the noise of the prior."""
         return self.decode(self.prior.sample(n, temperature, generator))
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:
-        """Return the mean of p(x|z) at the posterior mean, `(B, C, H, W)`.
-
-        It is for figures. An ELBO needs sampled z.
-        """
+        """Return the mean of p(x|z) at the posterior mean, `(B, C, H, W)`, as for figures."""
         return self.decode(self.encode(x).mean)
 
 

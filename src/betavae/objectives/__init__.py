@@ -1,6 +1,4 @@
-"""Training objectives as pure functions of tensors, in nats per image.
-
-They are written as the equations of their papers.
+"""Training objectives, written as the equations of their papers, in nats per image.
 
     recon    = -E_q log p(x|z)
     kl       = KL(q(z|x) || p(z))

@@ -11,10 +11,7 @@ ACTIVE_UNIT_THRESHOLD = 0.01  # variance over the data of an active unit's poste
 
 
 class LossTerms(NamedTuple):
-    """Terms of one batch.
-
-    `loss` is a scalar with a gradient. The others have one value per image and no gradient.
-    """
+    """Terms of a batch: the scalar `loss` with a gradient, the others per image without one."""
 
     loss: Tensor  # ()
     recon: Tensor  # (B,)
@@ -23,9 +20,7 @@ class LossTerms(NamedTuple):
     extra_terms: dict[str, Tensor] = {}  # noqa: RUF012 - further terms of an objective, (B,) each, or ()
 
     def batch_sums(self) -> dict[str, Tensor]:
-        """Return each term by name, summed over the images of the batch.
-
-        A scalar counts as the value of each image.
+        """Return each term by name, summed over the images; a scalar counts once per image.
 
         Raises:
             UserError: For an extra term of another shape.

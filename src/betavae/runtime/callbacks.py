@@ -64,7 +64,7 @@ class ImageLogger(Callback):
             return {}, kl
         x, labels = next(self.images(trainer, vae, 16))
         columns, first = count_columns(vae.classes, 8), vae.given(labels[:1])
-        sampled = vae.given(cycle_labels(vae.classes, 8 * columns))
+        sampled = vae.given(cycle_labels(vae.classes[:columns], 8 * columns))
         samples = sampled.sample(8 * columns, generator=torch.Generator().manual_seed(0))
         span = torch.linspace(-3, 3, 11, device=x.device)
         figures = {

@@ -22,7 +22,7 @@ from pydantic import Field
 
 from betavae.errors import RunInterrupted, UserError, first_line
 from betavae.runtime import distributed, plugins
-from betavae.runtime.settings import NonEmptyStr, PathStr, Seed63, Settings, format_value, validate
+from betavae.runtime.settings import Label, NonEmptyStr, PathStr, Seed63, Settings, format_value, validate
 
 # Errors of the machine or its permissions, which the user can fix; any other OSError is a bug of this project.
 USER_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG)
@@ -62,9 +62,7 @@ class SeedSettings(ScriptSettings):
 class LabelSettings(ScriptSettings):
     """Settings of a script that passes images to a conditional model."""
 
-    label: int | NonEmptyStr | None = Field(
-        None, title="label of all images, for a conditional model; null: their own labels"
-    )
+    label: Label | None = Field(None, title="label of all images, for a conditional model; null: their own labels")
 
 
 S = TypeVar("S", bound=ScriptSettings)

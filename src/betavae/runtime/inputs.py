@@ -91,7 +91,7 @@ def describe_outside(run: TrainedRun, pixels: Tensor) -> str | None:
     return f"{found}; the training data have {run.scaling.low:g} to {run.scaling.high:g} (data.scaling=minmax)"
 
 
-def resolve_labels(run: TrainedRun, where: str | list[str], images: LoadedImages, label: int | str | None) -> Tensor:
+def resolve_labels(run: TrainedRun, where: str | list[str], images: LoadedImages, label: object) -> Tensor:
     """Match the labels of images to the classes of a conditional model.
 
     The labels are those of `resolve_images`, or one `label` for all images.
@@ -127,12 +127,12 @@ def read_rows(run: TrainedRun, where: str | list[str]) -> LoadedImages:
 def load_own_split(run: TrainedRun, split: str, data_root: str | None) -> LoadedImages:
     images = run.subset(split, data_root)
     labels: list | None = images.labels.tolist()
-    if run.data["name"] in USER_DATASETS and images.classes:  # users know these labels only by name
+    if not images.has_labels:
+        labels = None
+    elif run.data["name"] in USER_DATASETS and images.classes:  # users know these labels only by name
         labels = [images.classes[label] for label in images.labels]
         if run.data["name"] == "arrays" and all(re.fullmatch("0|-?[1-9][0-9]*", name) for name in images.classes):
             labels = list(map(int, labels))  # the numbers in the file
-    elif images.names or (run.data["name"] in USER_DATASETS and not images.labels.any()):
-        labels = None  # there are none
     return LoadedImages(images.tensor(), images.names or index_names(len(images)), labels, [])
 
 

@@ -60,6 +60,7 @@ Seed63 = Annotated[int, Field(ge=0, lt=2**63)]
 IntAtLeast2 = Annotated[int, Field(ge=2)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveFraction = Annotated[float, Field(gt=0, le=1)]
+Label = Annotated[bool | int | float | NonEmptyStr, Field(description="a label")]
 ImageSpec = Annotated[
     NonEmptyStr | Annotated[list[NonEmptyStr], Field(min_length=1)],
     Field(description="a folder, a file, a list of them, or the name of a data set"),

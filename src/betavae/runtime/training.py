@@ -23,7 +23,7 @@ from omegaconf import DictConfig
 
 from betavae.data.datamodule import ImageDataModule
 from betavae.data.loader import BatchLoader
-from betavae.data.scaling import print_values_outside
+from betavae.data.scaling import describe_values_outside
 from betavae.errors import DivergenceError, RunInterrupted, TrialPruned, UserError, first_line
 from betavae.metrics.collapse import describe_collapse
 from betavae.models.precision import set_float32_precision
@@ -251,10 +251,7 @@ class TrainingRun:
         if splits["train"].columns is not None and getattr(self.module.vae.encoder, "needs_images", False):
             raise UserError(f"model.network={settings['model']['network']} is invalid: expected mlp for a table")
         support = getattr(self.module.vae.likelihood, "support", "real numbers")
-        scaling = self.datamodule.scaling
-        check_likelihood(settings["model"]["likelihood"], support, scaling)
-        if support == "[0, 1]" and scaling.mode == "minmax" and rank() == 0:
-            print_values_outside(scaling, splits)
+        check_likelihood(settings["model"]["likelihood"], support, self.datamodule.scaling)
         if settings["init"] == "data":
             pixels = splits["train"].pixels.index_select(0, torch.arange(min(len(splits["train"]), 60_000)))
             try:
@@ -318,6 +315,10 @@ class TrainingRun:
         bar = isinstance(self.trainer.progress_bar_callback, EpochProgressBar)
         side_by_side = self.sweep and not HydraConfig.get().launcher["_target_"].endswith(".BasicLauncher")
         start_log(folder.path, not bar, f"{folder.path.name}  " if side_by_side else "")
+        needs_unit_interval = getattr(self.module.vae.likelihood, "support", "") == "[0, 1]"
+        if needs_unit_interval and self.datamodule.scaling.mode == "minmax":
+            for line in describe_values_outside(self.datamodule.scaling, self.datamodule.splits):
+                log.warning("note  %s", line)
         if settings["resume"] is None:
             write_yaml(folder.path / "overrides.yaml", list(self.overrides))
         # Also on resume: if the run is stopped again, the next resume keeps what this command changed.

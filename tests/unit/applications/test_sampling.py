@@ -173,7 +173,7 @@ def test_class_with_too_few_images_is_named(run, number):
 
 
 def test_invalid_label_is_rejected(run):
-    with pytest.raises(UserError, match="label=7 is invalid: expected a label from 0 to 2"):
+    with pytest.raises(UserError, match="label=7 is invalid: expected one of 0, 1, 2, as the training images have"):
         load_or_fit_sampler("gaussian", run, label=7)
     with pytest.raises(UserError, match="expected null with sampler=prior"):
         load_or_fit_sampler("prior", run, label=1)

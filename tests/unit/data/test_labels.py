@@ -15,6 +15,10 @@ DIGITS, PETS = [str(digit) for digit in range(10)], ["cat", "dog", "fox"]
         (DIGITS, ["7", "0", "7"], [7, 0, 7]),
         (DIGITS, [7, 0, 7], [7, 0, 7]),
         (["3", "8"], [8, 3, 8], [1, 0, 1]),  # names come before numbers
+        (["1.0", "2.0", "2.5"], [1, 2, 2.5], [0, 1, 2]),  # as do their values
+        (["-2", "-1"], [-1, -2, -1], [1, 0, 1]),
+        (["false", "True"], [True, False, True], [1, 0, 1]),  # label=True is read as a truth value
+        (["1e5", "nan"], [100000.0, "nan", 1e5], [0, 1, 0]),
     ],
 )
 def test_labels_are_matched_by_name_then_by_number(classes, labels, numbers):
@@ -32,6 +36,9 @@ def test_labels_are_matched_by_name_then_by_number(classes, labels, numbers):
         (PETS, -1, None, "label=-1 is invalid"),
         (PETS, None, [[0, 1], [1, 0]], r"x: label=\[0, 1\] is invalid"),
         (["3", "8"], 0, None, "label=0 is invalid: expected one of 3, 8"),  # or else 1 could mean two classes
+        (["1.5", "2.5"], 1, None, "label=1 is invalid: expected one of 1.5, 2.5"),
+        (["01", "1.0"], 1, None, "label=1 is invalid: expected one of 01, 1.0"),
+        (PETS, True, None, "label=True is invalid: expected one of cat, dog, fox"),
         ([], "cat", ["cat", "cat"], "label=cat is invalid: expected null, since the model is not conditional"),
     ],
 )

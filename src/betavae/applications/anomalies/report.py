@@ -17,6 +17,7 @@ from betavae.applications.anomalies.detector import (
 )
 from betavae.applications.trained_run import TrainedRun
 from betavae.data.image_io import LoadedImages
+from betavae.data.labels import has_same_value
 from betavae.data.loader import BYTES
 from betavae.data.scaling import Scaling
 from betavae.errors import UserError
@@ -101,14 +102,15 @@ def score_images(
     return ScoredImages(scores, p_values, p_values <= alpha, score)
 
 
-def match_inliers(labels: Sequence[object] | None, inliers: Sequence[int | str]) -> list[bool]:
-    """Tell which images have one of the labels `inliers`, as text.
+def match_inliers(labels: Sequence[object] | None, inliers: Sequence[object]) -> list[bool]:
+    """Tell which images have one of the labels `inliers`.
 
     Raises:
         UserError: If all images are inliers, or none.
     """
-    wanted, found = {str(label) for label in inliers}, [str(label) for label in labels or ()]
-    is_inlier = [label in wanted for label in found]
+    found = [str(label) for label in labels or ()]
+    wanted = {name for name in set(found) for label in inliers if name == str(label) or has_same_value(name, label)}
+    is_inlier = [name in wanted for name in found]
     if len(set(is_inlier)) < 2:
         named = ", ".join(sorted(set(found))[:20]) or "none"
         raise UserError(

@@ -36,12 +36,12 @@ def load_arrays(root: Path, split: str, test_size: float | None = None) -> Image
         if split == "validation" and images.format(part) not in file.arrays:
             return None
         pixels = file.read_pixels(images.format(part))
-        keys = [labels.format(name) for names in PARTS.values() for name in names]
-        return ImageSet(pixels, *file.read_labels(labels.format(part), len(pixels), keys))
+        keys, key = [labels.format(name) for names in PARTS.values() for name in names], labels.format(part)
+        return ImageSet(pixels, *file.read_labels(key, len(pixels), keys), has_labels=key in file.arrays)
     if split == "validation":
         return None
     pixels = file.read_pixels()
     numbers, classes = file.read_labels("labels", len(pixels))
     test = hold_out_at_random(len(pixels), DEFAULT_HOLDOUT if test_size is None else test_size, "data.test_size")
     index = test.sort().values if split == "test" else exclude_indices(test, len(pixels))
-    return ImageSet(LazySubset(pixels, index), numbers[index], classes)
+    return ImageSet(LazySubset(pixels, index), numbers[index], classes, has_labels="labels" in file.arrays)

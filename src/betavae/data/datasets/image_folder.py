@@ -287,4 +287,5 @@ def read_cache(path: Path, root: Path, split: str) -> ImageSet | None:
     rows = slice(start, start + index["counts"].get(split, 0))
     if rows.stop == start:
         return None
-    return ImageSet(pixels[rows], labels[rows], index["classes"], index["names"][rows])
+    classes, names = index["classes"], index["names"][rows]
+    return ImageSet(pixels[rows], labels[rows], classes, names, has_labels=classes is not None)

@@ -70,7 +70,8 @@ def load_table(
         numbers, classes = number_labels(table.labels, table.labels)
     test = hold_out_at_random(n, DEFAULT_HOLDOUT if test_size is None else test_size, "data.test_size")
     index = test.sort().values if split == "test" else exclude_indices(test, n)
-    return ImageSet(table.values, numbers, classes, columns=table.columns).select(index)
+    has_labels = table.labels is not None
+    return ImageSet(table.values, numbers, classes, columns=table.columns, has_labels=has_labels).select(index)
 
 
 def read_table(path: Path, columns: Sequence[Name] | None = None, label: Name | None = None) -> Table:
