@@ -37,13 +37,13 @@ def has_same_value(name: str, label: object) -> bool:
     return isinstance(label, int | float) and parse_number(name) == label
 
 
-def parse_number(name: str) -> float | None:
-    """Return the finite number that names a class, or None."""
+def parse_number(text: str) -> float | None:
+    """Return the finite number that a text is, or None."""
     try:
-        number = float(name)
+        number = float(text)
     except ValueError:
         return None
-    return number if math.isfinite(number) and "_" not in name else None  # Python reads 1_000 as 1000
+    return number if math.isfinite(number) and "_" not in text else None  # Python reads 1_000 as 1000
 
 
 def describe_classes(classes: Sequence[str]) -> str:

@@ -316,7 +316,8 @@ class TrainingRun:
         side_by_side = self.sweep and not HydraConfig.get().launcher["_target_"].endswith(".BasicLauncher")
         start_log(folder.path, not bar, f"{folder.path.name}  " if side_by_side else "")
         needs_unit_interval = getattr(self.module.vae.likelihood, "support", "") == "[0, 1]"
-        if needs_unit_interval and self.datamodule.scaling.mode == "minmax":
+        can_be_outside = self.datamodule.scaling.mode == "minmax" and self.datamodule.binarize == "none"
+        if needs_unit_interval and can_be_outside:
             for line in describe_values_outside(self.datamodule.scaling, self.datamodule.splits):
                 log.warning("note  %s", line)
         if settings["resume"] is None:

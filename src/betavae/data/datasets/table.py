@@ -17,6 +17,7 @@ from torch import Tensor
 from betavae.data.array_io import ArrayFile, number_labels
 from betavae.data.holdout import DEFAULT_HOLDOUT, exclude_indices, hold_out_at_random
 from betavae.data.image_set import ImageSet
+from betavae.data.labels import parse_number
 from betavae.data.scaling import FULL_SCALE
 from betavae.errors import UserError, first_line
 from betavae.storage.files import STAMP_COLUMN
@@ -163,10 +164,7 @@ def read_array(path: Path) -> dict[str, np.ndarray]:
 
 def is_number(text: object) -> bool:
     """Return whether a text is a finite number."""
-    try:
-        return "_" not in str(text) and bool(np.isfinite(float(str(text))))  # Python reads 1_000 as 1000
-    except ValueError:
-        return False
+    return parse_number(str(text)) is not None
 
 
 def to_numbers(path: Path, name: str, column: np.ndarray) -> np.ndarray:
