@@ -45,6 +45,7 @@ def main(settings: Settings) -> None:
             raise UserError(f"out={out} is invalid: expected FILE.bvae, since the figure of the report is {figure}")
         check_writable(figure)
     run = checkpoint.load(settings.ckpt, settings.runs)
+    run.require_images("compress.py")
     if not run.scaling.is_bytes:
         raise UserError(
             f"{run.path} was trained on {run.scaling.dtype} with data.scaling={run.scaling.mode}: expected a model of "

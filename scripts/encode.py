@@ -20,6 +20,7 @@ class Settings(DataSettings, SeedSettings, LabelSettings):
 def main(settings: Settings) -> None:
     with gc_paused():
         from betavae.applications.latents import check_format, encode_images, save_latents
+        from betavae.data.labels import name_labels
         from betavae.metrics.embedding import check_tsne, compute_tsne
         from betavae.runtime import checkpoint
         from betavae.runtime.inputs import resolve_images, resolve_labels
@@ -36,8 +37,8 @@ def main(settings: Settings) -> None:
     if settings.tsne:
         print(f"computing a t-SNE of {len(images.names):,} images; 10,000 take a few minutes", flush=True)
         latents = latents._replace(tsne=compute_tsne(latents.mean, settings.seed))
-    names = images.labels if settings.label is None else [run.vae.classes[number] for number in labels]
-    save_latents(latents, images.names, names, settings.out)
+    named = name_labels(run.vae.classes, labels.tolist()) if run.vae.classes else images.labels
+    save_latents(latents, images.names, named, settings.out)
     count, dimensions = len(images.names), run.vae.latent_dim
     print(f"{count:,} {run.item}s encoded by {run.path} to {dimensions} latent dimensions, saved to {settings.out}")
 

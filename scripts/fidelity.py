@@ -1,6 +1,7 @@
 """Compare generated images with real ones: `python scripts/fidelity.py [ckpt=PATH sampler=knn]`."""
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -98,9 +99,12 @@ def main(settings: Settings) -> None:
             result[name], features[name] = reference.score(batches, n, wanted if run.vae.classes else None)
             if name == names[0]:
                 print(f"{settings.repeats} repeats of {n:,} images, {len(x):,} training images; ± standard error")
-                print(" " * 14 + "".join(f"{score:>17}" for score in result[name]))
-            cells = (f"{cell['mean']:.4g} ± {cell['se']:.1g}" for cell in result[name].values())
-            print(f"{name:<14}" + "".join(f"{cell:>17}" for cell in cells), flush=True)
+                if n < settings.n:
+                    needed = f"{settings.n * settings.repeats:,} test and {settings.n:,} training images"
+                    print(f"n={settings.n} needs {needed}")
+                print(" " * 16 + "  ".join(f"{score:<16}" for score in result[name]).rstrip())
+            cells = (format_score(cell["mean"], cell["se"]) for cell in result[name].values())
+            print(f"{name:<16}" + "  ".join(f"{cell:<16}" for cell in cells).rstrip(), flush=True)
         # Earlier results of other samplers stay if they were made in the same way.
         earlier = read_json(folder / "fidelity.json")
         others = {name: earlier[name] for name in SAMPLERS if name in earlier and name not in result}
@@ -125,6 +129,12 @@ def main(settings: Settings) -> None:
         f"each row of the figure: a sample of sampler={best} that may be a copy, and its {nearest.shape[1]} nearest "
         "training images"
     )
+
+
+def format_score(mean: float, se: float) -> str:
+    """Return a score ± its standard error, with as many decimals as the error needs for two digits."""
+    decimals = min(4, max(0, 1 - math.floor(math.log10(se)))) if se > 0 else 3
+    return f"{mean:.{decimals}f} ± {se:.{decimals}f}"
 
 
 if __name__ == "__main__":

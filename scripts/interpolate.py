@@ -74,7 +74,8 @@ def main(settings: Settings) -> None:
     given = f"{shown}; " if run.vae.classes else ""
     caption = f"between posterior means; start and end are the images; {given}{run.caption}"
     grids.save_grids([grid], settings.out, caption)
-    print(f"{len(starts)} interpolations by {run.path}, each between its two originals, saved to {settings.out}")
+    count = f"{len(starts)} interpolation{'s' * (len(starts) > 1)}"
+    print(f"{count} by {run.path}, each between its two originals, saved to {settings.out}")
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def main(settings: Settings) -> None:
         grids.save_grids([grids.Grid(pictures, min(columns, settings.n), column_labels=names)], out, caption)
     else:
         save_rows(run, images, out, labels=labels.expand(settings.n))
-    print(f"{settings.n} samples of {run.path}, sampler={settings.sampler}, saved to {out}")
+    print(f"{settings.n} samples of {run.path}, sampler={settings.sampler}{shown}, saved to {out}")
     if settings.save_images:
         folder, digits = out.with_suffix(""), len(str(settings.n - 1))
         files = [f"{number:0{digits}d}.png" for number in range(settings.n)]

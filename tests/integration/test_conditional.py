@@ -79,6 +79,9 @@ def save_shades(path, **labels):
         ({"train": [0, 1] * 60, "test": None}, "the test images have no labels, which model.conditional=true needs"),
         ({"train": [1] * 120, "test": [1, 1]}, "has one class; expected a folder for each class"),
         ({"train": None, "test": [0, 1]}, "has no labels; expected a folder for each class"),
+        ({"train": ["1", "1.0"] * 60, "test": ["1"]}, "has the labels 1 and 1.0, which have the same value: write them"),
+        ({"train": ["", "cat"] * 60, "test": ["cat"]}, "has images with an empty label"),
+        ({"train": [f"{i / 7:.3f}" for i in range(120)], "test": ["-1"]}, "121 different labels for 108 training images"),
     ],
 )
 def test_every_label_needs_training_images(tmp_path, labels, message):
@@ -95,6 +98,23 @@ def test_a_split_of_the_first_class_alone_has_labels(tmp_path):
     run(*tiny, *data, "model.conditional=true", cwd=tmp_path)
     run("images=test", "out=z.npz", cwd=tmp_path, script="scripts/encode.py")
     assert np.load(tmp_path / "z.npz")["labels"].tolist() == [0] * 10
+
+
+def test_numbers_in_a_file_are_no_indices_of_named_classes(tmp_path):
+    save_shades(tmp_path / "x.npz", train=["cat", "dog"] * 60, test=["cat", "dog"])
+    tiny = ["trainer=smoke", "model.hidden_dims=[4]", "model.latent_dim=2", "trainer.max_epochs=1"]
+    data = ["data=arrays", "data.root=x.npz", "data.batch_size=50"]
+    run(*tiny, *data, "model.conditional=true", cwd=tmp_path)
+    np.savez(tmp_path / "new.npz", images=np.zeros((2, 8, 8), np.uint8), labels=np.array([1, 0]))
+    error = run("images=new.npz", cwd=tmp_path, script="scripts/encode.py", code=1)
+    assert error == "error: images=new.npz: label=1 is invalid: expected one of cat, dog\n"
+    run("images=new.npz", "label=1", "out=z.npz", cwd=tmp_path, script="scripts/encode.py")
+    assert np.load(tmp_path / "z.npz")["labels"].tolist() == ["dog", "dog"]
+    error = run("images=mnist", cwd=tmp_path, script="scripts/encode.py", code=1)
+    assert "images=mnist" in error and error.count("\n") == 1
+    np.savez(tmp_path / "z.npz", mean=np.zeros((2, 2)), names=np.array(["a", "b"]), labels=np.array([1, 0]))
+    error = run("latents=z.npz", cwd=tmp_path, script="scripts/decode.py", code=1)
+    assert error == "error: z.npz: label=1 is invalid: expected one of cat, dog\n"
 
 
 def test_labels_of_a_table_are_matched_by_value(tmp_path):
@@ -240,7 +260,7 @@ def test_latents_are_decoded_with_their_labels(trained, script):
             assert [np.asarray(Image.open(path)).mean() for path in pictures] == pytest.approx(shades, abs=25)
     # The label of all images replaces their own, also in the file.
     script("encode", "images=names", "label=0", "out=named.npz")
-    assert np.load(trained / "named.npz")["labels"].tolist() == ["0"]
+    assert np.load(trained / "named.npz")["labels"].tolist() == [0]
     own, other = (np.load(trained / name) for name in ("z.npz", "named.npz"))
     np.testing.assert_allclose(own["mean"][0], other["mean"][0], atol=1e-5)
 
@@ -283,7 +303,7 @@ def test_commands_and_code_of_the_docs_run(trained, script, monkeypatch):
 @pytest.mark.slow
 def test_data_without_usable_labels_are_rejected(trained):
     np.savez(trained / "far.npz", images=np.zeros((400, 8, 8), np.uint8), labels=np.arange(400) * 10**7)
-    for root, message in (("unlabeled.npz", "has no labels"), ("far.npz", "needs labels that count from 0")):
+    for root, message in (("unlabeled.npz", "has no labels"), ("far.npz", "needs classes, and .* 400 different labels")):
         words = [*SMALL, f"data.root={root}", "model.conditional=true", "hydra.run.dir=bad"]
         words += ["data.test_size=1", "data.validation_size=1", "data.batch_size=2"]
         output = run(*words, cwd=trained, code=1)

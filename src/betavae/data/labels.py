@@ -1,7 +1,9 @@
 """Match labels to the classes of a conditional model."""
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,27 +16,33 @@ MAX_COLUMNS = 20  # classes side by side in a figure
 def find_class(label: object, classes: Sequence[str], key: str = "label") -> int:
     """Find the number of a class by its name, or by the number itself if no name is a number.
 
-    A number also matches the name of the same value, 1 the class "1.0", and true matches "True".
-
     Raises:
         UserError: If there is no such class, or more than one.
     """
+    number = find_name(label, classes)
+    if number is None and type(label) is int and all(parse_number(name) is None for name in classes):
+        number = label if 0 <= label < len(classes) else None
+    if number is None:
+        raise UserError(f"{key}={label} is invalid: expected {describe_classes(classes)}")
+    return number
+
+
+def find_name(label: object, classes: Sequence[str]) -> int | None:
+    """Find the number of the class of this name, or else of the only one whose name has the same value."""
     if str(label) in classes:
         return classes.index(str(label))
-    found = [number for number, name in enumerate(classes) if has_same_value(name, label)]
-    if len(found) == 1:
-        return found[0]
-    number = label if isinstance(label, int) and not isinstance(label, bool) else -1
-    if 0 <= number < len(classes) and all(parse_number(name) is None for name in classes):
+    value = read_value(label)
+    found = [number for number, name in enumerate(classes) if read_value(name) == value]
+    return found[0] if len(found) == 1 else None
+
+
+def read_value(label: object) -> float | str:
+    """Return what a label means, however it is written: 1 and 1.0 are the same, as are true and True."""
+    text = str(label)
+    number = parse_number(text)
+    if number is not None:
         return number
-    raise UserError(f"{key}={label} is invalid: expected {describe_classes(classes)}")
-
-
-def has_same_value(name: str, label: object) -> bool:
-    """Return whether a label that is no text has the value that a class is named by."""
-    if isinstance(label, bool):
-        return name.lower() == str(label).lower()
-    return isinstance(label, int | float) and parse_number(name) == label
+    return text.lower() if text.lower() in ("true", "false") else text
 
 
 def parse_number(text: str) -> float | None:
@@ -58,7 +66,7 @@ def match_labels(classes: Sequence[str], n: int, label: object, labels: Sequence
         classes: The classes of the model; none if it is not conditional.
         n: The number of images.
         label: A class for all of them, instead of their own labels.
-        labels: Their own labels: names of classes, or integers, which `find_class` finds.
+        labels: Their own labels, which are names of classes; a number is no index, whose order a file does not know.
         where: The images, for messages.
 
     Returns:
@@ -77,13 +85,17 @@ def match_labels(classes: Sequence[str], n: int, label: object, labels: Sequence
         raise UserError(
             f"{where} has no labels, which a conditional model needs: pass label={describe_classes(classes)}"
         )
-    numbers = {value: find_class(value, classes, f"{where}: label") for value in dict.fromkeys(map(as_value, labels))}
-    return torch.tensor([numbers[as_value(value)] for value in labels])
+    numbers = {name: find_name(name, classes) for name in dict.fromkeys(map(str, labels))}
+    for name, number in numbers.items():
+        if number is None:
+            raise UserError(f"{where}: label={name} is invalid: expected {describe_classes(classes)}")
+    return torch.tensor([numbers[str(label)] for label in labels])
 
 
-def as_value(label: object) -> object:
-    """Return a label as a dictionary key; several factors of an image, which are a list, as a text."""
-    return label if isinstance(label, int | float) else str(label)
+def name_labels(classes: Sequence[str], numbers: Iterable[int]) -> list[Any]:
+    """Return the names of class numbers, as integers if all classes are named by integers."""
+    are_integers = all(re.fullmatch("0|-?[1-9][0-9]*", name) for name in classes)
+    return [int(classes[number]) if are_integers else classes[number] for number in numbers]
 
 
 def cycle_labels(classes: Sequence[str], n: int) -> Tensor:

@@ -296,9 +296,16 @@ def describe_unknown_key(key: str, keys: list[str]) -> str:
         return f"{key} is not a setting{suggest_key(key, keys, '; `--help` and `--cfg job` show all settings')}"
     group, _, name = key.partition(".")
     files = sorted((CONFIGS / group).glob("*.yaml"))
-    if options := [f"{group}={path.stem}" for path in files if name in OmegaConf.load(path)]:
+    if options := [f"{group}={path.stem}" for path in files if has_setting(path, name)]:
         return f"{key} is a setting of {' and '.join(options)}, and this run has another {group}"
     return f"{key} is a setting of some runs that this one does not have; add it by +{key}=..."
+
+
+def has_setting(file: Path, name: str) -> bool:
+    """Return whether an option of a config group, or one that it is based on, has a setting."""
+    config: Any = OmegaConf.load(file)
+    bases = [base for base in config.get("defaults", []) if isinstance(base, str) and base != "_self_"]
+    return name in config or any(has_setting(file.with_name(f"{base}.yaml"), name) for base in bases)
 
 
 def describe_launcher_error(text: str) -> str | None:

@@ -1,6 +1,5 @@
 """Resolve the images that a user names to the pixels that a model sees."""
 
-import re
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ from betavae.data.datasets.table import MissingColumnError, read_table
 from betavae.data.file_listing import index_names
 from betavae.data.image_io import LoadedImages, read_images
 from betavae.data.image_set import ImageSet
-from betavae.data.labels import match_labels
+from betavae.data.labels import describe_classes, match_labels, name_labels
 from betavae.data.loader import binarize_pixels
 from betavae.data.scaling import check_values, dtype_name, find_outside
 from betavae.errors import UserError
@@ -102,13 +101,14 @@ def resolve_labels(run: TrainedRun, where: str | list[str], images: LoadedImages
     Raises:
         UserError: If the images have no labels, or other ones than the model.
     """
-    labels = images.labels
-    if labels and where in SPLITS and run.vae.classes and not isinstance(labels[0], str):
-        are_names = run.data["name"] in USER_DATASETS  # others have class numbers
-        labels = [str(label) if are_names else run.vae.classes[label] for label in labels]
-    elif is_dataset_name(where) and where != run.data["name"]:
-        labels = None  # their numbers have another meaning
-    return match_labels(run.vae.classes, len(images.names), label, labels, f"images={where}")
+    classes, labels, is_split = run.vae.classes, images.labels, where in SPLITS or where == run.data["name"]
+    if classes and label is None and is_dataset_name(where) and not is_split:
+        raise UserError(
+            f"images={where} has labels of another data set than the model's: pass label={describe_classes(classes)}"
+        )
+    if classes and labels and is_split and run.data["name"] not in USER_DATASETS:
+        labels = [classes[number] for number in labels]
+    return match_labels(classes, len(images.names), label, labels, f"images={where}")
 
 
 def read_rows(run: TrainedRun, where: str | list[str]) -> LoadedImages:
@@ -130,9 +130,7 @@ def load_own_split(run: TrainedRun, split: str, data_root: str | None) -> Loaded
     if not images.has_labels:
         labels = None
     elif run.data["name"] in USER_DATASETS and images.classes:  # users know these labels only by name
-        labels = [images.classes[label] for label in images.labels]
-        if run.data["name"] == "arrays" and all(re.fullmatch("0|-?[1-9][0-9]*", name) for name in images.classes):
-            labels = list(map(int, labels))  # the numbers in the file
+        labels = name_labels(images.classes, images.labels.tolist())
     return LoadedImages(images.tensor(), images.names or index_names(len(images)), labels, [])
 
 

@@ -17,7 +17,7 @@ from betavae.applications.anomalies.detector import (
 )
 from betavae.applications.trained_run import TrainedRun
 from betavae.data.image_io import LoadedImages
-from betavae.data.labels import has_same_value
+from betavae.data.labels import read_value
 from betavae.data.loader import BYTES
 from betavae.data.scaling import Scaling
 from betavae.errors import UserError
@@ -108,9 +108,8 @@ def match_inliers(labels: Sequence[object] | None, inliers: Sequence[object]) ->
     Raises:
         UserError: If all images are inliers, or none.
     """
-    found = [str(label) for label in labels or ()]
-    wanted = {name for name in set(found) for label in inliers if name == str(label) or has_same_value(name, label)}
-    is_inlier = [name in wanted for name in found]
+    found, wanted = [str(label) for label in labels or ()], set(map(read_value, inliers))
+    is_inlier = [read_value(name) in wanted for name in found]
     if len(set(is_inlier)) < 2:
         named = ", ".join(sorted(set(found))[:20]) or "none"
         raise UserError(
