@@ -94,6 +94,12 @@ def test_samples_have_the_moments_of_the_density(name, label):
     torch.testing.assert_close(found[1], std, rtol=0.05, atol=0)
 
 
+@pytest.mark.parametrize("labels", (7, [7], torch.tensor(7)))
+def test_labels_are_a_tensor_of_one_dimension(labels):
+    with pytest.raises(TypeError, match=r"in vae.given\(torch.tensor\(\[7\]\)\)"):
+        build_vae("flow", classes="abc").given(labels)
+
+
 @pytest.mark.parametrize("name", ("mixture", "flow"))
 @torch.no_grad()
 def test_each_label_has_its_own_prior(name):

@@ -124,3 +124,13 @@ def test_numbers_of_labels_are_classes_or_names():
         for name in ("mnist", "arrays")
     }
     assert numbers["mnist"].tolist() == [0, 1, 1] and numbers["arrays"].tolist() == [1, 0, 0]
+
+
+def test_labels_of_another_data_set_are_not_used():
+    run = TrainedRun(VAE(**MODEL, classes=["1", "0"]), Path("x.ckpt"), MODULE, DATA)
+    images = LoadedImages(torch.zeros(3, 1, 28, 28), ["a", "b", "c"], [0, 1, 1], [])
+    message = "^images=kmnist has labels of another data set than the model's: pass label=one of 1, 0$"
+    with pytest.raises(UserError, match=message):
+        resolve_labels(run, "kmnist", images, None)
+    assert resolve_labels(run, "kmnist", images, 0).tolist() == [1, 1, 1]
+    assert resolve_labels(run, "mnist", images, None).tolist() == [0, 1, 1]
