@@ -126,7 +126,7 @@ def test_an_invalid_value_is_one_line(settings, mistake, said):
         ("experiment=mnist_nll beta_schedule=constant", "a setting of constant; .* by ~beta_schedule.warmup"),
         ("~beta_schedule.warmup beta_schedule=linear", "beta_schedule.warmup is missing, which linear needs"),
         ("+model.depth=1", "model.*depth"),
-        ("objective.groups=4", "is a setting of objective=miwae and objective=piwae, and this run has another objective"),
+        ("objective.groups=4", "is a setting of objective=miwae and objective=piwae, and this run has"),
         ("data.fit=pad", "data.fit is a setting of data=folder, and this run has another data"),
         ("model.components=3", "model.components is a setting of some runs that .* by .model.components=..."),
         ("model=mpl", "model=mpl .*mlp"),
