@@ -100,8 +100,7 @@ def main(settings: Settings) -> None:
             if name == names[0]:
                 print(f"{settings.repeats} repeats of {n:,} images, {len(x):,} training images; ± standard error")
                 if n < settings.n:
-                    needed = f"{settings.n * settings.repeats:,} test and {settings.n:,} training images"
-                    print(f"n={settings.n} needs {needed}")
+                    print(f"n={settings.n} is too much for {len(test):,} test and {len(x):,} training images")
                 print(" " * 16 + "  ".join(f"{score:<16}" for score in result[name]).rstrip())
             cells = (format_score(cell["mean"], cell["se"]) for cell in result[name].values())
             print(f"{name:<16}" + "  ".join(f"{cell:<16}" for cell in cells).rstrip(), flush=True)
@@ -133,7 +132,9 @@ def main(settings: Settings) -> None:
 
 def format_score(mean: float, se: float) -> str:
     """Return a score ± its standard error, with as many decimals as the error needs for two digits."""
-    decimals = min(4, max(0, 1 - math.floor(math.log10(se)))) if se > 0 else 3
+    if not 1e-4 <= se < math.inf:
+        return f"{mean:.4g} ± {se:.1g}"
+    decimals = max(0, 1 - math.floor(math.log10(se)))
     return f"{mean:.{decimals}f} ± {se:.{decimals}f}"
 
 

@@ -7,7 +7,29 @@ import pytest
 import torch
 
 from betavae.data.datasets.mnist import load_mnist
-from tests.commands import REPO, run
+from tests.commands import REPO, run, run_in_child
+
+PID, run_backward = os.getpid(), torch.autograd.graph._engine_run_backward
+
+
+def forbid_backward(*args: Any, **how: Any) -> Any:
+    """Run the autograd engine in children only: once it has threads, no forked process can use it."""
+    if os.getpid() == PID and not os.environ["PYTEST_CURRENT_TEST"].startswith("tests/gpu"):
+        raise RuntimeError("this test needs pytest.mark.forked, since it calls autograd")
+    return run_backward(*args, **how)
+
+
+torch.autograd._engine_run_backward = torch.autograd.graph._engine_run_backward = forbid_backward
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """Call a function with `pytest.mark.forked` in a child."""
+    if pyfuncitem.get_closest_marker("forked"):
+        names = pyfuncitem._fixtureinfo.argnames
+        run_in_child(lambda: pyfuncitem.obj(**{name: pyfuncitem.funcargs[name] for name in names}))
+        return True
+    return None
 
 
 @pytest.fixture(scope="session")

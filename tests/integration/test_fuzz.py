@@ -30,6 +30,7 @@ from tests.integration.fuzz_commands import Session, hostile_word, play
 quick = settings(max_examples=40, deadline=None, derandomize=True)
 
 
+@pytest.mark.forked
 @quick
 @given(
     likelihood=st.sampled_from(sorted(LIKELIHOODS)),

@@ -66,6 +66,7 @@ def trainer(**settings):
     return L.Trainer(accelerator="cpu", num_sanity_val_steps=0, **quiet, **settings)
 
 
+@pytest.mark.forked
 def test_evaluation_uses_the_full_beta_of_a_schedule(data_root):
     settings = {"beta": 8.0, "beta_schedule": {"name": "linear", "warmup": 1.0}}
     module, data = VAEModule(**MODULE | settings), ImageDataModule(**DATA | {"root": data_root})
@@ -85,6 +86,7 @@ def test_evaluation_uses_the_full_beta_of_a_schedule(data_root):
         assert loss == pytest.approx(recon + 8 * kl, rel=1e-5)
 
 
+@pytest.mark.forked
 def test_overfit_batches_repeats_the_same_batches(data_root):
     seen = []
 

@@ -47,6 +47,7 @@ def loader():
     return torch.utils.data.DataLoader(torch.ones(4), batch_size=1)
 
 
+@pytest.mark.forked
 def test_lightning_ends_between_steps_by_its_sigterm_flag():
     """runtime/lightning_workarounds.py: stop_after_this_step."""
     from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -68,6 +69,7 @@ def test_lightning_asks_the_fit_loop_if_steps_are_limited():
     assert run.fit_loop._iteration_based_training() is True
 
 
+@pytest.mark.forked
 def test_lightning_sets_current_fx_name_for_each_hook():
     """module.py: VAEModule.__setattr__."""
     names = []
@@ -82,6 +84,7 @@ def test_lightning_sets_current_fx_name_for_each_hook():
     assert names.count("training_step") == 4
 
 
+@pytest.mark.forked
 def test_lightning_calls_callbacks_before_the_module():
     """module.py: VAEModule.on_train_epoch_end."""
 
@@ -94,6 +97,7 @@ def test_lightning_calls_callbacks_before_the_module():
     assert model.seen[:2] == ["callback", "module"]
 
 
+@pytest.mark.forked
 def test_lightning_callback_metrics_accepts_new_keys():
     """module.py: VAEModule.publish_epoch."""
     run = trainer()

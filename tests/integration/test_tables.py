@@ -93,7 +93,7 @@ def test_what_needs_images_says_so(folder, name):
     ("name", "args", "message"),
     [
         ("sample", [], "out=samples.png is invalid: expected FILE.csv"),
-        ("compress", [], "expected a model of uint8 images"),
+        ("compress", [], "is a model of a table, and compress.py needs a model of images"),
         ("encode", ["images=log"], "expected FILE.csv, .parquet or .npy for a model of a table"),
         ("encode", ["images=short.csv"], "short.csv has no column ratio"),
         ("disentanglement", [], "no factors of variation"),

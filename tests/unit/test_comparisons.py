@@ -6,6 +6,8 @@ from betavae.models.priors import PRIORS
 from betavae.objectives import OBJECTIVES
 from tests.gpu.comparisons import compare_objectives, compare_priors
 
+pytestmark = pytest.mark.forked  # for autograd
+
 
 @pytest.mark.slow
 def test_each_objective_is_compared():

@@ -10,6 +10,8 @@ from betavae.optim import POLAR_EXPRESS_COEFFS, MuonAdam, optimizer_names, ortho
 from betavae.runtime.resume import ExactResume
 from tests.conftest import DATA, MODEL, MODULE
 
+pytestmark = pytest.mark.forked  # for autograd
+
 SETTINGS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.0, "vector_lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8}
 
 

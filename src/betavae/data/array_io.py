@@ -102,6 +102,8 @@ class ArrayFile:
         if key not in self.arrays:
             return torch.zeros(n, dtype=torch.int64), None
         labels = self.read(key)
+        if labels.dtype.kind == "b":
+            labels = labels.astype(np.int64)
         if labels.shape[1:] == (1,):
             labels = labels[:, 0]
         kinds = "iubUS" if labels.ndim == 1 else "iub"

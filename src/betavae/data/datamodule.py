@@ -6,7 +6,6 @@ from typing import Any
 import lightning as L
 
 from betavae.data.image_set import ImageSet
-from betavae.data.labels import read_value
 from betavae.data.loader import HOST_TYPES, BatchLoader
 from betavae.data.source import DataSource
 from betavae.errors import UserError
@@ -108,15 +107,8 @@ class ImageDataModule(L.LightningDataModule):
                 f"{images.item}s: expected several {images.item}s of each class"
             )
         names = images.classes or [str(label) for label in range(highest + 1)]
-        values = dict(zip(map(read_value, names), names, strict=False))
-        if "" in values:
+        if "" in names:
             raise UserError(f"{where} has {images.item}s with an empty label, and model.conditional=true needs names")
-        for name in names:
-            if values[read_value(name)] != name:
-                raise UserError(
-                    f"{where} has the labels {name} and {values[read_value(name)]}, which have the same value: write "
-                    "them alike, or add text that tells them apart"
-                )
         for split, others in self.splits.items():
             if len(others) and not others.has_labels:
                 raise UserError(f"{where}: the {split} images have no labels, which model.conditional=true needs")

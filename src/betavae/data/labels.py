@@ -28,30 +28,33 @@ def find_class(label: object, classes: Sequence[str], key: str = "label") -> int
 
 
 def find_name(label: object, classes: Sequence[str]) -> int | None:
-    """Find the number of the class of this name, or else of the only one whose name has the same value."""
+    """Find the number of the class of this name, or else of the only one that `has_same_value`."""
     if str(label) in classes:
         return classes.index(str(label))
-    value = read_value(label)
-    found = [number for number, name in enumerate(classes) if read_value(name) == value]
+    found = [number for number, name in enumerate(classes) if has_same_value(name, label)]
     return found[0] if len(found) == 1 else None
 
 
-def read_value(label: object) -> float | str:
-    """Return what a label means, however it is written: 1 and 1.0 are the same, as are true and True."""
-    text = str(label)
-    number = parse_number(text)
-    if number is not None:
-        return number
-    return text.lower() if text.lower() in ("true", "false") else text
+def has_same_value(name: str, label: object) -> bool:
+    """Return whether a label that is no text has the value that a class is named by, as 1 has that of "1.0"."""
+    if isinstance(label, bool):
+        return name.lower() == str(label).lower()
+    return isinstance(label, int | float) and parse_number(name) == label
 
 
-def parse_number(text: str) -> float | None:
-    """Return the finite number that a text is, or None."""
+def parse_number(text: str) -> int | float | None:
+    """Return the finite number that a text is, or None. An integer is exact."""
+    if "_" in text:  # Python reads 1_000 as 1000
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        pass
     try:
         number = float(text)
     except ValueError:
         return None
-    return number if math.isfinite(number) and "_" not in text else None  # Python reads 1_000 as 1000
+    return number if math.isfinite(number) else None
 
 
 def describe_classes(classes: Sequence[str]) -> str:
@@ -66,7 +69,8 @@ def match_labels(classes: Sequence[str], n: int, label: object, labels: Sequence
         classes: The classes of the model; none if it is not conditional.
         n: The number of images.
         label: A class for all of them, instead of their own labels.
-        labels: Their own labels, which are names of classes; a number is no index, whose order a file does not know.
+        labels: Their own labels: names of classes, or numbers of the same value. A number is no index, since a file
+            does not know the order of the classes.
         where: The images, for messages.
 
     Returns:
@@ -85,16 +89,22 @@ def match_labels(classes: Sequence[str], n: int, label: object, labels: Sequence
         raise UserError(
             f"{where} has no labels, which a conditional model needs: pass label={describe_classes(classes)}"
         )
-    numbers = {name: find_name(name, classes) for name in dict.fromkeys(map(str, labels))}
-    for name, number in numbers.items():
+    numbers = {value: find_name(value, classes) for value in dict.fromkeys(map(as_key, labels))}
+    for value, number in numbers.items():
         if number is None:
-            raise UserError(f"{where}: label={name} is invalid: expected {describe_classes(classes)}")
-    return torch.tensor([numbers[str(label)] for label in labels])
+            names = "" if isinstance(value, str) else ", the names of the classes"
+            raise UserError(f"{where}: label={value} is invalid: expected {describe_classes(classes)}{names}")
+    return torch.tensor([numbers[as_key(label)] for label in labels])
+
+
+def as_key(label: object) -> object:
+    """Return a label as a dictionary key; several factors of an image, which are a list, as a text."""
+    return label if isinstance(label, int | float) else str(label)
 
 
 def name_labels(classes: Sequence[str], numbers: Iterable[int]) -> list[Any]:
     """Return the names of class numbers, as integers if all classes are named by integers."""
-    are_integers = all(re.fullmatch("0|-?[1-9][0-9]*", name) for name in classes)
+    are_integers = all(re.fullmatch("0|-?[1-9][0-9]{,17}", name) for name in classes)  # of 64 bits
     return [int(classes[number]) if are_integers else classes[number] for number in numbers]
 
 

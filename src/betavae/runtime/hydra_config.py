@@ -304,7 +304,7 @@ def describe_unknown_key(key: str, keys: list[str]) -> str:
 def has_setting(file: Path, name: str) -> bool:
     """Return whether an option of a config group, or one that it is based on, has a setting."""
     config: Any = OmegaConf.load(file)
-    bases = [base for base in config.get("defaults", []) if isinstance(base, str) and base != "_self_"]
+    bases = [base for base in config.get("defaults", []) if isinstance(base, str) and base[0] not in "_/"]
     return name in config or any(has_setting(file.with_name(f"{base}.yaml"), name) for base in bases)
 
 

@@ -101,12 +101,13 @@ def resolve_labels(run: TrainedRun, where: str | list[str], images: LoadedImages
     Raises:
         UserError: If the images have no labels, or other ones than the model.
     """
-    classes, labels, is_split = run.vae.classes, images.labels, where in SPLITS or where == run.data["name"]
-    if classes and label is None and is_dataset_name(where) and not is_split:
+    classes, labels, is_dataset = run.vae.classes, images.labels, is_dataset_name(where)
+    is_own = where in SPLITS or (is_dataset and where == run.data["name"])
+    if classes and label is None and is_dataset and not is_own:
         raise UserError(
-            f"images={where} has labels of another data set than the model's: pass label={describe_classes(classes)}"
+            f"images={where}: its labels are not those of the model's data set; pass label={describe_classes(classes)}"
         )
-    if classes and labels and is_split and run.data["name"] not in USER_DATASETS:
+    if classes and labels and is_own and run.data["name"] not in USER_DATASETS:
         labels = [classes[number] for number in labels]
     return match_labels(classes, len(images.names), label, labels, f"images={where}")
 
@@ -130,7 +131,9 @@ def load_own_split(run: TrainedRun, split: str, data_root: str | None) -> Loaded
     if not images.has_labels:
         labels = None
     elif run.data["name"] in USER_DATASETS and images.classes:  # users know these labels only by name
-        labels = name_labels(images.classes, images.labels.tolist())
+        numbers = images.labels.tolist()
+        is_folder = run.data["name"] == "folder"  # a number in the name of a folder is a text
+        labels = [images.classes[n] for n in numbers] if is_folder else name_labels(images.classes, numbers)
     return LoadedImages(images.tensor(), images.names or index_names(len(images)), labels, [])
 
 

@@ -29,7 +29,7 @@ from betavae.models.vae import VAE
 from betavae.objectives import elbo
 from betavae.plotting import make_grid
 from betavae.runtime import checkpoint
-from tests.commands import run
+from tests.commands import run, run_in_child
 from tests.conftest import DATA, MODEL, MODULE
 from tests.unit.applications.conftest import save_vae
 
@@ -61,6 +61,7 @@ def linear():
     return vae, D.MultivariateNormal(bias, weight @ weight.T + 0.3**2 * torch.eye(6).double())
 
 
+@pytest.mark.forked
 def test_exact_posterior_has_tight_bounds_and_no_regret(linear):
     vae, marginal = linear
     x = torch.rand(5, 1, 2, 3).double()
@@ -71,6 +72,7 @@ def test_exact_posterior_has_tight_bounds_and_no_regret(linear):
     assert scoring.likelihood_regret(vae, x).max() < 1e-9
 
 
+@pytest.mark.forked
 def test_regret_is_the_gap_of_a_wrong_encoder(linear):
     vae, marginal = linear
     vae.encoder[-1].bias.add_(torch.tensor([0.3, -0.2, 0.1, 0.5, 0.0, -0.5]))
@@ -81,6 +83,7 @@ def test_regret_is_the_gap_of_a_wrong_encoder(linear):
     assert torch.equal(scoring.likelihood_regret(vae, x, steps=0), torch.zeros(5).double())
 
 
+@pytest.mark.forked
 def test_score_of_an_image_does_not_depend_on_the_others(linear):
     vae, x = linear[0], torch.rand(5, 1, 2, 3).double()
     for score in (scoring.neg_elbo, scoring.nll, scoring.likelihood_regret, scoring.statistics):
@@ -228,14 +231,18 @@ def fit_detector(x):
 
 
 @pytest.fixture(scope="module")
-def blob_detector():
-    return fit_detector(blobs(3000, 0))
+def blob_detector(tmp_path_factory):
+    file = tmp_path_factory.mktemp("detector") / "detector.pt"
+    run_in_child(lambda: torch.save(fit_detector(blobs(3000, 0)), file))
+    return torch.load(file, weights_only=False)
 
 
-@pytest.mark.parametrize("name", IMAGES)
+has_fashion = pytest.mark.skipif(not (FASHION / "FashionMNIST").is_dir(), reason=f"no FashionMNIST in {FASHION}")
+
+
+@pytest.mark.forked
+@pytest.mark.parametrize("name", [pytest.param(n, marks=has_fashion if n == "fashion" else ()) for n in IMAGES])
 def test_new_images_have_the_predicted_false_alarm_rate(name, data_root):
-    if name == "fashion" and not (FASHION / "FashionMNIST").is_dir():
-        pytest.skip(f"there is no FashionMNIST in {FASHION}")
     # Shuffled, since the official test images have other writers and are not quite exchangeable with training images.
     pool = torch.cat(IMAGES[name](Path(data_root)))
     pool = pool[torch.randperm(len(pool), generator=torch.Generator().manual_seed(0))]

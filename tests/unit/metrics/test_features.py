@@ -20,6 +20,7 @@ def bars(n):
     return ImageSet(pixels, labels)
 
 
+@pytest.mark.forked
 def test_a_classifier_is_cached_and_retrained_for_other_data(tmp_path, capsys):
     train, test, path = bars(2000), bars(300), tmp_path / "new" / "bars.pt"
     model, accuracy = features.load_or_train(path, train, test)

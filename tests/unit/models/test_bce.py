@@ -6,6 +6,8 @@ from torch.nn import functional as F
 
 from betavae.models.likelihoods import bce_with_logits
 
+pytestmark = pytest.mark.forked  # for autograd
+
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 

@@ -10,6 +10,8 @@ from betavae.models.likelihoods import LIKELIHOODS, Bernoulli, ContinuousBernoul
 from betavae.models.location_scale import MIN_LOG_SCALE
 from tests.commands import TINY, run
 
+pytestmark = pytest.mark.forked  # for autograd
+
 SHAPE = (3, 4, 1, 5, 5)  # 3 posterior samples of 4 images
 
 

@@ -8,6 +8,8 @@ from scipy.stats import chi2
 
 from betavae.models.logistic_mixture import MAX_LOG_SCALE, LogisticMixture
 
+pytestmark = pytest.mark.forked  # for autograd
+
 BYTES = torch.arange(256).double() / 255
 finite = {"allow_nan": False, "allow_infinity": False}
 

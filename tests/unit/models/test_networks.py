@@ -55,6 +55,7 @@ def test_resnet_depth_follows_the_image_size(size, hidden_dims):
     assert channels == (hidden_dims + [hidden_dims[-1]] * 9)[: len(shapes)]
 
 
+@pytest.mark.forked
 def test_residual_block_starts_as_identity_and_learns():
     block = ResidualBlock(16, "silu")
     x = torch.randn(2, 16, 5, 5)

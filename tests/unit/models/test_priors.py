@@ -32,6 +32,7 @@ def build_vae(prior: str, **model) -> VAE:
     return vae
 
 
+@pytest.mark.forked
 def test_mixture_of_one_standard_normal_is_the_standard_prior():
     standard, mixture = (VAE(**SMALL, prior={"name": name} | more).double() for name, more in NAMED_PRIORS)
     mixture.load_state_dict(standard.state_dict(), strict=False)
@@ -214,6 +215,7 @@ def test_vamp_with_all_data_is_the_aggregate_posterior():
     assert split["marginal_kl"] == pytest.approx(0, abs=1e-9)
 
 
+@pytest.mark.forked
 def test_flow_density_follows_from_its_jacobian():
     prior = build_vae("flow").prior
     assert isinstance(prior, Flow)
@@ -263,6 +265,7 @@ def test_elbo_equals_its_terms_at_the_samples(name):
         torch.testing.assert_close(bound.loss, wanted.mean())
 
 
+@pytest.mark.forked
 @pytest.mark.parametrize("name", LEARNED)
 def test_every_parameter_of_a_prior_is_trained(name):
     vae = build_vae(name)

@@ -12,6 +12,8 @@ from betavae.objectives import OBJECTIVES, build_objective, elbo
 from betavae.objectives.disentangling import beta_tcvae, capacity_vae, dip_vae, kl_decomposition
 from tests.conftest import MODEL
 
+pytestmark = pytest.mark.forked  # for autograd
+
 SMALL = MODEL | {"hidden_dims": [8], "latent_dim": 3, "activation": "tanh", "image_shape": [1, 2, 3]}
 
 

@@ -12,6 +12,8 @@ from betavae.models.vae import VAE, Posterior
 from betavae.objectives import LossTerms, dreg, elbo, iwae
 from tests.conftest import MODEL
 
+pytestmark = pytest.mark.forked  # for autograd
+
 
 @pytest.fixture
 def vae():

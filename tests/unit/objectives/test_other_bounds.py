@@ -7,6 +7,8 @@ from betavae.objectives import ciwae, elbo, iwae, miwae, mmd_vae, piwae
 from betavae.objectives.mmd import mmd_to_normal
 from tests.conftest import MODEL
 
+pytestmark = pytest.mark.forked  # for autograd
+
 SMALL = MODEL | {"hidden_dims": [8], "latent_dim": 3, "image_shape": [1, 2, 3]}
 
 

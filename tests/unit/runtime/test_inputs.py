@@ -126,11 +126,14 @@ def test_numbers_of_labels_are_classes_or_names():
     assert numbers["mnist"].tolist() == [0, 1, 1] and numbers["arrays"].tolist() == [1, 0, 0]
 
 
-def test_labels_of_another_data_set_are_not_used():
+def test_labels_of_another_data_set_are_not_used(tmp_path, monkeypatch):
     run = TrainedRun(VAE(**MODEL, classes=["1", "0"]), Path("x.ckpt"), MODULE, DATA)
     images = LoadedImages(torch.zeros(3, 1, 28, 28), ["a", "b", "c"], [0, 1, 1], [])
-    message = "^images=kmnist has labels of another data set than the model's: pass label=one of 1, 0$"
+    message = "^images=kmnist: its labels are not those of the model's data set; pass label=one of 1, 0$"
     with pytest.raises(UserError, match=message):
         resolve_labels(run, "kmnist", images, None)
     assert resolve_labels(run, "kmnist", images, 0).tolist() == [1, 1, 1]
     assert resolve_labels(run, "mnist", images, None).tolist() == [0, 1, 1]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mnist").mkdir()  # a folder of this name comes first
+    assert resolve_labels(run, "mnist", images._replace(labels=["0", "0", "1"]), None).tolist() == [1, 1, 0]

@@ -17,7 +17,7 @@ from betavae.applications.anomalies.detector import (
 )
 from betavae.applications.trained_run import TrainedRun
 from betavae.data.image_io import LoadedImages
-from betavae.data.labels import read_value
+from betavae.data.labels import has_same_value
 from betavae.data.loader import BYTES
 from betavae.data.scaling import Scaling
 from betavae.errors import UserError
@@ -108,8 +108,12 @@ def match_inliers(labels: Sequence[object] | None, inliers: Sequence[object]) ->
     Raises:
         UserError: If all images are inliers, or none.
     """
-    found, wanted = [str(label) for label in labels or ()], set(map(read_value, inliers))
-    is_inlier = [read_value(name) in wanted for name in found]
+    found = [str(label) for label in labels or ()]
+    wanted = {str(label) for label in inliers}
+    for label in inliers:
+        if str(label) not in found:
+            wanted |= {name for name in set(found) if has_same_value(name, label)}
+    is_inlier = [name in wanted for name in found]
     if len(set(is_inlier)) < 2:
         named = ", ".join(sorted(set(found))[:20]) or "none"
         raise UserError(

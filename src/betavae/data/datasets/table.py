@@ -22,6 +22,7 @@ from betavae.data.scaling import FULL_SCALE
 from betavae.errors import UserError, first_line
 from betavae.storage.files import STAMP_COLUMN
 
+NUMBER = re.compile(r"[+-]?(0|[1-9][0-9]{0,17})(\.[0-9]*)?(e[+-]?[0-9]+)?", re.IGNORECASE)
 BOOLEANS = {"True": 1, "False": 0}  # as pandas writes them
 Name = str | int  # of a column; columns without a header are numbered from 0
 
@@ -198,12 +199,16 @@ def to_numbers(path: Path, name: str, column: np.ndarray) -> np.ndarray:
 
 
 def to_labels(column: np.ndarray) -> np.ndarray:
-    """Convert a column to integers if it has no other values, else to text, "" for a missing value."""
-    text = np.array(["" if value is None or value != value else str(value).strip() for value in column.tolist()])
-    try:
-        numbers = text.astype(np.float64)
-        whole = bool((numbers == numbers.astype(np.int64)).all())
-    except ValueError:
-        return text
-    whole &= len(np.unique(numbers)) == len(np.unique(text))  # 01 is not 1
-    return numbers.astype(np.int64) if whole else text
+    """Convert a column to integers, or else numbers, if it has no other values, else to text, "" for a missing value.
+
+    A number with further zeros before it, such as 007, is a text, and so is an integer of more than 18 digits.
+    """
+    texts = ["" if value is None or value != value else str(value).strip() for value in column.tolist()]
+    values = {
+        text: number for text in set(texts) if NUMBER.fullmatch(text) and (number := parse_number(text)) is not None
+    }
+    if not all(text in values for text in texts):
+        are_booleans = all(text.lower() in ("true", "false") for text in texts)
+        return np.array([text.capitalize() for text in texts] if are_booleans else texts)
+    whole = all(value == int(value) and abs(value) < 2**63 for value in values.values())
+    return np.array([int(values[text]) if whole else float(values[text]) for text in texts])

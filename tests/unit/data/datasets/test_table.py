@@ -42,6 +42,27 @@ def test_numbers_may_be_names_beside_a_text(tmp_path):
     assert table.columns == ["400", "410"] and table.labels.tolist() == ["01", "1"]
 
 
+@pytest.mark.parametrize(
+    ("texts", "labels"),
+    [
+        (["1", "1.0", "-2"], [1, 1, -2]),
+        (["0.5", "1", "2.50"], [0.5, 1.0, 2.5]),
+        (["175928847299117063", "175928847299117064"], [175928847299117063, 175928847299117064]),
+        (["1" * 20, "2"], ["1" * 20, "2"]),
+        (["1e30", "1"], [1e30, 1.0]),
+        (["true", "False", "TRUE"], ["True", "False", "True"]),
+        (["true", "no"], ["true", "no"]),
+        (["1_0", "2"], ["1_0", "2"]),
+        (["1", ""], ["1", ""]),
+        (["nan", "1"], ["nan", "1"]),
+    ],
+)
+def test_labels_are_numbers_if_all_are(tmp_path, texts, labels):
+    rows = "".join(f"{text},{i}\n" for i, text in enumerate(texts))
+    found = read_table(write(tmp_path / "t.csv", f"kind,a\n{rows}"), label="kind").labels.tolist()
+    assert found == labels and list(map(type, found)) == list(map(type, labels))
+
+
 def test_texts_with_underscores_are_no_numbers(tmp_path):
     assert read_table(write(tmp_path / "t.csv", "2023_01,2023_02\n1,2\n")).columns == ["2023_01", "2023_02"]
     with pytest.raises(UserError, match="column id has '12_7' in row 0"):
