@@ -12,6 +12,7 @@ from betavae.runtime.resume import DivergenceGuard, ExactResume
 from tests.commands import fresh
 from tests.conftest import DATA, MODULE
 
+pytestmark = pytest.mark.forked  # for autograd
 QUIET = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
 
 
@@ -33,11 +34,6 @@ def fit(data_root, seed=0, module=MODULE, callbacks=(), strategy="auto", **chang
     return made, data, trainer
 
 
-@pytest.fixture(scope="module")
-def fitted(data_root):
-    return fit(data_root)
-
-
 def test_same_seed_gives_same_weights_also_for_seed_zero(data_root):
     weights = [torch.cat([p.flatten() for p in fit(data_root, seed)[0].parameters()]) for seed in (0, 0, 1)]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
@@ -53,16 +49,14 @@ def test_checkpoint_alone_rebuilds_the_model(data_root, tmp_path):
     assert checkpoint.read_checkpoint(tmp_path / "a.ckpt")["betavae_format"] == checkpoint.FORMAT
     code = """
 import torch, betavae
-
-pytestmark = pytest.mark.forked  # for autograd
 x, expected = torch.load("expected.pt")
 assert torch.equal(betavae.load("a.ckpt").vae.reconstruct(x), expected)
 """
     fresh("-c", code, cwd=tmp_path)
 
 
-def test_test_means_are_over_all_images_at_any_batch_size(fitted):
-    module, data, trainer = fitted
+def test_test_means_are_over_all_images_at_any_batch_size(data_root):
+    module, data, trainer = fit(data_root)
     results = []
     for size in (1000, 333, 10000):
         data.eval_batch_size = size
@@ -81,9 +75,9 @@ def test_test_means_are_over_all_images_at_any_batch_size(fitted):
     assert results[0]["test/active_units"] == active
 
 
-def test_the_test_averages_several_samples_of_z(fitted, monkeypatch):
+def test_the_test_averages_several_samples_of_z(data_root, monkeypatch):
     """The result is the mean over the draws, and an image's noise does not depend on the others."""
-    module, data, trainer = fitted
+    module, data, trainer = fit(data_root)
     data.eval_batch_size = 1000
     seen = []
     monkeypatch.setattr(module, "objective", lambda vae, x, noise, b: seen.append(noise) or elbo(vae, x, noise, b))

@@ -257,6 +257,7 @@ def test_new_images_have_the_predicted_false_alarm_rate(name, data_root):
     assert (detector.compute_p_values(255 - new_images[:100]) <= 0.1).double().mean() > 0.7
 
 
+@pytest.mark.forked
 def test_saved_detector_computes_the_same_numbers(blob_detector, tmp_path):
     torch.save(blob_detector.state, tmp_path / "detector.pt")
     again = Detector(blob_detector.vae, torch.load(tmp_path / "detector.pt", weights_only=True))

@@ -1,3 +1,5 @@
+import contextlib
+import io
 from dataclasses import replace
 
 import pytest
@@ -21,20 +23,22 @@ def bars(n):
 
 
 @pytest.mark.forked
-def test_a_classifier_is_cached_and_retrained_for_other_data(tmp_path, capsys):
-    train, test, path = bars(2000), bars(300), tmp_path / "new" / "bars.pt"
-    model, accuracy = features.load_or_train(path, train, test)
-    assert accuracy > 0.97 and "once" in capsys.readouterr().out
+def test_a_classifier_is_cached_and_retrained_for_other_data(tmp_path):
+    def load_or_train(train):
+        with contextlib.redirect_stdout(io.StringIO()) as output:
+            return *features.load_or_train(tmp_path / "new" / "bars.pt", train, test), output.getvalue()
+
+    train, test = bars(2000), bars(300)
+    model, accuracy, output = load_or_train(train)
+    assert accuracy > 0.97 and "once" in output
     assert not model.training and not any(weights.requires_grad for weights in model.parameters())
     x = test.pixels.float() / 255
     found = model.features(x)
     assert found.shape == (300, features.FEATURE_DIM)
     assert (model.classify(found) == test.labels).float().mean().item() == pytest.approx(accuracy)
-    again, cached_accuracy = features.load_or_train(path, train, test)
+    again, cached_accuracy, output = load_or_train(train)
     assert cached_accuracy == accuracy and torch.equal(again.features(x), found)
-    assert "once" not in capsys.readouterr().out
-    features.load_or_train(path, bars(200), test)
-    assert "once" in capsys.readouterr().out
+    assert "once" not in output and "once" in load_or_train(bars(200))[2]
 
 
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 64, 48), (3, 5, 9), (1, 1, 2000), (3, 1, 1)])
