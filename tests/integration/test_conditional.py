@@ -300,7 +300,10 @@ def test_commands_and_code_of_the_docs_run(trained, script, monkeypatch):
 @pytest.mark.slow
 def test_data_without_usable_labels_are_rejected(trained):
     np.savez(trained / "far.npz", images=np.zeros((400, 8, 8), np.uint8), labels=np.arange(400) * 10**7)
-    for root, message in (("unlabeled.npz", "has no labels"), ("far.npz", "needs classes, and .* 400 different")):
+    for root, message in (
+        ("unlabeled.npz", "has no labels"),
+        ("far.npz", "needs several images of each class, and .* 400 different"),
+    ):
         words = [*SMALL, f"data.root={root}", "model.conditional=true", "hydra.run.dir=bad"]
         words += ["data.test_size=1", "data.validation_size=1", "data.batch_size=2"]
         output = run(*words, cwd=trained, code=1)

@@ -47,11 +47,11 @@ def test_samplers_of_a_lone_checkpoint_are_scored(tmp_path, data_root):
     # An untrained model does not generate digits.
     assert rows["test images"]["pixel_fid"]["mean"] < rows["gaussian"]["pixel_fid"]["mean"]
     assert rows["test images"]["precision"]["mean"] > 0.5 > rows["gaussian"]["recall"]["mean"]
-    cells = re.search(r"^gaussian((?: +-?[\d.]+ ± [\d.]+)+)$", output, re.MULTILINE)[1]
+    cells = re.search(r"^gaussian((?: +[-\d.e]+ ± [-\d.e]+)+)$", output, re.MULTILINE)[1]
     shown = [tuple(map(float, cell.split(" ± "))) for cell in re.split(" {2,}", cells.strip())]
     for (mean, se), score in zip(shown, result["gaussian"].values(), strict=True):
-        assert se == pytest.approx(score["se"], rel=0.05, abs=1e-4)  # two digits
-        assert mean == pytest.approx(score["mean"], abs=max(0.05 * score["se"], 1e-4, 0.5 * (score["se"] >= 10)))
+        assert se == pytest.approx(score["se"], rel=0.1)
+        assert mean == pytest.approx(score["mean"], rel=1e-3, abs=0.5 * (score["se"] >= 10))
     assert (tmp_path / "figures" / "fidelity.png").stat().st_size > 1000
     assert len(list(tmp_path.glob("sampler_gaussian_*.pt"))) == 1
 

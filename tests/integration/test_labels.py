@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pytest
 import torch
 
 from betavae.applications.explorer import queries
@@ -13,6 +14,7 @@ from tests.commands import TINY, run
 LABELS = np.array([-1, 5, 10**9])
 
 
+@pytest.mark.forked
 def test_every_script_takes_labels_that_are_no_indices(tmp_path, monkeypatch):
     shades = np.arange(600) % 3
     noise = np.random.default_rng(0).integers(0, 60, (600, 8, 8))

@@ -68,7 +68,7 @@ def test_images_page_from_a_folder_to_decoded_images(folder, outputs):
     assert "2 could not be read: " in train and "neg. ELBO" in train
     assert all(f"{name} (" in train for name in ("cut.png", "broken.jpg"))
     assert "transparent parts filled with white" in reconstruct and "reconstructions.png" in reconstruct
-    assert "1 interpolations" in interpolate and "1,302 images" in encode and "1,302 images" in decode
+    assert "1 interpolation by" in interpolate and "1,302 images" in encode and "1,302 images" in decode
     latents = np.load(folder / "latents.npz")
     assert latents["mean"].shape == latents["logvar"].shape == (1302, 4)
     assert set(latents["labels"]) == {".", "discs", "squares"}

@@ -99,12 +99,10 @@ class ImageDataModule(L.LightningDataModule):
             )
         lowest, highest = int(images.labels.min()), int(images.labels.max())
         if lowest < 0 or highest >= len(images):
-            found = f"labels from {lowest} to {highest}"
-            if images.classes:
-                found = f"{len(images.classes)} different labels"
+            number = len(images.classes or images.labels.unique())
+            found = f"{number} different labels for {len(images)} training {images.item}s"
             raise UserError(
-                f"model.conditional=true needs classes, and {where} has {found} for {len(images)} training "
-                f"{images.item}s: expected several {images.item}s of each class"
+                f"model.conditional=true needs several {images.item}s of each class, and {where} has {found}"
             )
         names = images.classes or [str(label) for label in range(highest + 1)]
         if "" in names:

@@ -50,7 +50,13 @@ class Prior(nn.Module):
     has_components = False  # True: a sample also takes a uniform number, which chooses a component
 
     def given(self, labels: Tensor) -> "Prior":
-        """Return a view with the same weights for z with these labels, `(B,)` or `(1,)` for all of them."""
+        """Return a view with the same weights for z with these labels, `(B,)` or `(1,)` for all of them.
+
+        Raises:
+            TypeError: If `labels` is no tensor of one dimension.
+        """
+        if not isinstance(labels, Tensor) or labels.ndim != 1:
+            raise TypeError("labels must be a tensor (B,), or (1,) for all images, as in vae.given(torch.tensor([7]))")
         if not self.num_classes:
             return self
         view = type(self).__new__(type(self))  # `copy.copy` is beyond torch.compile

@@ -102,14 +102,9 @@ class VAE(nn.Module):
         Args:
             labels: `(B,)`, indices into `classes`, of the images or z in each further call, or `(1,)` for all of them.
                 A model that is not conditional ignores labels.
-
-        Raises:
-            TypeError: If `labels` is no tensor of one dimension.
         """
         if not self.classes or labels is None:
             return self
-        if not isinstance(labels, Tensor) or labels.ndim != 1:
-            raise TypeError("labels must be a tensor (B,), or (1,) for all images, as in vae.given(torch.tensor([7]))")
         view = type(self).__new__(type(self))  # `copy.copy` is beyond torch.compile
         # An entry of `__dict__` is found before the submodule of this name, which view and model share.
         view.__dict__.update(self.__dict__, labels=labels, prior=self.prior.given(labels))
