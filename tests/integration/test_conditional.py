@@ -127,7 +127,7 @@ def test_labels_of_a_table_are_matched_by_value(tmp_path):
         settings = ["experiment=table", *tiny, "data.root=t.csv", "data.label=kind", "data.batch_size=50"]
         run(*settings, "trainer.max_epochs=30", "model.conditional=true", f"hydra.run.dir=run_{names[0]}", cwd=tmp_path)
         for typed, name in (
-            (("1", "1.0"), ("2.0", "2.0"), ("2.5", "2.5")) if "1.0" in names else (("true", "True"), ("False", "False"))
+            (("1", "1"), ("2.0", "2"), ("2.5", "2.5")) if "1.0" in names else (("true", "True"), ("False", "False"))
         ):
             words = (f"ckpt=run_{names[0]}", f"label={typed}", "n=3", "out=s.csv", "save_tensor=true")
             run(*words, cwd=tmp_path, script="scripts/sample.py")
@@ -140,7 +140,14 @@ def test_labels_of_a_table_are_matched_by_value(tmp_path):
     expected = model.encode(values, torch.tensor([1, 0])).mean
     torch.testing.assert_close(torch.from_numpy(np.load(tmp_path / "z.npz")["mean"]), expected)
     error = run("ckpt=run_1.0", "label=3", "out=s.csv", cwd=tmp_path, script="scripts/sample.py", code=1)
-    assert error == "error: label=3 is invalid: expected one of 1.0, 2.0, 2.5\n"
+    assert error == "error: label=3 is invalid: expected one of 1, 2, 2.5\n"
+    (tmp_path / "new.csv").write_text("a,b,kind\n20.0,0,2.0\n10.0,0,\n")
+    error = run("ckpt=run_1.0", "images=new.csv", cwd=tmp_path, script="scripts/encode.py", code=1)
+    assert error == "error: images=new.csv has no label for number 1, from 0; add it, or pass label=\n"
+    (tmp_path / "new.csv").write_text("a,b\n20.0,0\n")
+    error = run("ckpt=run_1.0", "images=new.csv", cwd=tmp_path, script="scripts/encode.py", code=1)
+    expected = "images=new.csv has no column kind, the label; add it, or pass label=one of 1, 2, 2.5 for all rows"
+    assert error == f"error: {expected}\n"
     error = run("ckpt=run_1.0", "save_images=true", "out=s.csv", cwd=tmp_path, script="scripts/sample.py", code=1)
     assert "is a model of a table, and save_images=true needs a model of images" in error
 

@@ -36,8 +36,8 @@ def find_name(label: object, classes: Sequence[str]) -> int | None:
 
 
 def has_same_value(name: str, label: object) -> bool:
-    """Return whether a label that is no text has the value that a class is named by, as 1 has that of "1.0"."""
-    if isinstance(label, bool):
+    """Return whether a number, true or false is the value that a class is named by, as 1 is that of "1.0"."""
+    if str(label).lower() in ("true", "false"):
         return name.lower() == str(label).lower()
     return isinstance(label, int | float) and parse_number(name) == label
 
@@ -90,6 +90,8 @@ def match_labels(classes: Sequence[str], n: int, label: object, labels: Sequence
             f"{where} has no labels, which a conditional model needs: pass label={describe_classes(classes)}"
         )
     numbers = {value: find_name(value, classes) for value in dict.fromkeys(map(as_key, labels))}
+    if "" in numbers and "" not in classes:
+        raise UserError(f"{where} has no label for number {list(labels).index('')}, from 0; add it, or pass label=")
     for value, number in numbers.items():
         if number is None:
             names = "" if isinstance(value, str) else ", the names of the classes"

@@ -107,6 +107,11 @@ def resolve_labels(run: TrainedRun, where: str | list[str], images: LoadedImages
         raise UserError(
             f"images={where}: its labels are not those of the model's data set; pass label={describe_classes(classes)}"
         )
+    if classes and label is None and labels is None and run.columns is not None:
+        raise UserError(
+            f"images={where} has no column {run.data['label']}, the label; add it, or pass "
+            f"label={describe_classes(classes)} for all rows"
+        )
     if classes and labels and is_own and run.data["name"] not in USER_DATASETS:
         labels = [classes[number] for number in labels]
     return match_labels(classes, len(images.names), label, labels, f"images={where}")

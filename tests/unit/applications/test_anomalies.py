@@ -397,6 +397,8 @@ def test_command_checks_its_settings_before_it_writes(ckpt, tmp_path):
     assert "is not empty and not a report of betavae" in text
     text = detect(tmp_path, "images=x.npy", "inliers=[0]", code=1)
     assert "inliers=[0] is invalid: expected labels of some of the images, not of all (labels found: none)" in text
+    text = detect(tmp_path, "images=labeled.npz", "inliers=[0,zero]", code=1)
+    assert "inliers=[0, 'zero'] is invalid: no image has the label zero (labels found: 0, 1)" in text
     assert not list(tmp_path.glob("*.pt"))
     text = detect(tmp_path, "images=x.npy", "alpha=0.0001", code=1)
     assert "alpha=0.0001 needs at least 9999 validation images, and there are 5000" in text

@@ -22,7 +22,8 @@ from betavae.data.scaling import FULL_SCALE
 from betavae.errors import UserError, first_line
 from betavae.storage.files import STAMP_COLUMN
 
-NUMBER = re.compile(r"[+-]?(0|[1-9][0-9]{0,17})(\.[0-9]*)?(e[+-]?[0-9]+)?", re.IGNORECASE)
+NUMBER = re.compile(r"[+-]?(0|[1-9][0-9]{0,17})?(\.[0-9]*)?(e[+-]?[0-9]+)?", re.IGNORECASE)
+INTEGER = re.compile("0|-?[1-9][0-9]{0,17}")
 BOOLEANS = {"True": 1, "False": 0}  # as pandas writes them
 Name = str | int  # of a column; columns without a header are numbered from 0
 
@@ -199,16 +200,24 @@ def to_numbers(path: Path, name: str, column: np.ndarray) -> np.ndarray:
 
 
 def to_labels(column: np.ndarray) -> np.ndarray:
-    """Convert a column to integers, or else numbers, if it has no other values, else to text, "" for a missing value.
+    """Convert a column of labels to integers if it has no other values, else to text.
 
-    A number with further zeros before it, such as 007, is a text, and so is an integer of more than 18 digits.
+    The text of a value does not depend on the others: 1 and 1.0 are "1", true and TRUE are "True", and a missing value
+    is "". A number with further zeros before it, such as 007, stays as it is, and so does one of more than 18 digits.
     """
     texts = ["" if value is None or value != value else str(value).strip() for value in column.tolist()]
-    values = {
-        text: number for text in set(texts) if NUMBER.fullmatch(text) and (number := parse_number(text)) is not None
-    }
-    if not all(text in values for text in texts):
-        are_booleans = all(text.lower() in ("true", "false") for text in texts)
-        return np.array([text.capitalize() for text in texts] if are_booleans else texts)
-    whole = all(value == int(value) and abs(value) < 2**63 for value in values.values())
-    return np.array([int(values[text]) if whole else float(values[text]) for text in texts])
+    names = {text: name_label(text) for text in set(texts)}
+    labels = [names[text] for text in texts]
+    return np.array([int(label) for label in labels] if all(map(INTEGER.fullmatch, labels)) else labels)
+
+
+def name_label(text: str) -> str:
+    """Return the only spelling of a label of `to_labels`."""
+    if text.lower() in ("true", "false"):
+        return text.capitalize()
+    if text.lower() == "nan":
+        return ""
+    number = parse_number(text) if NUMBER.fullmatch(text) else None
+    if number is None:
+        return text
+    return str(int(number)) if number == int(number) and abs(number) < 10**18 else str(float(number))
