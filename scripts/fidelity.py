@@ -100,7 +100,8 @@ def main(settings: Settings) -> None:
             if name == names[0]:
                 print(f"{settings.repeats} repeats of {n:,} images, {len(x):,} training images; ± standard error")
                 if n < settings.n:
-                    print(f"n={settings.n} is too much for {len(test):,} test and {len(x):,} training images")
+                    few = f"{len(test):,} test and {len(x):,} training images"
+                    print(f"n={settings.n} is too much for {settings.repeats} repeats with {few}")
                 print(" " * 16 + "  ".join(f"{score:<16}" for score in result[name]).rstrip())
             cells = (format_score(cell["mean"], cell["se"]) for cell in result[name].values())
             print(f"{name:<16}" + "  ".join(f"{cell:<16}" for cell in cells).rstrip(), flush=True)
@@ -132,8 +133,8 @@ def main(settings: Settings) -> None:
 
 def format_score(mean: float, se: float) -> str:
     """Return a score ± its standard error, with as many decimals as the error needs for two digits."""
-    if not 1e-4 <= se < math.inf:
-        return f"{mean:.4g} ± {se:.1g}"
+    if not 0 < se < math.inf:
+        return f"{mean:.4f} ± {se:.1g}"
     decimals = max(0, 1 - math.floor(math.log10(se)))
     return f"{mean:.{decimals}f} ± {se:.{decimals}f}"
 

@@ -190,7 +190,10 @@ def run_in_child(work: Callable[[], object]) -> None:
     """Call a function in a forked process: it leaves nothing behind in this one."""
 
     def prepare() -> None:
-        work()
+        try:
+            work()
+        except SystemExit as stop:
+            raise RuntimeError("the work ended the process") from stop
         sys.exit(0)
 
     run(cwd=Path(), prepare=prepare)

@@ -319,8 +319,9 @@ def read_images(
         labels = None
         if "labels" in file.arrays:
             numbers, classes = file.read_labels("labels", len(stored))
-            labels = file.read("labels").reshape(-1).tolist() if classes else numbers.tolist()
-            if classes and isinstance(labels[0], bytes):
+            stored_labels = file.read("labels")
+            labels = stored_labels.reshape(-1).tolist() if classes else numbers.tolist()
+            if classes and stored_labels.dtype.kind in "Sb":
                 labels = [classes[number] for number in numbers.tolist()]
         if stored.dtype != dtype and not (stored.is_floating_point() and dtype.is_floating_point):
             raise UserError(

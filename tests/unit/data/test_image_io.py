@@ -300,6 +300,13 @@ def test_the_folders_below_splits_are_the_labels(folder):
     assert read_images(folder, (3, 6, 6)).labels == ["deep", "test", "test", "train"]
 
 
+@pytest.mark.parametrize("labels", [[True, True], [False, False], [True, False], [b"a", b"b"], [5, 3]])
+def test_labels_of_an_array_do_not_depend_on_the_others(tmp_path, labels):
+    np.savez(tmp_path / "a.npz", images=np.zeros((2, 6, 9), np.uint8), labels=np.array(labels))
+    found = read_images(tmp_path / "a.npz", (1, 6, 9)).labels
+    assert list(map(str, found)) == [x.decode() if isinstance(x, bytes) else str(int(x)) for x in labels]
+
+
 def test_a_list_of_files_and_folders_has_no_labels(folder):
     images = read_images([folder / "b" / "10.png", str(folder / "a")], (3, 6, 9))
     assert images.names == ["10.png", "a/deep/er/1.png", "a/grün 猫.png"]

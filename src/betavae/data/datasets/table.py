@@ -22,7 +22,7 @@ from betavae.data.scaling import FULL_SCALE
 from betavae.errors import UserError, first_line
 from betavae.storage.files import STAMP_COLUMN
 
-NUMBER = re.compile(r"[+-]?(0|[1-9][0-9]{0,17})?(\.[0-9]*)?(e[+-]?[0-9]+)?", re.IGNORECASE)
+WHOLE = re.compile(r"([+-]?(?:0|[1-9][0-9]{0,17}))(?:\.0*)?")
 INTEGER = re.compile("0|-?[1-9][0-9]{0,17}")
 BOOLEANS = {"True": 1, "False": 0}  # as pandas writes them
 Name = str | int  # of a column; columns without a header are numbered from 0
@@ -203,7 +203,7 @@ def to_labels(column: np.ndarray) -> np.ndarray:
     """Convert a column of labels to integers if it has no other values, else to text.
 
     The text of a value does not depend on the others: 1 and 1.0 are "1", true and TRUE are "True", and a missing value
-    is "". A number with further zeros before it, such as 007, stays as it is, and so does one of more than 18 digits.
+    is "". Other numbers, such as 007 and 2.50, stay as they are.
     """
     texts = ["" if value is None or value != value else str(value).strip() for value in column.tolist()]
     names = {text: name_label(text) for text in set(texts)}
@@ -217,7 +217,5 @@ def name_label(text: str) -> str:
         return text.capitalize()
     if text.lower() == "nan":
         return ""
-    number = parse_number(text) if NUMBER.fullmatch(text) else None
-    if number is None:
-        return text
-    return str(int(number)) if number == int(number) and abs(number) < 10**18 else str(float(number))
+    whole = WHOLE.fullmatch(text)
+    return str(int(whole[1])) if whole else text
