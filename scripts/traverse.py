@@ -49,7 +49,7 @@ def main(settings: Settings) -> None:
     grid = grid._replace(images=run.scaling.to_picture(grid.images))
     origin = "the prior's mean" if settings.image is None else f"test image {settings.image}"
     if settings.label is not None:
-        origin += f", decoded with label {settings.label}"
+        origin += f"{', decoded' * (settings.image is not None)} with label {settings.label}"
     caption = (
         f"from {origin}, one latent dimension per row with its KL, in standard deviations of the prior; {run.caption}"
     )

@@ -14,12 +14,14 @@ PID, run_backward = os.getpid(), torch.autograd.graph._engine_run_backward
 
 def forbid_backward(*args: Any, **how: Any) -> Any:
     """Run the autograd engine in children only: once it has threads, no forked process can use it."""
-    if os.getpid() == PID and not os.environ["PYTEST_CURRENT_TEST"].startswith("tests/gpu"):
+    if os.getpid() == PID and not os.environ.get("PYTEST_CURRENT_TEST", "").startswith("tests/gpu"):
         raise RuntimeError("this test needs pytest.mark.forked, since it calls autograd")
     return run_backward(*args, **how)
 
 
-torch.autograd._engine_run_backward = torch.autograd.graph._engine_run_backward = forbid_backward
+def pytest_configure():
+    """Forbid autograd in pytest's process, and not in a script that imports this file."""
+    torch.autograd._engine_run_backward = torch.autograd.graph._engine_run_backward = forbid_backward
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -106,8 +106,13 @@ def as_key(label: object) -> object:
 
 def name_labels(classes: Sequence[str], numbers: Iterable[int]) -> list[Any]:
     """Return the names of class numbers, as integers if all classes are named by integers."""
-    are_integers = all(re.fullmatch("0|-?[1-9][0-9]{,17}", name) for name in classes)  # of 64 bits
-    return [int(classes[number]) if are_integers else classes[number] for number in numbers]
+    convert = int if are_integers(classes) else str
+    return [convert(classes[number]) for number in numbers]
+
+
+def are_integers(names: Iterable[str]) -> bool:
+    """Return whether all names are integers of 64 bits in their usual spelling, which 007 is not."""
+    return all(re.fullmatch("0|-?[1-9][0-9]{,17}", name) for name in names)
 
 
 def cycle_labels(classes: Sequence[str], n: int) -> Tensor:

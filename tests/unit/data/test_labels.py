@@ -16,6 +16,7 @@ DIGITS, PETS = [str(digit) for digit in range(10)], ["cat", "dog", "fox"]
         (["3", "8"], [8, 3, 8], [1, 0, 1]),
         (["1.0", "2.0", "2.5"], [1, 2, 2.5], [0, 1, 2]),
         (["01", "02"], [1, 2, "01"], [0, 1, 0]),
+        (["False", "True"], ["TRUE", "false", "True"], [1, 0, 1]),  # as a spreadsheet writes them
         (["9007199254740993", "9007199254740992"], [2**53 + 1, 2**53, 2**53], [0, 1, 1]),  # equal as floats
         (["-2", "-1"], [-1, -2, -1], [1, 0, 1]),
         (["false", "True"], [True, False, True], [1, 0, 1]),  # label=True is read as a truth value

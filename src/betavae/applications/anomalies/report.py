@@ -109,14 +109,13 @@ def match_inliers(labels: Sequence[object] | None, inliers: Sequence[object]) ->
         UserError: If all images are inliers, or none, or no image has one of the labels.
     """
     found = [str(label) for label in labels or ()]
-    wanted = {str(label) for label in inliers}
-    named = ", ".join(sorted(set(found))[:20]) or "none"
+    names, wanted = set(found), set()
+    named = ", ".join(sorted(names)[:20]) or "none"
     for label in inliers:
-        if str(label) not in found:
-            same = {name for name in set(found) if has_same_value(name, label)}
-            if found and not same:
-                raise UserError(f"inliers={inliers} is invalid: no image has the label {label} (labels found: {named})")
-            wanted |= same
+        same = {str(label)} & names or {name for name in names if has_same_value(name, label)}
+        if names and not same:
+            raise UserError(f"inliers={inliers} is invalid: no image has the label {label} (labels found: {named})")
+        wanted |= same
     is_inlier = [name in wanted for name in found]
     if len(set(is_inlier)) < 2:
         raise UserError(

@@ -17,13 +17,12 @@ from torch import Tensor
 from betavae.data.array_io import ArrayFile, number_labels
 from betavae.data.holdout import DEFAULT_HOLDOUT, exclude_indices, hold_out_at_random
 from betavae.data.image_set import ImageSet
-from betavae.data.labels import parse_number
+from betavae.data.labels import are_integers, parse_number
 from betavae.data.scaling import FULL_SCALE
 from betavae.errors import UserError, first_line
 from betavae.storage.files import STAMP_COLUMN
 
 WHOLE = re.compile(r"([+-]?(?:0|[1-9][0-9]{0,17}))(?:\.0*)?")
-INTEGER = re.compile("0|-?[1-9][0-9]{0,17}")
 BOOLEANS = {"True": 1, "False": 0}  # as pandas writes them
 Name = str | int  # of a column; columns without a header are numbered from 0
 
@@ -208,7 +207,7 @@ def to_labels(column: np.ndarray) -> np.ndarray:
     texts = ["" if value is None or value != value else str(value).strip() for value in column.tolist()]
     names = {text: name_label(text) for text in set(texts)}
     labels = [names[text] for text in texts]
-    return np.array([int(label) for label in labels] if all(map(INTEGER.fullmatch, labels)) else labels)
+    return np.array([int(label) for label in labels] if are_integers(names.values()) else labels)
 
 
 def name_label(text: str) -> str:
